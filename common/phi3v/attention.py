@@ -1,0 +1,80 @@
+"""Attention over samples laid end to end, without padding: the implementation ``varlen``.
+
+On a GPU it is PyTorch's own variable-length flash kernel, so that nobody must compile flash-attn; elsewhere it runs one sample at a
+time. Padded batches and generation go through SDPA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+def varlen_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention in which a sample sees itself alone.
+
+    Parameters
+    ----------
+    query, key, value : torch.Tensor
+        (1, heads, tokens, head size) where samples are laid end to end, else (batch, heads, tokens, head size).
+    attention_mask : torch.Tensor, optional
+        As SDPA takes it; unused for samples laid end to end.
+    cu_seq_lens_q : torch.Tensor, optional
+        int32 (samples + 1,), where each sample begins, and the total. None for padded batches.
+    max_length_q : int, optional
+        Length of the longest sample.
+
+    Returns
+    -------
+    tuple of (torch.Tensor, None)
+        (batch, tokens, heads, head size).
+    """
+    if cu_seq_lens_q is None:
+        kwargs.pop("cu_seq_lens_k", None)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Rotary embedding in fp32 leaves query and key wider than value under autocast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        output = varlen_attn(
+            query,
+            key,
+            value,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return output[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    grouped = query.shape[1] != key.shape[1]
+    outputs = [
+        scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=grouped) for sample in samples
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("varlen", varlen_attention_forward)
+AttentionMaskInterface.register("varlen", sdpa_mask)

@@ -1,0 +1,241 @@
+"""Pictures to crops, bit-identical to the published processor, with PIL and torch alone.
+
+A picture is resized and padded to a grid of 336 px crops (:func:`to_crop_grid`), normalised, and preceded by a global view
+(:func:`normalise_with_global_view`). The second step runs on any device, so that training ships uint8 crops only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ImagesKwargs
+
+CROP_SIZE = 336
+TOKENS_PER_SIDE = 12
+MAX_CROPS = 16
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def check_num_crops(num_crops: int) -> int:
+    """Return ``num_crops`` if it is a number of crops the model was published for, 1 to 16.
+
+    Raises
+    ------
+    ValueError
+        Otherwise.
+    """
+    if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
+        raise ValueError(f"num_crops must be a whole number from 1 to {MAX_CROPS}, not {num_crops!r}")
+    return num_crops
+
+
+def crop_grid_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
+    """Size of a picture after resizing and padding to whole crops, without looking at its pixels.
+
+    Parameters
+    ----------
+    width, height : int
+        Size of the picture in pixels.
+    num_crops : int
+        Most crops that the picture may be cut into.
+
+    Returns
+    -------
+    tuple of int
+        Height and width in pixels, both multiples of 336, as in ``image_sizes``.
+    """
+    resized_width, resized_height = _resized(max(width, height), min(width, height), num_crops)
+    long_side, short_side = resized_width, math.ceil(resized_height / CROP_SIZE) * CROP_SIZE
+    return (long_side, short_side) if width < height else (short_side, long_side)
+
+
+def num_image_tokens(height: int, width: int) -> int:
+    """Tokens of a picture of ``image_sizes`` (height, width): ``(h*w + 1)*144 + 1 + (h + 1)*12`` for h×w crops."""
+    rows, columns = height // CROP_SIZE, width // CROP_SIZE
+    return (rows * columns + 1) * TOKENS_PER_SIDE**2 + 1 + (rows + 1) * TOKENS_PER_SIDE
+
+
+def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
+    """Resize a picture to whole crops and pad it with white, as uint8.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Any mode; converted to RGB.
+    num_crops : int
+        Most crops that the picture may be cut into.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8, (height, width, 3), both sides multiples of 336.
+    """
+    image = image.convert("RGB")
+    transposed = image.width < image.height
+    if transposed:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    size = _resized(image.width, image.height, num_crops)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    missing = -image.height % CROP_SIZE
+    if missing:
+        padded = Image.new("RGB", (image.width, image.height + missing), (255, 255, 255))
+        padded.paste(image, (0, missing // 2))
+        image = padded
+    if transposed:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    return np.array(image)
+
+
+def cut_crops(pixels: torch.Tensor) -> torch.Tensor:
+    """Cut pictures of whole crops into their crops, row by row.
+
+    Parameters
+    ----------
+    pixels : torch.Tensor
+        (..., 3, height, width), both sides multiples of 336.
+
+    Returns
+    -------
+    torch.Tensor
+        (..., rows * columns, 3, 336, 336).
+    """
+    *batch, channels, height, width = pixels.shape
+    rows, columns = height // CROP_SIZE, width // CROP_SIZE
+    crops = pixels.reshape(*batch, channels, rows, CROP_SIZE, columns, CROP_SIZE)
+    crops = crops.movedim((-4, -2), (-5, -4))
+    return crops.reshape(*batch, rows * columns, channels, CROP_SIZE, CROP_SIZE)
+
+
+def join_crops(crops: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Undo :func:`cut_crops`: (rows * columns, 3, 336, 336) to (3, height, width)."""
+    rows, columns = height // CROP_SIZE, width // CROP_SIZE
+    grid = crops.reshape(rows, columns, *crops.shape[1:])
+    return grid.permute(2, 0, 3, 1, 4).reshape(crops.shape[1], height, width)
+
+
+def normalise_with_global_view(crops: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """Normalise uint8 crops and put each picture's global view before its crops, on the crops' device.
+
+    Parameters
+    ----------
+    crops : torch.Tensor
+        uint8, (all crops of all pictures, 3, 336, 336).
+    image_sizes : list of (int, int)
+        Height and width of each picture in pixels, after resizing and padding.
+
+    Returns
+    -------
+    torch.Tensor
+        float32, (all crops + pictures, 3, 336, 336): per picture its global view, then its crops row by row.
+    """
+    mean = torch.tensor(IMAGE_MEAN, device=crops.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=crops.device).view(3, 1, 1)
+    normalised = crops.float().div_(255).sub_(mean).div_(std)
+    views, start = [], 0
+    for height, width in image_sizes:
+        count = (height // CROP_SIZE) * (width // CROP_SIZE)
+        picture = normalised[start : start + count]
+        whole = join_crops(picture, height, width)[None]
+        views += [torch.nn.functional.interpolate(whole, size=(CROP_SIZE, CROP_SIZE), mode="bicubic"), picture]
+        start += count
+    return torch.cat(views)
+
+
+def _resized(width: int, height: int, num_crops: int) -> tuple[int, int]:
+    # For a picture that is at least as wide as high.
+    ratio = width / height
+    scale = 1
+    while scale * math.ceil(scale / ratio) <= num_crops:
+        scale += 1
+    scale -= 1
+    return scale * CROP_SIZE, max(1, int(scale * CROP_SIZE / ratio))
+
+
+class Phi3VImagesKwargs(ImagesKwargs, total=False):
+    """Settings that ``from_pretrained`` takes besides transformers' own."""
+
+    num_crops: int
+    num_img_tokens: int
+
+
+class Phi3VImageProcessor(BaseImageProcessor):
+    """The published image processor: pictures to normalised crops with a global view.
+
+    Parameters
+    ----------
+    num_crops : int
+        Most crops a picture is cut into, 1 to 16. As published: 16 for one picture, 4 for several or video frames.
+    image_mean, image_std : sequence of float
+        CLIP's, as in every published checkpoint.
+    num_img_tokens : int
+        Tokens of a crop, 144.
+    """
+
+    model_input_names = ["pixel_values", "image_sizes"]
+    valid_kwargs = Phi3VImagesKwargs
+
+    def __init__(
+        self,
+        num_crops: int = 1,
+        image_mean: tuple[float, ...] = IMAGE_MEAN,
+        image_std: tuple[float, ...] = IMAGE_STD,
+        do_convert_rgb: bool = True,
+        num_img_tokens: int = TOKENS_PER_SIDE**2,
+        **kwargs: Any,
+    ) -> None:
+        if tuple(image_mean) != IMAGE_MEAN or tuple(image_std) != IMAGE_STD:
+            raise ValueError(
+                f"preprocessor_config.json states image_mean {image_mean} and image_std {image_std}; "
+                f"only CLIP's own values are supported: {IMAGE_MEAN} and {IMAGE_STD}"
+            )
+        kwargs.pop("image_processor_type", None)
+        super().__init__(**kwargs)
+        self.num_crops = check_num_crops(num_crops)
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.do_convert_rgb = do_convert_rgb
+        self.num_img_tokens = num_img_tokens
+
+    def num_tokens(self, width: int, height: int) -> int:
+        """Tokens that a picture of ``width`` × ``height`` pixels becomes."""
+        return num_image_tokens(*crop_grid_size(width, height, self.num_crops))
+
+    def __call__(self, images: Image.Image | list[Image.Image], return_tensors: str | None = "pt") -> BatchFeature:
+        return self.preprocess(images, return_tensors=return_tensors)
+
+    def preprocess(self, images: Image.Image | list[Image.Image], return_tensors: str | None = "pt") -> BatchFeature:
+        """Turn pictures into the model's inputs.
+
+        Parameters
+        ----------
+        images : PIL.Image.Image or list of PIL.Image.Image
+            One or several pictures.
+        return_tensors : str, optional
+            Type of the tensors returned, ``"pt"`` by default.
+
+        Returns
+        -------
+        BatchFeature
+            ``pixel_values``, float32 (images, num_crops + 1, 3, 336, 336): global view, crops row by row, zeros; and
+            ``image_sizes``, int64 (images, 2): height and width after resizing and padding.
+        """
+        images = images if isinstance(images, (list, tuple)) else [images]
+        if not images:
+            raise ValueError("no picture was given: pass at least one, or leave images out for text alone")
+        pixel_values = torch.zeros(len(images), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
+        image_sizes = []
+        for output, image in zip(pixel_values, images, strict=True):
+            grid = torch.from_numpy(to_crop_grid(image, self.num_crops)).permute(2, 0, 1)
+            size = (grid.shape[1], grid.shape[2])
+            views = normalise_with_global_view(cut_crops(grid), [size])
+            output[: len(views)] = views
+            image_sizes.append(size)
+        data = {"pixel_values": pixel_values, "image_sizes": torch.tensor(image_sizes)}
+        return BatchFeature(data=data, tensor_type=return_tensors)

@@ -1,0 +1,490 @@
+"""Phi-3-vision and Phi-3.5-vision: transformers' own Phi-3 decoder and CLIP tower, and what joins them.
+
+Parameter names in memory, on disk and in adapters are the published ones. What differs from the published code is deliberate: features go to
+the placeholders of their picture's number, LongRoPE follows each sample's own length, blank crops and the tower's unused last
+layer are not run, and in training the head runs at supervised positions only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, DynamicCache, Phi3ForCausalLM, Phi3Model
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+from transformers.utils.output_capturing import capture_outputs
+
+from . import attention as attention  # registers the implementation `varlen`
+from .configuration import Phi3VConfig
+from .image_processing import CROP_SIZE, normalise_with_global_view
+
+
+class Phi3VRotaryEmbedding(nn.Module):
+    """LongRoPE by each sample's own length.
+
+    Reference: Ding et al., LongRoPE (2024), as configured by ``short_factor`` and ``long_factor``.
+    """
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.limit = config.original_max_position_embeddings
+        inv_freq, self.attention_scaling = self.inverse_frequencies()
+        # Row 0 serves samples up to `limit` tokens, row 1 longer ones.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    def inverse_frequencies(self) -> tuple[torch.Tensor, float]:
+        """Return inverse frequencies, float32 (2, head size / 2), and the factor for cosine and sine."""
+        rope_type = self.config.rope_parameters["rope_type"]
+        if rope_type == "default":
+            inv_freq, scaling = Phi3RotaryEmbedding.compute_default_rope_parameters(self.config)
+            return torch.stack([inv_freq, inv_freq]), scaling
+        compute = ROPE_INIT_FUNCTIONS[rope_type]
+        short, scaling = compute(self.config, seq_len=self.limit)
+        long, _ = compute(self.config, seq_len=self.limit + 1)
+        return torch.stack([short, long]), scaling
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine, float32 (batch, tokens, head size).
+
+        Parameters
+        ----------
+        position_ids : torch.Tensor
+            int64 (batch, tokens).
+        lengths : torch.Tensor
+            int64, length of the sample that each token belongs to, (batch, tokens) or (batch, 1).
+        """
+        factors = self.inv_freq.float()[(lengths > self.limit).long()]
+        angles = position_ids[..., None].float() * factors
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
+
+class CLIPTower(nn.Module):
+    """CLIP's vision tower up to the features of its last layer but one, under the published parameter names."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def unused_modules(self) -> list[nn.Module]:
+        """Modules that checkpoints hold and nothing runs: the last layer and the final norm."""
+        return [self.encoder.layers[-1], self.post_layernorm]
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of crops: (crops, 3, 336, 336) to (crops, 576, hidden size), without the class token."""
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.encoder.layers[:-1]:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states[:, 1:]
+
+
+class Phi3VImageEmbedding(nn.Module):
+    """Crops to image tokens: tower, 2×2 merge, separators, projection."""
+
+    # Bounds the tower's memory; more crops at once are no faster on an H100.
+    crops_per_chunk = 64
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.side = config.tokens_per_crop_side
+        merged_size = 4 * config.vision_config.hidden_size
+        self.img_processor = nn.Module()
+        self.img_processor.vision_model = CLIPTower(config.vision_config)
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged_size))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged_size))
+        self.img_projection = nn.Sequential(
+            nn.Linear(merged_size, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+
+    @property
+    def tower(self) -> CLIPTower:
+        """The CLIP tower, ``img_processor.vision_model``."""
+        return self.img_processor.vision_model
+
+    def views(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """Real views of all pictures, (views, 3, 336, 336): per picture the global view, then its crops.
+
+        Parameters
+        ----------
+        pixel_values : torch.Tensor
+            Floating point, (pictures, crops + 1, 3, 336, 336), as the processor gives them, blank crops included; or
+            uint8, (all crops of all pictures, 3, 336, 336), to be normalised here.
+        image_sizes : list of (int, int)
+            Height and width of each picture.
+        """
+        if pixel_values.dtype == torch.uint8:
+            return normalise_with_global_view(pixel_values, image_sizes)
+        real = [picture[: 1 + _num_crops(size)] for picture, size in zip(pixel_values, image_sizes, strict=True)]
+        return torch.cat(real)
+
+    def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """Tokens of all pictures one after the other, (image tokens, decoder's hidden size)."""
+        views = self.views(pixel_values, image_sizes).to(self.glb_GN.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())):
+            features = torch.cat([self.tower(chunk) for chunk in views.split(self.crops_per_chunk)])
+        # Four neighbouring patches become one token of four times the width.
+        side, width = self.side, features.shape[-1]
+        features = features.reshape(-1, side, 2, side, 2, width).transpose(2, 3)
+        features = features.reshape(-1, side, side, 4 * width)
+        row_end, view_end = self.sub_GN.to(features.dtype)[0], self.glb_GN.to(features.dtype)[0]
+
+        tokens, start = [], 0
+        for height, width in image_sizes:
+            rows, columns = height // CROP_SIZE, width // CROP_SIZE
+            whole, crops = features[start], features[start + 1 : start + 1 + rows * columns]
+            start += 1 + rows * columns
+            crops = crops.reshape(rows, columns, side, side, -1).transpose(1, 2)
+            crops = crops.reshape(rows * side, columns * side, -1)
+            tokens += [
+                torch.cat([crops, row_end.expand(rows * side, 1, -1)], dim=1).flatten(0, 1),
+                view_end,
+                torch.cat([whole, row_end.expand(side, 1, -1)], dim=1).flatten(0, 1),
+            ]
+        return self.img_projection(torch.cat(tokens))
+
+    def num_tokens(self, image_sizes: list[tuple[int, int]]) -> list[int]:
+        """Tokens of each picture."""
+        side = self.side
+        return [
+            (_num_crops((height, width)) + 1) * side**2 + 1 + (height // CROP_SIZE + 1) * side
+            for height, width in image_sizes
+        ]
+
+
+class Phi3VModel(Phi3Model):
+    """The decoder with its picture inputs, without the head."""
+
+    config_class = Phi3VConfig
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__(config)
+        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_phi3v_weights(super()._init_weights, module)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed tokens, with picture features at the placeholders of their picture's number.
+
+        Parameters
+        ----------
+        input_ids : torch.Tensor
+            int64 (batch, tokens); −k stands for the next token of picture k of its row. A picture may be used twice.
+        pixel_values, image_sizes : torch.Tensor, optional
+            Pictures of row 0, then those of row 1, and so on; see :meth:`Phi3VImageEmbedding.views`.
+
+        Returns
+        -------
+        torch.Tensor
+            (batch, tokens, hidden size).
+
+        Raises
+        ------
+        ValueError
+            If placeholders and pictures don't match.
+        """
+        embeddings = self.embed_tokens(input_ids.clamp(min=0))
+        if pixel_values is None:
+            if (input_ids < 0).any():
+                raise ValueError("input_ids hold placeholders of pictures (negative ids), but pixel_values is missing")
+            return self._touch_vision(embeddings) if self.training else embeddings
+        sizes = [tuple(size) for size in image_sizes.tolist()]
+        features = self.vision_embed_tokens(pixel_values, sizes)
+        placeholders, index = _feature_index(input_ids, self.vision_embed_tokens.num_tokens(sizes))
+        return embeddings.index_put(placeholders, features[index].to(embeddings.dtype))
+
+    def _touch_vision(self, embeddings: torch.Tensor) -> torch.Tensor:
+        # Ranks that see pictures wait for every vision gradient of those that see none: give them zeros.
+        vision = self.vision_embed_tokens
+        if not any(parameter.requires_grad for parameter in vision.parameters()):
+            return embeddings
+        blank = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=embeddings.device)
+        features = vision(blank, [(CROP_SIZE, CROP_SIZE)])
+        return embeddings + 0.0 * features.sum().to(embeddings.dtype)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Parameters
+        ----------
+        input_ids, pixel_values, image_sizes
+            See :meth:`embed`. Alternatively ``inputs_embeds``.
+        attention_mask : torch.Tensor, optional
+            int64 (batch, tokens), 0 at padding on either side.
+        position_ids : torch.Tensor, optional
+            int64 (batch, tokens); consecutive by default.
+        cu_seq_lens_q : torch.Tensor, optional
+            int32 (samples + 1,): the batch is one row of samples laid end to end, which begin at these tokens.
+        max_length_q : int, optional
+            Length of the longest of these samples.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+
+        if cu_seq_lens_q is not None:
+            sample_lengths = cu_seq_lens_q.diff().long()
+            lengths = sample_lengths.repeat_interleave(sample_lengths, output_size=inputs_embeds.shape[1])[None]
+            if position_ids is None:
+                starts = cu_seq_lens_q[:-1].long().repeat_interleave(sample_lengths, output_size=lengths.shape[1])
+                position_ids = torch.arange(lengths.shape[1], device=starts.device)[None] - starts
+            kwargs |= {
+                "cu_seq_lens_q": cu_seq_lens_q,
+                "cu_seq_lens_k": cu_seq_lens_q,
+                "max_length_q": max_length_q,
+                "max_length_k": max_length_q,
+            }
+            mask = None
+        else:
+            if position_ids is None:
+                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+            if attention_mask is not None and attention_mask.ndim == 2:
+                lengths = attention_mask.sum(-1, keepdim=True)
+            else:
+                lengths = position_ids.max(-1, keepdim=True).values + 1
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+
+        cos, sin = self.rotary_emb(position_ids, lengths)
+        position_embeddings = (cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype))
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class Phi3VForCausalLM(Phi3ForCausalLM):
+    """Phi-3-vision / Phi-3.5-vision for training and generation."""
+
+    config_class = Phi3VConfig
+    _no_split_modules = Phi3VModel._no_split_modules
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super(Phi3ForCausalLM, self).__init__(config)
+        self.model = Phi3VModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self.freeze_unused()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_phi3v_weights(super()._init_weights, module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Phi3VForCausalLM:
+        """Load a checkpoint in the published layout; see :meth:`transformers.PreTrainedModel.from_pretrained`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading makes new parameters, which need gradients whatever the old ones did.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
+        return loaded
+
+    def freeze_unused(self) -> None:
+        """Freeze the parameters that nothing runs, so that no optimizer, reducer or adapter waits for them."""
+        for module in self.model.vision_embed_tokens.tower.unused_modules():
+            module.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the model; see :meth:`Phi3VModel.forward` for the inputs.
+
+        Parameters
+        ----------
+        labels : torch.Tensor, optional
+            int64 (batch, tokens), −100 where nothing is to be learned. The token at t is predicted from those before.
+        num_items_in_batch : int or torch.Tensor, optional
+            Supervised tokens that the summed loss is divided by: those of the whole accumulated batch over all
+            processes. By default those of this batch.
+        skip_logits : bool, optional
+            Leave ``logits`` None and run the head at supervised positions only. By default in training with labels.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = self._answer_loss(hidden_states, labels, num_items_in_batch)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _answer_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        targets = labels[:, 1:]
+        supervised = targets != -100
+        targets = targets[supervised]
+        logits = self.lm_head(hidden_states[:, :-1][supervised]).float()
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if num_items is None:
+            num_items = max(1, len(targets))
+        elif torch.is_tensor(num_items):
+            num_items = num_items.to(loss.device)
+        return loss / num_items
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step; a row that outgrows the short LongRoPE factors has everything computed anew."""
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        limit = self.model.rotary_emb.limit
+        if past_length and input_ids.shape[1] > limit:
+            lengths = input_ids.shape[1] if attention_mask is None else attention_mask.sum(-1)
+            new_tokens = input_ids.shape[1] - past_length
+            crossed = torch.as_tensor((lengths > limit) & (lengths - new_tokens <= limit))
+            if crossed.any():
+                past_key_values = None
+                past_length = 0
+                kwargs["next_sequence_length"] = None
+        inputs = super(Phi3ForCausalLM, self).prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        if past_length == 0:
+            inputs |= {"pixel_values": pixel_values, "image_sizes": image_sizes}
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, input_ids: torch.Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        # For beams and several answers: a row's pictures are repeated together, not one by one.
+        vision = {}
+        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
+            counts = input_ids.min(-1).values.neg().clamp(min=0).tolist()
+            for key in ("pixel_values", "image_sizes"):
+                rows = model_kwargs.pop(key).split(counts)
+                vision[key] = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, *args, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | vision
+
+
+def _num_crops(size: tuple[int, int]) -> int:
+    return (size[0] // CROP_SIZE) * (size[1] // CROP_SIZE)
+
+
+def _feature_index(input_ids: torch.Tensor, tokens_per_image: list[int]) -> tuple[Any, torch.Tensor]:
+    """Where the placeholders are, (rows, columns), and which feature goes to each.
+
+    The j-th placeholder of a picture takes its feature j, beginning anew where the picture is used again.
+    """
+    images_per_row = input_ids.min(-1).values.neg().clamp(min=0)
+    rows, columns = torch.nonzero(input_ids < 0, as_tuple=True)
+    first_image = images_per_row.cumsum(0) - images_per_row
+    image = first_image[rows] - input_ids[rows, columns] - 1
+    lengths = torch.tensor(tokens_per_image, device=input_ids.device)
+    uses = torch.bincount(image, minlength=len(lengths))
+    if len(uses) != len(lengths) or ((uses == 0) | (uses % lengths[: len(uses)] != 0)).any():
+        raise ValueError(
+            f"placeholders don't match the pictures: the batch's pictures have {tokens_per_image} tokens, "
+            f"but input_ids hold {uses.tolist()} placeholders for them"
+        )
+    order = torch.argsort(image, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - (uses.cumsum(0) - uses)[image[order]]
+    first_feature = lengths.cumsum(0) - lengths
+    return (rows, columns), first_feature[image] + rank % lengths[image]
+
+
+@torch.no_grad()
+def _init_phi3v_weights(init_base: Any, module: nn.Module) -> None:
+    init_base(module)
+    if isinstance(module, Phi3VRotaryEmbedding):
+        init.copy_(module.inv_freq, module.inverse_frequencies()[0])
+    elif isinstance(module, CLIPVisionEmbeddings):
+        init.normal_(module.class_embedding, std=module.embed_dim**-0.5)
+        init.copy_(module.position_ids, torch.arange(module.num_positions).expand((1, -1)))
+    elif isinstance(module, Phi3VImageEmbedding):
+        init.normal_(module.glb_GN, std=0.02)
+        init.normal_(module.sub_GN, std=0.02)
