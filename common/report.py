@@ -8,6 +8,7 @@ there is and says what is not. What it shows depends on what the evaluations hol
 import base64
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +24,7 @@ import jinja2
 from PIL import Image
 
 from common.report_charts import (
+    DASHES,
     SERIES,
     Chart,
     confusion_chart,
@@ -31,6 +34,7 @@ from common.report_charts import (
     roc_chart,
     score_chart,
     series,
+    transition_chart,
 )
 
 FILES = {
@@ -57,7 +61,9 @@ OUTCOMES = {
 }
 RIGHT = 0.5  # the score from which an answer counts as right: ANLS is 0 below it
 THUMBNAIL_SIDE = 640
-NO_CLASS = "(no class)"
+FOREMOST = 3  # samples of each group that the gallery shows at first
+OTHER = "(other)"  # an answer that is none of the classes
+MOST_CLASSES = 120  # that a confusion matrix can show; answers are open where there are more
 
 
 @dataclass
@@ -109,7 +115,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     """
     run = read_run(output_dir)
     path = Path(path) if path else run.directory / "report.html"
-    curves = curve_charts([run.log])
+    curves = curve_charts({"training": run.log})
     for chart in curves:
         with _replacing(run.directory / "curves" / f"{chart.name}.png") as temporary:
             chart.save_png(temporary)
@@ -130,6 +136,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
             gallery=_gallery(run, groups),
             groups={group: GROUPS[group] for group, ids in groups.items() if ids},
             settings=_settings(run),
+            date=_date(run),
         )
     )
     with _replacing(path) as temporary:
@@ -172,8 +179,9 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
             facts=_rows([_facts(run) for run in runs]),
             different={key: values for key, values in settings.items() if len(set(values)) > 1},
             same={key: values[0] for key, values in settings.items() if len(set(values)) == 1},
-            curves=curve_charts([run.log for run in runs]),
+            curves=curve_charts({name: run.log for name, run in zip(names, runs, strict=True)}),
             colours=len(SERIES),
+            dashes=DASHES,
         )
     )
     with _replacing(Path(path)) as temporary:
@@ -290,12 +298,10 @@ def _check_evaluation(evaluation: dict, path: Path) -> None:
     metric = evaluation.get("metric")
     if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
         raise ValueError(f"{path}: 'metric' must name the key of a number in the same file, not {metric!r}")
-    if not isinstance(evaluation.get("predictions"), list):
-        raise ValueError(f"{path}: 'predictions' must be a list")
-    for row, prediction in enumerate(evaluation["predictions"]):
+    for row, prediction in enumerate(evaluation.get("predictions", [])):
         absent = {"id", "question", "prediction", "answers", "score"} - set(prediction)
-        if absent:
-            raise ValueError(f"{path}: prediction {row} has no {', '.join(sorted(absent))}")
+        if absent or not prediction["answers"]:
+            raise ValueError(f"{path}: prediction {row} has no {', '.join(sorted(absent)) or 'answers'}")
 
 
 def _predictions(evaluation: dict | None) -> dict[str, dict]:
@@ -327,7 +333,9 @@ def _metric_name(key: str) -> str:
 def _metric_value(key: str, value: float | None, sign: str = "") -> str:
     if value is None:
         return "—"
-    return f"{100 * value:{sign}.1f} %" if key in IN_PERCENT else f"{value:{sign}.3f}"
+    if key in IN_PERCENT:
+        return f"{100 * value:{sign}.1f} {'pp' if sign else '%'}"
+    return f"{value:{sign}.3f}"
 
 
 def _figures(run: Run) -> list[dict]:
@@ -340,7 +348,7 @@ def _figures(run: Run) -> list[dict]:
     ]
     figures = []
     for key in keys:
-        before, after = run.before.get(key), run.after.get(key)
+        before, after = _finite(run.before.get(key)), _finite(run.after.get(key))
         change = after - before if None not in (before, after) else None
         figures.append(
             {
@@ -350,9 +358,14 @@ def _figures(run: Run) -> list[dict]:
                 "change": _metric_value(key, change, "+") if change is not None else None,
                 "share_before": before,
                 "share_after": after,
+                "ends": ("0 %", "100 %") if key in IN_PERCENT else ("0", "1"),
             }
         )
     return figures
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -377,6 +390,13 @@ def _facts(run: Run) -> dict[str, str]:
     if len(values):
         facts["MFU"] = f"{100 * median(values):.1f} %"
     return facts
+
+
+def _date(run: Run) -> str | None:
+    try:
+        return datetime.fromisoformat(run.settings["date"]).strftime("%d %B %Y, %H:%M %Z").strip()
+    except (KeyError, TypeError, ValueError):
+        return run.settings.get("date")
 
 
 def _duration(seconds: float) -> str:
@@ -408,8 +428,12 @@ def _evaluation_charts(run: Run) -> list[Chart]:
     """Return the charts that fit what the evaluations hold."""
     evaluations = _evaluations(run)
     charts = []
-    if run.metric == "anls":
+    if run.metric == "anls" and evaluations:
         charts.append(score_chart({when: [row["score"] for row in rows] for when, rows in evaluations.items()}))
+        first, last = _predictions(run.before), _predictions(run.after)
+        both = [key for key in first if key in last]
+        if both:
+            charts.append(transition_chart(*([rows[key]["score"] for key in both] for rows in (first, last))))
     likely = {
         when: ([row["label"] for row in rows], [row["p_yes"] for row in rows])
         for when, rows in evaluations.items()
@@ -419,11 +443,12 @@ def _evaluation_charts(run: Run) -> list[Chart]:
     curves = {when: evaluation for when, evaluation in likely.items() if len(set(evaluation[0])) == 2}
     if curves:
         charts.append(roc_chart(curves))
-    if run.metric in ("accuracy", "auroc"):
-        classes = _classes(run)
-        for when, rows in evaluations.items():
+    classes = _classes(run)
+    if run.metric in ("accuracy", "auroc") and 0 < len(classes) <= MOST_CLASSES:
+        # Probabilities show more of the state before training than the answers drawn from them.
+        for when, rows in list(evaluations.items())[-1 if likely else 0 :]:
             truth, predicted = _truth_and_predicted(rows, classes)
-            shown = [*classes, NO_CLASS] if NO_CLASS in predicted else classes
+            shown = [*classes, OTHER] if OTHER in predicted else classes
             charts.append(confusion_chart(when, shown, truth, predicted))
     return charts
 
@@ -434,14 +459,14 @@ def _normal(answer: str) -> str:
 
 def _classes(run: Run) -> list[str]:
     """Return the classes that occur as an answer, as they are written there, sorted."""
-    rows = [row for rows in _evaluations(run).values() for row in rows]
-    return sorted({_normal(row["answers"][0]): row["answers"][0].strip(" .") for row in rows}.values())
+    answers = [row["answers"][0] for rows in _evaluations(run).values() for row in rows]
+    return sorted({_normal(answer): answer.strip(" .") for answer in answers}.values())
 
 
 def _truth_and_predicted(rows: list[dict], classes: list[str]) -> tuple[list[str], list[str]]:
     name = {_normal(label): label for label in classes}
     truth = [name[_normal(row["answers"][0])] for row in rows]
-    return truth, [name.get(_normal(row["prediction"]), NO_CLASS) for row in rows]
+    return truth, [name.get(_normal(row["prediction"]), OTHER) for row in rows]
 
 
 def _class_table(run: Run) -> list[dict]:
@@ -474,11 +499,12 @@ def _gallery(run: Run, groups: dict[str, list[str]]) -> dict:
     first, last = _predictions(run.before), _predictions(run.after)
     samples = []
     for group, ids in groups.items():
-        for key in ids:
+        for place, key in enumerate(ids):
             row = last.get(key) or first[key]
             samples.append(
                 {
                     "group": group,
+                    "foremost": place < FOREMOST,
                     "id": key,
                     "question": row["question"],
                     "answers": list(dict.fromkeys(row["answers"])),

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 
 # Charts are drawn in the light theme, which is what the PNG files keep. In the page each of these colours becomes the
@@ -23,12 +23,12 @@ SERIES = ("#0e6253", "#b4551d", "#3c5aa6", "#8a2f6b", "#77680a", "#1f7a9a")
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", BEFORE: "before", AFTER: "after"} | {
     colour: f"series-{number}" for number, colour in enumerate(SERIES)
 }
-DASHES = ("solid", (0, (5, 1.5)), (0, (1, 1.2)))
+DASHES = ("solid", "dashed", "dotted")  # told apart without colours too
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "text.parse_math": False,
-    "font.size": 9,
+    "font.size": 8.5,
     "text.color": INK,
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
@@ -57,7 +57,7 @@ CURVES = {
     "tokens_per_second": "Tokens per second",
     "mfu": "Model FLOPs utilization",
 }
-WIDTH = 4.8  # inches; at 9 points the labels stay readable on a phone, where a chart is as wide as the screen
+WIDTH = 3.7  # inches; so narrow that the labels stay readable where a chart is as wide as a phone
 SMOOTH_FROM = 60  # logged points, above which a moving average is drawn over them
 NUMBERED_CLASSES = 16  # up to which the cells of a confusion matrix hold their counts
 
@@ -107,13 +107,13 @@ def series(log: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @matplotlib.rc_context(STYLE)
-def curve_charts(logs: Sequence[Sequence[dict]]) -> list[Chart]:
+def curve_charts(logs: dict[str, Sequence[dict]]) -> list[Chart]:
     """Draw what was logged while training, one chart a quantity, with one line for each log.
 
     Parameters
     ----------
-    logs : sequence of list of dict
-        ``log_history`` of each run. One alone is drawn with its evaluation loss, and smoothed where it is long.
+    logs : dict of str to list of dict
+        ``log_history`` under the name of each run. One alone is drawn with its evaluation loss.
 
     Returns
     -------
@@ -122,31 +122,41 @@ def curve_charts(logs: Sequence[Sequence[dict]]) -> list[Chart]:
     """
     charts = []
     for key, title in CURVES.items():
-        lines = [series(log, key) for log in logs]
-        if not any(np.isfinite(values).any() for _, values in lines):
+        lines = {name: series(log, key) for name, log in logs.items()}
+        lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
+        if not lines:
             continue
-        figure, axes = _axes(2.5)
-        captions = []
-        for index, (steps, values) in enumerate(lines):
-            colour, dash = (SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)])
-            noisy = key in ("loss", "grad_norm") and len(steps) > SMOOTH_FROM
-            axes.plot(steps, values, color=colour, linestyle=dash, **_raw_line(noisy, len(steps)))
-            if noisy:
-                axes.plot(steps, _smoothed(values), color=colour, linestyle=dash, linewidth=1.6)
-            captions.append(_change(steps, values))
-        if key == "loss" and len(logs) == 1:
-            steps, values = series(logs[0], "eval_loss")
-            if len(steps):
+        figure, axes = _axes(2.2)
+        for index, name in enumerate(logs):
+            if name not in lines:
+                continue
+            steps, values = lines[name]
+            style = {"color": SERIES[index % len(SERIES)], "linestyle": DASHES[index % len(DASHES)]}
+            if key in ("loss", "grad_norm") and len(steps) > SMOOTH_FROM:
+                axes.plot(steps, values, linewidth=0.8, alpha=0.35, **style)
+                axes.plot(steps, _smoothed(values), linewidth=1.6, **style)
+            else:
+                axes.plot(steps, values, linewidth=1.6, marker="o" if len(steps) == 1 else None, markersize=4, **style)
+        if len(logs) > 1:
+            caption = "Last: " + ", ".join(
+                f"{name} {number(values[np.isfinite(values)][-1])}" for name, (_, values) in lines.items()
+            )
+        else:
+            caption = _summary(key, *next(iter(lines.values())))
+            steps, values = series(next(iter(logs.values())), "eval_loss")
+            if key == "loss" and np.isfinite(values).any():
                 axes.plot(steps, values, color=INK, linewidth=0, marker="o", markersize=3.5)
-                captions.append(f"evaluation (dots) {_change(steps, values)}")
+                caption += f"; evaluation (dots) {_summary('eval_loss', steps, values)}"
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         if key == "mfu":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        elif key == "tokens_per_second":
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if key != "loss":
             axes.set_ylim(bottom=0)
-        caption = "; ".join(captions) if len(logs) == 1 else f"{len(logs)} runs over their steps"
-        charts.append(Chart(key, title, figure, caption))
+        charts.append(Chart(key, title, figure, caption[:1].upper() + caption[1:] + "."))
     return charts
 
 
@@ -160,20 +170,21 @@ def score_chart(evaluations: dict[str, Sequence[float]]) -> Chart:
         Scores under ``before``, ``after`` or both.
     """
     edges = [0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-    labels = ["< 0.5", "0.5 – 0.6", "0.6 – 0.7", "0.7 – 0.8", "0.8 – 0.9", "0.9 – 1", "exact"]
-    figure, axes = _axes(2.7)
+    labels = ["below .5", ".5", ".6", ".7", ".8", ".9", "exact"]
+    figure, axes = _axes(2.6)
     captions = []
     for index, (when, scores) in enumerate(evaluations.items()):
         counts = np.bincount(np.searchsorted(edges, scores, side="right") - 1, minlength=len(labels))
         shares = counts / max(len(scores), 1)
         places = np.arange(len(labels)) + (index - (len(evaluations) - 1) / 2) * 0.4
-        bars = axes.bar(places, shares, 0.38, color=BEFORE if when == "before" else AFTER)
-        axes.bar_label(bars, [f"{share:.0%}" if share else "" for share in shares], fontsize=7.5, padding=2)
+        bars = axes.bar(places, 100 * shares, 0.38, color=BEFORE if when == "before" else AFTER, label=when)
+        axes.bar_label(bars, [f"{100 * share:.0f}" if share else "" for share in shares], fontsize=6.5, padding=1.5)
         captions.append(f"{when}: {counts[0]:,} of {len(scores):,} below 0.5, {counts[-1]:,} exact")
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("score of a question")
-    axes.margins(y=0.12)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlabel("score, from")
+    axes.set_ylabel("% of the questions")
+    axes.legend(loc="upper center", ncols=2)
+    axes.margins(y=0.2)
     return Chart("scores", "Scores per question", figure, _sentence(captions))
 
 
@@ -191,13 +202,13 @@ def probability_chart(name: str, labels: Sequence[int], p_yes: Sequence[float]) 
     """
     labels, p_yes = np.asarray(labels), np.asarray(p_yes)
     bins = np.linspace(0, 1, 21)
-    figure, axes = _axes(2.4)
+    figure, axes = _axes(2.6)
     axes.hist(p_yes[labels == 0], bins, color=BEFORE, alpha=0.75, label="label 0 (no)")
     axes.hist(p_yes[labels == 1], bins, color=AFTER, histtype="step", linewidth=1.8, label="label 1 (yes)")
     axes.set_xlabel("P(yes)")
     axes.set_ylabel("samples")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2, fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2)
     caption = _sentence(
         f"median {np.median(p_yes[labels == label]):.2f} where the label is {label}"
         for label in (0, 1)
@@ -215,7 +226,7 @@ def roc_chart(evaluations: dict[str, tuple[Sequence[int], Sequence[float]]]) -> 
     evaluations : dict of str to (labels, p_yes)
         Under ``before``, ``after`` or both; both labels must occur.
     """
-    figure, axes = _axes(3.4)
+    figure, axes = _axes(2.6)
     axes.grid(axis="x")
     axes.plot([0, 1], [0, 1], color=LINE, linewidth=1)
     captions = []
@@ -225,14 +236,28 @@ def roc_chart(evaluations: dict[str, tuple[Sequence[int], Sequence[float]]]) -> 
         line = {"color": BEFORE, "linestyle": (0, (4, 1.5))} if when == "before" else {"color": AFTER}
         axes.plot(false_positives, true_positives, linewidth=1.8, label=f"{when}, area {area:.3f}", **line)
         captions.append(f"{when}: area {area:.3f}")
-    axes.set_aspect("equal")
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right")
     return Chart("roc", "ROC", figure, _sentence(captions))
 
 
-@matplotlib.rc_context(STYLE)
+def transition_chart(before: Sequence[float], after: Sequence[float]) -> Chart:
+    """Draw what became of the answers that were wrong, close and exact.
+
+    Parameters
+    ----------
+    before, after : sequence of float, ``(samples,)``
+        Scores of the same samples, between 0 and 1.
+    """
+    grades = ["wrong", "close", "exact"]
+    first, last = ([grades[(score >= 0.5) + (score >= 1)] for score in scores] for scores in (before, after))
+    figure, counts = _matrix(grades, first, last, "before", "after")
+    corrected, spoilt = np.triu(counts, 1).sum(), np.tril(counts, -1).sum()
+    caption = f"Above the diagonal the {corrected:,} answers that got better, below it the {spoilt:,} that got worse."
+    return Chart("transitions", "What became of the answers", figure, caption)
+
+
 def confusion_chart(name: str, classes: Sequence[str], truth: Sequence[str], predicted: Sequence[str]) -> Chart:
     """Draw which class was taken for which, as shares of each true class.
 
@@ -244,29 +269,36 @@ def confusion_chart(name: str, classes: Sequence[str], truth: Sequence[str], pre
         In the order of the rows and columns; ``truth`` and ``predicted`` hold nothing else.
     truth, predicted : sequence of str, ``(samples,)``
     """
-    counts = confusion_matrix(truth, predicted, labels=list(classes))
+    figure, counts = _matrix(classes, truth, predicted, "true class", "predicted class")
+    caption = f"{np.trace(counts):,} of {len(truth):,} right: those on the diagonal."
+    return Chart(f"confusion-{name}", f"Confusion {name}", figure, caption)
+
+
+@matplotlib.rc_context(STYLE)
+def _matrix(
+    labels: Sequence[str], rows: Sequence[str], columns: Sequence[str], row_title: str, column_title: str
+) -> tuple[Figure, np.ndarray]:
+    counts = confusion_matrix(rows, columns, labels=list(labels))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = len(classes)
-    figure, axes = _axes(min(WIDTH, 1.4 + 0.42 * size))
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
+    size = len(labels)
+    few = size <= 4
+    figure, axes = _axes(2.6 if few else WIDTH)
     for row, column in np.argwhere(counts):
         # At most 0.45 opaque, so that the count on it keeps its contrast in both themes.
-        axes.add_patch(
-            Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=AFTER, alpha=0.06 + 0.39 * shares[row, column])
-        )
+        alpha = 0.06 + 0.39 * shares[row, column]
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=AFTER, alpha=alpha, linewidth=0))
         if size <= NUMBERED_CLASSES:
-            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8)
-    font = 8 if size <= 12 else max(2.5, 96 / size)
-    axes.set_xticks(range(size), classes, rotation=45 if size > 3 else 0, ha="right" if size > 3 else "center")
-    axes.set_yticks(range(size), classes)
-    axes.tick_params(labelsize=font, length=0)
-    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel="true")
+            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9 if few else 6.5)
+    axes.set_xticks(range(size), labels, rotation=0 if few else 90)
+    axes.set_yticks(range(size), labels)
+    axes.tick_params(labelsize=8.5 if few else max(2, min(6.5, 100 / size)), length=0)
+    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel=column_title, ylabel=row_title)
+    axes.set_aspect("auto" if few else "equal")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
     axes.hlines(np.arange(size + 1) - 0.5, -0.5, size - 0.5, color=LINE, linewidth=0.5)
     axes.vlines(np.arange(size + 1) - 0.5, -0.5, size - 0.5, color=LINE, linewidth=0.5)
-    right = int(np.trace(counts))
-    caption = f"{right:,} of {len(truth):,} on the diagonal. Rows are true classes, columns predicted ones."
-    return Chart(f"confusion-{name}", f"Confusion {name}", figure, caption)
+    return figure, counts
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
@@ -274,36 +306,28 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _raw_line(noisy: bool, points: int) -> dict:
-    if noisy:
-        return {"linewidth": 0.8, "alpha": 0.35}
-    return {"linewidth": 1.6, "marker": "o" if points == 1 else None, "markersize": 4}
-
-
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the bias-corrected exponential moving average of ``values``, over about a thirtieth of their number."""
-    decay = 1 - 30 / len(values)
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(average / weight if weight else math.nan)
-    return np.array(smoothed)
+    """Return the moving average of ``values``, centred so that it does not lag, over about a tenth of their number."""
+    finite = np.isfinite(values)
+    window = np.hanning(len(values) // 10 + 3)
+    weights = np.convolve(finite, window, "same")
+    return np.convolve(np.where(finite, values, 0), window, "same") / np.where(weights > 0, weights, np.nan)
 
 
-def _change(steps: np.ndarray, values: np.ndarray) -> str:
+def _summary(key: str, steps: np.ndarray, values: np.ndarray) -> str:
     finite = np.isfinite(values)
     lost = f", {np.sum(~finite):,} not finite" if not finite.all() else ""
     steps, values = steps[finite], values[finite]
-    if not len(values):
-        return f"no finite value{lost}"
-    if len(values) == 1:
-        return f"{number(values[0])} at step {number(steps[0])}{lost}"
     low, high = np.argmin(values), np.argmax(values)
-    return (
-        f"from {number(values[0])} to {number(values[-1])}, lowest {number(values[low])} at step {number(steps[low])}, "
-        f"highest {number(values[high])} at step {number(steps[high])}{lost}"
-    )
+    highest = f"highest {number(values[high])} at step {number(steps[high])}"
+    if key.endswith("loss"):
+        lowest = f"lowest {number(values[low])} at step {number(steps[low])}"
+        return f"from {number(values[0])} to {number(values[-1])}, {lowest}{lost}"
+    if key == "learning_rate":
+        return highest
+    if key == "mfu":
+        return f"median {np.median(values):.1%}"
+    return f"median {number(np.median(values))}, {highest}{lost}"
 
 
 def _sentence(parts) -> str:

@@ -1,0 +1,82 @@
+"""Picture references to crops, and samples to a batch: padded, or laid end to end without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .conversations import decode_picture
+from .phi3v import Phi3VProcessor
+from .phi3v.image_processing import cut_crops, to_crop_grid
+from .phi3v.processing import pad_rows
+
+
+def load_crops(images: list[Any], num_crops: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode pictures and cut them into crops; normalisation and global views are the model's work, on its device.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        uint8 (all crops of all pictures, 3, 336, 336), and int64 (pictures, 2), height and width after resizing and padding.
+    """
+    grids = [torch.from_numpy(to_crop_grid(decode_picture(image), num_crops)).permute(2, 0, 1) for image in images]
+    return torch.cat([cut_crops(grid) for grid in grids]), torch.tensor([grid.shape[1:] for grid in grids])
+
+
+class Collator:
+    """Turn encoded conversations into a batch.
+
+    Parameters
+    ----------
+    processor : Phi3VProcessor
+        Gives ``num_crops`` and the pad token.
+    packing : bool
+        Lay samples end to end in one row with their boundaries, instead of padding them to the longest.
+    padding_side : {"right", "left"}
+        ``"left"`` for generation.
+
+    Notes
+    -----
+    Called with a list of samples (see :func:`common.conversations.encode_conversation`) it returns a dict of
+
+    - padded: ``input_ids``, ``attention_mask``, ``labels``, int64 (batch, longest sample);
+    - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int;
+      pictures are numbered through the whole row;
+    - and, if there are pictures, ``pixel_values`` uint8 (all crops, 3, 336, 336) and ``image_sizes`` int64 (pictures, 2).
+    """
+
+    def __init__(self, processor: Phi3VProcessor, packing: bool = False, padding_side: str = "right") -> None:
+        self.num_crops = processor.image_processor.num_crops
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.packing = packing
+        self.padding_side = padding_side
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self._pack(samples) if self.packing else self._pad(samples)
+        images = [image for sample in samples for image in sample["images"]]
+        if images:
+            batch["pixel_values"], batch["image_sizes"] = load_crops(images, self.num_crops)
+        return batch
+
+    def _pad(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = pad_rows([sample["input_ids"] for sample in samples], self.pad_token_id, self.padding_side)
+        if "labels" in samples[0]:
+            batch["labels"] = pad_rows([sample["labels"] for sample in samples], -100, self.padding_side)["input_ids"]
+        return batch
+
+    def _pack(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        input_ids, labels, ends, num_images = [], [], [0], 0
+        for sample in samples:
+            ids = torch.tensor(sample["input_ids"])
+            input_ids.append(torch.where(ids < 0, ids - num_images, ids))
+            labels.append(torch.tensor(sample["labels"]))
+            ends.append(ends[-1] + len(ids))
+            num_images += len(sample["images"])
+        cu_seq_lens = torch.tensor(ends, dtype=torch.int32)
+        return {
+            "input_ids": torch.cat(input_ids)[None],
+            "labels": torch.cat(labels)[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "max_length_q": int(cu_seq_lens.diff().max()),
+        }

@@ -1,0 +1,212 @@
+"""Conversations to token ids, labels and picture references, without looking at pixels.
+
+A conversation is a plain dict, a line of the general JSONL format::
+
+    {"id": "42", "conversations": [{"images": ["a.jpg", "b.jpg"], "user": "Same?", "assistant": "Yes."}, …]}
+
+Pictures are numbered through the whole conversation. A picture is a path, a dict ``{"bytes": …, "path": …}`` as ``datasets`` stores
+it, or a PIL image. Where the user's text holds no image tag, the tags of its pictures are put before it.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from .phi3v import Phi3VProcessor
+from .phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
+
+Picture = str | Path | dict[str, Any] | Image.Image
+Conversation = dict[str, Any]
+
+
+def check_conversation(conversation: Any, name: str) -> None:
+    """Check that a conversation has the general format's fields, and tags that fit its pictures.
+
+    Parameters
+    ----------
+    conversation : Any
+        What was read.
+    name : str
+        Names it in messages, ``data.jsonl, line 3`` say.
+
+    Raises
+    ------
+    ValueError
+        Naming the row, what is wrong, and what belongs there.
+    """
+    turns = conversation.get("conversations") if isinstance(conversation, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f'{name}: "conversations" must be a list of at least one turn')
+    num_images = 0
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise ValueError(f'{name}, turn {number}: a turn must be an object with "user" and "assistant"')
+        for field in ("user", "assistant"):
+            if not isinstance(turn.get(field), str) or not turn[field].strip():
+                raise ValueError(f'{name}, turn {number}: "{field}" must be a text that is not empty')
+        images = turn.get("images") or []
+        if not isinstance(images, list):
+            raise ValueError(f'{name}, turn {number}: "images" must be a list')
+        num_images += len(images)
+    try:
+        check_image_numbers(image_numbers("".join(_user_contents(conversation))), num_images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def pictures(conversation: Conversation) -> list[Picture]:
+    """All pictures of a conversation, in the order of their numbers."""
+    return [picture for turn in conversation["conversations"] for picture in turn.get("images") or []]
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """Open a picture without decoding it: its size is known, its pixels are read on use.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is no picture; names it.
+    """
+    if isinstance(picture, Image.Image):
+        return picture
+    if isinstance(picture, dict):
+        name = picture.get("path") or "a picture stored in the data set"
+        source = io.BytesIO(picture["bytes"]) if picture.get("bytes") is not None else picture["path"]
+    else:
+        name = source = picture
+    try:
+        return Image.open(source)
+    except FileNotFoundError:
+        raise ValueError(f"picture {name} is missing: put the file there, or take its row out of the data") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"picture {name} can't be read ({error}): replace the file, or take its row out") from None
+
+
+def decode_picture(picture: Picture) -> Image.Image:
+    """Open a picture and decode its pixels as RGB.
+
+    Raises
+    ------
+    ValueError
+        As :func:`open_picture`, and if the file is cut short.
+    """
+    image = open_picture(picture)
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        name = getattr(image, "filename", "") or "a picture stored in the data set"
+        raise ValueError(f"picture {name} can't be decoded ({error}): replace the file, or take its row out") from None
+
+
+def check_picture(picture: Picture) -> tuple[int, int]:
+    """Check that a picture is there and not cut short, decoding it only if its end looks wrong.
+
+    Returns
+    -------
+    tuple of int
+        Width and height in pixels.
+
+    Raises
+    ------
+    ValueError
+        As :func:`decode_picture`.
+    """
+    image = open_picture(picture)
+    if isinstance(picture, (str, Path)):
+        with image, open(picture, "rb") as file:
+            file.seek(-min(64, Path(picture).stat().st_size), io.SEEK_END)
+            end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
+            if end is None or end not in file.read():
+                decode_picture(picture)
+    return image.size
+
+
+def prompt_text(conversation: Conversation, processor: Phi3VProcessor) -> str:
+    """Chat text up to where the answer to the last turn begins, as inference feeds it.
+
+    The last turn's ``assistant`` is ignored and may be missing.
+    """
+    messages = []
+    for turn, content in zip(conversation["conversations"], _user_contents(conversation), strict=True):
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.get("assistant")}]
+    return processor.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+
+
+def encode_prompt(
+    conversation: Conversation, processor: Phi3VProcessor, image_tokens: list[int] | None = None
+) -> dict[str, Any]:
+    """Tokens of a prompt for inference.
+
+    Parameters
+    ----------
+    image_tokens : list of int, optional
+        Tokens of each picture where they are known already; else each picture's header is read.
+
+    Returns
+    -------
+    dict
+        ``input_ids`` list of int (−k for picture k), ``images`` list of pictures.
+    """
+    images = pictures(conversation)
+    image_tokens = image_tokens or count_image_tokens(images, processor)
+    return {"input_ids": processor.tokenize(prompt_text(conversation, processor), image_tokens), "images": images}
+
+
+def encode_conversation(
+    conversation: Conversation, processor: Phi3VProcessor, image_tokens: list[int] | None = None
+) -> dict[str, Any]:
+    """Tokens and labels of a conversation for training.
+
+    Every answer is trained on and ends in ``<|end|>`` and a newline; ``<|endoftext|>`` ends the last one. What stands before an
+    answer is what inference would feed for that history.
+
+    Parameters
+    ----------
+    image_tokens : list of int, optional
+        As in :func:`encode_prompt`.
+
+    Returns
+    -------
+    dict
+        ``input_ids`` list of int (−k for picture k), ``labels`` list of int (−100 outside answers), ``images`` list of pictures.
+    """
+    turns = conversation["conversations"]
+    images = pictures(conversation)
+    image_tokens = image_tokens or count_image_tokens(images, processor)
+    spans = []
+    for number in range(1, len(turns)):
+        history = prompt_text({"conversations": turns[:number]}, processor)
+        used = image_tokens[: len(pictures({"conversations": turns[:number]}))]
+        begin = len(processor.tokenize(history, used))
+        end = len(processor.tokenize(f"{history}{turns[number - 1]['assistant']}<|end|>\n", used))
+        spans.append((begin, end))
+
+    tokenizer = processor.tokenizer
+    input_ids = processor.tokenize(prompt_text(conversation, processor), image_tokens)
+    labels = [-100] * len(input_ids)
+    for begin, end in spans:
+        labels[begin:end] = input_ids[begin:end]
+    answer = f"{turns[-1]['assistant']}<|end|>\n{tokenizer.eos_token}"
+    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    return {"input_ids": input_ids + answer_ids, "labels": labels + answer_ids, "images": images}
+
+
+def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
+    """Tokens that each picture becomes, from its size alone."""
+    return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
+
+
+def _user_contents(conversation: Conversation) -> list[str]:
+    contents, number = [], 0
+    for turn in conversation["conversations"]:
+        count = len(turn.get("images") or [])
+        content = turn["user"]
+        if count and not IMAGE_TAG.search(content):
+            content = "".join(f"<|image_{number + index + 1}|>" for index in range(count)) + "\n" + content
+        number += count
+        contents.append(content)
+    return contents

@@ -1,0 +1,230 @@
+"""Load a model to train: precision, attention, what trains, LoRA, QLoRA. The only module that knows PEFT and bitsandbytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
+
+from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+DECODER_LORA_MODULES = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
+TOWER = r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers"
+TOWER_LINEARS = r"(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
+PROJECTOR_LORA_MODULES = r"model\.vision_embed_tokens\.img_projection\.(0|2)"
+
+
+def check_checkpoint(name_or_path: str) -> None:
+    """Check that a model is there, is a Phi-3-V, and has every file that loading needs.
+
+    Raises
+    ------
+    ValueError
+        Naming what is missing and what to do.
+    """
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
+        if looks_local:
+            raise ValueError(f"--model_name_or_path {name_or_path}: there is no such directory, and it is no hub id")
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+        except OSError as error:
+            raise ValueError(
+                f"--model_name_or_path {name_or_path}: the hub can't be reached, or has no such model ({_first_line(error)}); "
+                "download it where there is access (hf download) and give its directory"
+            ) from None
+        model_type = config.model_type
+    else:
+        needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+        missing = [name for name in needed if not (directory / name).is_file()]
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing += [shard for shard in shards if not (directory / shard).is_file()]
+        elif not (directory / "model.safetensors").is_file():
+            missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
+        if missing:
+            raise ValueError(
+                f"--model_name_or_path {name_or_path} lacks {', '.join(missing)}: copy the checkpoint's files there again"
+            )
+        model_type = json.loads((directory / "config.json").read_text()).get("model_type")
+    if model_type != "phi3_v":
+        raise ValueError(
+            f"--model_name_or_path {name_or_path} is a {model_type} checkpoint; these recipes finetune phi3_v: "
+            "Phi-3-vision and Phi-3.5-vision"
+        )
+
+
+def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[str, str]:
+    """Choose the attention implementation.
+
+    Returns
+    -------
+    tuple of str
+        Its name for transformers, and why it was chosen.
+
+    Raises
+    ------
+    ValueError
+        If a flash kernel is asked for where none runs.
+    """
+    installed = [
+        name
+        for name, available in (
+            ("flash_attention_4", is_flash_attn_4_available),
+            ("flash_attention_3", is_flash_attn_3_available),
+            ("flash_attention_2", is_flash_attn_2_available),
+        )
+        if device.type == "cuda" and available()
+    ]
+    has_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    asked = args.attn_implementation
+    if asked and asked.startswith("flash_attention") and asked not in installed:
+        raise ValueError(f"--attn_implementation {asked}: flash-attn {asked[-1]} is not installed or finds no GPU")
+    if asked:
+        return asked, "asked for by --attn_implementation"
+    if args.use_flash_attention:
+        if not has_kernel:
+            where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+            raise ValueError(
+                f"--use_flash_attention: no flash kernel runs on {where} (it takes an NVIDIA GPU of the Ampere generation or later); "
+                "leave the flag out"
+            )
+        if installed:
+            return installed[0], "asked for by --use_flash_attention, and installed"
+    if has_kernel:
+        return "varlen", "PyTorch's own variable-length flash kernel runs on this GPU"
+    if device.type == "cpu":
+        return "varlen", "on a CPU it runs SDPA sample by sample"
+    return "sdpa", "this GPU is older than flash kernels (compute capability below 8.0)"
+
+
+def training_precision(args: argparse.Namespace, device: torch.device) -> str:
+    """Return ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+
+    Raises
+    ------
+    ValueError
+        If ``--bf16`` is asked for on a GPU without it.
+    """
+    if args.bf16:
+        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError(
+                f"--bf16: {torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16"
+            )
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
+
+
+def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
+    """Load the processor with ``--num_crops``."""
+    return AutoProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+
+
+def load_model(args: argparse.Namespace, device: torch.device, attention: str, uses_deepspeed: bool) -> nn.Module:
+    """Load the base model, freeze what doesn't train and add LoRA adapters.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Flags of the group "what trains", and ``--model_name_or_path``.
+    device : torch.device
+        Where this process trains.
+    attention : str
+        From :func:`choose_attention`.
+    uses_deepspeed : bool
+        DeepSpeed keeps fp32 master weights of half-precision ones; otherwise weights that train are loaded in fp32.
+
+    Returns
+    -------
+    torch.nn.Module
+        A ``Phi3VForCausalLM``, or a ``PeftModel`` around one.
+    """
+    precision = training_precision(args, device)
+    compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    weights_stay = args.use_lora
+    dtype = compute_dtype if weights_stay or (uses_deepspeed and precision == "bf16") else torch.float32
+    quantization = _quantization_config(args, compute_dtype) if args.use_qlora else None
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=attention,
+        quantization_config=quantization,
+        device_map={"": device} if args.use_qlora else None,
+    )
+    model.config.use_cache = True
+    if args.freeze_vision_model:
+        model.model.vision_embed_tokens.requires_grad_(False)
+    if args.use_lora:
+        model = _add_lora(model, args)
+    return model if args.use_qlora else model.to(device)
+
+
+def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
+    """Ids that end an answer: the tokenizer's end of text, and the end of a turn."""
+    tokenizer = processor.tokenizer
+    return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return how many parameters train, and how many there are."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        # bitsandbytes stores two 4-bit values a byte.
+        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def base_model(model: nn.Module) -> Phi3VForCausalLM:
+    """The ``Phi3VForCausalLM`` itself, without PEFT's wrapping."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def _quantization_config(args: argparse.Namespace, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    num_layers = AutoConfig.from_pretrained(args.model_name_or_path).vision_config.num_hidden_layers
+    tower = "model.vision_embed_tokens.img_processor.vision_model.encoder.layers"
+    skip = ["lm_head", "img_projection", f"{tower}.{num_layers - 1}"]
+    if args.freeze_vision_model:
+        skip.append("vision_embed_tokens")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
+    targets = DECODER_LORA_MODULES
+    if not args.freeze_vision_model:
+        # The tower's last layer is never run: an adapter there would wait for a gradient for ever.
+        used = range(model.config.vision_config.num_hidden_layers - 1)
+        layers = "|".join(map(str, used))
+        targets += rf"|{TOWER}\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+        task_type="CAUSAL_LM",
+    )
+    if args.use_qlora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, config)
+
+
+def _first_line(error: Any) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,151 @@
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on DocVQA: questions about pages of documents, answered from the picture.
+
+    torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py --full_train --bf16 --use_flash_attention \\
+        --batch_size 64 --learning_rate 5e-6 --num_train_epochs 2                   # all weights, DeepSpeed ZeRO-2
+    torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_lora     # LoRA
+    torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --data_dir DIR        # the official release's files
+
+Writes the model (or adapter), eval_before.json, eval_after.json, train_results.json and trainer_state.json to --output_dir.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, Image, load_dataset
+
+from common.arguments import training_parser
+from common.conversations import check_picture
+from common.data import TrainingData
+from common.evaluation import generate_answers, write_evaluation
+from common.metrics import anls, normalise_answer
+from common.model import load_model, load_processor
+from common.training import build_trainer, run, start, train_and_save
+
+MINI = "nielsr/docvqa_1200_examples"
+FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
+
+
+def parse_args():
+    parser = training_parser(__doc__)
+    group = parser.add_argument_group("DocVQA")
+    group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}), not on {MINI}")
+    group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
+    return parser.parse_args()
+
+
+def load_hub(full_train: bool) -> tuple[Dataset, Dataset]:
+    """Rows of the hub's data sets; pictures stay encoded until a worker needs them."""
+    mini = load_dataset(MINI).select_columns(["id", "image", "query", "answers"])
+    mini = mini.cast_column("image", Image(decode=False))
+    if not full_train:
+        return mini["train"], mini["test"]
+    full = load_dataset(*FULL, split="train")
+    return full.cast_column("images", [Image(decode=False)]), mini["test"]
+
+
+def load_official(data_dir: Path, split: str, limit: int | None) -> Dataset:
+    """Rows of the official release, every picture checked."""
+    path = data_dir / f"{split}_v1.0_withQT.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON ({error}): download it again") from None
+    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+        raise ValueError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data"')
+    rows = []
+    for number, entry in enumerate(content["data"][:limit]):
+        answers = entry.get("answers") if isinstance(entry, dict) else None
+        fields = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
+        if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
+            raise ValueError(
+                f'{path}, entry {number} of "data": needs "question" and "image" (texts) and "answers" '
+                "(a list of at least one text)"
+            )
+        image = str(data_dir / entry["image"])
+        row = {"id": str(entry.get("questionId", number)), "question": entry["question"], "image": image}
+        rows.append(row | {"answers": answers})
+    if not rows:
+        raise ValueError(f'{path} is empty: "data" holds no question')
+    for image in sorted({row["image"] for row in rows}):
+        check_picture(image)
+    return Dataset.from_list(rows)
+
+
+def load_rows(args) -> tuple[Dataset, Dataset]:
+    if args.data_dir:
+        train_rows = load_official(args.data_dir, "train", args.max_train_samples)
+        return train_rows, load_official(args.data_dir, "val", args.max_eval_samples)
+    with PartialState().local_main_process_first():
+        try:
+            train_rows, eval_rows = load_hub(args.full_train)
+        except (OSError, ConnectionError) as error:
+            raise ValueError(
+                f"the hub's data set can't be loaded ({error}); on a machine without access use --data_dir"
+            ) from None
+    limits = ((train_rows, args.max_train_samples), (eval_rows, args.max_eval_samples))
+    return tuple(rows.select(range(min(limit or len(rows), len(rows)))) for rows, limit in limits)
+
+
+def question(row: dict) -> str:
+    return row["question"] if "question" in row else row["query"]["en"]
+
+
+def to_conversation(row: dict, rng: random.Random) -> dict:
+    """A row as a conversation; one of a page's questions, or of several accepted answers, is drawn."""
+    if "texts" in row:
+        text = rng.choice(row["texts"])
+        turn = {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
+    else:
+        user = f"{question(row)}\nAnswer briefly."
+        turn = {"images": [row["image"]], "user": user, "assistant": rng.choice(row["answers"])}
+    return {"conversations": [turn]}
+
+
+def evaluate(model, processor, rows: Dataset, args, path: Path) -> float:
+    """Answer every question and write ANLS, as the benchmark defines it and case-sensitive, with the predictions."""
+    conversations = [to_conversation(row, random.Random(0)) for row in rows]
+    predictions = []
+    for row, answer in zip(rows, generate_answers(model, processor, conversations, args), strict=True):
+        prediction = normalise_answer(answer, lower=False)
+        predictions.append(
+            {
+                "id": str(row["id"]),
+                "question": question(row),
+                "prediction": prediction,
+                "answers": row["answers"],
+                "score": anls(prediction, row["answers"]),
+                "score_case_sensitive": anls(prediction, row["answers"], case_sensitive=True),
+            }
+        )
+    values = {
+        "anls": sum(entry["score"] for entry in predictions) / len(predictions),
+        "anls_case_sensitive": sum(entry["score_case_sensitive"] for entry in predictions) / len(predictions),
+    }
+    write_evaluation(path, "anls", values, predictions)
+    return values["anls"]
+
+
+def main() -> None:
+    args = parse_args()
+    state = start(args)
+    processor = load_processor(args)
+    train_rows, eval_rows = load_rows(args)
+    train_data = TrainingData(train_rows, to_conversation, processor, args.seed)
+    model = load_model(args, state.device, args.attention[0], uses_deepspeed=args.deepspeed is not None)
+
+    before = evaluate(model, processor, eval_rows, args, args.output_dir / "eval_before.json")
+    state.print(f"ANLS before finetuning: {before:.4f}")
+
+    trainer = build_trainer(args, model, processor, train_data)
+    train_and_save(trainer)
+
+    after = evaluate(trainer.model, processor, eval_rows, args, args.output_dir / "eval_after.json")
+    state.print(f"ANLS after finetuning: {after:.4f} (before: {before:.4f}); results in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
