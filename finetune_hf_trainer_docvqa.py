@@ -11,6 +11,7 @@ Writes the model (or adapter), eval_before.json, eval_after.json, train_results.
 import json
 import random
 from pathlib import Path
+from statistics import fmean
 
 from accelerate import PartialState
 from datasets import Dataset, Image, load_dataset
@@ -18,17 +19,17 @@ from datasets import Dataset, Image, load_dataset
 from common.arguments import training_parser
 from common.conversations import check_picture
 from common.data import TrainingData
-from common.evaluation import generate_answers, write_evaluation
+from common.evaluation import Evaluation, generate_answers
 from common.metrics import anls, normalise_answer
 from common.model import load_model, load_processor
-from common.training import build_trainer, run, start, train_and_save
+from common.training import finetune, run, start
 
 MINI = "nielsr/docvqa_1200_examples"
 FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 
 
 def parse_args():
-    parser = training_parser(__doc__)
+    parser = training_parser(__doc__, metric="anls")
     group = parser.add_argument_group("DocVQA")
     group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}), not on {MINI}")
     group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
@@ -105,8 +106,8 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return {"conversations": [turn]}
 
 
-def evaluate(model, processor, rows: Dataset, args, path: Path) -> float:
-    """Answer every question and write ANLS, as the benchmark defines it and case-sensitive, with the predictions."""
+def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
+    """Answer every question; ANLS as the benchmark defines it, and in the case-sensitive form of the published table."""
     conversations = [to_conversation(row, random.Random(0)) for row in rows]
     predictions = []
     for row, answer in zip(rows, generate_answers(model, processor, conversations, args), strict=True):
@@ -122,11 +123,10 @@ def evaluate(model, processor, rows: Dataset, args, path: Path) -> float:
             }
         )
     values = {
-        "anls": sum(entry["score"] for entry in predictions) / len(predictions),
-        "anls_case_sensitive": sum(entry["score_case_sensitive"] for entry in predictions) / len(predictions),
+        "anls": fmean(entry["score"] for entry in predictions),
+        "anls_case_sensitive": fmean(entry["score_case_sensitive"] for entry in predictions),
     }
-    write_evaluation(path, "anls", values, predictions)
-    return values["anls"]
+    return Evaluation("anls", values, predictions)
 
 
 def main() -> None:
@@ -134,17 +134,14 @@ def main() -> None:
     state = start(args)
     processor = load_processor(args)
     train_rows, eval_rows = load_rows(args)
-    train_data = TrainingData(train_rows, to_conversation, processor, args.seed)
-    model = load_model(args, state.device, args.attention[0], uses_deepspeed=args.deepspeed is not None)
-
-    before = evaluate(model, processor, eval_rows, args, args.output_dir / "eval_before.json")
-    state.print(f"ANLS before finetuning: {before:.4f}")
-
-    trainer = build_trainer(args, model, processor, train_data)
-    train_and_save(trainer)
-
-    after = evaluate(trainer.model, processor, eval_rows, args, args.output_dir / "eval_after.json")
-    state.print(f"ANLS after finetuning: {after:.4f} (before: {before:.4f}); results in {args.output_dir}")
+    finetune(
+        args,
+        load_model(args, processor, state.device),
+        processor,
+        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+    )
 
 
 if __name__ == "__main__":

@@ -9,24 +9,27 @@ from pathlib import Path
 from .phi3v.image_processing import MAX_CROPS, check_num_crops
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
+PARTS = ("decoder", "vision", "projector")
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
+def training_parser(description: str, metric: str) -> argparse.ArgumentParser:
     """Parser with the flags shared by the task scripts, with the published recipe's names and defaults.
 
     Parameters
     ----------
     description : str
         The script's docstring.
+    metric : str
+        Name of the task's main figure, by which ``--load_best_model_at_end`` judges with ``--eval_metric_steps``.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
+    parser.set_defaults(metric=metric)
+
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model_name_or_path", default=DEFAULT_MODEL, help="hub id or directory (default: %(default)s)"
-    )
+    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="hub id or directory (default: %(default)s)")
     group.add_argument("--bf16", action="store_true", help="bf16; without it fp16 on a GPU and fp32 on a CPU")
     group.add_argument("--use_flash_attention", action="store_true", help="insist on a flash attention kernel")
     group.add_argument(
@@ -40,11 +43,20 @@ def training_parser(description: str) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("what trains")
     group.add_argument("--freeze_vision_model", action="store_true", help="train the decoder alone")
+    group.add_argument(
+        "--train_only",
+        type=lambda names: tuple(names.split(",")),
+        metavar="PARTS",
+        help=f"train these parts alone, separated by commas: {', '.join(PARTS)}",
+    )
     group.add_argument("--use_lora", action="store_true", help="train LoRA adapters instead of all weights")
     group.add_argument("--use_qlora", action="store_true", help="LoRA on a base quantized to 4 bits")
     group.add_argument("--lora_rank", type=int, default=64, help="rank (default: %(default)s)")
     group.add_argument("--lora_alpha_ratio", type=float, default=2.0, help="alpha / rank (default: %(default)s)")
     group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout (default: %(default)s)")
+    group.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA")
+    group.add_argument("--use_rslora", action="store_true", help="rank-stabilized LoRA scaling")
+    group.add_argument("--init_lora_weights", default="gaussian", help="PEFT's initialization (default: %(default)s)")
 
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="where results go (default: output)")
@@ -53,6 +65,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     group.add_argument("--num_train_epochs", type=int, default=1, help="epochs (default: %(default)s)")
     group.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps (default: no limit)")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
+    group.add_argument("--vision_learning_rate", type=float, help="of the vision tower (default: --learning_rate)")
+    group.add_argument("--projector_learning_rate", type=float, help="of the projector (default: --learning_rate)")
+    group.add_argument("--optim", default="adamw_torch", help="optimizer, as TrainingArguments takes it (default: %(default)s)")
     group.add_argument("--wd", type=float, default=0.01, help="weight decay (default: %(default)s)")
     group.add_argument("--warmup_steps", type=int, default=50, help="steps of linear warm-up (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice (default: %(default)s)")
@@ -74,9 +89,37 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         type=int,
         help="most tokens at once a process; with packing, instead of --batch_size_per_gpu",
     )
-    group.add_argument("--dataloader_num_workers", type=int, default=4, help="workers a process (default: 4)")
+    group.add_argument(
+        "--gradient_checkpointing",
+        choices=("auto", "full", "selective", "none"),
+        default="auto",
+        help="recompute all layers, every second one or none in the backward pass (default: by free memory)",
+    )
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=4, help="workers a process, at most its share of the cores (default: 4)"
+    )
+
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument(
+        "--save_strategy", choices=("no", "steps", "epoch"), default="no", help="when (default: at the end only)"
+    )
+    group.add_argument("--save_steps", type=int, default=500, help="with steps: how often (default: %(default)s)")
+    group.add_argument("--save_total_limit", type=int, help="keep the last so many checkpoints (default: all)")
+    group.add_argument(
+        "--resume_from_checkpoint",
+        metavar="auto|DIR",
+        help="go on from the last complete checkpoint in --output_dir, if there is one, or from this one",
+    )
+    group.add_argument("--load_best_model_at_end", action="store_true", help="end with the best checkpoint, not the last")
+    group.add_argument("--early_stopping_patience", type=int, help="stop after so many evaluations without a better one")
+    group.add_argument("--save_on_each_node", action="store_true", help="where nodes share no file system")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result as --hub_model_id")
+    group.add_argument("--hub_model_id", help="hub repository to upload to")
 
     group = parser.add_argument_group("data and evaluation")
+    group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to measure the loss")
+    group.add_argument("--eval_steps", type=int, help="with steps: how often (default: --logging_steps)")
+    group.add_argument("--eval_metric_steps", type=int, help="measure the task's metric too, every so many steps")
     group.add_argument("--max_train_samples", type=int, help="train on the first so many rows")
     group.add_argument("--max_eval_samples", type=int, help="evaluate on the first so many rows")
     group.add_argument("--eval_batch_size", type=int, default=8, help="prompts at once a process (default: 8)")
@@ -103,7 +146,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError(f"--num_crops must be from 1 to {MAX_CROPS}, not {args.num_crops}") from None
     positive = (
         "batch_size batch_size_per_gpu num_train_epochs lora_rank eval_batch_size max_new_tokens logging_steps "
-        "max_train_samples max_eval_samples max_tokens_per_batch"
+        "max_train_samples max_eval_samples max_tokens_per_batch save_steps save_total_limit eval_steps "
+        "eval_metric_steps early_stopping_patience"
     )
     for name in positive.split():
         if (value := getattr(args, name, None)) is not None and value < 1:
@@ -111,8 +155,9 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative, not {getattr(args, name)}")
-    if args.learning_rate <= 0:
-        raise ValueError(f"--learning_rate must be above 0, not {args.learning_rate}")
+    for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise ValueError(f"--{name} must be above 0, not {value}")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % (world_size * args.batch_size_per_gpu):
         raise ValueError(
@@ -122,8 +167,40 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     if args.max_tokens_per_batch is not None and args.packing is False:
         raise ValueError("--max_tokens_per_batch needs --packing: take one of them back")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
-        raise ValueError(
-            f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other"
-        )
+        raise ValueError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
     args.use_lora = args.use_lora or args.use_qlora
+    _check_parts(args)
+    _check_evaluation(args)
     return args
+
+
+def _check_parts(args: argparse.Namespace) -> None:
+    if args.train_only is None:
+        return
+    unknown = sorted(set(args.train_only) - set(PARTS))
+    if unknown:
+        raise ValueError(f"--train_only {','.join(args.train_only)}: no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    if args.freeze_vision_model and set(args.train_only) != {"decoder"}:
+        raise ValueError("--freeze_vision_model leaves only the decoder to train; --train_only says otherwise")
+    if args.use_lora:
+        raise ValueError("--train_only chooses weights to train in full; leave it out with --use_lora or --use_qlora")
+
+
+def _check_evaluation(args: argparse.Namespace) -> None:
+    if args.eval_metric_steps and args.eval_strategy != "steps":
+        raise ValueError("--eval_metric_steps needs --eval_strategy steps")
+    args.eval_steps = args.eval_steps or args.logging_steps
+    if args.eval_metric_steps and args.eval_metric_steps % args.eval_steps:
+        raise ValueError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {args.eval_steps}")
+    if args.early_stopping_patience and not args.load_best_model_at_end:
+        raise ValueError("--early_stopping_patience needs --load_best_model_at_end")
+    if args.load_best_model_at_end and (args.save_strategy != args.eval_strategy or args.save_strategy == "no"):
+        raise ValueError("--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same, steps or epoch")
+    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps % args.eval_steps:
+        raise ValueError(f"--save_steps {args.save_steps} must be a multiple of --eval_steps {args.eval_steps}")
+    if args.load_best_model_at_end and args.eval_metric_steps and args.eval_metric_steps != args.eval_steps:
+        raise ValueError(
+            "--load_best_model_at_end compares the metric at every evaluation: set --eval_metric_steps to --eval_steps"
+        )
+    if args.push_to_hub and not args.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id OWNER/NAME")

@@ -4,8 +4,8 @@ A conversation is a plain dict, a line of the general JSONL format::
 
     {"id": "42", "conversations": [{"images": ["a.jpg", "b.jpg"], "user": "Same?", "assistant": "Yes."}, …]}
 
-Pictures are numbered through the whole conversation. A picture is a path, a dict ``{"bytes": …, "path": …}`` as ``datasets`` stores
-it, or a PIL image. Where the user's text holds no image tag, the tags of its pictures are put before it.
+Pictures are numbered through the whole conversation. A picture is a path, a dict ``{"bytes": …, "path": …}`` as
+``datasets`` stores it, or a PIL image. Where the user's text holds no image tag, its pictures' tags are put before it.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def encode_conversation(
 ) -> dict[str, Any]:
     """Tokens and labels of a conversation for training.
 
-    Every answer is trained on and ends in ``<|end|>`` and a newline; ``<|endoftext|>`` ends the last one. What stands before an
-    answer is what inference would feed for that history.
+    Every answer is trained on and ends in ``<|end|>`` and a newline; ``<|endoftext|>`` ends the last one. What stands
+    before an answer is what inference would feed for that history.
 
     Parameters
     ----------
@@ -172,7 +172,8 @@ def encode_conversation(
     Returns
     -------
     dict
-        ``input_ids`` list of int (−k for picture k), ``labels`` list of int (−100 outside answers), ``images`` list of pictures.
+        ``input_ids`` list of int (−k for picture k), ``labels`` list of int (−100 outside answers), ``images`` list of
+        pictures.
     """
     turns = conversation["conversations"]
     images = pictures(conversation)

@@ -25,8 +25,8 @@ class TrainingData(Dataset):
     rows : sequence
         Rows as the task reads them, a ``datasets.Dataset`` say.
     to_conversation : callable
-        Turns a row and a ``random.Random`` into a conversation. Draws from the generator (which of a page's questions, which of several
-        accepted answers) are the same whoever makes them and whenever.
+        Turns a row and a ``random.Random`` into a conversation. Draws from the generator (which of a page's questions,
+        which of several accepted answers) are the same whoever makes them and whenever.
     processor : Phi3VProcessor
     seed : int
     """

@@ -1,4 +1,4 @@
-"""Batched greedy generation over all processes, with results in the order of the data set."""
+"""Batched greedy generation and answer probabilities over all processes, with results in the order of the data set."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +21,9 @@ from tqdm import tqdm
 from .collator import Collator
 from .conversations import Conversation, encode_prompt
 from .model import base_model, stop_token_ids
-from .phi3v import Phi3VProcessor
+from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+
+T = TypeVar("T")
 
 
 class _Prompts(Dataset):
@@ -73,41 +77,72 @@ def generate_answers(
     list of str
         Answers without special tokens, in the order of ``conversations``, on every process.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    prompts = _Prompts(conversations, processor)
-    lengths = _gather_in_order([len(prompts[i]["input_ids"]) for i in range(rank, len(prompts), world_size)])
-    batches = share_by_length(lengths, args.eval_batch_size, rank, world_size)
-    loader = DataLoader(
-        prompts,
-        batch_sampler=batches,
-        collate_fn=Collator(processor, padding_side="left"),
-        num_workers=min(args.dataloader_num_workers, len(batches)),
-    )
-    stop = stop_token_ids(processor)
-    was_training = model.training
-    model.eval()
-    answers: dict[int, str] = {}
-    with autocast(model, args):
-        for indices, batch in zip(batches, _progress(loader, args, rank), strict=True):
-            batch = {name: tensor.to(base_model(model).device) for name, tensor in batch.items()}
+    answers = {}
+    with _evaluating(model, args):
+        for indices, batch in _prompt_batches(model, processor, conversations, args):
             generated = model.generate(
                 **batch,
                 max_new_tokens=args.max_new_tokens,
                 do_sample=False,
-                eos_token_id=stop,
+                eos_token_id=stop_token_ids(processor),
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
-            texts = processor.tokenizer.batch_decode(
-                generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            texts = processor.tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
             answers.update(zip(indices, texts, strict=True))
-    model.train(was_training)
-    gathered = answers
-    if world_size > 1:
-        shares: list[dict[int, str]] = [{}] * world_size
-        dist.all_gather_object(shares, answers)
-        gathered = {index: text for share in shares for index, text in share.items()}
-    return [gathered[index] for index in range(len(conversations))]
+    return _gather_results(answers)
+
+
+@torch.no_grad()
+def answer_log_probabilities(
+    model: nn.Module,
+    processor: Phi3VProcessor,
+    conversations: Sequence[Conversation],
+    answers: Sequence[str],
+    args: argparse.Namespace,
+) -> np.ndarray:
+    """Log-probability of each of some whole answers to the last turn of each conversation, teacher-forced.
+
+    Parameters
+    ----------
+    model, processor, conversations, args
+        As for :func:`generate_answers`.
+    answers : sequence of str
+        Answers to compare, the same for all conversations.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 (conversations, answers), sums over an answer's tokens, in the order of ``conversations``, on every process.
+    """
+    answer_ids = [torch.tensor(ids) for ids in processor.tokenizer(list(answers), add_special_tokens=False).input_ids]
+    base = base_model(model)
+    results = {}
+    with _evaluating(model, args):
+        for indices, batch in _prompt_batches(model, processor, conversations, args):
+            mask = batch.pop("attention_mask")
+            prompts = base.model.embed(**batch)  # once: the tower has as much work as the decoder
+            columns = [_answer_log_probabilities(base, prompts, mask, ids.to(mask.device)) for ids in answer_ids]
+            results.update(zip(indices, torch.stack(columns, dim=1).double().tolist(), strict=True))
+    return np.array(_gather_results(results))
+
+
+def _answer_log_probabilities(
+    base: Phi3VForCausalLM, prompts: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor
+) -> torch.Tensor:
+    """Log-probability of one answer, int64 (tokens,), after each of some embedded, left-padded prompts; (prompts,)."""
+    count = len(prompts)
+    answers = base.model.embed(answer.expand(count, -1)).to(prompts.dtype)
+    mask = torch.cat([mask, mask.new_ones(answers.shape[:2])], dim=1)
+    logits = base(
+        inputs_embeds=torch.cat([prompts, answers], dim=1),
+        attention_mask=mask,
+        # Counted from each prompt's own start, so that padding does not even change rounding.
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=len(answer) + 1,
+    ).logits[:, :-1]
+    log_probabilities = logits.float().log_softmax(-1)
+    return log_probabilities.gather(2, answer.expand(count, -1)[..., None]).sum((1, 2))
 
 
 def autocast(model: nn.Module, args: argparse.Namespace) -> torch.autocast:
@@ -118,28 +153,80 @@ def autocast(model: nn.Module, args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=enabled)
 
 
-def write_evaluation(path: Path, metric: str, values: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
-    """Write an evaluation's figures and predictions as JSON, whole or not at all, from the first process.
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
 
-    Parameters
+    Attributes
     ----------
     metric : str
-        Name of the main figure among ``values``.
+        Name of the main figure.
     values : dict
-        Figures by name.
+        Figures by name, the main one among them.
     predictions : list of dict
         One a sample: ``id``, ``question``, ``prediction``, ``answers``, ``score``, and what else the task states.
     """
+
+    metric: str
+    values: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        figures = (f"{name} {value:.4f}" for name, value in self.values.items() if isinstance(value, float))
+        return f"{', '.join(figures)} on {len(self.predictions)} samples"
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Write an evaluation as JSON, whole or not at all, from the first process."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
-    content = {"metric": metric, **values, "samples": len(predictions), "predictions": predictions}
+    content = {
+        "metric": evaluation.metric,
+        **evaluation.values,
+        "samples": len(evaluation.predictions),
+        "predictions": evaluation.predictions,
+    }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
-def _progress(loader: DataLoader, args: argparse.Namespace, rank: int) -> Iterator[dict[str, torch.Tensor]]:
-    return tqdm(loader, desc="Evaluating", disable=not args.tqdm or rank > 0)
+@contextmanager
+def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    with autocast(model, args):
+        yield
+    model.train(was_training)
+
+
+def _prompt_batches(
+    model: nn.Module, processor: Phi3VProcessor, conversations: Sequence[Conversation], args: argparse.Namespace
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """This process's share of the prompts: indices, and left-padded batches on the model's device."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    prompts = _Prompts(conversations, processor)
+    lengths = _gather_in_order([len(prompts[i]["input_ids"]) for i in range(rank, len(prompts), world_size)])
+    batches = share_by_length(lengths, args.eval_batch_size, rank, world_size)
+    loader = DataLoader(
+        prompts,
+        batch_sampler=batches,
+        collate_fn=Collator(processor, padding_side="left"),
+        num_workers=min(args.dataloader_num_workers, len(batches)),
+    )
+    device = base_model(model).device
+    progress = tqdm(loader, desc="Evaluating", disable=not args.tqdm or rank > 0)
+    for indices, batch in zip(batches, progress, strict=True):
+        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _gather_results(results: dict[int, T]) -> list[T]:
+    """Put together, by index, what each process found out."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shares: list[dict[int, T]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(shares, results)
+        results = {index: result for share in shares for index, result in share.items()}
+    return [results[index] for index in range(len(results))]
 
 
 def _gather_in_order(share: list[int]) -> list[int]:

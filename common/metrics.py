@@ -33,8 +33,8 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
     Returns
     -------
     float
-        ``1 - NL`` where ``NL < 0.5``, else 0; NL is the Levenshtein distance divided by the longer length, white space folded. Source:
-        Biten et al., Scene Text Visual Question Answering, ICCV 2019, eq. 1.
+        ``1 - NL`` where ``NL < 0.5``, else 0; NL is the Levenshtein distance divided by the longer length, white space
+        folded. Source: Biten et al., Scene Text Visual Question Answering, ICCV 2019, eq. 1.
     """
 
     def fold(text: str) -> str:

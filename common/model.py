@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAn
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
+from .arguments import PARTS
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
 
 DECODER_LORA_MODULES = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
@@ -96,8 +97,8 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
         if not has_kernel:
             where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
             raise ValueError(
-                f"--use_flash_attention: no flash kernel runs on {where} (it takes an NVIDIA GPU of the Ampere generation or later); "
-                "leave the flag out"
+                f"--use_flash_attention: no flash kernel runs on {where} (it takes an NVIDIA GPU of the Ampere "
+                "generation or later); leave the flag out"
             )
         if installed:
             return installed[0], "asked for by --use_flash_attention, and installed"
@@ -118,9 +119,7 @@ def training_precision(args: argparse.Namespace, device: torch.device) -> str:
     """
     if args.bf16:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError(
-                f"--bf16: {torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16"
-            )
+            raise ValueError(f"--bf16: {torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16")
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 
@@ -130,43 +129,66 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
     return AutoProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
 
 
-def load_model(args: argparse.Namespace, device: torch.device, attention: str, uses_deepspeed: bool) -> nn.Module:
+def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torch.device) -> nn.Module:
     """Load the base model, freeze what doesn't train and add LoRA adapters.
 
     Parameters
     ----------
     args : argparse.Namespace
-        Flags of the group "what trains", and ``--model_name_or_path``.
+        As :func:`common.training.start` left them.
+    processor : Phi3VProcessor
+        Knows the tokens that end an answer.
     device : torch.device
         Where this process trains.
-    attention : str
-        From :func:`choose_attention`.
-    uses_deepspeed : bool
-        DeepSpeed keeps fp32 master weights of half-precision ones; otherwise weights that train are loaded in fp32.
 
     Returns
     -------
     torch.nn.Module
-        A ``Phi3VForCausalLM``, or a ``PeftModel`` around one.
+        A ``Phi3VForCausalLM``, or a ``PeftModel`` around one. Weights that train are fp32 unless DeepSpeed keeps fp32
+        master weights of its own; weights that stay are in the training precision.
     """
     precision = training_precision(args, device)
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     weights_stay = args.use_lora
-    dtype = compute_dtype if weights_stay or (uses_deepspeed and precision == "bf16") else torch.float32
-    quantization = _quantization_config(args, compute_dtype) if args.use_qlora else None
+    masters_elsewhere = args.deepspeed is not None and precision == "bf16"
     model = AutoModelForCausalLM.from_pretrained(
         args.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=attention,
-        quantization_config=quantization,
+        dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
+        attn_implementation=args.attention[0],
+        quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
         device_map={"": device} if args.use_qlora else None,
     )
-    model.config.use_cache = True
-    if args.freeze_vision_model:
-        model.model.vision_embed_tokens.requires_grad_(False)
+    model.config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = stop_token_ids(processor)
+    _freeze(model, args)
     if args.use_lora:
         model = _add_lora(model, args)
     return model if args.use_qlora else model.to(device)
+
+
+def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
+    """Recompute layers in the backward pass instead of keeping what they computed.
+
+    Parameters
+    ----------
+    mode : {"full", "selective", "none"}
+        All layers of decoder and tower; all of the tower and every second one of the decoder; none.
+    """
+    base = base_model(model)
+    if mode == "none":
+        base.gradient_checkpointing_disable()
+        return
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    if mode == "selective":
+        for layer in base.model.layers[::2]:
+            layer.gradient_checkpointing = False
+
+
+def part_of(name: str) -> str:
+    """The part of the model, ``"decoder"``, ``"vision"`` or ``"projector"``, that a parameter belongs to by its name."""
+    if "vision_embed_tokens." not in name:
+        return "decoder"
+    return "vision" if ".img_processor." in name else "projector"
 
 
 def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
@@ -189,6 +211,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def base_model(model: nn.Module) -> Phi3VForCausalLM:
     """The ``Phi3VForCausalLM`` itself, without PEFT's wrapping."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def _freeze(model: Phi3VForCausalLM, args: argparse.Namespace) -> None:
+    parts = args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
+    for name, parameter in model.named_parameters():
+        if part_of(name) not in parts:
+            parameter.requires_grad_(False)
 
 
 def _quantization_config(args: argparse.Namespace, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -218,7 +247,9 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
         lora_dropout=args.lora_dropout,
         target_modules=targets,
-        init_lora_weights="gaussian",
+        init_lora_weights=args.init_lora_weights,
+        use_dora=args.use_dora,
+        use_rslora=args.use_rslora,
         task_type="CAUSAL_LM",
     )
     if args.use_qlora:

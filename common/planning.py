@@ -1,8 +1,8 @@
 """Which samples go into which micro-batch of which process: a plan for every epoch, the same on all processes.
 
 Every optimizer step takes exactly ``batch_size`` samples, in processes × accumulation bins. Without packing a bin holds
-``batch_size_per_gpu`` samples as they come; with packing, bins are filled so that tokens and crops are balanced over processes and,
-if there is a token budget, no bin exceeds it (but for a sample that alone does).
+``batch_size_per_gpu`` samples as they come; with packing, bins are filled so that tokens and crops are balanced over
+processes and, if there is a token budget, no bin exceeds it (but for a sample that alone does).
 """
 
 from __future__ import annotations

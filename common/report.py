@@ -45,7 +45,7 @@ FILES = {
     "train_results.json": "the training time is not known",
 }
 METRICS = {"anls": "ANLS", "anls_case_sensitive": "ANLS, case-sensitive", "auroc": "AUROC"}
-IN_PERCENT = ("accuracy", "consistency")
+IN_PERCENT = ("accuracy", "accuracy_by_likelihood", "consistency")
 GROUPS = {
     "better": "Got better",
     "worse": "Got worse",
@@ -126,6 +126,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
         .render(
             run=run,
             title=run.settings.get("task") or run.directory.resolve().name,
+            subtitle=" · ".join(run.settings[key] for key in ("base_model", "method") if key in run.settings),
             figures=_figures(run),
             facts=_facts(run),
             outcomes=_outcomes(run),
@@ -166,9 +167,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
     """
     runs = [read_run(directory) for directory in directories]
     names = _names(runs)
-    settings = _rows(
-        [{key: value for group in _settings(run).values() for key, value in group.items()} for run in runs]
-    )
+    settings = _rows([{key: value for group in _settings(run).values() for key, value in group.items()} for run in runs])
     page = (
         _environment()
         .get_template("comparison.html.j2")
@@ -268,9 +267,7 @@ def read_run(directory: str | os.PathLike) -> Run:
         raise FileNotFoundError(f"{directory}: no such directory; give the --output_dir of a training run")
     contents = {name: _read_json(directory / name) for name in FILES if (directory / name).is_file()}
     if not contents:
-        raise FileNotFoundError(
-            f"{directory} holds none of a run's files ({', '.join(FILES)}): is it an --output_dir?"
-        )
+        raise FileNotFoundError(f"{directory} holds none of a run's files ({', '.join(FILES)}): is it an --output_dir?")
     for name in contents.keys() & {"eval_before.json", "eval_after.json"}:
         _check_evaluation(contents[name], directory / name)
     return Run(

@@ -59,6 +59,7 @@ CURVES = {
 }
 WIDTH = 3.7  # inches; so narrow that the labels stay readable where a chart is as wide as a phone
 SMOOTH_FROM = 60  # logged points, above which a moving average is drawn over them
+LONGEST_LABEL = 24  # characters of a class's name that leave room for the matrix
 NUMBERED_CLASSES = 16  # up to which the cells of a confusion matrix hold their counts
 
 
@@ -82,9 +83,7 @@ class Chart:
         body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", body)
         body = re.sub("|".join(CSS_VARIABLES), lambda colour: f"var(--{CSS_VARIABLES[colour[0]]})", body)
         label = escape(f"{self.title}. {self.caption}")
-        return Markup(
-            f'<svg {view_box} role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">{body}'
-        )
+        return Markup(f'<svg {view_box} role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">{body}')
 
     def save_png(self, path: Path) -> None:
         """Write the figure as PNG, in the light theme."""
@@ -96,8 +95,10 @@ def number(value: float) -> str:
     """Return a figure short enough for a caption or a table: ``5e-06`` as ``5e-6``, ``0.12345`` as ``0.123``."""
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e6):
         return f"{int(value):,}"
-    digits = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-    return re.sub(r"e([+-])0*(\d)", lambda exponent: "e" + exponent[1].replace("+", "") + exponent[2], digits)
+    if 1000 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    digits = f"{value:.3g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.2e}"
+    return re.sub(r"\.?0*e\+?(-?)0*(?=\d)", r"e\1", digits)
 
 
 def series(log: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -289,8 +290,9 @@ def _matrix(
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=AFTER, alpha=alpha, linewidth=0))
         if size <= NUMBERED_CLASSES:
             axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9 if few else 6.5)
-    axes.set_xticks(range(size), labels, rotation=0 if few else 90)
-    axes.set_yticks(range(size), labels)
+    shown = [label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…" for label in labels]
+    axes.set_xticks(range(size), shown, rotation=0 if few else 90)
+    axes.set_yticks(range(size), shown)
     axes.tick_params(labelsize=8.5 if few else max(2, min(6.5, 100 / size)), length=0)
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel=column_title, ylabel=row_title)
     axes.set_aspect("auto" if few else "equal")

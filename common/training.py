@@ -1,33 +1,48 @@
-"""TrainingArguments, Trainer and checkpoints. The only module that knows DeepSpeed."""
+"""TrainingArguments, Trainer, checkpoints and the course of a run. The only module that knows DeepSpeed."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from .arguments import check_arguments
+from .checkpoints import StopOnSignal, find_checkpoint, write_manifest
 from .collator import Collator
 from .data import TrainingData
-from .model import check_checkpoint, choose_attention, count_parameters, training_precision
+from .evaluation import Evaluation, autocast, write_evaluation
+from .model import (
+    check_checkpoint,
+    choose_attention,
+    count_parameters,
+    part_of,
+    set_gradient_checkpointing,
+    training_precision,
+)
 from .phi3v import Phi3VProcessor
 from .planning import PlannedBatches, accumulation_for_budget
 
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+EXIT_AFTER_SIGTERM = 128 + 15
 
 
 def run(main: Callable[[], None]) -> None:
@@ -38,15 +53,13 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RECIPES_DEBUG"):
             raise
         sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def start(args: argparse.Namespace) -> PartialState:
     """Check the flags, join the other processes, and settle what depends on the machine.
 
-    Sets ``args.attention`` (implementation and reason), ``args.packing`` and ``args.deepspeed`` (path or None).
+    Sets ``args.attention`` (implementation and reason), ``args.packing``, ``args.deepspeed`` (path or None) and
+    ``args.resume_from_checkpoint`` (path or None).
 
     Returns
     -------
@@ -60,138 +73,89 @@ def start(args: argparse.Namespace) -> PartialState:
     """
     check_arguments(args)
     check_checkpoint(args.model_name_or_path)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "RANK" not in os.environ:
-        # Started without torchrun: a group of one, so that DeepSpeed needs no launcher.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    _prepare_environment(on_gpu)
     state = PartialState(cpu=not on_gpu)
+    _quieten(args, state)
     training_precision(args, state.device)
     args.attention = choose_attention(args, state.device)
     args.packing = _choose_packing(args)
     args.deepspeed = _choose_deepspeed(args)
+    args.dataloader_num_workers = min(args.dataloader_num_workers, _cores_of_process())
+    args.resume_from_checkpoint, torn = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    for checkpoint in torn:
+        state.print(f"passing over {checkpoint}")
+    if args.resume_from_checkpoint:
+        state.print(f"going on from {args.resume_from_checkpoint}")
+    state.wait_for_everyone()
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return state
 
 
-def training_arguments(args: argparse.Namespace, accumulation: int) -> TrainingArguments:
-    """The Trainer's arguments, with the published recipe's optimizer, schedule and clipping."""
-    on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(args.output_dir),
-        use_cpu=not on_gpu,  # without it, CPU processes train apart and nobody says so
-        bf16=args.bf16,
-        fp16=on_gpu and not args.bf16,
-        num_train_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size_per_gpu,
-        gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=on_gpu,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        optim="adamw_torch",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-7,
-        learning_rate=args.learning_rate,
-        weight_decay=args.wd,
-        max_grad_norm=1.0,
-        lr_scheduler_type="linear",
-        warmup_steps=args.warmup_steps,
-        logging_steps=args.logging_steps,
-        report_to=args.report_to,
-        disable_tqdm=not args.tqdm,
-        save_strategy="no",
-        seed=args.seed,
-        remove_unused_columns=False,
-        dataloader_num_workers=args.dataloader_num_workers,
-        ddp_find_unused_parameters=False,
-        deepspeed=args.deepspeed,
-    )
+def finetune(
+    args: argparse.Namespace,
+    model: nn.Module,
+    processor: Phi3VProcessor,
+    train_data: TrainingData,
+    eval_data: TrainingData,
+    evaluate: Callable[[nn.Module], Evaluation],
+) -> None:
+    """Evaluate, train, save and evaluate again.
 
-
-class FinetuningTrainer(Trainer):
-    """A Trainer whose micro-batches come from a plan, and which logs its speed.
-
-    Parameters
-    ----------
-    batches : PlannedBatches
-        Micro-batches of this process.
-    """
-
-    def __init__(self, *args: Any, batches: PlannedBatches, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.batches = batches
-        self._seen = torch.zeros(2, dtype=torch.float64)
-        self._seen_since = time.perf_counter()
-
-    def get_train_dataloader(self) -> DataLoader:
-        workers = self.args.dataloader_num_workers
-        return _PlannedLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=2 if workers else None,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-        )
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes = inputs.get("image_sizes")
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        self._seen += torch.tensor([0 if sizes is None else len(sizes), int(tokens)])
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            seen, now = self._seen.to(self.args.device, torch.float32), time.perf_counter()
-            if dist.is_initialized():
-                dist.all_reduce(seen)
-            elapsed = now - self._seen_since
-            logs["images_per_second"] = round(seen[0].item() / elapsed, 3)
-            logs["tokens_per_second"] = round(seen[1].item() / elapsed, 1)
-            self._seen.zero_()
-            self._seen_since = now
-        super().log(logs, *args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        directory = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # An adapter on lm_head makes PEFT store the base's whole head beside it unless told not to.
-        options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-        model.save_pretrained(directory, state_dict=state_dict, **options)
-        self.processing_class.save_pretrained(directory)
-        torch.save(self.args, directory / "training_args.bin")
-
-
-class _PlannedLoader(DataLoader):
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
-def build_trainer(
-    args: argparse.Namespace, model: nn.Module, processor: Phi3VProcessor, train_data: TrainingData
-) -> FinetuningTrainer:
-    """Plan the batches and set up the Trainer; prints what is going to happen.
+    Writes to ``--output_dir``: the model (or adapter) and the processor, ``eval_before.json``, ``eval_after.json``,
+    ``train_results.json`` and ``trainer_state.json``.
 
     Parameters
     ----------
     args : argparse.Namespace
         As :func:`start` left them.
+    evaluate : callable
+        Answers the evaluation's questions with a model and scores them.
     """
+    state = PartialState()
+    before_path = args.output_dir / "eval_before.json"
+    if args.resume_from_checkpoint is None or not before_path.is_file():
+        before = evaluate(model)
+        write_evaluation(before_path, before)
+        state.print(f"before finetuning: {before}")
+
+    trainer = build_trainer(args, model, processor, train_data, eval_data, evaluate)
+    with _saving_errors():
+        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if trainer.stop_on_signal.stopped:
+            state.print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on")
+            sys.exit(EXIT_AFTER_SIGTERM)
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics, combined=False)
+        trainer.save_state()
+
+    after = evaluate(trainer.model)
+    write_evaluation(args.output_dir / "eval_after.json", after)
+    state.print(f"after finetuning: {after}; results are in {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def build_trainer(
+    args: argparse.Namespace,
+    model: nn.Module,
+    processor: Phi3VProcessor,
+    train_data: TrainingData,
+    eval_data: TrainingData,
+    evaluate: Callable[[nn.Module], Evaluation],
+) -> FinetuningTrainer:
+    """Plan the batches and set up the Trainer; prints what is going to happen. Parameters as for :func:`finetune`."""
     state = PartialState()
     accumulation = args.batch_size // (state.num_processes * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
-        lengths = train_data.lengths(0, args.tqdm)
         accumulation = accumulation_for_budget(
-            lengths, args.batch_size, args.seed, args.num_train_epochs, state.num_processes, args.max_tokens_per_batch
+            train_data.lengths(0, args.tqdm),
+            args.batch_size,
+            args.seed,
+            args.num_train_epochs,
+            state.num_processes,
+            args.max_tokens_per_batch,
         )
     batches = PlannedBatches(
         num_rows=len(train_data),
@@ -203,35 +167,254 @@ def build_trainer(
         measure=(lambda epoch: train_data.lengths(epoch, args.tqdm)) if args.packing else None,
         max_tokens=args.max_tokens_per_batch,
     )
-    trainable, total = count_parameters(model)
-    if state.is_main_process:
-        steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // accumulation
-        attention, reason = args.attention
-        print(
-            f"model: {args.model_name_or_path}, {trainable:,} of {total:,} parameters train\n"
-            f"attention: {attention} ({reason}); packing {'on' if args.packing else 'off'}\n"
-            f"precision: {training_precision(args, state.device)} on {state.device.type}; "
-            f"{'DeepSpeed ' + Path(args.deepspeed).name if args.deepspeed else 'DDP'}\n"
-            f"batch: {args.batch_size} samples a step over {state.num_processes} process(es), {accumulation} "
-            f"micro-batch(es) each; {steps} steps on {len(train_data)} rows",
-            flush=True,
-        )
-    return FinetuningTrainer(
+    checkpointing = args.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = "full" if state.device.type == "cuda" else "none"
+    set_gradient_checkpointing(model, checkpointing)
+    trainer = FinetuningTrainer(
+        flags=args,
+        batches=batches,
+        evaluate_task=evaluate,
         model=model,
-        args=training_arguments(args, accumulation),
+        args=_training_arguments(args, accumulation),
         train_dataset=train_data,
+        eval_dataset=eval_data,
         data_collator=Collator(processor, packing=args.packing),
         processing_class=processor,
-        batches=batches,
+    )
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // accumulation
+    trainable, total = count_parameters(model)
+    attention, reason = args.attention
+    state.print(
+        f"model: {args.model_name_or_path}, {trainable:,} of {total:,} parameters train\n"
+        f"attention: {attention} ({reason}); packing {'on' if args.packing else 'off'}\n"
+        f"precision: {training_precision(args, state.device)} on {state.device.type}; "
+        f"{'DeepSpeed ' + Path(args.deepspeed).name if args.deepspeed else 'DDP'}; recomputation: {checkpointing}\n"
+        f"batch: {args.batch_size} samples a step over {state.num_processes} process(es), {accumulation} "
+        f"micro-batch(es) each; {steps} steps on {len(train_data)} rows"
+    )
+    return trainer
+
+
+class FinetuningTrainer(Trainer):
+    """A Trainer whose micro-batches come from a plan, whose checkpoints are complete or passed over, and which logs its speed.
+
+    Parameters
+    ----------
+    flags : argparse.Namespace
+        The script's flags.
+    batches : PlannedBatches
+        Micro-batches of this process.
+    evaluate_task : callable
+        Scores a model on the task.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        flags: argparse.Namespace,
+        batches: PlannedBatches,
+        evaluate_task: Callable[[nn.Module], Evaluation],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.flags = flags
+        self.batches = batches
+        self.evaluate_task = evaluate_task
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
+        if flags.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(flags.early_stopping_patience))
+        self._images_and_tokens = torch.zeros(2)
+        self._counting_since = time.perf_counter()
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.batches)
+
+    def get_eval_dataloader(self, eval_dataset: TrainingData | None = None) -> DataLoader:
+        state, size = PartialState(), self.flags.batch_size_per_gpu
+        rows = [(0, row) for row in range(len(self.eval_dataset))]
+        batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        return self._loader(self.eval_dataset, batches[state.process_index :: state.num_processes])
+
+    def _loader(self, data: TrainingData, batches: Any) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return _PlannedLoader(
+            data,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=2 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        rates = {"vision": self.flags.vision_learning_rate, "projector": self.flags.projector_learning_rate}
+        part = {parameter: part_of(name) for name, parameter in self.model.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for name in ("decoder", "vision", "projector"):
+                members = [parameter for parameter in group["params"] if part[parameter] == name]
+                if members:
+                    groups.append({**group, "params": members, "lr": rates.get(name) or group["lr"]})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        images = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        self._images_and_tokens += torch.tensor([images, int(tokens)])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            counts, now = self._images_and_tokens.to(self.args.device), time.perf_counter()
+            if dist.is_initialized():
+                dist.all_reduce(counts)
+            images, tokens = (counts / (now - self._counting_since)).tolist()
+            logs |= {"images_per_second": round(images, 3), "tokens_per_second": round(tokens, 1)}
+            self._images_and_tokens.zero_()
+            self._counting_since = now
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Loss by supervised token over all processes and, every ``--eval_metric_steps``, the task's metric."""
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        with autocast(self.model, self.flags):
+            for inputs in dataloader:
+                inputs = self._prepare_inputs(inputs)
+                loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
+                totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
+        totals = totals.float().to(self.args.device)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
+        every = self.flags.eval_metric_steps
+        if every and (self.state.global_step % every == 0 or self.state.global_step >= self.state.max_steps):
+            evaluation = self.evaluate_task(self.model)
+            metrics |= {
+                f"{metric_key_prefix}_{name}": value for name, value in evaluation.values.items() if not isinstance(value, dict)
+            }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Old checkpoints go only once this one is complete on every process.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(*args, **kwargs)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        options: dict[str, Any] = {}
+        if hasattr(model, "peft_config"):
+            # An adapter on lm_head makes PEFT store the base's whole head beside it unless told not to.
+            options["save_embedding_layers"] = False
+        elif directory == Path(self.args.output_dir):
+            # The result has the base's dtype; checkpoints keep the training's, to go on exactly.
+            dtype = AutoConfig.from_pretrained(self.flags.model_name_or_path).dtype or model.dtype
+            state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
+            model.config.dtype = dtype
+        model.save_pretrained(directory, state_dict=state_dict, **options)
+        self.processing_class.save_pretrained(directory)
+        torch.save(self.args, directory / "training_args.bin")
+
+
+class _PlannedLoader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+def _training_arguments(args: argparse.Namespace, accumulation: int) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    by_metric = args.eval_metric_steps is not None
+    best = {"metric_for_best_model": f"eval_{args.metric}" if by_metric else "eval_loss", "greater_is_better": by_metric}
+    return TrainingArguments(
+        output_dir=str(args.output_dir),
+        use_cpu=not on_gpu,  # without it, CPU processes train apart and nobody says so
+        bf16=args.bf16,
+        fp16=on_gpu and not args.bf16,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size_per_gpu,
+        gradient_accumulation_steps=accumulation,
+        optim=args.optim,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        learning_rate=args.learning_rate,
+        weight_decay=args.wd,
+        max_grad_norm=1.0,
+        lr_scheduler_type="linear",
+        warmup_steps=args.warmup_steps,
+        logging_steps=args.logging_steps,
+        report_to=args.report_to,
+        disable_tqdm=not args.tqdm,
+        save_strategy=args.save_strategy,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        save_on_each_node=args.save_on_each_node,
+        eval_strategy=args.eval_strategy,
+        eval_steps=args.eval_steps,
+        load_best_model_at_end=args.load_best_model_at_end,
+        **(best if args.load_best_model_at_end else {}),
+        seed=args.seed,
+        remove_unused_columns=False,
+        dataloader_num_workers=args.dataloader_num_workers,
+        ddp_find_unused_parameters=False,
+        deepspeed=args.deepspeed,
+        push_to_hub=args.push_to_hub,
+        hub_model_id=args.hub_model_id,
     )
 
 
-def train_and_save(trainer: FinetuningTrainer) -> None:
-    """Train, and write the model (or adapter), the processor, ``train_results.json`` and ``trainer_state.json``."""
-    result = trainer.train()
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics, combined=False)
-    trainer.save_state()
+def _prepare_environment(on_gpu: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        # Started without torchrun: a group of one, so that DeepSpeed needs no launcher.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(_cores_of_process())
+
+
+def _cores_of_process() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _quieten(args: argparse.Namespace, state: PartialState) -> None:
+    # Notes to developers of these libraries; what concerns a user of the recipes is said by the recipes.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not args.tqdm or not state.is_main_process:
+        transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _saving_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"saving failed ({error}): make room on the disk and start again with --resume_from_checkpoint auto; "
+            "earlier checkpoints are intact"
+        ) from error
 
 
 def _choose_packing(args: argparse.Namespace) -> bool:
@@ -251,12 +434,12 @@ def _choose_deepspeed(args: argparse.Namespace) -> str | None:
         return None
     path = DEEPSPEED_DIRECTORY / "zero2.json" if args.deepspeed == "auto" else Path(args.deepspeed)
     try:
-        json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DEEPSPEED_DIRECTORY.glob("*.json")))
-        raise ValueError(
-            f"--deepspeed {path}: there is no such file; give one, {shipped} say, or none for plain DDP"
-        ) from None
+        raise ValueError(f"--deepspeed {path}: there is no such file; give one of {shipped}, or none for plain DDP") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"--deepspeed {path} is no valid JSON ({error})") from None
+    if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
+        raise ValueError(f"--deepspeed {path} is ZeRO-3, which can't shard a 4-bit base; use ZeRO-2 or none with --use_qlora")
     return str(path)

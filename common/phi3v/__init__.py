@@ -1,7 +1,13 @@
 """A native Phi-3-vision / Phi-3.5-vision for transformers 5."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from .configuration import Phi3VConfig
 from .image_processing import Phi3VImageProcessor

@@ -1,7 +1,7 @@
 """Attention over samples laid end to end, without padding: the implementation ``varlen``.
 
-On a GPU it is PyTorch's own variable-length flash kernel, so that nobody must compile flash-attn; elsewhere it runs one sample at a
-time. Padded batches and generation go through SDPA.
+On a GPU it is PyTorch's own variable-length flash kernel, so that nobody must compile flash-attn; elsewhere it runs one
+sample at a time. Padded batches and generation go through SDPA.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def varlen_attention_forward(
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     grouped = query.shape[1] != key.shape[1]
-    outputs = [
-        scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=grouped) for sample in samples
-    ]
+    outputs = [scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=grouped) for sample in samples]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -83,6 +83,9 @@ class Phi3VConfig(Phi3Config):
                 f"{self.vision_config.patch_size} px: an odd number of patches a side can't be merged two by two"
             )
         super().__post_init__(**kwargs)
+        if self.rope_parameters["rope_type"] == "longrope":
+            # transformers derives the same factor by itself, with a warning each time.
+            self.rope_parameters["factor"] = self.max_position_embeddings / self.original_max_position_embeddings
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration under the published keys, so that vLLM and the hub's own code read it too."""

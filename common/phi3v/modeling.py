@@ -1,8 +1,8 @@
 """Phi-3-vision and Phi-3.5-vision: transformers' own Phi-3 decoder and CLIP tower, and what joins them.
 
-Parameter names in memory, on disk and in adapters are the published ones. What differs from the published code is deliberate: features go to
-the placeholders of their picture's number, LongRoPE follows each sample's own length, blank crops and the tower's unused last
-layer are not run, and in training the head runs at supervised positions only.
+Parameter names in memory, on disk and in adapters are the published ones. What differs from the published code is
+deliberate: features go to the placeholders of their picture's number, LongRoPE follows each sample's own length, blank
+crops and the tower's unused last layer are not run, and in training the head runs at supervised positions only.
 """
 
 from __future__ import annotations
@@ -159,8 +159,7 @@ class Phi3VImageEmbedding(nn.Module):
         """Tokens of each picture."""
         side = self.side
         return [
-            (_num_crops((height, width)) + 1) * side**2 + 1 + (height // CROP_SIZE + 1) * side
-            for height, width in image_sizes
+            (_num_crops((height, width)) + 1) * side**2 + 1 + (height // CROP_SIZE + 1) * side for height, width in image_sizes
         ]
 
 
@@ -444,9 +443,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             for key in ("pixel_values", "image_sizes"):
                 rows = model_kwargs.pop(key).split(counts)
                 vision[key] = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, *args, input_ids=input_ids, **model_kwargs
-        )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, input_ids=input_ids, **model_kwargs)
         return input_ids, model_kwargs | vision
 
 

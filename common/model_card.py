@@ -1,0 +1,259 @@
+"""What a run was, for machines (``run.json``) and, with its results and how to load them, for people (``README.md``)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets", "flash-attn")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+CARD = """\
+# {name}
+
+{introduction}
+
+{results}## Loading it
+
+From the folder of the finetuning recipes, whose `common` holds the model's code:
+
+```python
+{loading}
+```
+
+## Training
+
+```
+{command}
+```
+
+{facts}
+
+| hyperparameter | value |
+| --- | --- |
+{hyperparameters}
+
+Versions: {versions}.
+"""
+
+LOAD_MODEL = """\
+import common, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained({name!r}, dtype=torch.bfloat16)
+processor = transformers.AutoProcessor.from_pretrained({name!r})"""
+
+LOAD_ADAPTER = """\
+import common, peft, torch, transformers
+model = peft.AutoPeftModelForCausalLM.from_pretrained({name!r}, dtype=torch.bfloat16)
+processor = transformers.AutoProcessor.from_pretrained({name!r})"""
+
+
+def write_run(
+    output_dir: str | Path,
+    task: str,
+    base_model: str,
+    base_revision: str | None,
+    method: str,
+    data: str,
+    hyperparameters: dict[str, Any],
+    datasets: Sequence[str] = (),
+) -> None:
+    """Write ``run.json`` from the first process: what is being run, by which command, on what, since when.
+
+    Parameters
+    ----------
+    output_dir : str or Path
+        The run's directory.
+    task : str
+        As people call it, ``"DocVQA"`` say.
+    base_model : str
+        Hub id or directory.
+    base_revision : str, optional
+        Commit of a hub model; see :func:`common.inference.base_revision`.
+    method : str
+        ``"full"``, ``"LoRA"`` and so on.
+    data : str
+        Which rows trained and which evaluate, in words.
+    hyperparameters : dict
+        Values by flag. What JSON doesn't know, paths say, is written as text.
+    datasets : sequence of str
+        Hub ids of the data sets, if any.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    run = {
+        "task": task,
+        "command": launch_command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "method": method,
+        "data": data,
+        "hardware": hardware(),
+        "versions": versions(),
+        "hyperparameters": hyperparameters,
+    }
+    if datasets:
+        run["datasets"] = list(datasets)
+    _replace(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_model_card(output_dir: str | Path, name: str | Path | None = None, licence: str = "mit") -> None:
+    """Write the model card ``README.md`` from the first process, out of what the run has written to its directory.
+
+    Parameters
+    ----------
+    output_dir : str or Path
+        Holds ``run.json``; ``eval_before.json`` and ``eval_after.json`` give the results, ``adapter_config.json`` says that
+        it is an adapter.
+    name : str or Path, optional
+        What the model is loaded by: its hub id if it is pushed there; by default ``output_dir``.
+    licence : str
+        The hub's short name of a licence; by default that of the published models.
+
+    Raises
+    ------
+    ValueError
+        If there is no ``run.json``.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    directory, name = Path(output_dir), str(name or output_dir)
+    run, before, after = (_read(directory / file) for file in RUN_FILES)
+    if not run:
+        raise ValueError(f"{directory} has no run.json, which the model card is made from: is it an --output_dir?")
+    is_adapter = (directory / "adapter_config.json").is_file()
+    data = _front_matter(run, after, Path(name).name, is_adapter, licence)
+    card = CARD.format(
+        name=Path(name).name,
+        introduction=_introduction(run, is_adapter),
+        results=_results(before, after),
+        loading=(LOAD_ADAPTER if is_adapter else LOAD_MODEL).format(name=name),
+        command=run["command"],
+        facts=f"{run['data']}. Run on {run['hardware']}, started {run['date']}.",
+        hyperparameters="\n".join(f"| {key} | {_cell(value)} |" for key, value in run["hyperparameters"].items()),
+        versions=", ".join(f"{library} {number}" for library, number in run["versions"].items()),
+    )
+    _replace(directory / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}")))
+
+
+def launch_command() -> str:
+    """The command line that started this process, as it is typed: with ``torchrun`` where that was used."""
+    script = shlex.join(sys.argv)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python {script}"
+    processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    nodes = f"--nnodes={world_size // processes} " if world_size > processes else ""
+    return f"torchrun --nproc_per_node={processes} {nodes}{script}"
+
+
+def hardware() -> str:
+    """What the run is computed on, over all processes: ``8 × NVIDIA A100-SXM4-80GB``, say."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if torch.cuda.is_available():
+        return f"{world_size} × {torch.cuda.get_device_name()}"
+    return f"{world_size} CPU process(es), {os.cpu_count()} cores a machine ({platform.machine()})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the libraries that a run's figures may depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _front_matter(run: dict[str, Any], after: dict[str, Any], name: str, is_adapter: bool, licence: str) -> ModelCardData:
+    datasets = run.get("datasets", [])
+    results = {}
+    if after:
+        results["eval_results"] = [
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_type=datasets[0] if datasets else _slug(run["task"]),
+                dataset_name=run["task"],
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in _figures(after).items()
+        ]
+    return ModelCardData(
+        # The hub takes ids alone here.
+        base_model=run["base_model"] if _is_hub_id(run["base_model"]) else None,
+        datasets=datasets or None,
+        library_name="peft" if is_adapter else "transformers",
+        license=licence,
+        model_name=name,
+        pipeline_tag="image-text-to-text",
+        tags=["phi3_v", "finetuned", _slug(run["task"]), _slug(run["method"])],
+        **results,
+    )
+
+
+def _introduction(run: dict[str, Any], is_adapter: bool) -> str:
+    base, revision = run["base_model"], run["base_revision"]
+    linked = f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{base}`"
+    at = f" at revision `{revision}`" if revision else ""
+    what = f"An adapter for {linked}{at}" if is_adapter else f"{linked}{at}"
+    return f"{what}, finetuned on {run['task']} (method: {run['method']})."
+
+
+def _results(before: dict[str, Any], after: dict[str, Any]) -> str:
+    if not (before or after):
+        return ""
+    first, last = _figures(before), _figures(after)
+    rows = [f"| {metric} | {_score(first, metric)} | {_score(last, metric)} |" for metric in first | last]
+    samples = (after or before)["samples"]
+    return "\n".join(["## Results\n", f"| {samples:,} samples | before | after |", "| --- | --- | --- |", *rows, "\n"])
+
+
+def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The main metric first, then the others."""
+    figures = {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
+    return {key: figures[key] for key in sorted(figures, key=lambda key: key != evaluation["metric"])}
+
+
+def _score(figures: dict[str, float], metric: str) -> str:
+    return f"{figures[metric]:.4f}" if metric in figures else "—"
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.replace("|", "\\|")
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).is_dir()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,259 @@
+"""Where rows come from: the hub, JSON-lines files, and the general format as an Arrow file that is read where it lies on disk.
+
+Every function gives the same rows, or raises the same error, on all processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.distributed as dist
+from accelerate import PartialState
+from datasets import Dataset, load_dataset
+from pyarrow import json as arrow_json
+from tqdm import tqdm
+
+from .conversations import Conversation, Picture, check_conversation, check_picture
+
+T = TypeVar("T")
+
+TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
+SCHEMA = pa.schema([("id", pa.string()), ("conversations", pa.list_(TURN))])
+BLOCK_SIZE = 16 * 2**20  # bytes read at once, and the longest line
+
+
+def load_hub(*name: str, **options: Any) -> Any:
+    """Load a data set of the hub; one process a machine downloads it.
+
+    Parameters
+    ----------
+    name, options
+        As ``datasets.load_dataset`` takes them.
+
+    Raises
+    ------
+    ValueError
+        If the hub can't be reached, or has no such data set.
+    """
+
+    def load() -> Any:
+        try:
+            return load_dataset(*name, **options)
+        except (OSError, ConnectionError, ValueError) as error:
+            raise ValueError(
+                f"the hub's data set {' '.join(name)} can't be loaded ({error}); on a machine without access use --data_dir"
+            ) from None
+
+    return _first_on_main_process(load)
+
+
+def read_json_lines(path: Path, release: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a JSON-lines file of a data set's official release.
+
+    Parameters
+    ----------
+    path : Path
+    release : str
+        Whose file it is, for messages.
+
+    Yields
+    ------
+    tuple of (str, dict)
+        File and line, for messages, and the row.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, it holds no rows, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: --data_dir takes the folder of {release}'s official files")
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _parse_object(line, f"{path}, line {number}")
+                empty = False
+    if empty:
+        raise ValueError(f"{path} is empty: it must hold one JSON object a line")
+
+
+def parse_conversation(line: bytes, place: str) -> Conversation:
+    """Read and check one line of the general format, in which pictures are names of files.
+
+    Parameters
+    ----------
+    line : bytes
+    place : str
+        File and line, for messages.
+
+    Raises
+    ------
+    ValueError
+        Naming the place, what is wrong, and what belongs there.
+    """
+    conversation = _parse_object(line, place)
+    check_conversation(conversation, place)
+    if not isinstance(conversation.get("id", ""), str):
+        raise ValueError(f'{place}: "id" must be a text: put it in quotes')
+    names = [name for turn in conversation["conversations"] for name in turn.get("images") or []]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{place}: "images" must hold names of files')
+    return conversation
+
+
+def load_conversations(path: Path, image_dir: Path, limit: int | None = None, show_progress: bool = False) -> Dataset:
+    """Read a file of the general format; see :mod:`common.conversations`.
+
+    The file is converted to Arrow once, in the cache of ``datasets``, and mapped into memory from there: a million rows start
+    in seconds and take no memory of their own. Every row and every picture is checked.
+
+    Parameters
+    ----------
+    path : Path
+        JSONL file.
+    image_dir : Path
+        Folder that the names of pictures start from.
+    limit : int, optional
+        Take the first so many rows.
+
+    Returns
+    -------
+    datasets.Dataset
+        Rows that are conversations, with ``id`` (None where the file has none) and whole paths of pictures.
+
+    Raises
+    ------
+    ValueError
+        Naming the file and line, or the picture, and the remedy.
+    """
+    rows = Dataset.from_file(str(_first_on_main_process(lambda: _to_arrow(path))))
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    chunks = rows.data.column("conversations").chunks
+    names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
+    check_pictures((image_dir / name.as_py() for name in names), show_progress)
+
+    def with_paths(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for turns in batch["conversations"]:
+            for turn in turns:
+                turn["images"] = [os.path.join(image_dir, name) for name in turn["images"] or []]
+        return batch
+
+    return rows.with_transform(with_paths)
+
+
+def check_pictures(pictures: Iterable[Picture], show_progress: bool = False) -> None:
+    """Check that pictures are there and not cut short, each process a share of them.
+
+    Raises
+    ------
+    ValueError
+        Naming the first picture that is not.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = islice(pictures, rank, None, world_size)
+    problems: list[str | None] = [None] * world_size
+    problem = None
+    try:
+        for picture in tqdm(share, desc="Checking pictures", unit="", disable=not show_progress or rank > 0, leave=False):
+            check_picture(picture)
+    except ValueError as error:
+        problem = str(error)
+    if world_size > 1:
+        dist.all_gather_object(problems, problem)
+    else:
+        problems = [problem]
+    for problem in problems:
+        if problem is not None:
+            raise ValueError(problem)
+
+
+def _parse_object(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters
+    except ValueError as error:
+        raise ValueError(f"{place}: no valid JSON ({error}): write one object a line, in UTF-8") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: must be a JSON object, not {type(row).__name__}: write one object a line")
+    return row
+
+
+def _to_arrow(path: Path) -> Path:
+    """Convert a file of the general format to an Arrow file in the cache, unless that was done before."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: put the data's JSONL file there, or name another one")
+    state = path.stat()
+    version = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}".encode()).hexdigest()
+    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "conversations" / f"{version[:32]}.arrow"
+    if arrow.exists():
+        return arrow
+    arrow.parent.mkdir(parents=True, exist_ok=True)
+    partial = arrow.with_suffix(f".{os.getpid()}")
+    try:
+        with (
+            arrow_json.open_json(
+                path,
+                read_options=arrow_json.ReadOptions(block_size=BLOCK_SIZE),
+                # With a schema given, an answer like 2020-01-01 stays the text that it is.
+                parse_options=arrow_json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore"),
+            ) as batches,
+            pa.ipc.new_stream(str(partial), SCHEMA) as writer,
+        ):
+            for batch in batches:
+                _check_batch(batch)
+                writer.write_batch(batch)
+        os.replace(partial, arrow)
+    except ValueError as error:
+        _explain(path)
+        raise ValueError(f"{path} can't be read: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return arrow
+
+
+def _check_batch(batch: pa.RecordBatch) -> None:
+    """Check rows as :func:`parse_conversation` does, all at once; the message does not say which."""
+    conversations = batch.column("conversations")
+    turns = conversations.flatten()
+    texts = pa.chunked_array([pc.struct_field(turns, "user"), pc.struct_field(turns, "assistant")])
+    names = pc.struct_field(turns, "images").flatten()
+    lengths = pc.fill_null(pc.list_value_length(conversations), 0)
+    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
+    if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
+        raise ValueError("a row is not in the general format")
+    tagged = pc.match_substring(pc.struct_field(turns, "user"), "<|image_")
+    rows = pc.list_parent_indices(conversations).filter(tagged).unique()
+    for conversation in batch.take(rows).to_pylist():
+        check_conversation(conversation, "a row")
+
+
+def _explain(path: Path) -> None:
+    """Read a file that can't be converted line by line, and raise an error that names the line."""
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                parse_conversation(line, f"{path}, line {number}")
+                empty = False
+    if empty:
+        raise ValueError(f"{path} is empty: it must hold one conversation a line")
+
+
+def _first_on_main_process(load: Callable[[], T]) -> T:
+    """Call a function on each machine's first process, then on the others; an error of the first must not keep them waiting."""
+    with PartialState().local_main_process_first():
+        try:
+            return load()
+        except ValueError as error:
+            failure = error
+    raise failure

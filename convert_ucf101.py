@@ -1,0 +1,428 @@
+"""Turn UCF-101 clips into the pictures and JSONL files that `finetune_hf_trainer_ucf101.py` reads.
+
+    python convert_ucf101.py --out_dir data/ucf101                                  # ten classes, from the hub
+    python convert_ucf101.py --out_dir data/ucf101 --source UCF101_subset.tar.gz    # the same archive, downloaded before
+    python convert_ucf101.py --out_dir data/mine --source my_clips                  # {train,val,test}/<class>/*.avi
+
+It writes `images/{train,val,test}/<class>/<clip>.<0-7>.jpg` and `ucf101_{train,val,test}.jsonl`, nothing else. Archives
+are read where they lie, never unpacked.
+
+Stop it at any moment and start it again: it goes on where it was. Each picture says in its JPEG comment which one of
+which clip it is, so one that was made with other settings or from another clip is made anew, and one that does not
+belong to the data set is removed. The JSONL files appear only once every picture they list is there.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import signal
+import sys
+import tarfile
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path, PurePosixPath
+
+import av
+from PIL import Image
+from tqdm import tqdm
+
+HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
+SPLITS = ("train", "val", "test")
+JPEG_QUALITY = 95
+COMMENT_START = "convert_ucf101:"
+
+
+class SourceError(ValueError):
+    """The source can't be used; the message says where and what to do."""
+
+
+class BrokenClip(ValueError):
+    """Not one frame of a clip can be decoded."""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--out_dir", type=Path, required=True, help="where images/ and ucf101_*.jsonl go")
+    group.add_argument(
+        "--source",
+        type=Path,
+        help="tar archive or folder that holds {train,val,test}/<class>/*.avi, at its top or one folder down "
+        f"(default: {HUB_FILE} of {HUB_REPO} on the hub)",
+    )
+    group.add_argument("--num_frames", type=positive_int, default=8, help="pictures per clip (default: 8)")
+    group.add_argument("--skip_broken", action="store_true", help="leave clips out that can't be decoded, and say so")
+
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--num_workers", type=positive_int, default=os.cpu_count(), help="decoding processes (default: one per CPU)"
+    )
+    group.add_argument("--no-tqdm", action="store_true", help="plain lines instead of progress bars")
+    return parser.parse_args()
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Where clips come from
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def download(show_progress: bool) -> Path:
+    """Fetch the ten-class subset from the hub, or find it in the hub's cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
+
+    if not show_progress:
+        disable_progress_bars()
+    print(f"Fetching {HUB_FILE} of {HUB_REPO} from the hub", flush=True)
+    try:
+        return Path(hf_hub_download(repo_id=HUB_REPO, repo_type="dataset", filename=HUB_FILE))
+    except (OSError, HfHubHTTPError) as error:
+        raise SourceError(
+            f"{HUB_FILE} of {HUB_REPO} can't be fetched from the hub: {str(error).splitlines()[0]}\n"
+            f"Without access to the hub, download the file elsewhere and pass it: --source {HUB_FILE}"
+        ) from error
+
+
+@contextmanager
+def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Callable[[], bytes]]]:
+    """Give every file of a folder or tar archive that may be a clip: its path within, and a function that reads it.
+
+    Raises
+    ------
+    SourceError
+        No such file, not a tar archive, a damaged archive, or one with a member that would land outside `out_dir`.
+    """
+    if source.is_dir():
+        found = (path for pattern in ("*/*/*", "*/*/*/*") for path in source.glob(pattern) if path.is_file())
+        yield {PurePosixPath(path.relative_to(source).as_posix()): path.read_bytes for path in found}
+        return
+    if not source.exists():
+        raise SourceError(f"--source {source}: no such file or folder")
+    with open_archive(source) as archive:
+        with blame_archive(source):
+            members = archive.getmembers()
+
+        def read(member: tarfile.TarInfo) -> bytes:
+            with blame_archive(source):
+                return archive.extractfile(member).read()
+
+        for member in members:
+            refuse_unsafe(member, source, out_dir)
+        yield {PurePosixPath(member.name): partial(read, member) for member in members if not member.isdir()}
+
+
+def open_archive(source: Path) -> tarfile.TarFile:
+    with blame_archive(source):
+        return tarfile.open(source)
+
+
+@contextmanager
+def blame_archive(source: Path) -> Iterator[None]:
+    """Turn what `tarfile` and the decompressors raise into an error that names the archive."""
+    try:
+        yield
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault
+        raise SourceError(f"--source {source}: no tar archive, or a damaged one ({error}); get it again") from error
+
+
+def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
+    """Raise for a member that unpacking would put outside the target.
+
+    Nothing is unpacked here, but a clip's path decides where its pictures go, and an archive in which somebody planted
+    such a member is not to be trusted with its others.
+    """
+    path = PurePosixPath(member.name)
+    try:
+        if path.is_absolute():
+            raise ValueError("its path is absolute")
+        if ".." in path.parts:
+            raise ValueError("its path holds '..'")
+        tarfile.data_filter(member, str(out_dir))
+    except (ValueError, tarfile.FilterError) as error:
+        raise SourceError(
+            f"--source {source}: refused, its member {member.name!r} would land outside {out_dir} ({error}); "
+            "take the archive from a source you trust"
+        ) from error
+
+
+def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:
+    """Pick the clips out of a source's files.
+
+    Returns
+    -------
+    dict[str, list[PurePosixPath]]
+        For train, val and test, its clips sorted by class and file name.
+
+    Raises
+    ------
+    SourceError
+        No clips, a split without any, two data sets in one source, or two clips with the same pictures.
+    """
+    splits = {split: [] for split in SPLITS}
+    roots, taken = set(), {}
+    for path in sorted(paths, key=lambda path: path.parts):
+        if len(path.parts) not in (3, 4) or path.parts[-3] not in SPLITS or path.suffix.lower() != ".avi":
+            continue
+        if any(part.startswith(".") for part in path.parts[-2:]):
+            continue  # what macOS and editors leave behind
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SourceError(f"--source {source}: {str(path)!r} is not named in UTF-8; rename it") from error
+        other = taken.setdefault(path.with_suffix(""), path)
+        if other != path:
+            raise SourceError(f"--source {source}: {other} and {path} would share their pictures; rename one of them")
+        roots.add(path.parts[:-3])
+        splits[path.parts[-3]].append(path)
+    if not roots:
+        raise SourceError(f"--source {source}: no clips; expected {{train,val,test}}/<class>/*.avi in it")
+    if len(roots) > 1:
+        places = " and ".join(str(PurePosixPath(*root)) for root in sorted(roots))
+        raise SourceError(f"--source {source}: more than one data set ({places}); pass one of them")
+    for split, clips in splits.items():
+        if not clips:
+            raise SourceError(f"--source {source}: split {split!r} is missing; expected {split}/<class>/*.avi in it")
+    return splits
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From a clip to its pictures, in the decoding processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def start_worker() -> None:
+    """Leave Ctrl-C to the main process, and end with it even when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
+    """Every frame of a clip that really decodes: damaged packets are passed over, stated frame counts not looked at."""
+    with av.open(io.BytesIO(video), metadata_errors="ignore") as container:
+        if not container.streams.video:
+            raise BrokenClip("no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise BrokenClip("unknown video codec")
+        # Clips keep every CPU busy already; threads within one would only get in each other's way.
+        stream.codec_context.thread_count = 1
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError:  # cut off in the middle: the frames before count
+                packet = None
+            with suppress(av.FFmpegError):
+                yield from stream.codec_context.decode(packet)
+            if packet is None:
+                return
+
+
+def sample_frames(video: bytes, num_frames: int) -> list[Image.Image]:
+    """Take `num_frames` frames evenly: of the n that decode, frame floor(i * n / num_frames) for each i.
+
+    Only a first pass over the clip tells n; keeping all frames instead would take gigabytes for a long clip.
+    """
+    try:
+        total = sum(1 for _ in decode_frames(video))
+        if not total:
+            raise BrokenClip("no frame can be decoded")
+        wanted = [i * total // num_frames for i in range(num_frames)]
+        pictures = {i: frame.to_image() for i, frame in enumerate(decode_frames(video)) if i in wanted}
+    except av.FFmpegError as error:
+        raise BrokenClip(error.strerror) from error
+    return [pictures[i] for i in wanted]
+
+
+def read_comment(path: Path) -> str:
+    """The JPEG comment of a picture; empty if there is none, or no picture."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("comment", b"").decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def convert_clip(video: bytes, paths: list[Path]) -> bool:
+    """Write a clip's pictures unless they are there already; return whether they had to be written."""
+    made_from = f"of {len(paths)}, quality {JPEG_QUALITY}, clip sha256 {hashlib.sha256(video).hexdigest()}"
+    comments = [f"{COMMENT_START} picture {i} {made_from}" for i in range(len(paths))]
+    if all(read_comment(path) == comment for path, comment in zip(paths, comments, strict=True)):
+        return False
+    pictures = sample_frames(video, len(paths))
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, comment, picture in zip(paths, comments, pictures, strict=True):
+        jpeg = io.BytesIO()
+        picture.save(jpeg, "JPEG", quality=JPEG_QUALITY, comment=comment)
+        write_whole(path, jpeg.getvalue())
+    return True
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is there in full or not at all."""
+    temporary = path.with_name(f".{os.getpid()}.part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole data set
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def picture_names(clip: PurePosixPath, num_frames: int) -> list[str]:
+    """Where a clip's pictures go, relative to `images/`; `clip` is its path within the source."""
+    split, label = clip.parts[-3:-1]
+    return [f"{split}/{label}/{clip.stem}.{i}.jpg" for i in range(num_frames)]
+
+
+def convert_clips(
+    readers: dict[PurePosixPath, Callable[[], bytes]], images_dir: Path, num_frames: int, num_workers: int
+) -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
+    """Convert clips in parallel; give each, as it is done, with what `convert_clip` returned or its BrokenClip."""
+    pending: dict[Future, PurePosixPath] = {}
+
+    def finished() -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            try:
+                yield pending[future], future.result()
+            except BrokenClip as error:
+                yield pending[future], error
+            except BrokenProcessPool as error:
+                suspects = ", ".join(str(clip) for clip in pending.values())
+                raise SourceError(f"a decoding process died, out of memory or at one of: {suspects}") from error
+            del pending[future]
+
+    # "spawn": forking a process that has threads (the pool's, FFmpeg's) can lock the child up.
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), start_worker) as pool:
+        try:
+            for clip, read in readers.items():
+                paths = [images_dir / name for name in picture_names(clip, num_frames)]
+                pending[pool.submit(convert_clip, read(), paths)] = clip
+                if len(pending) > 2 * num_workers:  # bounds the clips in memory
+                    yield from finished()
+            while pending:
+                yield from finished()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_frames: int) -> dict[str, list[dict]]:
+    """The JSONL rows of each split; ids number on from one split to the next."""
+    question = f"Classify the video into one of the following classes: {', '.join(classes)}."
+    rows, number = {}, 0
+    for split, clips in splits.items():
+        rows[split] = []
+        for clip in clips:
+            turn = {"images": picture_names(clip, num_frames), "user": question, "assistant": clip.parent.name}
+            rows[split].append({"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]})
+            number += 1
+    return rows
+
+
+def remove_strays(out_dir: Path, keep: set[Path]) -> None:
+    """Remove this script's own leftovers: half-written files, and pictures that are not in `keep`."""
+    for path in [*out_dir.glob(".*.part"), *out_dir.glob("images/*/*/*")]:
+        half_written = re.fullmatch(r"\.\d+\.part", path.name)
+        if half_written or (path not in keep and read_comment(path).startswith(COMMENT_START)):
+            path.unlink()
+            with suppress(OSError):  # other files are in it
+                path.parent.rmdir()
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Convert all splits.
+
+    Raises
+    ------
+    SourceError
+        The source can't be used, or has broken clips and `--skip_broken` is not given.
+    """
+    show_progress = not args.no_tqdm and sys.stderr.isatty()
+    source = args.source or download(show_progress)
+    images_dir = args.out_dir / "images"
+    with open_source(source, args.out_dir) as files:
+        splits = find_clips(files, source)
+        clips = set().union(*splits.values())
+        classes = sorted({clip.parent.name for clip in clips})
+        sizes = ", ".join(f"{split} {len(found)}" for split, found in splits.items())
+        print(f"{source}: {len(clips)} clips of {len(classes)} classes ({sizes})", flush=True)
+
+        # Pictures may change from here on, so what lists them goes until all of them are right.
+        images_dir.mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:
+            (args.out_dir / f"ucf101_{split}.jsonl").unlink(missing_ok=True)
+
+        readers = {path: read for path, read in files.items() if path in clips}  # in an archive's own order
+        done, written, broken = 0, 0, set()
+        with tqdm(total=len(clips), unit="clip", disable=not show_progress) as bar:
+            for clip, outcome in convert_clips(readers, images_dir, args.num_frames, args.num_workers):
+                bar.update()
+                done += 1
+                if isinstance(outcome, BrokenClip):
+                    broken.add(clip)
+                    tqdm.write(f"Broken clip: {clip} ({outcome})", file=sys.stderr)
+                else:
+                    written += outcome
+                if not show_progress and done * 10 // len(clips) > (done - 1) * 10 // len(clips):
+                    print(f"{done} of {len(clips)} clips", flush=True)
+
+    if broken and not args.skip_broken:
+        raise SourceError(
+            f"--source {source}: {len(broken)} of {len(clips)} clips can't be decoded, named above; replace them, "
+            "or leave them out with --skip_broken"
+        )
+    splits = {split: [clip for clip in found if clip not in broken] for split, found in splits.items()}
+    for split, found in splits.items():
+        if not found:
+            raise SourceError(f"--source {source}: no clip of split {split!r} can be decoded")
+    rows = make_rows(splits, classes, args.num_frames)
+    pictures = {images_dir / name for split in SPLITS for row in rows[split] for name in row["conversations"][0]["images"]}
+    remove_strays(args.out_dir, pictures)
+    for split in SPLITS:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
+        write_whole(args.out_dir / f"ucf101_{split}.jsonl", lines.encode("utf-8"))
+    if broken:
+        print(f"Left out {len(broken)} broken clips, named above.")
+    print(
+        f"{args.out_dir}: {len(pictures)} pictures of {done - len(broken)} clips ({written} converted now, "
+        f"{done - len(broken) - written} there before), ucf101_train.jsonl, ucf101_val.jsonl, ucf101_test.jsonl"
+    )
+
+
+def main() -> None:
+    try:
+        convert(parse_args())
+    except (SourceError, OSError) as error:
+        sys.exit(f"convert_ucf101.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the same command goes on from here.")
+
+
+if __name__ == "__main__":
+    main()

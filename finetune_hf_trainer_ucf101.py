@@ -1,0 +1,91 @@
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on UCF-101: which activity do the frames of a clip show? Or on data of your own.
+
+    python convert_ucf101.py --out_dir data/ucf101                                # once: clips to pictures and JSONL files
+    torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_flash_attention \\
+        --batch_size 64 --learning_rate 4e-5 --num_train_epochs 2                 # all weights, DeepSpeed ZeRO-2
+    torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_lora
+    torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir data/mine \\
+        --train_file train.jsonl --eval_file val.jsonl                            # any data; see docs/custom_dataset.md
+
+Metrics: accuracy of the answer to the last turn, over all rows and per class, a class being all rows with the same answer.
+
+Writes the model (or adapter), eval_before.json, eval_after.json, train_results.json and trainer_state.json to --output_dir.
+"""
+
+import random
+from pathlib import Path
+
+from datasets import Dataset
+
+from common.arguments import training_parser
+from common.data import TrainingData
+from common.evaluation import Evaluation, generate_answers
+from common.metrics import accuracy, accuracy_per_class, normalise_answer
+from common.model import load_model, load_processor
+from common.sources import load_conversations
+from common.training import finetune, run, start
+
+
+def parse_args():
+    parser = training_parser(__doc__, metric="accuracy")
+    # A clip has eight pictures: four crops of each are as many tokens as a page of text takes.
+    parser.set_defaults(num_crops=4)
+    group = parser.add_argument_group("UCF-101")
+    group.add_argument(
+        "--data_dir", type=Path, required=True, help="what convert_ucf101.py wrote: ucf101_{train,val,test}.jsonl and images/"
+    )
+    group.add_argument("--eval_split", choices=("val", "test"), default="val", help="split to evaluate on (default: val)")
+    group.add_argument("--train_file", default="ucf101_train.jsonl", help="file in --data_dir (default: %(default)s)")
+    group.add_argument("--eval_file", help="file in --data_dir (default: ucf101_{--eval_split}.jsonl)")
+    return parser.parse_args()
+
+
+def load_rows(args) -> tuple[Dataset, Dataset]:
+    """Conversations from both files, every row and every picture checked."""
+    train_file = args.data_dir / args.train_file
+    eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
+    image_dir = args.data_dir / "images"
+    train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm)
+    return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm)
+
+
+def to_conversation(row: dict, rng: random.Random) -> dict:
+    return row  # the general format is the one that is trained on
+
+
+def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
+    """Accuracy of the generated answer to the last turn, over all rows and per class."""
+    predictions = []
+    for number, (row, answer) in enumerate(zip(rows, generate_answers(model, processor, rows, args), strict=True)):
+        prediction, turn = normalise_answer(answer), row["conversations"][-1]
+        predictions.append(
+            {
+                "id": row["id"] or str(number),
+                "question": turn["user"],
+                "prediction": prediction,
+                "answers": [turn["assistant"]],
+                "score": float(prediction == normalise_answer(turn["assistant"])),
+            }
+        )
+    classes, correct = [entry["answers"][0] for entry in predictions], [entry["score"] for entry in predictions]
+    values = {"accuracy": accuracy(correct), "accuracy_per_class": accuracy_per_class(classes, correct)}
+    return Evaluation("accuracy", values, predictions)
+
+
+def main() -> None:
+    args = parse_args()
+    state = start(args)
+    processor = load_processor(args)
+    train_rows, eval_rows = load_rows(args)
+    finetune(
+        args,
+        load_model(args, processor, state.device),
+        processor,
+        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+    )
+
+
+if __name__ == "__main__":
+    run(main)

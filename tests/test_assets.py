@@ -1,0 +1,131 @@
+"""The embedded checkpoint and the sample data: layouts, sizes, held-out answers, and that a seed draws the same again."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from assets import curriculum
+from assets.draw_samples import draw_samples
+from assets.samples.docvqa import VALUE_KINDS, draw_value, is_held_out
+from assets.samples.page import COLUMNS, LINES, Page
+from assets.samples.ucf101 import CLASSES, FRAMES
+
+TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny_phi3v"
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_tiny_checkpoint_is_small_and_in_the_published_layout():
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
+    config = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "phi3_v" and config["architectures"] == ["Phi3VForCausalLM"]
+    assert config["rope_scaling"]["type"] == "su" and config["original_max_position_embeddings"] == 4096
+    assert config["vision_config"]["image_size"] == 336 and config["vision_config"]["patch_size"] == 14
+    assert config["auto_map"]["AutoConfig"] == "microsoft/Phi-3.5-vision-instruct--configuration_phi3_v.Phi3VConfig"
+
+
+def test_tiny_tokenizer_has_the_special_tokens_and_loses_no_printable_character():
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
+    text = "".join(map(chr, range(32, 127))) + "\nab  c"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    names = ["<|user|>", "<|assistant|>", "<|end|>", "<|system|>", "<|endoftext|>"]
+    assert tokenizer.unk_token_id not in tokenizer.convert_tokens_to_ids(names)
+    assert tokenizer("☃", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]
+    ids = tokenizer("<|assistant|>\nA").input_ids
+    assert ids == tokenizer.convert_tokens_to_ids(["<s>", "<|assistant|>", "A"])
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat == "<|user|>\nHi<|end|>\n<|assistant|>\n"
+
+
+def test_docvqa_sample_is_the_official_layout_and_holds_its_answers_out(tmp_path):
+    draw_samples("docvqa", tmp_path, train=12, val=6)
+    answers = {}
+    for split, documents in (("train", 12), ("val", 6)):
+        content = json.loads((tmp_path / f"{split}_v1.0_withQT.json").read_text(encoding="utf-8"))
+        rows = content["data"]
+        assert len(rows) == 3 * documents
+        assert [row["questionId"] for row in rows] == list(range(len(rows)))
+        for row in rows:
+            assert Image.open(tmp_path / row["image"]).size == (336, 336)
+        answers[split] = {answer for row in rows for answer in row["answers"]}
+    assert all(map(is_held_out, answers["val"]))
+    assert not any(map(is_held_out, answers["train"]))
+
+
+@pytest.mark.parametrize("kind", VALUE_KINDS)
+def test_values_are_open_strings(kind):
+    rng = np.random.default_rng(0)
+    for held_out in (False, True):
+        values = [draw_value(kind, rng, held_out) for _ in range(100)]
+        assert all(is_held_out(value) == held_out and len(value) <= 11 for value in values)
+        assert len(set(values)) > 80
+
+
+def test_pretraining_never_answers_with_a_held_out_string():
+    rng = np.random.default_rng(0)
+    asked = [turn for _ in range(200) for turn in curriculum.form(rng, LINES, 5)[1]]
+    assert len(asked) > 600
+    assert not any(is_held_out(answer) for _, answer in asked)
+
+
+def test_text_that_does_not_fit_on_a_page_is_refused():
+    with pytest.raises(ValueError, match="does not fit at line 3, column 20"):
+        Page().write(3, COLUMNS - 4, "12345")
+
+
+def test_memes_sample_is_the_official_layout(tmp_path):
+    draw_samples("hateful_memes", tmp_path, train=10, val=6)
+    train, dev = read_json_lines(tmp_path / "train.jsonl"), read_json_lines(tmp_path / "dev_seen.jsonl")
+    assert len(train) == 10 and len(dev) == 6
+    assert sum(row["label"] for row in train) == 5 and sum(row["label"] for row in dev) == 3
+    assert len({row["id"] for row in train + dev}) == 16
+    for row in train + dev:
+        assert row["img"] == f"img/{row['id']:05d}.png" and row["text"]
+        assert Image.open(tmp_path / row["img"]).size == (336, 336)
+
+
+def test_nlvr2_sample_is_the_official_layout_with_several_pairs_a_sentence(tmp_path):
+    draw_samples("nlvr2", tmp_path, train=3, val=2)
+    for split, sentences in (("train", 3), ("dev", 2)):
+        rows = read_json_lines(tmp_path / f"{split}.json")
+        assert len(rows) == 4 * sentences
+        for row in rows:
+            assert row["label"] in ("True", "False")
+            fields = row["identifier"].split("-")
+            assert len(fields) == 4 and fields[0] == split
+            folder = tmp_path / "images" / split / (row["directory"] if split == "train" else "")
+            for side in (0, 1):
+                assert (folder / f"{'-'.join(fields[:3])}-img{side}.png").is_file()
+        labels = {row["sentence"]: [r["label"] for r in rows if r["sentence"] == row["sentence"]] for row in rows}
+        assert all(label.count("True") == len(label) / 2 for label in labels.values())
+
+
+def test_ucf101_sample_is_clips_that_decode(tmp_path):
+    draw_samples("ucf101", tmp_path, train=1, val=1)
+    for split in ("train", "val", "test"):
+        clips = sorted((tmp_path / "UCF101_subset" / split).glob("*/v_*.avi"))
+        assert [clip.parent.name for clip in clips] == sorted(CLASSES)
+        with av.open(str(clips[0])) as container:
+            assert sum(1 for _ in container.decode(video=0)) == FRAMES
+
+
+@pytest.mark.parametrize("task", ["docvqa", "hateful_memes", "nlvr2"])
+def test_a_seed_draws_the_same_again(tmp_path, task):
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        draw_samples(task, tmp_path / name, train=2, val=1, seed=seed)
+    contents = {
+        name: {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("one", "two", "other")
+    }
+    assert contents["one"] == contents["two"]
+    assert contents["one"] != contents["other"]

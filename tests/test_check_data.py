@@ -1,0 +1,230 @@
+"""tools.check_data, run as its users run it."""
+
+import json
+import os
+import pty
+import re
+import resource
+import subprocess
+import sys
+import termios
+import time
+
+import psutil
+import pytest
+from conftest import ROOT, TINY
+from PIL import Image
+from transformers import AutoProcessor
+
+import common  # noqa: F401  registers the processor
+from common.conversations import encode_conversation
+from tools.check_data import main
+
+COMMAND = [sys.executable, "-m", "tools.check_data", "--model_name_or_path", str(TINY)]
+
+
+def check(*flags):
+    """Run the tool in a process of its own; give its exit code and all that it says."""
+    result = subprocess.run([*COMMAND, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.returncode, result.stdout + result.stderr
+
+
+def problems(output):
+    """The problems of a report, as (kind, message)."""
+    kinds = "invalid row|unusable picture|row too long|repeated row|row in two files|empty file"
+    return re.findall(rf"^  ({kinds}): (.+)$", output, re.MULTILINE)
+
+
+def row(images, *turns, **fields):
+    """A row whose first turn has the pictures."""
+    conversations = [{"user": user, "assistant": assistant} for user, assistant in turns]
+    if images is not None:
+        conversations[0]["images"] = images
+    return {**fields, "conversations": conversations}
+
+
+def write(path, rows):
+    path.write_text("".join(item if isinstance(item, str) else json.dumps(item) + "\n" for item in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of pictures: two whole ones, one cut short, one that is none."""
+    Image.effect_noise((400, 300), 50).convert("RGB").save(tmp_path / "wide.jpg")
+    Image.new("RGB", (200, 500), "blue").save(tmp_path / "tall.png")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes()[:3000])
+    (tmp_path / "text.jpg").write_text("no picture")
+    return tmp_path
+
+
+GOOD_ROWS = [
+    row(["wide.jpg"], ("What is it?", "Noise.")),
+    row(["wide.jpg", "tall.png"], ("Same?", "No."), ("And now?", "Still not."), id="2"),
+    row(None, ("Hello", "Hello.")),
+    row([], ("Good bye", "Good bye.")),
+]
+
+
+def test_counts_the_tokens_of_training(folder):
+    rows = [*GOOD_ROWS, *(row(None, ("word " * length, "Yes.")) for length in range(1, 97))]
+    data = write(folder / "data.jsonl", [*rows, "\n"])
+    code, output = check("--data_file", data, "--num_crops", 9)
+    assert code == 0, output
+    assert f"{data}: 100 rows\n3 pictures\n" in output
+    assert "No problems." in output
+    assert "100% checked" in output  # no terminal: plain lines
+
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=9)
+    lengths = []
+    for item in rows:
+        turns = [{**turn, "images": [folder / name for name in turn.get("images", [])]} for turn in item["conversations"]]
+        lengths.append(len(encode_conversation({"conversations": turns}, processor)["input_ids"]))
+    lengths.sort()
+    assert f"minimum {lengths[0]:,}, mean {sum(lengths) / 100:,.1f}, " in output
+    assert f"maximum {lengths[-1]:,}\n" in output
+    assert lengths[94] <= int(re.search(r"95 % ([\d,]+)", output)[1].replace(",", "")) <= lengths[95]
+
+    bars = re.findall(r"^ +([\d,]+) to +([\d,]+)  #* +([\d,]+)$", output, re.MULTILINE)
+    bars = [tuple(int(number.replace(",", "")) for number in bar) for bar in bars]
+    assert [sum(low <= length <= high for length in lengths) for low, high, _ in bars] == [count for *_, count in bars]
+    assert sum(count for *_, count in bars) == 100
+
+
+def test_all_problems_in_one_report(folder):
+    data = write(
+        folder / "data.jsonl",
+        [
+            GOOD_ROWS[0],  # 1
+            "{broken\n",
+            {"id": "no turns"},
+            row(None, ("", "No question.")),
+            row(["wide.jpg"], ("<|image_2|> is not there", "Yes.")),  # 5
+            row([3], ("A number?", "Yes.")),
+            row(["gone.jpg", "wide.jpg", "text.jpg"], ("Two wrong", "Yes.")),
+            row(["cut.jpg"], ("Cut short", "Yes.")),
+            row(None, ("word " * 3000, "Too long.")),
+            {**GOOD_ROWS[0], "id": "other"},  # 10
+            '{"conversations": [{"user": "\\ud800", "assistant": "half a character"}]}\n',
+        ],
+    )
+    code, output = check("--data_file", data, "--max_length", 2000)
+    assert code == 1
+    found = problems(output)
+    expected = [
+        ("invalid row", "line 2: no JSON"),
+        ("invalid row", 'line 3: "conversations" must be a list'),
+        ("invalid row", 'line 4, turn 1: "user" must be'),
+        ("invalid row", "line 5: the text's image tags"),
+        ("invalid row", 'line 6: "images" must hold names of files'),
+        ("unusable picture", f"line 7: picture {folder}/gone.jpg is missing"),
+        ("unusable picture", f"line 7: picture {folder}/text.jpg can't be read"),
+        ("unusable picture", "line 8: picture"),
+        ("row too long", "line 9: 15,0"),
+        ("repeated row", f"line 10: the same pictures and texts as {data}, line 1"),
+        ("invalid row", "line 11: no JSON"),
+    ]
+    assert [kind for kind, _ in found] == [kind for kind, _ in expected]
+    for (_, message), (_, start) in zip(found, expected, strict=True):
+        assert message.startswith(f"{data}, {start}")
+    assert "11 problems: invalid row 6, unusable picture 3, row too long 1, repeated row 1" in output
+
+
+def test_quick_sees_missing_pictures_but_decodes_none(folder):
+    data = write(
+        folder / "data.jsonl", [row([name], ("What is it?", "Noise.")) for name in ("cut.jpg", "gone.jpg", "text.jpg")]
+    )
+    code, output = check("--data_file", data, "--quick")
+    assert code == 1
+    assert [kind for kind, _ in problems(output)] == ["unusable picture"] * 2
+    assert "cut.jpg" not in output
+
+
+def test_rows_that_occur_in_two_files_and_an_empty_one(folder):
+    train = write(folder / "train.jsonl", [*GOOD_ROWS, GOOD_ROWS[2]])
+    other_answer = row(["wide.jpg"], ("What is it?", "A picture."))
+    val = write(folder / "val.jsonl", [other_answer, {**GOOD_ROWS[1], "id": "99"}, row(None, ("New", "Yes."))])
+    empty = write(folder / "empty.jsonl", ["\n"])
+    code, output = check("--data_file", train, val, empty, "--image_dir", folder)
+    assert code == 1
+    assert problems(output) == [
+        ("repeated row", f"{train}, line 5: the same pictures and texts as {train}, line 3"),
+        ("row in two files", f"{val}, line 2: the same pictures and texts as {train}, line 2"),
+        ("empty file", f"{empty}: no rows"),
+    ]
+    assert f"{train}: 5 rows" in output
+    assert f"{val}: 3 rows" in output
+
+
+def test_many_rows_keep_their_order(folder):
+    """More rows than the workers get at once."""
+    rows = [row(None, (f"Question {number}", "Yes.")) for number in range(3000)]
+    rows[1500] = rows[7]
+    rows[2999] = {}
+    data = write(folder / "data.jsonl", rows)
+    code, output = check("--data_file", data)
+    assert code == 1
+    assert problems(output) == [
+        ("repeated row", f"{data}, line 1501: the same pictures and texts as {data}, line 8"),
+        ("invalid row", f'{data}, line 3000: "conversations" must be a list of at least one turn'),
+    ]
+
+
+def test_unusable_flags(folder, monkeypatch, capsys):
+    data = write(folder / "data.jsonl", GOOD_ROWS)
+
+    def refused(*flags):
+        monkeypatch.setattr(sys, "argv", ["check_data", *map(str, flags)])
+        with pytest.raises(SystemExit) as ending:
+            main()
+        return ending.value.code
+
+    assert refused("--data_file", folder / "nowhere.jsonl") == f"error: --data_file {folder}/nowhere.jsonl: no such file"
+    message = refused("--data_file", data, "--image_dir", folder / "nowhere")
+    assert message == f"error: --image_dir {folder}/nowhere: no such folder"
+    message = refused("--data_file", data, "--model_name_or_path", folder)
+    assert message.startswith(f"error: --model_name_or_path {folder} lacks config.json")
+    # without a model named, it is the published one, which is out of reach here
+    assert refused("--data_file", data).startswith("error: --model_name_or_path microsoft/Phi-3.5-vision-instruct")
+    assert refused("--data_file", data, "--num_crops", 17) == 2
+    assert "argument --num_crops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, bar", [((), True), (("--no-tqdm",), False)])
+def test_progress_bar_on_a_terminal(folder, flags, bar):
+    data = write(folder / "data.jsonl", GOOD_ROWS)
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (24, 100))
+    command = [*COMMAND, "--data_file", str(data), *flags]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=its_end, text=True, cwd=ROOT)
+    os.write(its_end, b"end")
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    os.close(its_end)
+    assert ("B/s" in shown) == bar
+    assert ("100% checked" in result.stdout) != bar
+
+
+def test_workers_end_with_a_killed_check(folder):
+    data = write(folder / "data.jsonl", [row(["wide.jpg"], (f"Question {number}", "Yes.")) for number in range(20_000)])
+    process = subprocess.Popen([*COMMAND, "--data_file", str(data)], stdout=subprocess.DEVNULL, cwd=ROOT)
+    while not (workers := psutil.Process(process.pid).children()):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_in_a_minute(folder):
+    for number in range(2000):
+        os.link(folder / "wide.jpg", folder / f"{number}.jpg")
+    rows = [row([f"{number % 2000}.jpg"], (f"What is to be seen in picture {number}?", "Noise.")) for number in range(100_000)]
+    data = write(folder / "data.jsonl", rows)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code, output = check("--data_file", data, "--quick")
+    assert code == 0, output
+    # A minute for two cores that do nothing else, however busy this machine is.
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 2 * 60

@@ -1,0 +1,203 @@
+"""The demo page: what it loads, that it answers as the model does, and that it works in a browser without the internet."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import chromium, low_contrast, overflow, watched
+from peft import LoraConfig, get_peft_model
+from playwright.sync_api import expect
+from transformers import AutoModelForCausalLM
+
+import tools.demo
+from assets.samples.docvqa import draw_split
+from common.model import DECODER_LORA_MODULES
+from tools.demo import load_models, stream_answer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = REPOSITORY / "assets" / "tiny_phi3v"
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory) -> list[tuple[str, str]]:
+    """Pictures of documents, each with a question about it."""
+    directory = tmp_path_factory.mktemp("documents")
+    draw_split(directory, "val", 2, np.random.default_rng(0), questions_each=1)
+    rows = json.loads((directory / "val_v1.0_withQT.json").read_text())["data"]
+    return [(str(directory / row["image"]), f"{row['question']}\nAnswer briefly.") for row in rows]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of the tiny model that changes its answers."""
+    directory = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    config = LoraConfig(r=4, target_modules=DECODER_LORA_MODULES, init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(directory, save_embedding_layers=False)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def answers(adapter, documents) -> list[str]:
+    """What the adapter and its base answer about both pictures."""
+    models, processor = load_models(str(adapter))
+    pictures = [picture for picture, _ in documents]
+    return [list(stream_answer(model, processor, documents[0][1], pictures, NEW_TOKENS))[-1] for model in models]
+
+
+@pytest.fixture(scope="module")
+def internet():
+    """A proxy through which every request to the internet would go, and which nobody must call."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        yield f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
+
+
+@pytest.fixture(scope="module")
+def address(adapter, internet, tmp_path_factory):
+    """The demo, running; its address as it prints it."""
+    command = [sys.executable, "-u", "-m", "tools.demo", "--model", adapter, "--max_new_tokens", str(NEW_TOKENS)]
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), internet)
+    no_proxy = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+    environment = os.environ | proxies | no_proxy | {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads"))}
+    server = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        lines = []
+        for line in server.stdout:
+            lines.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        else:
+            pytest.fail("".join(lines))
+        yield found[0]
+    finally:
+        server.terminate()
+        server.communicate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def ask(page, question: str, pictures: list[str]) -> None:
+    if pictures:
+        page.set_input_files("input[type=file]", pictures)
+        expect(page.locator(".gallery-container img, .grid-container img, .thumbnails img")).to_have_count(len(pictures))
+    page.get_by_label("Question").fill(question)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_is_readable(browser, address, documents, width, scheme):
+    with watched(browser, width, scheme, allowed=address) as page:
+        page.goto(address)
+        expect(page.get_by_role("heading", name="Ask a finetuned model")).to_be_visible()
+        ask(page, documents[0][1], [documents[0][0]])
+        assert overflow(page) == 0
+        assert low_contrast(page, enough=8) == []
+
+
+def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, address, documents, adapter, answers):
+    assert answers[0] != answers[1]
+    with watched(browser, 1400, allowed=address) as page:
+        page.goto(address)
+        ask(page, documents[0][1], [picture for picture, _ in documents])
+        finetuned, before = page.get_by_label(f"Finetuned: {adapter}"), page.get_by_label("Before finetuning:")
+        finetuned.evaluate("""area => {
+          window.seen = new Set();
+          setInterval(() => window.seen.add(area.value), 1);
+        }""")
+        page.get_by_label("Question").focus()
+        page.keyboard.press("Tab")
+        button = page.get_by_role("button", name="Answer", exact=True)
+        expect(button).to_be_focused()
+        assert button.evaluate("button => getComputedStyle(button).outlineStyle") == "solid"
+        page.keyboard.press("Enter")
+        expect(before).to_have_value(answers[1], timeout=30_000)
+        expect(finetuned).to_have_value(answers[0])
+        streamed = page.evaluate("[...window.seen]")
+        assert len(streamed) > 3, "the answer did not stream in"
+        assert all(answers[0].startswith(piece) for piece in streamed)
+
+
+def test_pictures_are_reached_by_keyboard(browser, address):
+    with watched(browser, 1400, allowed=address) as page:
+        page.goto(address)
+        upload = page.get_by_role("button", name="upload").first
+        expect(upload).to_be_visible()
+        for _ in range(6):
+            page.keyboard.press("Tab")
+            if upload.evaluate("button => button === document.activeElement"):
+                break
+        expect(upload).to_be_focused()
+
+
+def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path):
+    (tmp_path / "torn.png").write_bytes(Path(documents[0][0]).read_bytes()[:300])
+    with watched(browser, 1400, allowed=address) as page:
+        page.goto(address)
+        button = page.get_by_role("button", name="Answer", exact=True)
+        expect(button).to_be_visible()
+        button.click()
+        expect(page.get_by_text("Type a question first.")).to_be_visible()
+        ask(page, "What does <|image_2|> show?", [documents[0][0]])
+        button.click()
+        expect(page.get_by_text("don't match its 1 picture(s)")).to_be_visible(timeout=30_000)
+    with watched(browser, 1400, allowed=address) as page:
+        page.goto(address)
+        ask(page, "What?", [str(tmp_path / "torn.png")])
+        page.get_by_role("button", name="Answer", exact=True).click()
+        expect(page.get_by_text(re.compile(r"torn\.png can't be"))).to_be_visible(timeout=30_000)
+
+
+def test_only_this_machine_is_listened_to(address):
+    port = int(address.rsplit(":", 1)[1])
+    socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    with pytest.raises(ConnectionRefusedError):  # 0.0.0.0 would take it
+        socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "run.json").write_text(json.dumps({"base_model": str(TINY)}))
+    picture, question = documents[1]
+    models, processor = load_models(str(model))
+    assert [model.name for model in models] == [str(tmp_path / "model"), str(TINY)]
+    streams = [list(stream_answer(model, processor, question, [picture], 4)) for model in models]
+    assert streams[0] == streams[1]
+    assert streams[0][-1]
+    assert [model.title for model in load_models(str(model), "none")[0]] == ["Finetuned"]
+    (model / "run.json").write_text(json.dumps({"base_model": str(tmp_path / "moved")}))
+    with pytest.raises(ValueError, match=r"moved: give its directory by --base, or leave it out by --base none"):
+        load_models(str(model))
+
+
+def test_an_answer_nobody_waits_for_is_not_finished(adapter, documents):
+    models, processor = load_models(str(adapter))
+    picture, question = documents[0]
+    answer = stream_answer(models[0], processor, question, [picture], 4000)
+    next(answer)
+    answer.close()  # would take minutes if it went on
+    assert list(stream_answer(models[1], processor, question, [picture], 4))
+
+
+def test_a_model_that_is_not_there_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["demo", "--model", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match=r"error: .*nothing: there is no such directory"):
+        tools.demo.main()

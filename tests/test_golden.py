@@ -1,0 +1,141 @@
+"""The native model against numbers that the published code computed for a checkpoint in the published layout."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, needs_golden
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from common.phi3v import Phi3VConfig, Phi3VImageProcessor
+from common.phi3v.image_processing import crop_grid_size, num_image_tokens
+
+pytestmark = needs_golden
+CHECKPOINT = GOLDEN / "tiny_checkpoint"
+CASES = json.loads((GOLDEN / "model_cases.json").read_text()) if GOLDEN.is_dir() else {}
+# The published code gives pictures to placeholders by position; here they go by number, tested below.
+SAME_AS_PUBLISHED = [name for name in CASES if name != "d_swapped"]
+
+
+def load_case(name, attention="eager", **options):
+    case = CASES[name]
+    config = json.loads((CHECKPOINT / "config.json").read_text()) | case["config_overrides"]
+    model = AutoModelForCausalLM.from_pretrained(
+        CHECKPOINT, config=Phi3VConfig.from_dict(config), dtype=torch.float32, attn_implementation=attention, **options
+    )
+    processor = AutoProcessor.from_pretrained(CHECKPOINT, num_crops=case["num_crops"])
+    images = [[Image.open(GOLDEN / "images" / image) for image in sample["images"]] for sample in case["samples"]]
+    return case, load_file(GOLDEN / "cases" / f"{name}.safetensors"), model, processor, images
+
+
+def pictures(case, processor, images):
+    batch = processor([sample["prompt"] for sample in case["samples"]], images)
+    return {key: batch[key] for key in ("pixel_values", "image_sizes") if key in batch}
+
+
+def expand(run_lengths):
+    return [token for token, count in run_lengths for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, "eager") for name in SAME_AS_PUBLISHED]
+    + [(name, "sdpa") for name in ("a_text", "b_one", "d_two", "f_batch", "f_batch_with_text_only", "g_long")],
+)
+def test_logits_loss_and_gradients(name, attention):
+    case, tensors, model, processor, images = load_case(name, attention)
+    inputs = {"input_ids": tensors["input_ids"], "attention_mask": tensors["attention_mask"]}
+    outputs = model(**inputs, **pictures(case, processor, images), labels=tensors["labels"])
+    ends = torch.tensor(case["lengths"]) - 1
+    logits = outputs.logits[torch.arange(len(ends)), ends]
+    assert (logits - tensors["last_logits"]).abs().max() <= 5e-5
+    assert outputs.loss.item() == pytest.approx(case["loss"], rel=1e-5)
+
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
+        # A bias of keys moves no softmax: its true gradient is 0, and what is computed is rounding.
+        tolerance = 1e-6 if name.endswith("k_proj.bias") else 1e-7
+        assert norm == pytest.approx(case["grad_norms"].get(name) or 0.0, rel=1e-4, abs=tolerance), name
+
+
+@pytest.mark.parametrize("name", SAME_AS_PUBLISHED)
+def test_prompt_ids_and_greedy_tokens(name):
+    case, tensors, model, processor, images = load_case(name)
+    for index, (sample, expected) in enumerate(zip(case["samples"], case["greedy"], strict=True)):
+        inputs = processor(sample["prompt"], images[index])
+        length = case["prompt_lengths"][index]
+        assert inputs["input_ids"][0].tolist() == expand(case["input_ids_rle"][index])[:length]
+        tokens = model.generate(**inputs, max_new_tokens=len(expected["new_tokens"]), do_sample=False, eos_token_id=None)
+        assert tokens[0, length:].tolist() == expected["new_tokens"]
+
+
+@pytest.mark.parametrize("name", ["f_batch", "f_batch_with_text_only"])
+def test_left_padded_batch_generates_like_single_prompts(name):
+    case, _, model, processor, images = load_case(name)
+    inputs = processor([sample["prompt"] for sample in case["samples"]], images, padding_side="left")
+    tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    for row, expected in zip(tokens[:, inputs["input_ids"].shape[1] :], case["greedy"], strict=True):
+        assert row.tolist() == expected["new_tokens"]
+
+
+def test_features_go_to_the_placeholder_of_their_number():
+    """`<|image_2|> … <|image_1|>` with pictures (a, b) is `<|image_1|> … <|image_2|>` with (b, a)."""
+    case, _, model, processor, images = load_case("d_swapped")
+    prompt = case["samples"][0]["prompt"]
+    first, second = images[0]
+    swapped = prompt.replace("<|image_2|>", "<|image_0|>").replace("<|image_1|>", "<|image_2|>")
+    swapped = swapped.replace("<|image_0|>", "<|image_1|>")
+    with torch.no_grad():
+        logits = model(**processor(prompt, [first, second])).logits
+        same = model(**processor(swapped, [second, first])).logits
+        other = model(**processor(swapped, [first, second])).logits[:, -1]
+    assert torch.equal(logits, same)
+    assert not torch.allclose(logits[:, -1], other, atol=1e-2)
+
+
+def test_every_crop_is_bit_identical():
+    crops = 0
+    for key, expected in json.loads((GOLDEN / "image_processor.json").read_text()).items():
+        name, num_crops = key.split("|")
+        output = Phi3VImageProcessor(num_crops=int(num_crops))(Image.open(GOLDEN / "images" / name))
+        assert output["image_sizes"].tolist() == expected["image_sizes"]
+        for crop, digest in zip(output["pixel_values"][0], expected["crop_sha256"], strict=True):
+            assert hashlib.sha256(crop.numpy().tobytes()).hexdigest() == digest
+            crops += 1
+    assert crops == 174
+
+
+def test_sizes_and_token_counts_of_all_tabled_pictures():
+    table = json.loads((GOLDEN / "hd_size_table.json").read_text())
+    for row in table["rows"]:
+        row = dict(zip(table["columns"], row, strict=True))
+        size = crop_grid_size(row["width"], row["height"], row["num_crops"])
+        assert size == (row["hd_height"], row["hd_width"])
+        assert num_image_tokens(*size) == row["num_img_tokens"]
+
+
+def test_token_ids_of_raw_strings_and_chats():
+    reference = json.loads((GOLDEN / "tokenizer_processor.json").read_text())["phi35"]
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    tokenizer = processor.tokenizer
+    for text, ids in reference["raw_text"].items():
+        assert tokenizer(text).input_ids == ids["bos"], text
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids["no_special"], text
+    for name, chat in reference["chats"].items():
+        prompt = tokenizer.apply_chat_template(chat["messages"], tokenize=False, add_generation_prompt=True)
+        assert prompt == chat["prompt"], name
+        processor.image_processor.num_crops = int(name.rpartition("=")[2])
+        sizes = [Image.open(GOLDEN / "images" / image).size for image in chat["images"]]
+        counts = [processor.image_processor.num_tokens(*size) for size in sizes]
+        assert processor.tokenize(prompt, counts) == expand(chat["input_ids_rle"]), name
+
+
+def test_names_and_shapes_are_the_published_ones():
+    published = json.loads((GOLDEN / "param_names.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == {name: published["shapes"][name] for name in published["safetensors_keys"]}

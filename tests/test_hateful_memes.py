@@ -1,0 +1,195 @@
+"""finetune_hf_trainer_hateful_memes.py: its sources, its answer probabilities, its metrics, and what it refuses."""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, torchrun
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PillowImage
+from sklearn.metrics import roc_auc_score
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+import finetune_hf_trainer_hateful_memes as script
+from common.conversations import encode_prompt
+from common.evaluation import answer_log_probabilities
+
+FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
+
+
+def write_release(folder, labels, split):
+    """Memes of plain colours and different sizes in the official layout."""
+    (folder / "img").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, label in enumerate(labels):
+        name = f"img/{split}{number:05d}.png"
+        PillowImage.new("RGB", (60 + 30 * number, 90), (255 * label, 40 * number % 256, 90)).save(folder / name)
+        rows.append({"id": 1000 + number, "img": name, "label": label, "text": "words"})
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def release(tmp_path):
+    write_release(tmp_path / "memes", [0, 1, 1, 0, 1, 0], "train")
+    write_release(tmp_path / "memes", [1, 0, 0, 1, 1], "dev_seen")
+    return tmp_path / "memes"
+
+
+def flags(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    return script.parse_args()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, num_crops=2)
+
+
+def test_official_rows(release, monkeypatch):
+    train_rows, eval_rows = script.load_rows(flags(monkeypatch, "--data_dir", release))
+    assert (len(train_rows), len(eval_rows)) == (6, 5)
+    assert [row["id"] for row in eval_rows] == ["1000", "1001", "1002", "1003", "1004"]
+    assert script.to_conversation(eval_rows[0]) == {
+        "conversations": [
+            {
+                "images": [str(release / "img/dev_seen00000.png")],
+                "user": "Does this meme promote hate speech?\nAnswer yes or no.",
+                "assistant": "Yes.",
+            }
+        ]
+    }
+    assert script.to_conversation(eval_rows[1])["conversations"][0]["assistant"] == "No."
+    limited = flags(monkeypatch, "--data_dir", release, "--max_train_samples", 2, "--max_eval_samples", 3)
+    assert [len(rows) for rows in script.load_rows(limited)] == [2, 3]
+
+
+def test_hub_rows(tmp_path, monkeypatch):
+    rows = [
+        {
+            "images": [PillowImage.new("RGB", (50 + number, 40))],
+            "texts": [{"user": f"Wording {number}\nAnswer yes or no.", "assistant": answer, "source": "hateful"}],
+        }
+        for number, answer in enumerate(["Yes.", "No.", "No.", "Yes.", "No."])
+    ]
+    texts = [{"user": Value("string"), "assistant": Value("string"), "source": Value("string")}]
+    features = Features({"images": List(Image()), "texts": texts})
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "hateful_memes/train-0.parquet")
+    monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
+    monkeypatch.setattr(script, "HUB_EVAL_ROWS", 2)
+    train_rows, eval_rows = script.load_rows(flags(monkeypatch))
+    assert [script.label(row) for row in eval_rows] == [1, 0]
+    assert [script.label(row) for row in train_rows] == [0, 1, 0]
+    turn = script.to_conversation(train_rows[1])["conversations"][0]
+    assert turn["user"] == script.QUESTION
+    assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
+    limited = flags(monkeypatch, "--max_train_samples", 1)
+    assert [len(rows) for rows in script.load_rows(limited)] == [1, 2]
+
+
+def test_probabilities_of_whole_answers_do_not_depend_on_the_batch(release, model, processor, monkeypatch):
+    rows = script.load_rows(flags(monkeypatch, "--data_dir", release))[1]
+    conversations = [script.to_conversation(row) for row in rows]
+    conversations[2]["conversations"][0] |= {"images": [], "user": "No picture."}
+    answers = ["Yes.", "No.", "Neither of them"]
+    found = answer_log_probabilities(model, processor, conversations, answers, FLAGS)
+    assert found.shape == (5, 3)
+    for row, conversation in enumerate(conversations):
+        prompt = encode_prompt(conversation, processor)
+        inputs = {}
+        if prompt["images"]:
+            vision = processor.image_processor([PillowImage.open(image).convert("RGB") for image in prompt["images"]])
+            inputs = {name: vision[name] for name in ("pixel_values", "image_sizes")}
+        for column, answer in enumerate(answers):
+            ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt["input_ids"] + ids]), **inputs).logits[0, -len(ids) - 1 : -1]
+            expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum()
+            assert found[row, column] == pytest.approx(expected.item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("by_likelihood", [False, True])
+def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
+    args = flags(monkeypatch, "--data_dir", release, *["--eval_by_likelihood"] * by_likelihood)
+    rows = script.load_rows(args)[1]
+    args.__dict__.update(vars(FLAGS))
+    found = script.evaluate(model, processor, rows, args)
+    predictions = found.predictions
+    labels, p_yes = [entry["label"] for entry in predictions], [entry["p_yes"] for entry in predictions]
+    assert labels == [1, 0, 0, 1, 1]
+    assert [entry["id"] for entry in predictions] == ["1000", "1001", "1002", "1003", "1004"]
+    conversations = [script.to_conversation(row) for row in rows]
+    p_answers = np.exp(answer_log_probabilities(model, processor, conversations, ("No.", "Yes."), FLAGS))
+    assert p_yes == pytest.approx(p_answers[:, 1] / p_answers.sum(1), rel=1e-5)
+    assert found.metric == "auroc"
+    assert found.values["auroc"] == roc_auc_score(labels, p_yes)
+    right = [entry["prediction"] == entry["answers"][0].lower().strip(".") for entry in predictions]
+    assert [entry["score"] for entry in predictions] == right
+    assert list(found.values) == ["auroc", "accuracy_by_likelihood" if by_likelihood else "accuracy"]
+    assert list(found.values.values())[1] == pytest.approx(np.mean(right))
+    if by_likelihood:
+        assert [entry["prediction"] for entry in predictions] == ["yes" if p > 0.5 else "no" for p in p_yes]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"id": 1, "img": "img/train00000.png"}',
+            'train.jsonl, line 7: needs "img" (the picture\'s name) and "label" (0 or 1)',
+        ),
+        ('{"id": 1, "img": "img/train00000.png", "label": 2}', "train.jsonl, line 7: needs"),
+        ('{"id": 1, "label": 1}', "train.jsonl, line 7: needs"),
+        ('{"id": 1,', "train.jsonl, line 7: no valid JSON"),
+        ("[1]", "train.jsonl, line 7: must be a JSON object, not list"),
+        ('{"id": 1, "img": "img/gone.png", "label": 1}', "gone.png is missing: put the file there"),
+    ],
+)
+def test_a_bad_row_is_named(release, monkeypatch, line, message):
+    with (release / "train.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError) as raised:
+        script.load_rows(flags(monkeypatch, "--data_dir", release))
+    assert message in str(raised.value)
+
+
+def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypatch):
+    args = flags(monkeypatch, "--data_dir", release)
+    write_release(release, [1, 1], "dev_seen")
+    with pytest.raises(ValueError, match="AUROC needs memes of both labels, but all 2 .* raise --max_eval_samples"):
+        script.load_rows(args)
+    (release / "dev_seen.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"dev_seen\.jsonl is empty"):
+        script.load_rows(args)
+    (release / "dev_seen.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"dev_seen\.jsonl is missing: --data_dir takes the folder of Hateful Memes's official"
+    ):
+        script.load_rows(args)
+
+
+@pytest.mark.slow
+def test_two_processes_finetune_and_evaluate_as_one(release, tmp_path, monkeypatch, processor):
+    out = tmp_path / "out"
+    arguments = ["--data_dir", release, "--num_crops", 2, "--batch_size", 2, "--max_steps", 2, "--max_new_tokens", 4]
+    common = ["--model_name_or_path", TINY, "--output_dir", out, "--dataloader_num_workers", 0, "--no-tqdm"]
+    result = torchrun("finetune_hf_trainer_hateful_memes.py", *common, *arguments, "--eval_batch_size", 2)
+    assert result.returncode == 0, result.stdout
+    assert "before finetuning: auroc" in result.stdout
+    before, after = (json.loads((out / f"eval_{when}.json").read_text()) for when in ("before", "after"))
+    assert (after["metric"], after["samples"]) == ("auroc", 5)
+    assert [entry["p_yes"] for entry in before["predictions"]] != [entry["p_yes"] for entry in after["predictions"]]
+    args = flags(monkeypatch, *common, *arguments)
+    alone = script.evaluate(
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), processor, script.load_rows(args)[1], args
+    )
+    for entry, expected in zip(after["predictions"], alone.predictions, strict=True):
+        assert entry["id"] == expected["id"]
+        assert entry["p_yes"] == pytest.approx(expected["p_yes"], rel=0.02)  # weights are saved in the base's dtype

@@ -1,0 +1,75 @@
+"""The metrics on examples worked by hand."""
+
+import math
+import random
+
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from common.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "lower", "plain"),
+    [(" Yes.\n", True, "yes"), ("Yes . ", True, "yes"), ("U.S.A.", False, "U.S.A"), ("...", True, ""), ("1.5", True, "1.5")],
+)
+def test_answers_are_stripped_of_white_space_and_full_stops(text, lower, plain):
+    assert normalise_answer(text, lower) == plain
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("kitten", ["sitting"], 1 - 3 / 7),
+        ("ab", ["ac"], 0),  # NL is 0.5: no longer counted
+        ("abc", ["abd"], 1 - 1 / 3),
+        ("kitten", ["dog", "sitting", "mitten"], 1 - 1 / 6),
+        ("JUNE  3,\n1998", ["June 3, 1998"], 1),
+        ("", ["June"], 0),
+        ("June", ["a"], 0),
+    ],
+)
+def test_anls(prediction, answers, score):
+    assert anls(prediction, answers) == pytest.approx(score)
+
+
+def test_anls_in_the_published_recipes_form_sees_case():
+    assert anls("June", ["june"], case_sensitive=True) == pytest.approx(1 - 1 / 4)
+    assert anls("JUNE", ["june"], case_sensitive=True) == 0
+
+
+def test_accuracy():
+    assert accuracy([True, False, True, True]) == 0.75
+    classes = ["Surfing", "Archery", "Surfing", "Archery", "Archery"]
+    per_class = accuracy_per_class(classes, [1.0, 1.0, 0.0, 1.0, 0.0])
+    assert per_class == {"Archery": pytest.approx(2 / 3), "Surfing": 0.5}
+    assert list(per_class) == ["Archery", "Surfing"]
+
+
+def test_auroc_by_hand():
+    # Of the four pairs of a positive and a negative, 0.35 < 0.4 alone is out of order.
+    assert auroc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]) == 0.75
+    assert auroc([0, 1, 1], [0.5, 0.5, 0.9]) == 0.75  # a tie counts half
+
+
+def test_auroc_is_scikit_learns_and_the_share_of_ordered_pairs():
+    chance = random.Random(0)
+    labels = [chance.randrange(2) for _ in range(200)]
+    scores = [round(chance.gauss(label, 1), 1) for label in labels]  # rounded, so that there are ties
+    positives = [score for score, label in zip(scores, labels, strict=True) if label]
+    negatives = [score for score, label in zip(scores, labels, strict=True) if not label]
+    ordered = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
+    assert auroc(labels, scores) == pytest.approx(ordered / (len(positives) * len(negatives)))
+    assert auroc(labels, scores) == roc_auc_score(labels, scores)
+
+
+def test_auroc_of_one_label_is_undefined():
+    assert math.isnan(auroc([1, 1], [0.2, 0.3]))
+
+
+def test_consistency():
+    # By the official definition a sentence counts once, and only if right on all of its pairs.
+    sentences = ["dev-0-0", "dev-0-0", "dev-0-0", "dev-0-1", "dev-0-1", "dev-1-0"]
+    assert consistency(sentences, [1, 1, 0, 1, 1, 1]) == pytest.approx(2 / 3)
+    assert consistency(sentences, [0, 1, 0, 1, 0, 0]) == 0
+    assert consistency(sentences, [1] * 6) == 1

@@ -1,0 +1,294 @@
+"""The model's invariants on the tiny checkpoint: layouts of a batch, precisions, recomputation, files."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, TINY, needs_golden
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+from common.collator import Collator
+from common.conversations import encode_conversation
+from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v.image_processing import cut_crops, join_crops, normalise_with_global_view, to_crop_grid
+
+
+def load(attention="varlen", dtype=torch.float32, **overrides):
+    config = Phi3VConfig.from_dict(json.loads((TINY / "config.json").read_text()) | overrides)
+    return AutoModelForCausalLM.from_pretrained(TINY, config=config, dtype=dtype, attn_implementation=attention)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, num_crops=2)
+
+
+def noise(width, height, seed=0):
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.numpy())
+
+
+def sample(processor, user, assistant, *images):
+    turn = {"images": list(images), "user": user, "assistant": assistant}
+    return encode_conversation({"conversations": [turn]}, processor)
+
+
+@pytest.fixture(scope="module")
+def samples(processor):
+    return [
+        sample(processor, "Just text.", "Right."),
+        sample(processor, "What is it?", "Noise.", noise(300, 200)),
+        sample(processor, "Which is <|image_2|>, and which <|image_1|>?", "Both.", noise(90, 300, 1), noise(400, 90, 2)),
+    ]
+
+
+def loss_and_gradients(model, batch, **options):
+    model.train()
+    model.zero_grad()
+    loss = model(**batch, **options).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal_gradients(first, second, relative):
+    assert first.keys() == second.keys()
+    for name in first:
+        scale = max(first[name].norm(), 1e-3)
+        assert (first[name] - second[name]).norm() <= relative * scale, name
+
+
+@pytest.mark.parametrize("limit", [4096, 400])
+def test_packed_padded_and_alone_are_one(processor, samples, limit):
+    """Loss and gradients don't depend on how samples are laid out, also where they straddle LongRoPE's limit."""
+    model = load(original_max_position_embeddings=limit, max_position_embeddings=32 * limit)
+    rope = model.config.rope_parameters
+    rope["long_factor"] = [1.5 * factor + 1 for factor in rope["short_factor"]]
+    model.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inverse_frequencies()[0])
+    lengths = [len(entry["input_ids"]) for entry in samples]
+    assert min(lengths) < 400 < max(lengths) < 4096
+
+    count = sum(label != -100 for entry in samples for label in entry["labels"])
+    packed, packed_gradients = loss_and_gradients(model, Collator(processor, packing=True)(samples))
+    padded, padded_gradients = loss_and_gradients(model, Collator(processor)(samples))
+    model.zero_grad()
+    alone = 0
+    for entry in samples:
+        loss = model(**Collator(processor)([entry]), num_items_in_batch=count).loss
+        loss.backward()
+        alone += loss.item()
+    alone_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert packed.item() == pytest.approx(alone, rel=1e-5)
+    assert padded.item() == pytest.approx(alone, rel=1e-5)
+    assert_equal_gradients(alone_gradients, packed_gradients, 1e-5)
+    assert_equal_gradients(alone_gradients, padded_gradients, 1e-5)
+
+
+def test_long_factors_change_the_result(processor, samples):
+    """The test above would pass if LongRoPE were ignored; this one says that it is not."""
+    batch = Collator(processor)(samples[1:2])
+    short, long = load(), load(original_max_position_embeddings=100, max_position_embeddings=3200)
+    long.config.rope_parameters["long_factor"] = [factor + 1 for factor in long.config.rope_parameters["short_factor"]]
+    long.model.rotary_emb.inv_freq.copy_(long.model.rotary_emb.inverse_frequencies()[0])
+    with torch.no_grad():
+        assert not torch.allclose(short(**batch).logits, long(**batch).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_implementations_agree(processor, samples, attention):
+    batch = Collator(processor)(samples)
+    with torch.no_grad():
+        assert load(attention)(**batch).loss.item() == pytest.approx(load()(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["bf16 weights", "bf16 autocast", "fp16 autocast"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_half_precisions(processor, samples, mode, packing):
+    batch = Collator(processor, packing=packing)(samples)
+    expected, _ = loss_and_gradients(load(), batch)
+    model = load(dtype=torch.bfloat16 if mode == "bf16 weights" else torch.float32)
+    dtype = torch.float16 if mode == "fp16 autocast" else torch.bfloat16
+    with torch.autocast("cpu", dtype=dtype, enabled="autocast" in mode):
+        loss, gradients = loss_and_gradients(model, batch)
+    assert loss.item() == pytest.approx(expected.item(), rel=3e-2)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_gradient_checkpointing_changes_nothing(processor, samples):
+    batch = Collator(processor, packing=True)(samples)
+    model = load()
+    loss, gradients = loss_and_gradients(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again, recomputed = loss_and_gradients(model, batch)
+    assert loss == again
+    assert_equal_gradients(gradients, recomputed, 1e-6)
+
+
+def test_processor_pixels_and_raw_crops_are_one(processor, samples):
+    """Crops that travel as uint8 and are normalised by the model give what the processor gives, bit for bit."""
+    images = samples[2]["images"]
+    prompt = "<|user|>\n<|image_1|><|image_2|>\nSame?<|end|>\n<|assistant|>\n"
+    inputs = processor(prompt, images)
+    grids = [torch.from_numpy(to_crop_grid(image, 2)).permute(2, 0, 1) for image in images]
+    raw = torch.cat([cut_crops(grid) for grid in grids])
+    model = load()
+    sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
+    vision = model.model.vision_embed_tokens
+    assert torch.equal(vision.views(raw, sizes), vision.views(inputs["pixel_values"], sizes))
+    assert torch.equal(join_crops(cut_crops(grids[0]), *sizes[0]), grids[0])
+    assert len(normalise_with_global_view(raw, sizes)) == len(raw) + 2
+
+
+def test_text_alone_touches_every_vision_parameter_with_zero(processor, samples):
+    model = load()
+    _, gradients = loss_and_gradients(model, Collator(processor)(samples[:1]))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == trainable
+    assert all(not gradients[name].any() for name in trainable if "vision_embed_tokens" in name)
+
+
+def test_layers_that_are_never_run_are_frozen_and_kept(processor, samples, tmp_path):
+    model = load(dtype=torch.bfloat16)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    last = model.config.vision_config.num_hidden_layers - 1
+    assert frozen and all(f"encoder.layers.{last}." in name or "post_layernorm" in name for name in frozen)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss_and_gradients(model, Collator(processor)(samples))
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    before, after = load_file(TINY / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert any(not torch.equal(before[name], after[name]) for name in before.keys() - frozen)
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, pytest.param(GOLDEN / "tiny_checkpoint", marks=needs_golden)])
+def test_load_save_load_is_bit_identical(checkpoint, tmp_path):
+    model, processor = AutoModelForCausalLM.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    assert isinstance(model, Phi3VForCausalLM) and isinstance(processor, Phi3VProcessor)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys() and not any("wte" in name for name in after)
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+    text = "<|user|>\nWhat — is it? <|image|> ünï<|end|>\n<|assistant|>\n"
+    loaded = AutoProcessor.from_pretrained(tmp_path, num_crops=3)
+    assert loaded.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
+    assert loaded.tokenizer.chat_template == processor.tokenizer.chat_template
+    assert loaded.image_processor.num_crops == 3
+
+
+def test_saved_config_is_what_other_readers_expect(tmp_path):
+    AutoModelForCausalLM.from_pretrained(TINY).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "phi3_v" and config["architectures"] == ["Phi3VForCausalLM"]
+    assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert config["rope_scaling"]["type"] == "su" and "rope_parameters" not in config
+    assert config["torch_dtype"] == "bfloat16"
+    code = "microsoft/Phi-3.5-vision-instruct--"
+    assert config["auto_map"]["AutoConfig"] == f"{code}configuration_phi3_v.Phi3VConfig"
+    assert config["auto_map"]["AutoModelForCausalLM"] == f"{code}modeling_phi3_v.Phi3VForCausalLM"
+
+
+def test_code_of_a_checkpoint_is_never_run(tmp_path):
+    model, processor = AutoModelForCausalLM.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for name in ("configuration_phi3_v", "modeling_phi3_v", "processing_phi3_v"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('code of the checkpoint was run')")
+    config_path = tmp_path / "config.json"
+    config_path.write_text(config_path.read_text().replace("microsoft/Phi-3.5-vision-instruct--", ""))
+    for trust in (None, True):
+        assert type(AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust)) is Phi3VConfig
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust)) is Phi3VForCausalLM
+        assert type(AutoProcessor.from_pretrained(tmp_path, trust_remote_code=trust)) is Phi3VProcessor
+
+
+def test_real_configuration_on_the_meta_device():
+    scaling = {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
+    config = Phi3VConfig(rope_scaling=scaling, max_position_embeddings=131072, sliding_window=262144)
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_146_621_440
+    assert len(model.state_dict()) == 592
+
+
+@needs_golden
+def test_real_configuration_has_the_published_names():
+    import re
+
+    with torch.device("meta"):
+        names = Phi3VForCausalLM(Phi3VConfig()).state_dict()
+    patterns = {re.sub(r"layers\.\d+", "layers.N", name) for name in names}
+    published = json.loads((GOLDEN / "param_names.json").read_text())["real_hub_index"]["name_patterns"]
+    assert patterns == set(published)
+
+
+def test_batch_of_texts_pads_on_either_side(processor):
+    texts = ["<|user|>\n<|image_1|>\nA?<|end|>\n<|assistant|>\n", "<|user|>\nLonger text alone?<|end|>\n<|assistant|>\n"]
+    alone = [processor(texts[0], noise(50, 50)), processor(texts[1])]
+    lengths = [inputs["input_ids"].shape[1] for inputs in alone]
+    for side in ("left", "right"):
+        batch = processor(texts, [[noise(50, 50)], []], padding_side=side)
+        assert batch["attention_mask"].sum(1).tolist() == lengths
+        for row, inputs, length in zip(batch["input_ids"], alone, lengths, strict=True):
+            kept = row[-length:] if side == "left" else row[:length]
+            assert torch.equal(kept, inputs["input_ids"][0])
+        assert batch["pixel_values"].shape[0] == batch["image_sizes"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("<|image_1|><|image_2|>", 1), ("no tag", 1), ("<|image_1|><|image_3|>", 2), ("<|image_1|>", 0)]
+)
+def test_tags_that_do_not_match_pictures_are_refused(processor, text, count):
+    with pytest.raises(ValueError, match="image tags"):
+        processor(text, [noise(40, 40)] * count)
+
+
+def test_placeholders_without_their_picture_are_refused(processor, samples):
+    model, batch = load(), Collator(processor)(samples[1:2])
+    with pytest.raises(ValueError, match="pixel_values is missing"):
+        model(input_ids=batch["input_ids"])
+    batch["input_ids"][batch["input_ids"] == -1] = 5
+    with pytest.raises(ValueError, match="placeholders don't match"):
+        model(**batch)
+
+
+def test_a_picture_used_twice_is_seen_twice(processor):
+    image, prompt = noise(60, 60), "<|user|>\n<|image_1|> and again <|image_1|>?<|end|>\n<|assistant|>\n"
+    twice = prompt.replace("again <|image_1|>", "again <|image_2|>")
+    model = load()
+    with torch.no_grad():
+        once = model(**processor(prompt, image)).logits
+        copied = model(**processor(twice, [image, image])).logits
+    assert torch.allclose(once, copied, atol=1e-5)
+
+
+def test_crossing_the_limit_in_a_batch_generates_like_alone():
+    """Rows of a batch outgrow the short LongRoPE factors at different steps; each answer is that of the row alone."""
+    processor = AutoProcessor.from_pretrained(TINY)
+    model = load(original_max_position_embeddings=40, max_position_embeddings=1280)
+    model.config.rope_parameters["long_factor"] = [factor * 2 for factor in model.config.rope_parameters["short_factor"]]
+    model.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inverse_frequencies()[0])
+    prompts = [f"<|user|>\n{text}<|end|>\n<|assistant|>\n" for text in ("Hello", "A longer prompt, this.", "Who?")]
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    batch = processor(prompts, padding_side="left")
+    together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    for row, prompt in zip(together, prompts, strict=True):
+        inputs = processor(prompt)
+        alone = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert row.tolist() == alone.tolist()
+
+
+def test_several_answers_keep_each_rows_pictures(processor):
+    prompts = ["<|user|>\n<|image_1|>\nA?<|end|>\n<|assistant|>\n"] * 2
+    inputs = processor(prompts, [[noise(50, 50, 1)], [noise(50, 50, 2)]])
+    model = load()
+    single = model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    beams = model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2, num_return_sequences=2, eos_token_id=None)
+    assert beams.shape[0] == 4 and single.shape[0] == 2
+    assert torch.equal(beams[0, :-4], single[0, :-4]) and torch.equal(beams[2, :-4], single[1, :-4])

@@ -1,0 +1,177 @@
+"""The general format read from files: lazily, whole, and with every mistake named."""
+
+import json
+import os
+import time
+
+import datasets
+import psutil
+import pytest
+from conftest import TINY, torchrun
+from PIL import Image
+from transformers import AutoProcessor
+
+from common.data import TrainingData
+from common.sources import check_pictures, load_conversations, load_hub
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def image_dir(tmp_path):
+    folder = tmp_path / "images"
+    for name in ("a/left.png", "a/right.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48), "red").save(folder / name)
+    return folder
+
+
+def turn(user="What?", assistant="That.", **fields):
+    return {"user": user, "assistant": assistant, **fields}
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_rows_come_back_as_they_were_written(tmp_path, image_dir):
+    path = write(
+        tmp_path / "data.jsonl",
+        {"id": "1", "source": "mine", "conversations": [turn(images=["a/left.png", "a/right.jpg"], assistant="2020-01-01")]},
+        "",
+        {"conversations": [turn(), turn("“Ünï”?\n", "3.50", images=["a/left.png"])]},
+        {"id": None, "conversations": [turn("<|image_1|> so?", images=["a/left.png"], weight=3)], "extra": {"a": [1]}},
+    )
+    left, right = str(image_dir / "a/left.png"), str(image_dir / "a/right.jpg")
+    rows = load_conversations(path, image_dir)
+    assert list(rows) == [
+        {"id": "1", "conversations": [turn(images=[left, right], assistant="2020-01-01")]},
+        {"id": None, "conversations": [turn(images=[]), turn("“Ünï”?\n", "3.50", images=[left])]},
+        {"id": None, "conversations": [turn("<|image_1|> so?", images=[left])]},
+    ]
+    assert list(load_conversations(path, image_dir, limit=1)) == list(rows)[:1]
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path, image_dir):
+    path = write(tmp_path / "data.jsonl", {"conversations": [turn()]})
+    assert len(load_conversations(path, image_dir)) == 1
+    write(path, {"conversations": [turn()]}, {"conversations": [turn()]})
+    assert len(load_conversations(path, image_dir)) == 2
+    assert not list((tmp_path / "cache/conversations").glob("*.[0-9]*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"conversations": [{"user": "a", "assistant":', "no valid JSON"),
+        ('["a"]', "must be a JSON object, not list"),
+        ({"id": 7, "conversations": [turn()]}, '"id" must be a text: put it in quotes'),
+        ({"id": "7"}, '"conversations" must be a list of at least one turn'),
+        ({"conversations": []}, '"conversations" must be a list of at least one turn'),
+        ({"conversations": {"user": "a"}}, '"conversations" must be a list of at least one turn'),
+        ({"conversations": [None]}, "turn 1: a turn must be an object"),
+        ({"conversations": [turn(), {"user": "a"}]}, 'turn 2: "assistant" must be a text that is not empty'),
+        ({"conversations": [turn(" \n")]}, 'turn 1: "user" must be a text that is not empty'),
+        ({"conversations": [turn(assistant=5)]}, 'turn 1: "assistant" must be a text that is not empty'),
+        ({"conversations": [turn(images="a/left.png")]}, 'turn 1: "images" must be a list'),
+        ({"conversations": [turn(images=[None])]}, '"images" must hold names of files'),
+        ({"conversations": [turn("<|image_2|>", images=["a/left.png"])]}, "number the tags from <|image_1|> without a gap"),
+        ({"conversations": [turn("<|image_1|>")]}, "number the tags from <|image_1|> without a gap"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, image_dir, row, message):
+    good = {"id": "1", "conversations": [turn(images=["a/left.png"])]}
+    path = write(tmp_path / "data.jsonl", good, "", row, good)
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 3") as raised:
+        load_conversations(path, image_dir)
+    assert message in str(raised.value)
+    assert not list((tmp_path / "cache/conversations").iterdir())
+
+
+def test_a_file_that_is_missing_or_empty_is_named(tmp_path, image_dir):
+    with pytest.raises(ValueError, match=r"none\.jsonl is missing"):
+        load_conversations(tmp_path / "none.jsonl", image_dir)
+    with pytest.raises(ValueError, match=r"data\.jsonl is empty"):
+        load_conversations(write(tmp_path / "data.jsonl", "", " "), image_dir)
+
+
+def test_a_picture_that_is_missing_or_cut_short_is_named(tmp_path, image_dir):
+    path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(images=[name])]} for name in ("a/left.png", "b.png")])
+    with pytest.raises(ValueError, match=r"images/b\.png is missing: put the file there"):
+        load_conversations(path, image_dir)
+    content = (image_dir / "a/left.png").read_bytes()
+    (image_dir / "b.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"images/b\.png can't be (read|decoded)"):
+        load_conversations(path, image_dir)
+    assert len(load_conversations(path, image_dir, limit=1)) == 1  # whose rows are not used is not asked for
+
+
+def test_pictures_are_checked_one_by_one(image_dir):
+    check_pictures([image_dir / "a/left.png", str(image_dir / "a/right.jpg")])
+    with pytest.raises(ValueError, match="no.png is missing"):
+        check_pictures([image_dir / "a/left.png", image_dir / "no.png"])
+
+
+def test_a_hub_without_access_is_named():
+    with pytest.raises(ValueError, match="nobody/nothing at_all can't be loaded .* use --data_dir"):
+        load_hub("nobody/nothing", "at_all", split="train")
+
+
+def test_rows_train_whatever_their_form(tmp_path, image_dir):
+    path = write(
+        tmp_path / "data.jsonl",
+        {"conversations": [turn()]},
+        {"conversations": [turn(images=["a/left.png", "a/right.jpg"]), turn()]},
+    )
+    rows = load_conversations(path, image_dir)
+    data = TrainingData(rows, lambda row, rng: row, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    assert [len(data[0, row]["images"]) for row in (0, 1)] == [0, 2]
+    assert [sum(label != -100 for label in data[0, row]["labels"]) > 5 for row in (0, 1)] == [True, True]
+
+
+@pytest.mark.slow
+def test_a_million_rows_start_in_seconds_and_take_no_memory(tmp_path, image_dir):
+    line = json.dumps({"id": "000001", "conversations": [turn("What is it? " * 10, images=["a/left.png"])]}) + "\n"
+    path = tmp_path / "data.jsonl"
+    path.write_text(line * 1_000_000)
+    start = time.perf_counter()
+    rows = load_conversations(path, image_dir)
+    assert len(rows) == 1_000_000
+    assert time.perf_counter() - start < 60  # 4 s on an idle core
+    start = time.perf_counter()
+    rows = load_conversations(path, image_dir)
+    assert time.perf_counter() - start < 5
+
+    # What a worker reads is mapped from the file, so that it shares it with all others.
+    pid = os.fork()
+    if pid == 0:
+        before = psutil.Process().memory_full_info().uss
+        texts = sum(len(rows[index]["conversations"][0]["user"]) for index in range(0, 1_000_000, 500))
+        grown = psutil.Process().memory_full_info().uss - before
+        os._exit(0 if texts == 2000 * 120 and grown < 50 * 2**20 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.slow
+def test_bad_data_ends_every_process_with_its_message(tmp_path, image_dir):
+    good = {"conversations": [turn(images=["a/left.png"])]}
+    write(tmp_path / "train.jsonl", good, {"conversations": [turn(images=["gone.png"])]})
+    write(tmp_path / "val.jsonl", good)
+    flags = [
+        "--data_dir",
+        tmp_path,
+        "--train_file",
+        "train.jsonl",
+        "--eval_file",
+        "val.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    result = torchrun("finetune_hf_trainer_ucf101.py", "--model_name_or_path", TINY, *flags, "--batch_size", 2, timeout=180)
+    assert result.returncode != 0
+    assert f"error: picture {image_dir / 'gone.png'} is missing: put the file there" in result.stdout

@@ -1,0 +1,134 @@
+"""finetune_hf_trainer_ucf101.py on what convert_ucf101.py writes, and on other data in the general format."""
+
+import json
+import sys
+
+import datasets
+import pytest
+import torch
+from conftest import TINY, torchrun
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+import finetune_hf_trainer_ucf101 as script
+from common.data import TrainingData
+
+CLASSES = ("Archery", "Surfing", "Typing")
+QUESTION = "Classify the video into one of the following classes: Archery, Surfing, Typing."
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Clips of two plain frames in the converter's layout; each class its colour."""
+    number = 0
+    for split in ("train", "val", "test"):
+        lines = []
+        for kind, name in enumerate(CLASSES):
+            frames = [f"{split}/{name}/v_{name}.{frame}.jpg" for frame in (0, 1)]
+            for frame in frames:
+                path = tmp_path / "data/images" / frame
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (64, 48), tuple(255 * (channel == kind) for channel in range(3))).save(path)
+            turn = {"images": frames, "user": QUESTION, "assistant": name}
+            lines.append({"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]})
+            number += 1
+        (tmp_path / f"data/ucf101_{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "data"
+
+
+def flags(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    return script.parse_args()
+
+
+def ids(rows):
+    return [row["id"] for row in rows]
+
+
+def test_splits_and_defaults(data_dir, monkeypatch):
+    args = flags(monkeypatch, "--data_dir", data_dir)
+    assert args.num_crops == 4
+    train_rows, eval_rows = script.load_rows(args)
+    assert ids(train_rows) == ["train-0000000000", "train-0000000001", "train-0000000002"]
+    assert ids(eval_rows) == ["val-0000000003", "val-0000000004", "val-0000000005"]
+    turn = script.to_conversation(eval_rows[1], None)["conversations"][0]
+    frames = [str(data_dir / f"images/val/Surfing/v_Surfing.{frame}.jpg") for frame in (0, 1)]
+    assert turn == {"images": frames, "user": QUESTION, "assistant": "Surfing"}
+    test_split = flags(monkeypatch, "--data_dir", data_dir, "--eval_split", "test", "--max_train_samples", 2)
+    assert [ids(rows)[0] for rows in script.load_rows(test_split)] == ["train-0000000000", "test-0000000006"]
+    assert len(script.load_rows(test_split)[0]) == 2
+
+
+def test_other_files_and_the_training_split_itself(data_dir, monkeypatch):
+    (data_dir / "mine.jsonl").write_text('{"conversations": [{"user": "Two and two?", "assistant": "Four"}]}\n')
+    files = ["--train_file", "mine.jsonl", "--eval_file", data_dir / "ucf101_train.jsonl"]
+    train_rows, eval_rows = script.load_rows(flags(monkeypatch, "--data_dir", data_dir, *files))
+    assert ids(train_rows) == [None]
+    assert ids(eval_rows)[0] == "train-0000000000"
+    same = flags(monkeypatch, "--data_dir", data_dir, "--eval_file", "ucf101_train.jsonl")
+    assert len(script.load_rows(same)) == 2
+
+
+def test_without_data_dir_it_says_what_belongs_there(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        flags(monkeypatch)
+    assert "--data_dir" in capsys.readouterr().err
+
+
+def test_files_that_are_missing_are_named(data_dir, monkeypatch):
+    with pytest.raises(ValueError, match=r"elsewhere/ucf101_train\.jsonl is missing"):
+        script.load_rows(flags(monkeypatch, "--data_dir", data_dir / "elsewhere"))
+    (data_dir / "images/val/Typing/v_Typing.1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"images/val/Typing/v_Typing\.1\.jpg is missing"):
+        script.load_rows(flags(monkeypatch, "--data_dir", data_dir))
+
+
+def test_evaluation_overall_and_per_class(data_dir, monkeypatch):
+    args = flags(monkeypatch, "--data_dir", data_dir, "--max_new_tokens", 12, "--dataloader_num_workers", 0, "--no-tqdm")
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    train_rows, eval_rows = script.load_rows(args)
+    # Until it knows one class: what it then says for all of them is right on one.
+    data = TrainingData(train_rows, script.to_conversation, processor, seed=0)
+    sample = data[0, 0]
+    learned = torch.tensor([token for token in sample["input_ids"] if token >= 0])[None]
+    labels = torch.tensor([label for token, label in zip(sample["input_ids"], sample["labels"], strict=True) if token >= 0])[
+        None
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        model(learned, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = script.evaluate(model, processor, eval_rows, args)
+    right = [entry["prediction"] == name.lower() for entry, name in zip(found.predictions, CLASSES, strict=True)]
+    assert ids(found.predictions) == ["val-0000000003", "val-0000000004", "val-0000000005"]
+    assert right == [True, False, False]
+    assert found.values == {
+        "accuracy": pytest.approx(1 / 3),
+        "accuracy_per_class": {"Archery": 1.0, "Surfing": 0.0, "Typing": 0.0},
+    }
+
+
+@pytest.mark.slow
+def test_two_processes_learn_three_clips(data_dir, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--model_name_or_path", TINY, "--data_dir", data_dir, "--output_dir", out, "--num_crops", 1, "--no-tqdm"]
+    result = torchrun(
+        "finetune_hf_trainer_ucf101.py", *flags, "--eval_file", "ucf101_train.jsonl", "--batch_size", 4, "--max_steps", 40,
+        "--learning_rate", 2e-3, "--warmup_steps", 2, "--max_new_tokens", 12, "--dataloader_num_workers", 0,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    before, after = (json.loads((out / f"eval_{when}.json").read_text()) for when in ("before", "after"))
+    assert before["accuracy"] < 0.5
+    assert after["accuracy"] == 1
+    assert after["accuracy_per_class"] == dict.fromkeys(CLASSES, 1.0)
+    assert ids(after["predictions"]) == ["train-0000000000", "train-0000000001", "train-0000000002"]

@@ -1,0 +1,180 @@
+"""Answer questions about pictures with a model, or with an adapter on its base model.
+
+python -m tools.predict --model output/docvqa --images page.png --prompt "What is the total?"
+python -m tools.predict --model output/nlvr2 --images left.jpg right.jpg --prompt "Do both show a dog?"
+python -m tools.predict --model output/mine --data_file val.jsonl --image_dir images --output_file answers.jsonl
+
+A data file holds conversations in the general format; the last turn is answered, its own answer is left unread. Each row
+is written with what the model says as "prediction".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from common.conversations import Conversation, check_conversation, check_picture, pictures
+from common.evaluation import generate_answers
+from common.inference import load_for_inference
+from common.model import base_model
+from common.phi3v.image_processing import MAX_CROPS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="DIR", help="model or adapter: directory or hub id")
+    group.add_argument("--base", metavar="DIR", help="directory or hub id of an adapter's base (default: what it names)")
+    group.add_argument("--device", choices=("cuda", "cpu"), help="where it runs (default: a GPU if there is one)")
+    group.add_argument(
+        "--num_crops",
+        type=int,
+        choices=range(1, MAX_CROPS + 1),
+        metavar="N",
+        help=f"most crops a picture is cut into, 1 to {MAX_CROPS} (default: as the model was saved with)",
+    )
+
+    group = parser.add_argument_group("one question")
+    group.add_argument("--prompt", help="the question; may place its pictures by <|image_1|>, <|image_2|>, …")
+    group.add_argument("--images", nargs="+", default=[], metavar="FILE", help="pictures, in the order of their numbers")
+
+    group = parser.add_argument_group("many questions")
+    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL in the general format")
+    group.add_argument("--image_dir", type=Path, metavar="DIR", help="where picture names start from (default: the file's own)")
+    group.add_argument("--output_file", type=Path, metavar="FILE", help="JSONL to write (default: printed)")
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
+    group.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=2, metavar="N", help="workers that cut pictures (default: %(default)s)"
+    )
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
+    args = parser.parse_args()
+    if (args.prompt is None) == (args.data_file is None):
+        parser.error("give either --prompt (with --images) or --data_file")
+    if args.data_file and args.images:
+        parser.error("--images belongs to --prompt; a --data_file names its own pictures")
+    if args.prompt is not None and (args.image_dir or args.output_file):
+        parser.error("--image_dir and --output_file belong to --data_file")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; leave the flag out")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("eval_batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    return args
+
+
+def read_rows(path: Path, image_dir: Path) -> list[tuple[dict[str, Any], Conversation]]:
+    """Read rows of the general format, and as conversations with whole picture paths, every picture checked.
+
+    Raises
+    ------
+    ValueError
+        Naming file and line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
+        conversation = to_prompt(row, image_dir)
+        check_conversation(conversation, place)
+        check_pictures(conversation, place)
+        rows.append((row, conversation))
+    if not rows:
+        raise ValueError(f"{path} is empty: write one conversation a line")
+    return rows
+
+
+def to_prompt(row: Any, image_dir: Path) -> Any:
+    """A row whose last answer is still to come, with whole picture paths; what is no row is left as it is, to be refused."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return row
+    turns = [dict(turn) for turn in turns]
+    for turn in turns:
+        if isinstance(turn.get("images"), list):
+            turn["images"] = [image_dir / name if isinstance(name, str) else name for name in turn["images"]]
+    if turns:
+        turns[-1]["assistant"] = "?"
+    return {"conversations": turns}
+
+
+def check_pictures(conversation: Conversation, place: str) -> None:
+    """Check that all pictures of a conversation are there and whole.
+
+    Raises
+    ------
+    ValueError
+        Naming ``place`` and the picture.
+    """
+    for picture in pictures(conversation):
+        if not isinstance(picture, Path):
+            raise ValueError(f'{place}: "images" must hold names of files')
+        try:
+            check_picture(picture)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Answer what the flags ask, and print or write the answers."""
+    if args.data_file:
+        rows = read_rows(args.data_file, args.image_dir or args.data_file.parent)
+    else:
+        turn = {"images": [Path(image) for image in args.images], "user": args.prompt, "assistant": "?"}
+        rows = [({}, {"conversations": [turn]})]
+        check_conversation(rows[0][1], "--prompt")
+        check_pictures(rows[0][1], "--images")
+
+    model, processor = load_for_inference(args.model, args.device, base=args.base)
+    processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops
+    args.bf16 = base_model(model).dtype == torch.bfloat16
+    args.dataloader_num_workers = min(args.dataloader_num_workers, len(rows) - 1)
+    answers = generate_answers(model, processor, [conversation for _, conversation in rows], args)
+
+    if args.prompt is not None:
+        print(answers[0])
+        return
+    lines = [
+        json.dumps(row | {"prediction": answer}, ensure_ascii=False) for (row, _), answer in zip(rows, answers, strict=True)
+    ]
+    if args.output_file is None:
+        print("\n".join(lines))
+        return
+    args.output_file.parent.mkdir(parents=True, exist_ok=True)
+    partial = args.output_file.with_name(f"{args.output_file.name}.partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, args.output_file)
+    print(f"Wrote {len(lines)} answers to {args.output_file}")
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, to each other
+    if not args.tqdm:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        predict(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
