@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_lora     # LoRA
     torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --data_dir DIR        # the official release's files
 
-Writes the model (or adapter), eval_before.json, eval_after.json, train_results.json and trainer_state.json to --output_dir.
+Metric: ANLS. Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card
+and report.html to --output_dir.
 """
 
 import json
@@ -13,15 +14,14 @@ import random
 from pathlib import Path
 from statistics import fmean
 
-from accelerate import PartialState
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Image
 
 from common.arguments import training_parser
-from common.conversations import check_picture
 from common.data import TrainingData
 from common.evaluation import Evaluation, generate_answers
 from common.metrics import anls, normalise_answer
 from common.model import load_model, load_processor
+from common.sources import check_pictures, load_hub
 from common.training import finetune, run, start
 
 MINI = "nielsr/docvqa_1200_examples"
@@ -29,21 +29,20 @@ FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 
 
 def parse_args():
-    parser = training_parser(__doc__, metric="anls")
+    parser = training_parser(__doc__, task="DocVQA", metric="anls")
     group = parser.add_argument_group("DocVQA")
     group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}), not on {MINI}")
     group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
     return parser.parse_args()
 
 
-def load_hub(full_train: bool) -> tuple[Dataset, Dataset]:
+def load_from_hub(full_train: bool) -> tuple[Dataset, Dataset]:
     """Rows of the hub's data sets; pictures stay encoded until a worker needs them."""
-    mini = load_dataset(MINI).select_columns(["id", "image", "query", "answers"])
-    mini = mini.cast_column("image", Image(decode=False))
+    mini = load_hub(MINI).select_columns(["id", "image", "query", "answers"]).cast_column("image", Image(decode=False))
     if not full_train:
         return mini["train"], mini["test"]
-    full = load_dataset(*FULL, split="train")
-    return full.cast_column("images", [Image(decode=False)]), mini["test"]
+    full = load_hub(*FULL, split="train").cast_column("images", [Image(decode=False)])
+    return full, mini["test"]
 
 
 def load_official(data_dir: Path, split: str, limit: int | None) -> Dataset:
@@ -71,8 +70,7 @@ def load_official(data_dir: Path, split: str, limit: int | None) -> Dataset:
         rows.append(row | {"answers": answers})
     if not rows:
         raise ValueError(f'{path} is empty: "data" holds no question')
-    for image in sorted({row["image"] for row in rows}):
-        check_picture(image)
+    check_pictures(sorted({row["image"] for row in rows}))
     return Dataset.from_list(rows)
 
 
@@ -80,15 +78,9 @@ def load_rows(args) -> tuple[Dataset, Dataset]:
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples)
         return train_rows, load_official(args.data_dir, "val", args.max_eval_samples)
-    with PartialState().local_main_process_first():
-        try:
-            train_rows, eval_rows = load_hub(args.full_train)
-        except (OSError, ConnectionError) as error:
-            raise ValueError(
-                f"the hub's data set can't be loaded ({error}); on a machine without access use --data_dir"
-            ) from None
-    limits = ((train_rows, args.max_train_samples), (eval_rows, args.max_eval_samples))
-    return tuple(rows.select(range(min(limit or len(rows), len(rows)))) for rows, limit in limits)
+    limits = (args.max_train_samples, args.max_eval_samples)
+    rows_and_limits = zip(load_from_hub(args.full_train), limits, strict=True)
+    return tuple(rows.select(range(min(limit or len(rows), len(rows)))) for rows, limit in rows_and_limits)
 
 
 def question(row: dict) -> str:
@@ -141,6 +133,7 @@ def main() -> None:
         train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+        source=str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI,
     )
 
 

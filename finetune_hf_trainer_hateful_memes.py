@@ -32,7 +32,7 @@ ANSWERS = ("No.", "Yes.")  # by label
 
 
 def parse_args():
-    parser = training_parser(__doc__, metric="auroc")
+    parser = training_parser(__doc__, task="Hateful Memes", metric="auroc")
     group = parser.add_argument_group("Hateful Memes")
     group.add_argument("--data_dir", type=Path, help="official release: train.jsonl, dev_seen.jsonl and img/")
     group.add_argument(
@@ -128,6 +128,7 @@ def main() -> None:
         train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+        source=str(args.data_dir or HUB[0]),
     )
 
 

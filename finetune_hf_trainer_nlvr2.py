@@ -35,7 +35,7 @@ ANSWERS = {"True": "Yes.", "False": "No."}  # by label
 
 
 def parse_args():
-    parser = training_parser(__doc__, metric="accuracy")
+    parser = training_parser(__doc__, task="NLVR2", metric="accuracy")
     group = parser.add_argument_group("NLVR2")
     group.add_argument("--data_dir", type=Path, help="official release: train.json, dev.json, images/train/ and images/dev/")
     return parser.parse_args()
@@ -146,6 +146,7 @@ def main() -> None:
         train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+        source=str(args.data_dir or HUB[0]),
     )
 
 

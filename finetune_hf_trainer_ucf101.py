@@ -27,7 +27,7 @@ from common.training import finetune, run, start
 
 
 def parse_args():
-    parser = training_parser(__doc__, metric="accuracy")
+    parser = training_parser(__doc__, task="UCF-101", metric="accuracy")
     # A clip has eight pictures: four crops of each are as many tokens as a page of text takes.
     parser.set_defaults(num_crops=4)
     group = parser.add_argument_group("UCF-101")
@@ -84,6 +84,7 @@ def main() -> None:
         train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+        source=str(args.data_dir),
     )
 
 

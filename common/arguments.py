@@ -12,13 +12,15 @@ DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 PARTS = ("decoder", "vision", "projector")
 
 
-def training_parser(description: str, metric: str) -> argparse.ArgumentParser:
+def training_parser(description: str, task: str, metric: str) -> argparse.ArgumentParser:
     """Parser with the flags shared by the task scripts, with the published recipe's names and defaults.
 
     Parameters
     ----------
     description : str
         The script's docstring.
+    task : str
+        Name of the task as people call it.
     metric : str
         Name of the task's main figure, by which ``--load_best_model_at_end`` judges with ``--eval_metric_steps``.
     """
@@ -26,7 +28,7 @@ def training_parser(description: str, metric: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    parser.set_defaults(metric=metric)
+    parser.set_defaults(task=task, metric=metric)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="hub id or directory (default: %(default)s)")

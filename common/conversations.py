@@ -82,7 +82,7 @@ def open_picture(picture: Picture) -> Image.Image:
         return Image.open(source)
     except FileNotFoundError:
         raise ValueError(f"picture {name} is missing: put the file there, or take its row out of the data") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise ValueError(f"picture {name} can't be read ({error}): replace the file, or take its row out") from None
 
 
@@ -97,7 +97,7 @@ def decode_picture(picture: Picture) -> Image.Image:
     image = open_picture(picture)
     try:
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         name = getattr(image, "filename", "") or "a picture stored in the data set"
         raise ValueError(f"picture {name} can't be decoded ({error}): replace the file, or take its row out") from None
 

@@ -6,7 +6,6 @@ and how it was quantized. Adapters without that file, trained elsewhere say, are
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -20,23 +19,11 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from .adapter_base import compare_settings, find_snapshot, fingerprint, read_base_description
 from .model import check_checkpoint, stop_token_ids
-from .phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-
-BASE_DESCRIPTION = "base_model.json"
-COMPARED_SETTINGS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "rope_theta",
-    "rope_scaling",
-    "vision_config",
-)
+from .phi3v import Phi3VForCausalLM, Phi3VProcessor
 
 
 def load_for_inference(
@@ -175,11 +162,11 @@ def load_base(
         If the base is missing or another than the adapter was trained on. Where ``base`` is given and only its weights
         differ, it is a warning instead.
     """
-    trained_on = _read_description(adapter)
+    trained_on = read_base_description(adapter)
     name, revision = (base, None) if base else find_base(adapter)
     quantization = trained_on.get("quantization") if quantized else None
     try:
-        differences = _compare_settings(name, revision, trained_on)
+        differences = compare_settings(name, revision, trained_on)
         model = load_full(name, device, dtype, revision, quantization) if not differences else None
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -190,7 +177,7 @@ def load_base(
     if differences:
         was = trained_on["name"]
         raise ValueError(f"adapter {adapter} was trained on {was}, and {name} is another model ({differences}): {remedy}")
-    if trained_on and trained_on["weights"] != fingerprint(_snapshot(name, revision)):
+    if trained_on and trained_on["weights"] != fingerprint(find_snapshot(name, revision)):
         message = f"adapter {adapter} was trained on {trained_on['name']}, and {name} has other weights"
         if not base:
             raise ValueError(f"{message}: {remedy}")
@@ -240,7 +227,7 @@ def find_base(adapter: Path) -> tuple[str, str | None]:
         If the adapter doesn't name its base.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    trained_on = _read_description(adapter)
+    trained_on = read_base_description(adapter)
     name = config.get("base_model_name_or_path") or trained_on.get("name")
     if not name:
         raise ValueError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path: give the base with --base DIR")
@@ -248,94 +235,6 @@ def find_base(adapter: Path) -> tuple[str, str | None]:
     if not Path(name).is_dir() and Path(trained_on.get("path") or os.devnull).is_dir():
         name = trained_on["path"]
     return name, config.get("revision") or trained_on.get("revision")
-
-
-def base_revision(name_or_path: str) -> str | None:
-    """Commit of a hub model as it was loaded last; None for a directory."""
-    directory = _snapshot(name_or_path)
-    return directory.name if directory.parent.name == "snapshots" else None
-
-
-def write_base_description(directory: Path, model: PeftModel) -> None:
-    """Write ``base_model.json``, which tells an adapter's base from others, beside the adapter.
-
-    Parameters
-    ----------
-    directory : Path
-        Where the adapter is saved.
-    model : PeftModel
-        Its base, as loaded from a directory or from the hub.
-    """
-    base = model.get_base_model()
-    name, snapshot = base.name_or_path, _snapshot(base.name_or_path)
-    quantization = getattr(base.config, "quantization_config", None)
-    description = {
-        "name": name,
-        "revision": base_revision(name),
-        "path": str(snapshot) if Path(name).is_dir() else None,
-        "settings": _settings(AutoConfig.from_pretrained(snapshot)),
-        "weights": fingerprint(snapshot),
-        "quantization": quantization.to_dict() if quantization is not None else None,
-    }
-    partial = directory / f"{BASE_DESCRIPTION}.partial"
-    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / BASE_DESCRIPTION)
-
-
-def fingerprint(directory: Path) -> str:
-    """SHA-256 over the first row of every matrix and all vectors of a checkpoint, in bf16, so that a copy in fp32 has the same.
-
-    Takes well under a second, since next to nothing is read.
-    """
-    digest = hashlib.sha256()
-    places = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    files = {path: safe_open(path, framework="pt") for path in set(places.values())}
-    for name in sorted(places):
-        tensor = files[places[name]].get_slice(name)
-        part = tensor[:] if len(tensor.get_shape()) == 1 else tensor[:1]
-        digest.update(name.encode())
-        digest.update(part.bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _snapshot(name_or_path: str, revision: str | None = None) -> Path:
-    """Directory of a checkpoint; for a hub id that of the local copy."""
-    directory = Path(name_or_path)
-    if directory.is_dir():
-        return directory.resolve()
-    return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"]))
-
-
-def _read_description(adapter: Path) -> dict[str, Any]:
-    path = adapter / BASE_DESCRIPTION
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}): copy it anew, or delete it to go without its checks") from None
-
-
-def _settings(config: Phi3VConfig) -> dict[str, Any]:
-    values = config.to_dict() | {"vision_config": config.vision_config.to_dict()}
-    settings = {key: values.get(key) for key in COMPARED_SETTINGS}
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    settings["vision_config"] = {key: values["vision_config"][key] for key in sizes}
-    return settings
-
-
-def _compare_settings(name: str, revision: str | None, trained_on: dict[str, Any]) -> str:
-    """What a base's configuration has other than the one an adapter was trained on; empty if nothing."""
-    if not trained_on:
-        return ""
-    found = _settings(AutoConfig.from_pretrained(name, revision=revision or "main"))
-    differences = []
-    for key, expected in trained_on["settings"].items():
-        if found[key] != expected:
-            scalar = not isinstance(expected, dict)
-            differences.append(f"{key} {found[key]} instead of {expected}" if scalar else f"other {key}")
-    return ", ".join(differences)
 
 
 def _misfits(model: Phi3VForCausalLM, adapter: Path) -> Iterator[tuple[str, int, int | str]]:

@@ -1,4 +1,4 @@
-"""Load a model to train: precision, attention, what trains, LoRA, QLoRA. The only module that knows PEFT and bitsandbytes."""
+"""Load a model to train: precision, attention, what trains, LoRA, QLoRA."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
+from .adapter_base import base_revision
 from .arguments import PARTS
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
 
@@ -158,6 +160,10 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
         quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
         device_map={"": device} if args.use_qlora else None,
     )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On CPUs with AVX512-BF16 its first evaluation repacks the weights for a kernel that has no backward pass.
+            module.support_avx512bf16_for_cpu = False
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)
     _freeze(model, args)
@@ -251,6 +257,7 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
         task_type="CAUSAL_LM",
+        revision=base_revision(args.model_name_or_path),
     )
     if args.use_qlora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -83,7 +83,7 @@ def write_run(
     base_model : str
         Hub id or directory.
     base_revision : str, optional
-        Commit of a hub model; see :func:`common.inference.base_revision`.
+        Commit of a hub model; see :func:`common.adapter_base.base_revision`.
     method : str
         ``"full"``, ``"LoRA"`` and so on.
     data : str

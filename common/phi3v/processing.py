@@ -163,12 +163,14 @@ class Phi3VProcessor(ProcessorMixin):
         # transformers 5 names a class that no earlier version knows; both know this one.
         tokenizer_config = directory / "tokenizer_config.json"
         content = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        _write_json(tokenizer_config, content | {"tokenizer_class": "PreTrainedTokenizerFast"})
-        code = f"{hub_repository(self.tokenizer.name_or_path)}--processing_phi3_v"
+        for how_it_was_loaded in ("num_crops", "is_local", "local_files_only"):
+            content.pop(how_it_was_loaded, None)
+        code = f"{self._hub_repository()}--processing_phi3_v"
         processor = {
             "processor_class": "Phi3VProcessor",
             "auto_map": {"AutoProcessor": f"{code}.Phi3VProcessor"},
         }
+        _write_json(tokenizer_config, content | processor | {"tokenizer_class": "PreTrainedTokenizerFast"})
         image_processor = {
             "auto_map": {"AutoImageProcessor": f"{code}.Phi3VImageProcessor", **processor["auto_map"]},
             "do_convert_rgb": self.image_processor.do_convert_rgb,
@@ -182,6 +184,10 @@ class Phi3VProcessor(ProcessorMixin):
         _write_json(directory / "processor_config.json", processor)
         _write_json(directory / "preprocessor_config.json", image_processor)
         return [str(directory / "processor_config.json")]
+
+    def _hub_repository(self) -> str:
+        owner, qualified, _ = self.tokenizer.init_kwargs.get("auto_map", {}).get("AutoProcessor", "").partition("--")
+        return owner if qualified else hub_repository(self.tokenizer.name_or_path)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, padding_side: str) -> dict[str, torch.Tensor]:
