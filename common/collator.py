@@ -8,7 +8,7 @@ import torch
 
 from .conversations import decode_picture
 from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import cut_crops, to_crop_grid
+from .phi3v.image_processing import grid_to_crops, to_crop_grid
 from .phi3v.processing import pad_rows
 
 
@@ -20,8 +20,8 @@ def load_crops(images: list[Any], num_crops: int) -> tuple[torch.Tensor, torch.T
     tuple of torch.Tensor
         uint8 (all crops of all pictures, 3, 336, 336), and int64 (pictures, 2), height and width after resizing and padding.
     """
-    grids = [torch.from_numpy(to_crop_grid(decode_picture(image), num_crops)).permute(2, 0, 1) for image in images]
-    return torch.cat([cut_crops(grid) for grid in grids]), torch.tensor([grid.shape[1:] for grid in grids])
+    grids = [to_crop_grid(decode_picture(image), num_crops) for image in images]
+    return torch.cat([grid_to_crops(grid) for grid in grids]), torch.tensor([grid.shape[:2] for grid in grids])
 
 
 class Collator:

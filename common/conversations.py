@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from .phi3v import Phi3VProcessor
+from .phi3v.image_processing import convert_picture
 from .phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
 
 Picture = str | Path | dict[str, Any] | Image.Image
@@ -87,7 +88,7 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def decode_picture(picture: Picture) -> Image.Image:
-    """Open a picture and decode its pixels as RGB.
+    """Open a picture and decode its pixels: grey ones as mode L, all others as RGB.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def decode_picture(picture: Picture) -> Image.Image:
     """
     image = open_picture(picture)
     try:
-        return image.convert("RGB")
+        return convert_picture(image)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         name = getattr(image, "filename", "") or "a picture stored in the data set"
         raise ValueError(f"picture {name} can't be decoded ({error}): replace the file, or take its row out") from None

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collator import Collator
 from .conversations import Conversation, encode_prompt
@@ -41,16 +42,25 @@ class _Prompts(Dataset):
             raise ValueError(f"evaluation row {index}: {error}") from None
 
 
-def share_by_length(lengths: Sequence[int], batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+def share_by_length(
+    lengths: Sequence[int], batch_size: int, rank: int, world_size: int, in_step: bool = False
+) -> list[list[int]]:
     """Batches of one process: prompts of like length together, longest first, dealt to the processes in turn.
+
+    Parameters
+    ----------
+    in_step : bool
+        Give every process as many batches, the last ones a second time if need be.
 
     Returns
     -------
     list of list of int
-        Indices. Over all processes every index occurs once.
+        Indices. Over all processes every index occurs (without ``in_step`` once).
     """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if in_step:
+        batches += [batches[-1]] * (-len(batches) % world_size)
     return batches[rank::world_size]
 
 
@@ -207,7 +217,8 @@ def _prompt_batches(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts = _Prompts(conversations, processor)
     lengths = _gather_in_order([len(prompts[i]["input_ids"]) for i in range(rank, len(prompts), world_size)])
-    batches = share_by_length(lengths, args.eval_batch_size, rank, world_size)
+    # ZeRO-3 gathers the weights of each layer from all processes: none may have a batch more than another.
+    batches = share_by_length(lengths, args.eval_batch_size, rank, world_size, in_step=is_deepspeed_zero3_enabled())
     loader = DataLoader(
         prompts,
         batch_sampler=batches,

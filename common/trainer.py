@@ -136,6 +136,8 @@ class FinetuningTrainer(Trainer):
             persistent_workers=workers > 0,
             prefetch_factor=2 if workers else None,
             pin_memory=torch.cuda.is_available(),
+            # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
+            generator=torch.Generator(),
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ from .phi3v import Phi3VProcessor
 from .report import save_gallery_images, select_gallery, write_report
 from .trainer import build_trainer
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 EXIT_AFTER_SIGTERM = 128 + 15
@@ -43,8 +45,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ValueError as error:
-        if os.environ.get("RECIPES_DEBUG"):
-            raise
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not raised_in.is_relative_to(REPOSITORY) or "site-packages" in raised_in.parts:
+            raise  # a library's complaint, whose traceback is worth seeing
         sys.exit(f"error: {error}")
 
 

@@ -23,7 +23,7 @@ needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real
 
 def torchrun(*command: object, processes: int = 2, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     """Run a script of the repository on CPU processes and return what it printed; raises nothing if it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [*launcher, *map(str, command)],
         cwd=ROOT,

@@ -62,35 +62,61 @@ def num_image_tokens(height: int, width: int) -> int:
     return (rows * columns + 1) * TOKENS_PER_SIDE**2 + 1 + (rows + 1) * TOKENS_PER_SIDE
 
 
+def convert_picture(image: Image.Image) -> Image.Image:
+    """Decode a picture: grey ones as mode L, all others as RGB."""
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    if image.mode != mode:
+        return image.convert(mode)
+    image.load()
+    return image
+
+
 def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
     """Resize a picture to whole crops and pad it with white, as uint8.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        Any mode; converted to RGB.
+        Any mode.
     num_crops : int
         Most crops that the picture may be cut into.
 
     Returns
     -------
     numpy.ndarray
-        uint8, (height, width, 3), both sides multiples of 336.
+        uint8, (height, width, 3), or (height, width, 1) for a grey picture, whose channels are equal; both sides
+        multiples of 336.
     """
-    image = image.convert("RGB")
-    transposed = image.width < image.height
-    if transposed:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    size = _resized(image.width, image.height, num_crops)
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    missing = -image.height % CROP_SIZE
-    if missing:
-        padded = Image.new("RGB", (image.width, image.height + missing), (255, 255, 255))
-        padded.paste(image, (0, missing // 2))
+    image = convert_picture(image)
+    if image.width < image.height:
+        height, width = _resized(image.height, image.width, num_crops)
+        # As published, where the picture lies on its side: the long axis is resized, and rounded, first.
+        image = image.resize((image.width, height), Image.Resampling.BILINEAR)
+    else:
+        width, height = _resized(image.width, image.height, num_crops)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    missing_width, missing_height = -width % CROP_SIZE, -height % CROP_SIZE
+    if missing_width or missing_height:
+        padded = Image.new(image.mode, (width + missing_width, height + missing_height), "white")
+        padded.paste(image, (missing_width // 2, missing_height // 2))
         image = padded
-    if transposed:
-        image = image.transpose(Image.Transpose.TRANSPOSE)
-    return np.array(image)
+    return np.array(image).reshape(image.height, image.width, -1)
+
+
+def grid_to_crops(grid: np.ndarray) -> torch.Tensor:
+    """Crops of a picture of whole crops, row by row.
+
+    Parameters
+    ----------
+    grid : numpy.ndarray
+        (height, width, 3 or 1), as :func:`to_crop_grid` gives it.
+
+    Returns
+    -------
+    torch.Tensor
+        (rows * columns, 3, 336, 336).
+    """
+    return cut_crops(torch.from_numpy(grid).permute(2, 0, 1).expand(3, -1, -1))
 
 
 def cut_crops(pixels: torch.Tensor) -> torch.Tensor:
@@ -232,9 +258,9 @@ class Phi3VImageProcessor(BaseImageProcessor):
         pixel_values = torch.zeros(len(images), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
         image_sizes = []
         for output, image in zip(pixel_values, images, strict=True):
-            grid = torch.from_numpy(to_crop_grid(image, self.num_crops)).permute(2, 0, 1)
-            size = (grid.shape[1], grid.shape[2])
-            views = normalise_with_global_view(cut_crops(grid), [size])
+            grid = to_crop_grid(image, self.num_crops)
+            size = grid.shape[:2]
+            views = normalise_with_global_view(grid_to_crops(grid), [size])
             output[: len(views)] = views
             image_sizes.append(size)
         data = {"pixel_values": pixel_values, "image_sizes": torch.tensor(image_sizes)}

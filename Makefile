@@ -1,0 +1,45 @@
+# make demo [TASK=docvqa|hateful_memes|nlvr2|ucf101]   finetune the embedded tiny checkpoint on sample data drawn on the spot
+# make test                                             everything, as in CI;  make quick: without the slow tests
+# make lint | format                                    ruff
+# make matrix                                           methods × tasks on the embedded samples, into results/embedded.md
+# make bench-table                                      benchmarks/results/ into docs/performance.md
+
+PYTHON ?= python3
+TASK ?= docvqa
+BIN = .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test quick lint format matrix bench-table
+
+# torch goes first, by itself: DeepSpeed's build looks for it.
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)" setuptools wheel
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m tools.embedded $(TASK)
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/python -m pytest -q -rs --durations=15
+
+quick: .venv/installed
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+matrix: .venv/installed
+	$(BIN)/python -m tools.matrix
+
+bench-table: .venv/installed
+	$(BIN)/python -m benchmarks.table

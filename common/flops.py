@@ -1,0 +1,193 @@
+"""Model FLOPs of a training step, and the share of the hardware's peak that they are (MFU).
+
+Counted are the matrix products of decoder, tower, projector and head that a step needs: causal attention only below its
+diagonal, real crops and real tokens only, the head at supervised positions only. Recomputation, padding, blank crops and
+element-wise work are not. A backward pass costs once the forward pass for the inputs' gradients, where anything before them
+trains, and once for the weights' gradients, where they train.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .phi3v import Phi3VForCausalLM
+from .phi3v.image_processing import CROP_SIZE
+
+# Dense bf16 peak in TFLOP/s (fp16 where there is no bf16) by words of the device's name, the more particular first.
+# From NVIDIA's and AMD's data sheets, without sparsity.
+PEAK_TFLOPS = (
+    ("B200", 2250.0),
+    ("GH200", 989.0),
+    ("H200", 989.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H800", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 150.0),
+    ("A30", 165.0),
+    ("A10G", 70.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX 6000 Ada", 364.0),
+    ("RTX A6000", 155.0),
+    ("RTX 4090", 165.0),
+    ("RTX 3090", 71.0),
+    ("RTX 8000", 130.0),
+    ("V100", 125.0),
+    ("T4", 65.0),
+    ("MI300X", 1307.0),
+)
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What the cost of a batch depends on.
+
+    Attributes
+    ----------
+    tokens : int
+        Tokens without padding.
+    pairs : int
+        Pairs of a token and one that it may attend to: a sample of n tokens has n (n + 1) / 2.
+    views : int
+        Crops and global views.
+    image_tokens : int
+        Tokens that pictures became.
+    supervised : int
+        Positions at which a token is to be predicted.
+    """
+
+    tokens: int
+    pairs: int
+    views: int
+    image_tokens: int
+    supervised: int
+
+
+class TrainingFlops:
+    """Counts the model FLOPs of batches for one model, by which of its parameters train.
+
+    Parameters
+    ----------
+    model : Phi3VForCausalLM
+        Without wrapping; LoRA layers inside are counted as they are.
+    """
+
+    def __init__(self, model: Phi3VForCausalLM) -> None:
+        self._vision = model.model.vision_embed_tokens
+        self.forward: Counter[str] = Counter()
+        self.backward: Counter[str] = Counter()
+        self._gradient_flows = False  # whether anything trains before the layer that is looked at
+        self._vision_forward()
+        self._gradient_flows |= model.model.embed_tokens.weight.requires_grad
+        self._decoder_forward(model)
+
+    def __call__(self, batch: dict[str, Any]) -> float:
+        """FLOPs of a training step on a batch as the collator makes it, forward and backward."""
+        forward, backward = self.count(batch_sizes(batch, self._vision))
+        return forward + backward
+
+    def count(self, sizes: BatchSizes) -> tuple[float, float]:
+        """FLOPs of the forward and of the backward pass."""
+        amounts = vars(sizes)
+        return tuple(sum(cost * amounts[unit] for unit, cost in costs.items()) for costs in (self.forward, self.backward))
+
+    def _vision_forward(self) -> None:
+        tower, projection = self._vision.tower, self._vision.img_projection
+        patches = tower.embeddings.num_patches
+        positions = tower.embeddings.num_positions
+        convolution = tower.embeddings.patch_embedding
+        self._product(convolution.weight.numel() * patches, "views", convolution.weight.requires_grad)
+        self._gradient_flows |= any(parameter.requires_grad for parameter in tower.embeddings.parameters())
+        for layer in tower.encoder.layers[:-1]:
+            attention, mlp = layer.self_attn, layer.mlp
+            self._linear([attention.q_proj, attention.k_proj, attention.v_proj], "views", positions)
+            self._attention(attention.embed_dim * positions**2, "views")
+            for linear in (attention.out_proj, mlp.fc1, mlp.fc2):
+                self._linear([linear], "views", positions)
+        self._gradient_flows |= self._vision.glb_GN.requires_grad or self._vision.sub_GN.requires_grad
+        for linear in (projection[0], projection[2]):
+            self._linear([linear], "image_tokens")
+
+    def _decoder_forward(self, model: Phi3VForCausalLM) -> None:
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self._linear([attention.qkv_proj], "tokens")
+            self._attention(model.config.num_attention_heads * attention.head_dim, "pairs")
+            for linear in (attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+                self._linear([linear], "tokens")
+        self._linear([model.lm_head], "supervised")
+
+    def _linear(self, parallel: list[nn.Module], unit: str, rows: int = 1) -> None:
+        """Count layers that share their input; ``rows`` is how often one unit runs them."""
+        flows = self._gradient_flows
+        for layer in parallel:
+            base = getattr(layer, "base_layer", layer)
+            self._gradient_flows = flows
+            # Not by the weight's shape: a 4-bit weight is stored flat, and ZeRO-3 keeps it elsewhere.
+            self._product(rows * base.in_features * base.out_features, unit, base.weight.requires_grad)
+            for name, down in getattr(layer, "lora_A", {}).items():
+                up = layer.lora_B[name]
+                self._product(rows * down.in_features * down.out_features, unit, down.weight.requires_grad)
+                self._gradient_flows |= down.weight.requires_grad
+                self._product(rows * up.in_features * up.out_features, unit, up.weight.requires_grad)
+        trains = any(parameter.requires_grad for layer in parallel for parameter in layer.parameters())
+        self._gradient_flows = flows or trains
+
+    def _product(self, multiplications: int, unit: str, weight_trains: bool) -> None:
+        self.forward[unit] += 2 * multiplications
+        self.backward[unit] += 2 * multiplications * (weight_trains + self._gradient_flows)
+
+    def _attention(self, multiplications: int, unit: str) -> None:
+        # Two products, queries with keys and weights with values; each of their four inputs has its gradient.
+        self.forward[unit] += 2 * 2 * multiplications
+        self.backward[unit] += 2 * 2 * 2 * multiplications * self._gradient_flows
+
+
+def batch_sizes(batch: dict[str, Any], vision: nn.Module) -> BatchSizes:
+    """Sizes of a batch as the collator makes it, packed or padded.
+
+    Parameters
+    ----------
+    batch : dict
+        See :class:`common.collator.Collator`; best before it moves to a GPU, which this would wait for.
+    vision : Phi3VImageEmbedding
+        Knows how many tokens a picture becomes.
+    """
+    if "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff().long()
+    else:
+        lengths = batch["attention_mask"].sum(-1)
+    sizes = [tuple(size) for size in batch["image_sizes"].tolist()] if "image_sizes" in batch else []
+    return BatchSizes(
+        tokens=int(lengths.sum()),
+        pairs=int((lengths * (lengths + 1) // 2).sum()),
+        views=sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in sizes),
+        image_tokens=sum(vision.num_tokens(sizes)),
+        supervised=int((batch["labels"][:, 1:] != -100).sum()),
+    )
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of a device's matrix units in FLOP/s, in bf16 (fp16 where it has none); None for a CPU or an unknown GPU."""
+    return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak_flops(device_name: str) -> float | None:
+    """As :func:`peak_flops`, by the name that the driver gives the device."""
+    words = re.split(r"[\s\-_]+", device_name.lower())
+    for name, tflops in PEAK_TFLOPS:
+        if all(word in words for word in name.lower().split()):
+            return tflops * 1e12
+    return None

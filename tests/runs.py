@@ -1,0 +1,72 @@
+"""Small runs of the DocVQA script for the tests: data drawn on the spot, the script under torchrun, what it logged."""
+
+import json
+from pathlib import Path
+
+from conftest import TINY, torchrun
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+SCRIPT = "finetune_hf_trainer_docvqa.py"
+
+
+def write_docvqa(directory: Path, train: int = 16, val: int = 4) -> Path:
+    """Draw pages with a number each, in the official release's layout."""
+    (directory / "documents").mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("val", val)):
+        entries = []
+        for number in range(count):
+            name, answer = f"documents/{split}{number}.png", str(1000 + 37 * number)
+            page = Image.new("RGB", (200 + 10 * (number % 3), 220), "white")
+            ImageDraw.Draw(page).text((20, 20 + number), f"Number {answer}", fill="black", font_size=24)
+            page.save(directory / name)
+            question = "Which number?" + " Say it." * (number % 4)
+            entries.append({"questionId": number, "question": question, "image": name, "answers": [answer, f"No. {answer}"]})
+        (directory / f"{split}_v1.0_withQT.json").write_text(json.dumps({"data": entries}))
+    return directory
+
+
+def flags(data: Path, output: Path, **options: object) -> list[str]:
+    """Command-line flags of a run of a few steps; True is a flag without a value, None leaves one out."""
+    defaults = {
+        "model_name_or_path": TINY,
+        "data_dir": data,
+        "output_dir": output,
+        "num_crops": 1,
+        "batch_size": 4,
+        "batch_size_per_gpu": 2,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "dataloader_num_workers": 1,
+        "max_new_tokens": 4,
+        "no-tqdm": True,
+    }
+    words = []
+    for name, value in (defaults | options).items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def finetune(data: Path, output: Path, processes: int = 2, script: str = SCRIPT, **options: object) -> list[dict]:
+    """Run the script, which must succeed, and return its log: one entry a step."""
+    run = torchrun(script, *flags(data, output, **options), processes=processes)
+    assert run.returncode == 0, run.stdout[-6000:]
+    return steps(output)
+
+
+def steps(output: Path) -> list[dict]:
+    """Loss, gradient norm and learning rate of every step that a run logged."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "loss", "grad_norm", "learning_rate")
+    return [{key: entry[key] for key in kept} for entry in history if "loss" in entry]
+
+
+def weights(output: Path) -> dict:
+    """Tensors of the model or adapter that a run saved."""
+    name = "adapter_model.safetensors" if (output / "adapter_config.json").exists() else "model.safetensors"
+    return load_file(output / name)

@@ -1,0 +1,111 @@
+"""Model FLOPs against what torch counts while the tiny model runs, and the peak of devices by name."""
+
+import pytest
+import torch
+from conftest import TINY
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from common.collator import Collator
+from common.conversations import encode_conversation
+from common.flops import TrainingFlops, batch_sizes, named_peak_flops, peak_flops
+from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, num_crops=2)
+
+
+@pytest.fixture(scope="module")
+def samples(processor):
+    pictures = [[Image.new("RGB", (300, 200))], [Image.new("L", (90, 300)), Image.new("L", (50, 50))], []]
+    return [
+        encode_conversation({"conversations": [{"images": images, "user": "What?", "assistant": "Nothing."}]}, processor)
+        for images in pictures
+    ]
+
+
+def build(method):
+    # Eager attention's products are all visible to torch's counter, on every device.
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+    if "frozen vision" in method:
+        model.model.vision_embed_tokens.requires_grad_(False)
+    if method.startswith("LoRA"):
+        targets = DECODER_LORA_MODULES
+        if "frozen vision" not in method:
+            layers = "|".join(map(str, range(model.config.vision_config.num_hidden_layers - 1)))
+            targets += rf"|.*encoder\.layers\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
+    return model.train()
+
+
+def masked_half(model, batch, backward):
+    """What eager attention computes of a sample of n tokens beyond its n (n + 1) / 2 pairs, in FLOPs."""
+    lengths = batch["attention_mask"].sum(-1).tolist()
+    square = len(lengths) * max(lengths) ** 2
+    masked = square - sum(length * (length + 1) // 2 for length in lengths)
+    return masked * 4 * model.config.hidden_size * model.config.num_hidden_layers * (2 if backward else 1)
+
+
+@pytest.mark.parametrize("method", ["full", "full, frozen vision", "LoRA", "LoRA, frozen vision"])
+def test_formula_agrees_with_what_torch_counts(processor, samples, method):
+    model = build(method)
+    for batch_samples in (samples[:1], samples[1:2]):
+        batch = Collator(processor)(batch_samples)
+        with FlopCounterMode(display=False) as counter:
+            loss = model(**batch).loss
+            seen_forward = counter.get_total_flops()
+            loss.backward()
+        seen_backward = counter.get_total_flops() - seen_forward
+        base = base_model(model)
+        forward, backward = TrainingFlops(base).count(batch_sizes(batch, base.model.vision_embed_tokens))
+        assert forward == pytest.approx(seen_forward - masked_half(base, batch, backward=False), rel=1e-9)
+        assert backward == pytest.approx(seen_backward - masked_half(base, batch, backward=True), rel=1e-9)
+
+
+def test_real_layout_costs_what_the_sizes_say(processor, samples):
+    """Layout and padding change nothing; a frozen vision part costs its forward pass alone; recomputation is not counted."""
+    model = build("full")
+    flops = TrainingFlops(model)
+    packed = flops(Collator(processor, packing=True)(samples))
+    assert flops(Collator(processor)(samples)) == packed
+    assert sum(flops(Collator(processor)([sample])) for sample in samples) == packed
+    model.gradient_checkpointing_enable()
+    assert TrainingFlops(model)(Collator(processor)(samples)) == packed
+
+    frozen = TrainingFlops(build("full, frozen vision"))
+    assert frozen.forward == flops.forward
+    assert frozen.backward["views"] == frozen.backward["image_tokens"] == 0
+    assert frozen.backward["tokens"] == flops.backward["tokens"] == 2 * flops.forward["tokens"]
+    lora = TrainingFlops(base_model(build("LoRA, frozen vision")))
+    assert flops.forward["tokens"] < lora.backward["tokens"] < 1.3 * flops.forward["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("Tesla V100-SXM2-32GB", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("Quadro RTX 8000", 130),
+        ("Tesla T4", 65),
+    ],
+)
+def test_peak_by_device_name(name, tflops):
+    assert named_peak_flops(name) == tflops * 1e12
+
+
+def test_no_peak_for_cpus_and_unknown_gpus():
+    assert named_peak_flops("NVIDIA X9000") is None
+    assert peak_flops(torch.device("cpu")) is None

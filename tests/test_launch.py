@@ -1,0 +1,163 @@
+"""The launch files: read by their own tools where installed, and their commands by the parsers of torchrun and the scripts."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT
+from torch.distributed.run import get_args_parser
+
+import finetune_hf_trainer_docvqa as script
+
+LAUNCH = ROOT / "launch"
+
+# Stand-ins for Slurm and torchrun. srun runs its command as the one task of the first machine, and hands signals on.
+STAND_INS = {
+    "scontrol": 'if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "scontrol $*" >> "$LOG"; fi',
+    "srun": 'while [[ $1 == --* ]]; do shift; done\nexport SLURM_NODEID=0\nexec "$@"',
+    "torchrun": 'printf "%s\\n" "$@" > "$ARGUMENTS"\n'
+    "trap 'sleep 0.5; echo saved >> \"$LOG\"; exit 1' TERM\n"
+    'echo started >> "$LOG"\nfor ((i = 0; i < ${SECONDS_TO_TRAIN:-600}; i++)); do sleep 0.1; done',
+}
+
+
+def check_command(command: list[str], monkeypatch) -> tuple:
+    """Read a torchrun command line with torchrun's own parser, and the script's flags with the script's."""
+    launcher = get_args_parser().parse_args(command)
+    assert (ROOT / launcher.training_script).is_file()
+    monkeypatch.setattr(sys, "argv", [launcher.training_script, *launcher.training_script_args])
+    flags = script.parse_args()
+    assert launcher.shutdown_timeout > 30  # torchrun's own default is too short to save a checkpoint
+    assert flags.resume_from_checkpoint == "auto"
+    assert flags.save_strategy == "steps"
+    return launcher, flags
+
+
+def sbatch_directives() -> dict[str, str | None]:
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    words = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH ")]
+    return {name: value or None for name, _, value in words}
+
+
+def seconds(time_limit: str) -> int:
+    return sum(int(part) * unit for part, unit in zip(time_limit.split(":"), (3600, 60, 1), strict=True))
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Start the batch script as Slurm does, with stand-ins for what it calls."""
+    for name, body in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "log").touch()
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(tmp_path / "log"),
+        "ARGUMENTS": str(tmp_path / "arguments"),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+
+    def start(*arguments: str, **more: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", LAUNCH / "slurm.sbatch", *arguments], cwd=tmp_path, env=os.environ | environment | more
+        )
+
+    return start
+
+
+def test_slurm_directives():
+    subprocess.run(["bash", "-n", LAUNCH / "slurm.sbatch"], check=True)
+    directives = sbatch_directives()
+    assert directives["ntasks-per-node"] == "1"  # torchrun starts the processes
+    assert "requeue" in directives
+    assert directives["open-mode"] == "append"
+    to, notice = re.fullmatch(r"(B:TERM)@(\d+)", directives["signal"]).groups()
+    assert to == "B:TERM"
+    [timeout] = re.findall(r"--shutdown-timeout=(\d+)", (LAUNCH / "slurm.sbatch").read_text())
+    assert int(timeout) < int(notice) < seconds(directives["time"])
+
+
+def test_slurm_command(slurm, tmp_path, monkeypatch):
+    flags = ["--bf16", "--save_steps", "50", "--output_dir", "output/with blank"]
+    job = slurm("finetune_hf_trainer_docvqa.py", *flags, SECONDS_TO_TRAIN="0")
+    assert job.wait(timeout=20) == 0
+    assert (tmp_path / "log").read_text() == "started\n"
+    launcher, flags = check_command((tmp_path / "arguments").read_text().splitlines(), monkeypatch)
+    assert (launcher.nnodes, launcher.node_rank, launcher.nproc_per_node) == ("2", 0, "gpu")
+    assert (launcher.master_addr, launcher.master_port) == ("node7", 20000 + 4711)
+    assert (flags.bf16, flags.save_steps, str(flags.output_dir)) == (True, 50, "output/with blank")
+
+
+def test_slurm_saves_and_requeues_before_the_time_limit(slurm, tmp_path):
+    job = slurm("finetune_hf_trainer_docvqa.py", "--bf16")
+    log, deadline = tmp_path / "log", time.monotonic() + 20
+    while log.read_text() != "started\n" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)  # as --signal=B: does, to the batch script alone
+    assert job.wait(timeout=20) == 1
+    assert log.read_text().splitlines() == ["started", "saved", "scontrol requeue 4711"]
+
+
+def test_slurm_without_a_script_says_how(slurm, tmp_path):
+    assert slurm().wait(timeout=20) == 2
+    assert (tmp_path / "log").read_text() == ""
+
+
+def test_skypilot_command(monkeypatch):
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "num_nodes", "resources", "workdir", "file_mounts", "envs", "setup", "run"}
+    set_by_skypilot = {
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    command = task["run"].partition("torchrun")[2]
+    expanded = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {command}"],
+        env=os.environ | task["envs"] | set_by_skypilot,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    launcher, flags = check_command(expanded.stdout.splitlines(), monkeypatch)
+    assert (launcher.nnodes, launcher.node_rank, launcher.nproc_per_node) == ("2", 1, "8")
+    assert launcher.master_addr == "10.0.0.1"
+    assert str(flags.output_dir).startswith(tuple(task["file_mounts"]))
+
+
+def test_skypilot_reads_its_file():
+    sky = pytest.importorskip("sky", reason="SkyPilot is not installed")
+    task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
+    assert task.num_nodes == 1
+    assert all(resources.use_spot for resources in task.resources)
+
+
+def test_azure_command(monkeypatch):
+    job = yaml.safe_load((LAUNCH / "azureml.yml").read_text())
+    assert job["distribution"] == {"type": "pytorch", "process_count_per_instance": 1}  # torchrun starts the others
+    assert (LAUNCH / job["code"]).resolve() == ROOT
+    install, _, command = job["command"].partition("torchrun ")
+    assert install == "pip install --quiet -r requirements.txt && "
+    set_by_azure = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.4", "MASTER_PORT": "6105"}
+    command = re.sub(r"\$\{\{outputs\.(\w+)\}\}", lambda match: f"/mnt/{job['outputs'][match[1]]['type']}", command)
+    words = shlex.split(re.sub(r"\$(\w+)", lambda match: set_by_azure[match[1]], command))
+    launcher, flags = check_command(words, monkeypatch)
+    assert (launcher.nnodes, launcher.node_rank) == (str(job["resources"]["instance_count"]), 1)
+    assert (launcher.master_addr, launcher.master_port) == ("10.0.0.4", 6105)
+    assert str(flags.output_dir) == "/mnt/uri_folder"
+
+
+def test_azure_reads_its_file():
+    ml = pytest.importorskip("azure.ai.ml", reason="azure-ai-ml is not installed")
+    job = ml.load_job(LAUNCH / "azureml.yml")
+    assert job.resources["instance_count"] == 2
+    assert job.distribution.process_count_per_instance == 1

@@ -1,0 +1,108 @@
+"""Plans: every row once an epoch, exact batches, balanced bins, the same on all processes."""
+
+import numpy as np
+import pytest
+
+from common.evaluation import share_by_length
+from common.planning import (
+    Lengths,
+    PlannedBatches,
+    accumulation_for_budget,
+    bins_needed,
+    epoch_steps,
+    fill_bins,
+)
+
+
+def lengths(rows, seed=0):
+    random = np.random.default_rng(seed)
+    return Lengths(tokens=random.integers(300, 3000, rows), crops=random.integers(2, 18, rows))
+
+
+def plan(rows, batch_size, world_size, accumulation, epoch=0, measured=None, max_tokens=None):
+    """Keys by step, process and micro-batch."""
+    processes = []
+    for rank in range(world_size):
+        measure = (lambda _: measured) if measured is not None else None
+        batches = PlannedBatches(rows, batch_size, 7, rank, world_size, accumulation, measure, max_tokens)
+        batches.set_epoch(epoch)
+        own = list(batches)
+        assert len(own) == len(batches)
+        processes.append(own)
+    steps = len(processes[0]) // accumulation
+    return [[own[step * accumulation : (step + 1) * accumulation] for own in processes] for step in range(steps)]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_step_takes_exactly_the_batch(packing):
+    rows, batch_size = 83, 16
+    for epoch in range(2):
+        measured = lengths(rows) if packing else None
+        steps = plan(rows, batch_size, 4, 2, epoch, measured)
+        assert len(steps) == 6
+        taken = []
+        for processes in steps:
+            keys = [key for own in processes for batch in own for key in batch]
+            assert len(keys) == len(set(keys)) == batch_size
+            assert all(batch for own in processes for batch in own)
+            taken += keys
+        assert {key[0] for key in taken} == {epoch}
+        rows_taken = [row for _, row in taken]
+        assert set(rows_taken) == set(range(rows)) and len(rows_taken) == 96
+
+
+def test_steps_do_not_depend_on_processes_or_accumulation():
+    for world_size, accumulation in ((1, 8), (8, 1), (2, 4)):
+        steps = plan(40, 8, world_size, accumulation)
+        rows = [sorted(row for own in step for batch in own for _, row in batch) for step in steps]
+        assert rows == [sorted(step.tolist()) for step in epoch_steps(40, 8, 7, 0)]
+
+
+def test_epochs_differ_and_repeat():
+    first, second = epoch_steps(50, 10, 3, 0), epoch_steps(50, 10, 3, 1)
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, epoch_steps(50, 10, 3, 0))
+
+
+def test_work_is_balanced_over_processes():
+    measured = lengths(640)
+    work = measured.work()
+    packed, plain = [], []
+    for measured_or_none, ratios in ((measured, packed), (None, plain)):
+        for processes in plan(640, 64, 8, 2, measured=measured_or_none):
+            loads = np.array([[sum(work[row] for _, row in batch) for batch in own] for own in processes])
+            # Processes wait for the slowest at every micro-batch.
+            ratios.append(loads.max(axis=0).sum() * 8 / loads.sum())
+    assert np.mean(packed) < 1.05 < np.mean(plain)
+
+
+def test_the_token_budget_holds():
+    measured, budget = lengths(320), 8192
+    accumulation = accumulation_for_budget(measured, 32, 7, 2, 4, budget)
+    for epoch in range(2):
+        for processes in plan(320, 32, 4, accumulation, epoch, measured, budget):
+            for own in processes:
+                for batch in own:
+                    assert sum(measured.tokens[row] for _, row in batch) <= budget or len(batch) == 1
+
+
+def test_a_sample_over_the_budget_is_alone():
+    tokens = np.array([9000, 100, 100, 100, 100])
+    bins = fill_bins(tokens, tokens.astype(float), 2, budget=1000)
+    assert [0] in bins and sorted(sum(bins, [])) == [0, 1, 2, 3, 4]
+    assert bins_needed([9000, 100, 100], 1000) == 2
+
+
+def test_best_fit_uses_as_few_bins_as_possible_here():
+    assert bins_needed([600, 400, 500, 500, 1000], 1000) == 3
+    assert bins_needed([1, 1, 1], 3) == 1
+
+
+def test_shares_of_an_evaluation_are_complete():
+    sizes = np.random.default_rng(1).integers(10, 500, 53)
+    for world_size in (1, 2, 3):
+        shares = [share_by_length(sizes, 8, rank, world_size) for rank in range(world_size)]
+        taken = [index for share in shares for batch in share for index in batch]
+        assert sorted(taken) == list(range(53))
+    shares = [share_by_length(sizes, 8, rank, 4, in_step=True) for rank in range(4)]
+    assert len({len(share) for share in shares}) == 1
