@@ -95,8 +95,20 @@ class TrainingFlops:
 
     def __call__(self, batch: dict[str, Any]) -> float:
         """FLOPs of a training step on a batch as the collator makes it, forward and backward."""
-        forward, backward = self.count(batch_sizes(batch, self._vision))
-        return forward + backward
+        return sum(self.count(self.sizes(batch)))
+
+    def sizes(self, batch: dict[str, Any]) -> BatchSizes:
+        """Sizes of a batch as the collator makes it, packed or padded; best before it moves to a GPU, to wait for nothing."""
+        packed = "cu_seq_lens_q" in batch
+        lengths = batch["cu_seq_lens_q"].diff().long() if packed else batch["attention_mask"].sum(-1)
+        images = [tuple(size) for size in batch["image_sizes"].tolist()] if "image_sizes" in batch else []
+        return BatchSizes(
+            tokens=int(lengths.sum()),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
+            views=sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in images),
+            image_tokens=sum(self._vision.num_tokens(images)),
+            supervised=int((batch["labels"][:, 1:] != -100).sum()),
+        )
 
     def count(self, sizes: BatchSizes) -> tuple[float, float]:
         """FLOPs of the forward and of the backward pass."""
@@ -153,30 +165,6 @@ class TrainingFlops:
         # Two products, queries with keys and weights with values; each of their four inputs has its gradient.
         self.forward[unit] += 2 * 2 * multiplications
         self.backward[unit] += 2 * 2 * 2 * multiplications * self._gradient_flows
-
-
-def batch_sizes(batch: dict[str, Any], vision: nn.Module) -> BatchSizes:
-    """Sizes of a batch as the collator makes it, packed or padded.
-
-    Parameters
-    ----------
-    batch : dict
-        See :class:`common.collator.Collator`; best before it moves to a GPU, which this would wait for.
-    vision : Phi3VImageEmbedding
-        Knows how many tokens a picture becomes.
-    """
-    if "cu_seq_lens_q" in batch:
-        lengths = batch["cu_seq_lens_q"].diff().long()
-    else:
-        lengths = batch["attention_mask"].sum(-1)
-    sizes = [tuple(size) for size in batch["image_sizes"].tolist()] if "image_sizes" in batch else []
-    return BatchSizes(
-        tokens=int(lengths.sum()),
-        pairs=int((lengths * (lengths + 1) // 2).sum()),
-        views=sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in sizes),
-        image_tokens=sum(vision.num_tokens(sizes)),
-        supervised=int((batch["labels"][:, 1:] != -100).sum()),
-    )
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -182,7 +182,7 @@ def _parse_object(line: bytes, place: str) -> dict[str, Any]:
         row = json.loads(line)
         json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters
     except ValueError as error:
-        raise ValueError(f"{place}: no valid JSON ({error}): write one object a line, in UTF-8") from None
+        raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, not {type(row).__name__}: write one object a line")
     return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,6 +139,7 @@ class FinetuningTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
             # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
             generator=torch.Generator(),
+            worker_init_fn=_ignore_sigterm,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -206,6 +208,8 @@ class FinetuningTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -227,6 +231,11 @@ class FinetuningTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave the card to :mod:`common.model_card`, which the end of a run writes."""
+
+
+def _ignore_sigterm(_: int) -> None:
+    # It is sent to the whole group; the process that these workers serve saves first and ends them itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _PlannedLoader(DataLoader):

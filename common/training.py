@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import set_seed
 
@@ -81,9 +82,10 @@ def start(args: argparse.Namespace) -> PartialState:
     args.resume_from_checkpoint, torn = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     for checkpoint in torn:
         state.print(f"passing over {checkpoint}")
+    # All go on from the same one, also where machines have disks of their own.
+    args.resume_from_checkpoint = _of_main_process(args.resume_from_checkpoint)
     if args.resume_from_checkpoint:
         state.print(f"going on from {args.resume_from_checkpoint}")
-    state.wait_for_everyone()
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return state
@@ -124,7 +126,7 @@ def finetune(
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
     before_path = args.output_dir / "eval_before.json"
-    if args.resume_from_checkpoint is None or not before_path.is_file():
+    if not _of_main_process(args.resume_from_checkpoint is not None and before_path.is_file()):
         before = evaluate(model)
         write_evaluation(before_path, before)
         state.print(f"before finetuning: {before}")
@@ -170,6 +172,12 @@ def _report(output_dir: Path, eval_data: TrainingData) -> None:
         print(f"report: {write_report(output_dir)}")
     except Exception as error:  # the model is saved and scored; a report can be made again
         print(f"warning: no report.html ({error!r}); python -m tools.report {output_dir} makes it", file=sys.stderr)
+
+
+def _of_main_process(value: Any) -> Any:
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def _prepare_environment(on_gpu: bool) -> None:

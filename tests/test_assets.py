@@ -41,9 +41,7 @@ def test_tiny_tokenizer_has_the_special_tokens_and_loses_no_printable_character(
     assert tokenizer("☃", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]
     ids = tokenizer("<|assistant|>\nA").input_ids
     assert ids == tokenizer.convert_tokens_to_ids(["<s>", "<|assistant|>", "A"])
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert chat == "<|user|>\nHi<|end|>\n<|assistant|>\n"
 
 

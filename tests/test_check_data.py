@@ -107,6 +107,7 @@ def test_all_problems_in_one_report(folder):
             row(None, ("word " * 3000, "Too long.")),
             {**GOOD_ROWS[0], "id": "other"},  # 10
             '{"conversations": [{"user": "\\ud800", "assistant": "half a character"}]}\n',
+            {**row(None, ("A number as", "Id.")), "id": 7},
         ],
     )
     code, output = check("--data_file", data, "--max_length", 2000)
@@ -124,11 +125,12 @@ def test_all_problems_in_one_report(folder):
         ("row too long", "line 9: 15,0"),
         ("repeated row", f"line 10: the same pictures and texts as {data}, line 1"),
         ("invalid row", "line 11: no JSON"),
+        ("invalid row", 'line 12: "id" must be a text: put it in quotes'),
     ]
     assert [kind for kind, _ in found] == [kind for kind, _ in expected]
     for (_, message), (_, start) in zip(found, expected, strict=True):
         assert message.startswith(f"{data}, {start}")
-    assert "11 problems: invalid row 6, unusable picture 3, row too long 1, repeated row 1" in output
+    assert "12 problems: invalid row 7, unusable picture 3, row too long 1, repeated row 1" in output
 
 
 def test_quick_sees_missing_pictures_but_decodes_none(folder):

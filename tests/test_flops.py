@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.collator import Collator
 from common.conversations import encode_conversation
-from common.flops import TrainingFlops, batch_sizes, named_peak_flops, peak_flops
+from common.flops import TrainingFlops, named_peak_flops, peak_flops
 from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
 
 
@@ -61,7 +61,8 @@ def test_formula_agrees_with_what_torch_counts(processor, samples, method):
             loss.backward()
         seen_backward = counter.get_total_flops() - seen_forward
         base = base_model(model)
-        forward, backward = TrainingFlops(base).count(batch_sizes(batch, base.model.vision_embed_tokens))
+        flops = TrainingFlops(base)
+        forward, backward = flops.count(flops.sizes(batch))
         assert forward == pytest.approx(seen_forward - masked_half(base, batch, backward=False), rel=1e-9)
         assert backward == pytest.approx(seen_backward - masked_half(base, batch, backward=True), rel=1e-9)
 

@@ -147,7 +147,7 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
         ),
         ('{"id": 1, "img": "img/train00000.png", "label": 2}', "train.jsonl, line 7: needs"),
         ('{"id": 1, "label": 1}', "train.jsonl, line 7: needs"),
-        ('{"id": 1,', "train.jsonl, line 7: no valid JSON"),
+        ('{"id": 1,', "train.jsonl, line 7: no JSON"),
         ("[1]", "train.jsonl, line 7: must be a JSON object, not list"),
         ('{"id": 1, "img": "img/gone.png", "label": 1}', "gone.png is missing: put the file there"),
     ],

@@ -17,11 +17,12 @@ import finetune_hf_trainer_docvqa as script
 
 LAUNCH = ROOT / "launch"
 
-# Stand-ins for Slurm and torchrun. srun runs its command as the one task of the first machine, and hands signals on.
+# Stand-ins for Slurm and torchrun. srun runs its command as the one task of the first machine; scancel signals that task.
 STAND_INS = {
     "scontrol": 'if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "scontrol $*" >> "$LOG"; fi',
-    "srun": 'while [[ $1 == --* ]]; do shift; done\nexport SLURM_NODEID=0\nexec "$@"',
-    "torchrun": 'printf "%s\\n" "$@" > "$ARGUMENTS"\n'
+    "srun": 'while [[ $1 == --* ]]; do shift; done\necho $$ > "$LOG.task"\nexport SLURM_NODEID=0\nexec "$@"',
+    "scancel": 'echo "scancel $*" >> "$LOG"; kill -TERM "$(< "$LOG.task")"',
+    "torchrun": 'printf "%s\\n" "$@" > "$LOG.arguments"\n'
     "trap 'sleep 0.5; echo saved >> \"$LOG\"; exit 1' TERM\n"
     'echo started >> "$LOG"\nfor ((i = 0; i < ${SECONDS_TO_TRAIN:-600}; i++)); do sleep 0.1; done',
 }
@@ -59,10 +60,10 @@ def slurm(tmp_path):
     environment = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "LOG": str(tmp_path / "log"),
-        "ARGUMENTS": str(tmp_path / "arguments"),
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "64",
     }
 
     def start(*arguments: str, **more: str) -> subprocess.Popen:
@@ -90,7 +91,7 @@ def test_slurm_command(slurm, tmp_path, monkeypatch):
     job = slurm("finetune_hf_trainer_docvqa.py", *flags, SECONDS_TO_TRAIN="0")
     assert job.wait(timeout=20) == 0
     assert (tmp_path / "log").read_text() == "started\n"
-    launcher, flags = check_command((tmp_path / "arguments").read_text().splitlines(), monkeypatch)
+    launcher, flags = check_command((tmp_path / "log.arguments").read_text().splitlines(), monkeypatch)
     assert (launcher.nnodes, launcher.node_rank, launcher.nproc_per_node) == ("2", 0, "gpu")
     assert (launcher.master_addr, launcher.master_port) == ("node7", 20000 + 4711)
     assert (flags.bf16, flags.save_steps, str(flags.output_dir)) == (True, 50, "output/with blank")
@@ -103,7 +104,7 @@ def test_slurm_saves_and_requeues_before_the_time_limit(slurm, tmp_path):
         time.sleep(0.05)
     job.send_signal(signal.SIGTERM)  # as --signal=B: does, to the batch script alone
     assert job.wait(timeout=20) == 1
-    assert log.read_text().splitlines() == ["started", "saved", "scontrol requeue 4711"]
+    assert log.read_text().splitlines() == ["started", "scancel --signal=TERM 4711", "saved", "scontrol requeue 4711"]
 
 
 def test_slurm_without_a_script_says_how(slurm, tmp_path):
@@ -146,7 +147,7 @@ def test_azure_command(monkeypatch):
     assert job["distribution"] == {"type": "pytorch", "process_count_per_instance": 1}  # torchrun starts the others
     assert (LAUNCH / job["code"]).resolve() == ROOT
     install, _, command = job["command"].partition("torchrun ")
-    assert install == "pip install --quiet -r requirements.txt && "
+    assert install.endswith("pip install --quiet -r requirements.txt && ")
     set_by_azure = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.4", "MASTER_PORT": "6105"}
     command = re.sub(r"\$\{\{outputs\.(\w+)\}\}", lambda match: f"/mnt/{job['outputs'][match[1]]['type']}", command)
     words = shlex.split(re.sub(r"\$(\w+)", lambda match: set_by_azure[match[1]], command))

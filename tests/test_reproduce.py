@@ -52,7 +52,7 @@ def run_main(module, monkeypatch, capsys, *arguments):
 
 def run_tool(name, *arguments):
     command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1800)
 
 
 def record(task, row, **changes):

@@ -31,8 +31,6 @@ from tqdm import tqdm
 
 from common.arguments import DEFAULT_MODEL
 from common.conversations import (
-    Conversation,
-    check_conversation,
     decode_picture,
     encode_conversation,
     open_picture,
@@ -41,6 +39,7 @@ from common.conversations import (
 from common.model import check_checkpoint, load_processor
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
+from common.sources import parse_conversation
 
 LINES_AT_ONCE = 500
 PICTURES_REMEMBERED = 100_000
@@ -128,9 +127,11 @@ class Checker:
     def check(self, line: bytes, place: str, image_dir: Path) -> Row:
         """Check one line of a file."""
         try:
-            conversation = self._parse(line, place, image_dir)
+            conversation = parse_conversation(line, place)
         except ValueError as error:
             return Row(place, problems=[("invalid row", str(error))])
+        for turn in conversation["conversations"]:
+            turn["images"] = [str(image_dir / name) for name in turn.get("images") or []]
         images = pictures(conversation)
         turns = [(turn["images"], turn["user"], turn["assistant"]) for turn in conversation["conversations"]]
         row = Row(place, hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest(), len(images))
@@ -142,20 +143,6 @@ class Checker:
                 message = f"{place}: {row.num_tokens:,} tokens are more than --max_length {self.max_length:,}"
                 row.problems.append(("row too long", message))
         return row
-
-    def _parse(self, line: bytes, place: str, image_dir: Path) -> Conversation:
-        try:
-            conversation = json.loads(line)
-            json.dumps(conversation, ensure_ascii=False).encode()  # escapes can spell half characters
-        except ValueError as error:
-            raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
-        check_conversation(conversation, place)
-        for turn in conversation["conversations"]:
-            names = turn.get("images") or []
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError(f'{place}: "images" must hold names of files')
-            turn["images"] = [str(image_dir / name) for name in names]
-        return conversation
 
     def _count_picture_tokens(self, image: str) -> int | ValueError:
         try:

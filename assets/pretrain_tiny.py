@@ -1,0 +1,438 @@
+"""Pretrain the embedded tiny Phi-3-V from nothing and write it to `assets/tiny_phi3v/`.
+
+    python -m assets.pretrain_tiny [--output_dir DIR] [--seed N] [--bf16]
+
+Two processes of one thread each make one run, in three stages:
+
+1. The tower learns which characters and shapes stand where: each image token is to become the sum of fixed codes, one a symbol.
+2. The decoder learns to answer from pages that are given to it as these very codes, which needs no pictures: first reading,
+   which teaches it to copy, then small forms, then whole ones and shapes. Finding the right line is what takes the time.
+3. Both are put together and trained on pictures.
+
+TIMING_NOTE
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
+
+from . import curriculum
+from .curriculum import Turns
+from .samples.page import COLOURS, LINES, SHAPES, Page
+
+HUB_REPOSITORY = "microsoft/Phi-3.5-vision-instruct"
+WIDTH = 192
+PROCESSES = 2
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+# Symbols of an image token: a character in its left half and one in its right half, or a shape and its colour.
+GLYPHS = 95
+LEFT, RIGHT = 0, GLYPHS + len(SHAPES)
+ROW_END, VIEW_END = RIGHT + GLYPHS + len(COLOURS), RIGHT + GLYPHS + len(COLOURS) + 1
+CODE_SCALE = 0.35
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single characters with the published special tokens."""
+    characters = ["\n", *map(chr, range(32, 127)), *"£€¥§°·×–—‘’“”…•éèàçüöäß"]
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
+    vocabulary = {token: i for i, token in enumerate(special + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    # As published, <|assistant|> swallows the newline after it, so an answer follows it directly.
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, rstrip=token == "<|assistant|>") for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=131072,
+        padding_side="right",
+    )
+
+
+def build_config(tokenizer: PreTrainedTokenizerFast) -> Phi3VConfig:
+    """Return the configuration: real picture geometry, everything else small."""
+    half_head = 16
+    return Phi3VConfig(
+        architectures=["Phi3VForCausalLM"],
+        auto_map={
+            "AutoConfig": f"{HUB_REPOSITORY}--configuration_phi3_v.Phi3VConfig",
+            "AutoModelForCausalLM": f"{HUB_REPOSITORY}--modeling_phi3_v.Phi3VForCausalLM",
+        },
+        vocab_size=128,
+        hidden_size=WIDTH,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_theta=10000.0,
+        rope_scaling={
+            "type": "su",
+            "short_factor": [1.0] * half_head,
+            "long_factor": [round(1 + 3 * (i / (half_head - 1)) ** 2, 3) for i in range(half_head)],
+        },
+        rms_norm_eps=1e-5,
+        sliding_window=262144,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids("</s>"),
+        pad_token_id=tokenizer.pad_token_id,
+        vision_config={
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 4,
+            "num_channels": 3,
+            "image_size": 336,
+            "patch_size": 14,
+            "hidden_act": "quick_gelu",
+        },
+    )
+
+
+def codebook() -> torch.Tensor:
+    """Return the code of every symbol, float32 (symbols, WIDTH)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(VIEW_END + 1, WIDTH, generator=generator) * CODE_SCALE
+
+
+def symbols(page: Page) -> np.ndarray:
+    """Return what each of a page's 12 × 12 tokens shows, int64 (12, 12, 2) of codebook rows."""
+    characters = np.vectorize(ord)(page.grid()) - 32
+    both = np.stack([LEFT + characters[:, 0::2], RIGHT + characters[:, 1::2]], axis=-1)
+    for shape in page.shapes:
+        both[shape.row, shape.column] = (
+            LEFT + GLYPHS + SHAPES.index(shape.kind),
+            RIGHT + GLYPHS + list(COLOURS).index(shape.colour),
+        )
+    return both
+
+
+def step_size(step: int, steps: int, peak: float, warmup: int = 100, decay_from: float = 0.6) -> float:
+    """Learning rate: a linear rise, a plateau, and a linear fall to a hundredth."""
+    fall = (1 - step / steps) / (1 - decay_from)
+    return peak * min((step + 1) / warmup, 1, max(fall, 0.01))
+
+
+class Progress:
+    """Prints means of what a stage measures."""
+
+    def __init__(self, stage: str, steps: int, every: int = 50) -> None:
+        self.stage, self.steps, self.every, self.start, self.seen = stage, steps, every, time.monotonic(), []
+
+    def update(self, step: int, **figures: float) -> None:
+        self.seen.append(figures)
+        if (step + 1) % self.every == 0 or step + 1 == self.steps:
+            if dist.is_initialized() and dist.get_rank() > 0:
+                return
+            means = "  ".join(f"{key} {np.mean([row[key] for row in self.seen]):.3f}" for key in figures)
+            print(f"{self.stage} {step + 1}/{self.steps}  {time.monotonic() - self.start:.0f} s  {means}", flush=True)
+            self.seen = []
+
+
+def draw_pictures(pages: list[Page], rng: np.random.Generator, processor: Phi3VProcessor) -> torch.Tensor:
+    """Draw pages as the model's input, float32 (pages, 3, 336, 336). One crop is its own global view."""
+    images: list[Image.Image] = [page.draw(rng) for page in pages]
+    return processor.image_processor(images)["pixel_values"][:, 0]
+
+
+def merged_patches(model: Phi3VForCausalLM, pictures: torch.Tensor) -> torch.Tensor:
+    """Run the tower: (pages, 3, 336, 336) to (pages, 12, 12, 4 × its width)."""
+    features = model.model.vision_embed_tokens.tower(pictures)
+    features = features.reshape(len(pictures), 12, 2, 12, 2, -1).transpose(2, 3)
+    return features.reshape(len(pictures), 12, 12, -1)
+
+
+def image_tokens(body: torch.Tensor, row_end: torch.Tensor, view_end: torch.Tensor) -> torch.Tensor:
+    """Lay out a page as an image of one crop: (pages, 12, 12, width) to (pages, 313, width)."""
+    pages, _, _, width = body.shape
+    view = torch.cat([body, row_end.expand(pages, 12, 1, width)], dim=2).reshape(pages, 156, width)
+    return torch.cat([view, view_end.expand(pages, 1, width), view], dim=1)
+
+
+def encode(processor: Phi3VProcessor, tokens_per_image: list[int], turns: curriculum.Turns, first_weight: float):
+    """Return a conversation's ids, labels and loss weights, as lists."""
+    tokenizer = processor.tokenizer
+    tags = "".join(f"<|image_{i + 1}|>" for i in range(len(tokens_per_image)))
+    ids, labels, weights = [], [], []
+    for i, (question, answer, *start) in enumerate(turns):
+        if i == 0:
+            prompt = processor.tokenize(f"<|user|>\n{tags}\n{question}<|end|>\n<|assistant|>\n", tokens_per_image)
+        else:
+            text = f"<|user|>\n{question}<|end|>\n<|assistant|>\n"
+            prompt = tokenizer(text, add_special_tokens=False).input_ids
+        ending = "<|end|>\n<|endoftext|>" if i + 1 == len(turns) else "<|end|>\n"
+        reply = tokenizer(answer + ending, add_special_tokens=False).input_ids
+        ids += prompt + reply
+        labels += [-100] * len(prompt) + reply
+        weights += [0.0] * len(prompt) + [1.0] * len(reply)
+        weights[len(weights) - len(reply) + sum(start)] = first_weight
+    return ids, labels, weights
+
+
+def answer_loss(model, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor):
+    """Return the weighted loss and the shares of right first characters and right characters."""
+    # Padding stands on the right, where a causal decoder never looks back from, so no mask is needed.
+    hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, :-1]
+    labels, weights = labels[:, 1:], weights[:, 1:]
+    supervised = labels >= 0
+    logits = model.lm_head(hidden[supervised]).float()
+    labels, weights = labels[supervised], weights[supervised]
+    loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+    right = (logits.argmax(-1) == labels).float()
+    return loss, right[weights > 1].mean().item(), right.mean().item()
+
+
+def batch_conversations(model, processor, samples, features: list[torch.Tensor], first_weight: float = 6.0):
+    """Embed conversations with their pages' features in place, padded on the right."""
+    rows, start = [], 0
+    for pages, turns in samples:
+        rows.append(encode(processor, [len(f) for f in features[start : start + len(pages)]], turns, first_weight))
+        start += len(pages)
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(row[0]) for row in rows], batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+    labels = pad([torch.tensor(row[1]) for row in rows], batch_first=True, padding_value=-100)
+    weights = pad([torch.tensor(row[2]) for row in rows], batch_first=True)
+    embeddings = model.model.embed_tokens(ids.clamp(min=0))
+    placeholders = torch.nonzero(ids < 0, as_tuple=True)
+    return embeddings.index_put(placeholders, torch.cat(features).to(embeddings.dtype)), labels, weights
+
+
+# Shares of what whole pages are drawn for: forms of the sample's kind and any others, lines to read, shapes, words, motion.
+KINDS = {"invoice": 0.5, "form": 0.23, "reading": 0.05, "scene": 0.07, "pair": 0.07, "captioned": 0.06, "motion": 0.02}
+
+
+def draw_kind(rng: np.random.Generator) -> str:
+    """Choose what the next batch is about."""
+    return str(rng.choice(list(KINDS), p=list(KINDS.values())))
+
+
+def draw_samples(kind: str, rng: np.random.Generator, count: int, lines: int = LINES) -> list[tuple[list[Page], Turns]]:
+    """Draw about `count` conversations of one kind, fewer where they have several pictures."""
+    if kind == "pair":
+        return [curriculum.pair(rng, 5) for _ in range(count * 5 // 8)]
+    if kind == "motion":
+        return [curriculum.motion(rng) for _ in range(count // 2)]
+    if kind == "scene":
+        return [curriculum.scene(rng, 5) for _ in range(count)]
+    if kind == "captioned":
+        return [curriculum.captioned(rng) for _ in range(count)]
+    if kind == "reading":
+        drawn = (curriculum.reading(rng, min(lines, 4)) for _ in range(count))
+    elif kind == "invoice":
+        drawn = (curriculum.invoice(rng, 6) for _ in range(count))
+    else:
+        drawn = (curriculum.form(rng, lines, 5) for _ in range(count))
+    return [([page], turns) for page, turns in drawn if turns]
+
+
+def optimizers_for(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Return Muon for the decoder layers' matrices, which find copying several times sooner with it, and AdamW for the rest."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if name.startswith("model.layers.") and p.ndim == 2]
+    others = [p for name, p in trained.items() if not (name.startswith("model.layers.") and p.ndim == 2)]
+    optimizers = [torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.01, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Average a tensor over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values
+
+
+def take_step(model, optimizers, loss: torch.Tensor, rate: float) -> None:
+    """Make one step with the gradient of all processes."""
+    model.zero_grad()
+    loss.backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    mean = mean_over_processes(torch.cat([g.flatten() for g in gradients]))
+    for parameter, part in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+
+def train_tower(model, processor, rng: np.random.Generator, steps: int) -> None:
+    """Teach tower, projection and separators to give each token of a picture the sum of its symbols' codes."""
+    vision = model.model.vision_embed_tokens
+    codes, optimizer, progress = codebook(), optimizers_for(vision), Progress("tower", steps)
+    separators = torch.stack([codes[ROW_END], codes[VIEW_END]])
+    for step in range(steps):
+        pages = [curriculum.type_specimen(rng) for _ in range(5)]
+        pages += [curriculum.form(rng, 12, 0)[0] for _ in range(2)]
+        pages += [curriculum.scene(rng, 0)[0][0] for _ in range(6)] + [curriculum.captioned(rng)[0][0] for _ in range(3)]
+        target = torch.from_numpy(np.stack([symbols(page) for page in pages]))
+        features = vision.img_projection(merged_patches(model, draw_pictures(pages, rng, processor)))
+        left, right = target[..., 0] - LEFT, target[..., 1] - RIGHT
+        is_shape, blank = left >= GLYPHS, (left == 0) & (right == 0)
+        weight = torch.where(is_shape, 8.0, torch.where(blank, 0.3, 1.0))
+        weight = weight / weight.sum()
+        loss = (((features - codes[target].sum(-2)) ** 2).mean(-1) * weight).sum() / (2 * CODE_SCALE**2)
+        hits = []
+        for goal, table in ((left, codes[LEFT:RIGHT]), (right, codes[RIGHT:ROW_END])):
+            scores = features @ table.T * (16 / (WIDTH * CODE_SCALE**2))
+            loss = loss + (F.cross_entropy(scores.permute(0, 3, 1, 2), goal, reduction="none") * weight).sum()
+            hits.append((scores.argmax(-1) == goal).float())
+        ends = vision.img_projection(torch.stack([vision.sub_GN.flatten(), vision.glb_GN.flatten()]))
+        loss = loss + ((ends - separators) ** 2).mean() / CODE_SCALE**2
+        take_step(vision, optimizer, loss, step_size(step, steps, 1.5e-3))
+        text = ~is_shape & ~blank
+        progress.update(
+            step,
+            loss=loss.item(),
+            characters=torch.stack(hits)[:, text].mean().item(),
+            shapes=hits[0][is_shape].mean().item(),
+            colours=hits[1][is_shape].mean().item(),
+        )
+
+
+def train_decoder(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
+    """Teach the decoder to answer from codes, on pages that grow as it gets its answers right."""
+    model.model.vision_embed_tokens.requires_grad_(False)
+    codes, optimizers, progress = codebook(), optimizers_for(model), Progress("decoder", steps)
+    # All processes draw the same kind and number of lines at a step, so that none waits for another's longer rows.
+    plan, lines, mastery = np.random.default_rng(0), 1, 0.0
+    for step in range(steps):
+        # Reading comes first: nearly every token of it teaches to copy.
+        if lines == 1:
+            kind, size, drawn_lines = "reading", 8, int(plan.integers(1, 5))
+        elif lines < 6 and step < 0.5 * steps:
+            kind, size, drawn_lines = "form", 12 if lines < 3 else 8, int(plan.integers(max(1, lines - 3), lines + 1))
+        else:
+            kind, size, drawn_lines = draw_kind(plan), 6, int(plan.integers(3, lines + 1))
+        samples = draw_samples(kind, rng, size, drawn_lines)
+        # At first a page is its global view alone, cut below its last line: short rows are cheap.
+        whole = lines >= 6 and plan.random() < (0.6 if step < 0.8 * steps else 1)
+        features = []
+        for page in (page for pages, _ in samples for page in pages):
+            body = codes[torch.from_numpy(symbols(page))].sum(-2)[None]
+            tokens = image_tokens(body, codes[ROW_END], codes[VIEW_END])[0]
+            used = LINES if page.shapes else max(line for line, _, _ in page.texts) + 1
+            features.append(tokens if whole else tokens[157 : 157 + 13 * used])
+        # Tolerance for what the tower will get wrong.
+        features = [f + 0.05 * torch.randn_like(f) for f in features]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, first, every = answer_loss(model, *batch_conversations(model, processor, samples, features))
+        take_step(model, optimizers, loss, step_size(step, steps, 2e-3))
+        seen = mean_over_processes(torch.tensor(every if lines == 1 else first)).item()
+        if kind in ("reading", "form"):
+            mastery += 0.1 * (seen - mastery)
+        if mastery > (0.85 if lines == 1 else 0.7) and lines < LINES:
+            lines, mastery = lines + 1, 0.5
+        progress.update(step, loss=loss.item(), lines=lines, mastery=mastery, first=first, character=every)
+    model.model.vision_embed_tokens.requires_grad_(True)
+    model.freeze_unused()
+
+
+def train_together(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
+    """Train everything on pictures."""
+    vision = model.model.vision_embed_tokens
+    optimizers, progress, plan = optimizers_for(model), Progress("together", steps, every=10), np.random.default_rng(0)
+    for step in range(steps):
+        samples = draw_samples(draw_kind(plan), rng, 6)
+        pictures = draw_pictures([page for pages, _ in samples for page in pages], rng, processor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            body = merged_patches(model, pictures)
+            features = vision.img_projection(image_tokens(body, vision.sub_GN[0], vision.glb_GN))
+            loss, first, every = answer_loss(model, *batch_conversations(model, processor, samples, list(features)))
+        take_step(model, optimizers, loss, step_size(step, steps, 6e-4, warmup=20, decay_from=0.3))
+        progress.update(step, loss=loss.item(), first=first, character=every)
+
+
+def save(model, processor, output_dir: Path) -> None:
+    """Write the checkpoint in the published layout, with weights in bfloat16."""
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+
+
+def build(seed: int) -> tuple[Phi3VForCausalLM, Phi3VProcessor]:
+    """Return the untrained model and its processor."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = Phi3VForCausalLM(build_config(tokenizer))
+    model.config.vision_config._attn_implementation = "sdpa"
+    codes = codebook()
+    glyphs = codes[LEFT : LEFT + GLYPHS] + codes[RIGHT : RIGHT + GLYPHS]
+    rows = tokenizer.convert_tokens_to_ids([chr(32 + i) for i in range(GLYPHS)])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
+                # The usual 0.02 suits models many times as wide.
+                linear.weight.normal_(std=0.6 * linear.in_features**-0.5)
+            # Heads start by looking for what is alike and passing it on.
+            query, key, value = layer.self_attn.qkv_proj.weight.chunk(3)
+            query.copy_(key)
+            layer.self_attn.o_proj.weight.copy_(value.T)
+        # A character of text starts as what it looks like on a page.
+        model.model.embed_tokens.weight.normal_(std=CODE_SCALE)[rows] = glyphs
+        model.lm_head.weight[rows] = 0.1 * glyphs
+    return model, Phi3VProcessor(Phi3VImageProcessor(num_crops=1), tokenizer)
+
+
+def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
+    """Run all stages as one of the two processes; the first one saves."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=PROCESSES)
+    model, processor = build(args.seed)
+    model.train()
+    rng = np.random.default_rng([args.seed, rank])
+    torch.manual_seed(args.seed + rank)
+    train_tower(model, processor, rng, args.tower_steps)
+    train_decoder(model, processor, rng, args.decoder_steps, args.bf16)
+    train_together(model, processor, rng, args.together_steps, args.bf16)
+    if rank == 0:
+        save(model, processor, args.output_dir)
+        print(f"Wrote {args.output_dir}")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "tiny_phi3v")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on processors with AMX")
+    parser.add_argument("--tower_steps", type=int, default=600, help="default: %(default)s")
+    parser.add_argument("--decoder_steps", type=int, default=3000, help="default: %(default)s")
+    parser.add_argument("--together_steps", type=int, default=120, help="default: %(default)s")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(pretrain, (args, str(Path(folder) / "meeting_point")), nprocs=PROCESSES)
+
+
+if __name__ == "__main__":
+    main()

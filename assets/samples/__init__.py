@@ -1,0 +1,1 @@
+"""What draws each task's sample data, one module a task."""

@@ -1,0 +1,70 @@
+"""Short clips of moving shapes in ten classes, in the layout of the UCF-101 subset."""
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+
+from .page import COLOURS, SHAPES, SIDE, TOKEN, Page, Shape
+
+FRAMES, FRAMES_PER_SECOND = 16, 8
+CLASSES = {
+    "BallBouncing": ("circle", "bounce"),
+    "BallRolling": ("circle", "right"),
+    "CrossDropping": ("cross", "down"),
+    "DiamondGrowing": ("diamond", "grow"),
+    "HeartBeating": ("heart", "beat"),
+    "KiteRising": ("triangle", "up"),
+    "RingShrinking": ("ring", "shrink"),
+    "SquareSliding": ("square", "left"),
+    "StarFalling": ("star", "down"),
+    "StarShooting": ("star", "right"),
+}
+
+
+def draw_frames(kind: str, motion: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw the frames of a clip, uint8 (336, 336, 3) each: one shape that moves or changes its size."""
+    colour, size = str(rng.choice(list(COLOURS))), rng.uniform(22, 40)
+    across, along = rng.uniform(-0.25, 0.25), rng.uniform(0.28, 0.38)
+    paper, frames = rng.integers(2**32), []
+    for moment in np.linspace(-1, 1, FRAMES):
+        x = y = 0.0
+        radius = size
+        if motion in ("left", "right"):
+            x, y = moment * along * (1 if motion == "right" else -1), across
+        elif motion in ("up", "down"):
+            x, y = across, moment * along * (1 if motion == "down" else -1)
+        elif motion == "bounce":
+            x, y = across, along - 2 * along * abs(np.cos(1.5 * np.pi * moment))
+        else:
+            x, y = across, across / 2
+            swing = {"grow": moment, "shrink": -moment, "beat": np.sin(3 * np.pi * moment)}[motion]
+            radius = 42 * (1 + 0.55 * swing)
+        column, row = (x + 0.5) * SIDE / TOKEN - 0.5, (y + 0.5) * SIDE / TOKEN - 0.5
+        # The same seed for every frame: paper and colour stay as they are.
+        frames.append(np.asarray(Page(shapes=[Shape(kind, colour, row, column, radius)]).draw(np.random.default_rng(paper))))
+    return frames
+
+
+def write_clip(path: Path, frames: list[np.ndarray]) -> None:
+    """Encode frames as an AVI file of Motion JPEG, as a whole or not at all."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with av.open(str(unfinished), "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=FRAMES_PER_SECOND)
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuvj420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.replace(unfinished, path)
+
+
+def draw_split(out_dir: Path, split: str, clips_a_class: int, rng: np.random.Generator) -> None:
+    """Draw one split: `UCF101_subset/<split>/<class>/v_<class>_g<group>_c01.avi`."""
+    # Groups number on over the splits, as no group of UCF-101 may lie in two of them.
+    first_group = {"train": 1, "val": 401, "test": 701}[split]
+    for name, (kind, motion) in CLASSES.items():
+        folder = out_dir / "UCF101_subset" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for group in range(first_group, first_group + clips_a_class):
+            write_clip(folder / f"v_{name}_g{group:02d}_c01.avi", draw_frames(kind, motion, rng))

@@ -1,0 +1,106 @@
+"""Batched evaluation against one sample at a time, on DocVQA samples drawn for the embedded model.
+
+python -m benchmarks.evaluation
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from assets.draw_samples import draw_samples
+from common.conversations import prompt_text
+from common.evaluation import generate_answers
+from common.model import stop_token_ids
+from finetune_hf_trainer_docvqa import to_conversation
+
+from .measure import RESULTS, interleave, ratios, summarise, write_result
+
+MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
+NUM_CROPS = 1
+
+
+@torch.no_grad()
+def answer_one_by_one(model, processor, conversations, max_new_tokens):
+    """The plain way: each picture through the float pipeline, each prompt generated alone."""
+    answers = []
+    for conversation in conversations:
+        images = [Image.open(picture) for picture in conversation["conversations"][0]["images"]]
+        inputs = processor(prompt_text(conversation, processor), images)
+        tokens = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop_token_ids(processor),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        answers.append(processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=22, help="documents, of three questions each (default: 22)")
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts at once (default: 32)")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: 64, as the scripts')")
+    parser.add_argument("--repetitions", type=int, default=3, help="counted repetitions (default: 3)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "evaluation.json", help="where the result goes (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    processor = AutoProcessor.from_pretrained(MODEL, num_crops=NUM_CROPS)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa").eval()
+    flags = argparse.Namespace(
+        eval_batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        dataloader_num_workers=0,
+        bf16=False,
+        tqdm=False,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        with contextlib.redirect_stdout(io.StringIO()):
+            draw_samples("docvqa", Path(directory), train=1, val=args.documents)
+        rows = json.loads((Path(directory) / "val_v1.0_withQT.json").read_text())["data"]
+        rows = [row | {"image": f"{directory}/{row['image']}"} for row in rows]
+        conversations = [to_conversation(row, random.Random(0)) for row in rows]
+        answers = {}
+
+        def batched():
+            answers["batched"] = generate_answers(model, processor, conversations, flags)
+
+        def one_by_one():
+            answers["one by one"] = answer_one_by_one(model, processor, conversations, args.max_new_tokens)
+
+        seconds = interleave({"one by one": one_by_one, "batched": batched}, args.repetitions)
+
+    same = sum(a == b for a, b in zip(answers["batched"], answers["one by one"], strict=True))
+    answer_tokens = [len(ids) for ids in processor.tokenizer(answers["batched"], add_special_tokens=False).input_ids]
+    faster = ratios(seconds["one by one"], seconds["batched"])
+    for name, values in seconds.items():
+        print(f"{name}: {summarise(values)['median']:.2f} s for {len(rows)} questions")
+    print(
+        f"batched is {faster['median']:.2f} times faster ({faster['lowest']:.2f} to {faster['highest']:.2f}); "
+        f"{same} of {len(rows)} answers are the same"
+    )
+    content = {
+        "benchmark": "evaluation",
+        "questions": len(rows),
+        "batch_size": args.batch_size,
+        "mean_tokens_of_an_answer": sum(answer_tokens) / len(rows),
+        "same_answers": same,
+        "seconds": {name: summarise(values) for name, values in seconds.items()},
+        "times_faster": faster,
+    }
+    write_result(args.out, content)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

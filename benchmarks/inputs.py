@@ -1,0 +1,139 @@
+"""The input path, picture file to collated batch, against the plain float pipeline, on one core.
+
+    python -m benchmarks.inputs                          # on drawn pages
+    python -m benchmarks.inputs --image_dir documents    # on a folder of pictures
+
+Measured is processor time, so that other work on the machine counts for neither.
+"""
+
+import argparse
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from common.collator import Collator
+from common.conversations import encode_conversation
+from common.phi3v.image_processing import CROP_SIZE, IMAGE_MEAN, IMAGE_STD, crop_grid_size
+from common.phi3v.processing import pad_rows
+
+from .measure import RESULTS, interleave, ratios, summarise, write_result
+from .pages import draw_pages
+
+MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
+
+
+def plain_crops(picture, num_crops):
+    """The published pipeline: float32 (num_crops + 1, 3, 336, 336), global view, crops and blanks; and (height, width)."""
+    image = Image.open(io.BytesIO(picture["bytes"]) if isinstance(picture, dict) else picture).convert("RGB")
+    height, width = crop_grid_size(*image.size, num_crops)
+    transposed = image.width < image.height
+    if transposed:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+        height, width = width, height
+    image = image.resize((width, int(width / (image.width / image.height))), Image.Resampling.BILINEAR)
+    padded = Image.new("RGB", (width, height), "white")
+    padded.paste(image, (0, (height - image.height) // 2))
+    if transposed:
+        padded = padded.transpose(Image.Transpose.TRANSPOSE)
+        height, width = width, height
+
+    pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1).contiguous().float().div(255)
+    pixels.sub_(torch.tensor(IMAGE_MEAN).view(3, 1, 1)).div_(torch.tensor(IMAGE_STD).view(3, 1, 1))
+    whole = torch.nn.functional.interpolate(pixels[None], size=(CROP_SIZE, CROP_SIZE), mode="bicubic")
+    rows, columns = height // CROP_SIZE, width // CROP_SIZE
+    crops = pixels.reshape(3, rows, CROP_SIZE, columns, CROP_SIZE).permute(1, 3, 0, 2, 4)
+    crops = torch.cat([whole, crops.reshape(-1, 3, CROP_SIZE, CROP_SIZE)])
+    blanks = torch.zeros(num_crops + 1 - len(crops), 3, CROP_SIZE, CROP_SIZE)
+    return torch.cat([crops, blanks]), (height, width)
+
+
+def plain_batch(samples, num_crops, pad_token_id):
+    """A padded batch with float pixels."""
+    pixels, sizes = zip(*(plain_crops(picture, num_crops) for sample in samples for picture in sample["images"]), strict=True)
+    batch = pad_rows([sample["input_ids"] for sample in samples], pad_token_id, "right")
+    batch["labels"] = pad_rows([sample["labels"] for sample in samples], -100, "right")["input_ids"]
+    return batch | {"pixel_values": torch.stack(pixels), "image_sizes": torch.tensor(sizes)}
+
+
+def in_colour(path):
+    """A picture's file, encoded anew in colour."""
+    buffer = io.BytesIO()
+    Image.open(path).convert("RGB").save(buffer, "JPEG", quality=85)
+    return {"bytes": buffer.getvalue(), "path": str(path)}
+
+
+def measure(pictures, processor, batch_size, repetitions):
+    """Milliseconds a picture of both ways, and how many times faster ours is."""
+    num_crops, pad_token_id = processor.image_processor.num_crops, processor.tokenizer.pad_token_id
+    turns = [{"images": [picture], "user": "What is it?", "assistant": "A page."} for picture in pictures]
+    samples = [encode_conversation({"conversations": [turn]}, processor) for turn in turns]
+    batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    collator = Collator(processor, packing=True)
+
+    # The same pixels, bit for bit: the processor's output is checked against the published one by the tests.
+    for batch in batches[:2]:
+        images = [Image.open(io.BytesIO(s["bytes"]) if isinstance(s, dict) else s) for x in batch for s in x["images"]]
+        expected = processor.image_processor(images)
+        plain = plain_batch(batch, num_crops, pad_token_id)
+        if not all(torch.equal(plain[name], expected[name]) for name in ("pixel_values", "image_sizes")):
+            raise SystemExit("error: the plain pipeline computes other pixels; its time would mean nothing")
+
+    variants = {
+        "plain": lambda: [plain_batch(batch, num_crops, pad_token_id) for batch in batches],
+        "ours": lambda: [collator(batch) for batch in batches],
+    }
+    seconds = interleave(variants, repetitions, clock=time.process_time)
+    size = {name: function()[0]["pixel_values"].nbytes / len(batches[0]) / 2**20 for name, function in variants.items()}
+    return {
+        "milliseconds_a_picture": {
+            name: summarise([1000 * value / len(pictures) for value in values]) for name, values in seconds.items()
+        },
+        "mib_a_picture": {name: round(value, 2) for name, value in size.items()},
+        "times_faster": ratios(seconds["plain"], seconds["ours"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image_dir", type=Path, help="folder of pictures (default: drawn pages)")
+    parser.add_argument("--num_crops", type=int, default=16, help="most crops of a picture (default: 16)")
+    parser.add_argument("--num_images", type=int, default=24, help="how many pictures, spread over the folder (default: 24)")
+    parser.add_argument("--batch_size", type=int, default=1, help="pictures a batch (default: 1, as published)")
+    parser.add_argument("--repetitions", type=int, default=5, help="counted repetitions (default: 5)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "inputs.json", help="where the result goes (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    processor = AutoProcessor.from_pretrained(MODEL, num_crops=args.num_crops)
+    with tempfile.TemporaryDirectory() as directory:
+        if args.image_dir:
+            files = sorted(path for path in args.image_dir.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        else:
+            files = draw_pages(Path(directory), args.num_images)
+        if not files:
+            raise SystemExit(f"error: --image_dir {args.image_dir} holds no .jpg or .png files")
+        files = [files[index * len(files) // args.num_images] for index in range(min(args.num_images, len(files)))]
+        results = {
+            "as they are": measure(files, processor, args.batch_size, args.repetitions),
+            "in colour": measure([in_colour(path) for path in files], processor, args.batch_size, args.repetitions),
+        }
+        modes = sorted({Image.open(path).mode for path in files})
+    for name, result in results.items():
+        spread, times = result["times_faster"], result["milliseconds_a_picture"]
+        print(
+            f"pages {name}: {times['ours']['median']:.1f} ms a picture, plain {times['plain']['median']:.1f} ms: "
+            f"{spread['median']:.2f} times faster ({spread['lowest']:.2f} to {spread['highest']:.2f})"
+        )
+    write_result(args.out, {"benchmark": "inputs", "pictures": {"count": len(files), "modes": modes}, "results": results})
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

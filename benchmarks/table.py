@@ -1,0 +1,187 @@
+"""Render what was measured, beside what was published, into docs/performance.md: `make bench-table`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from common.flops import BatchSizes, TrainingFlops
+from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
+from common.phi3v import Phi3VConfig
+
+from .measure import RESULTS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "performance.md"
+PUBLISHED = ROOT / "results" / "published.json"
+BEGIN, END = "<!-- make bench-table: begin -->", "<!-- make bench-table: end -->"
+NAMES = {"full": "full", "frozen": "full, frozen vision", "lora": "LoRA", "qlora": "QLoRA"}
+PEAK = {"8×A100-80GB": 312e12, "8×V100-32GB": 125e12}
+# Mean of the published run: 2,443 tokens, 30 of them text; the others are those of 15.33 crops and a global view.
+PUBLISHED_BATCH = BatchSizes(tokens=2443, pairs=2443 * 2444 // 2, views=16.33, image_tokens=2413, supervised=8)
+GPU_BARS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}
+
+
+def sample_flops() -> dict[str, float]:
+    """Model FLOPs of a sample of the published mean, by method, at LoRA rank 32."""
+    found = {}
+    for method in NAMES:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(Phi3VConfig())
+            if method == "frozen":
+                model.model.vision_embed_tokens.requires_grad_(False)
+            elif method in ("lora", "qlora"):
+                used = "|".join(map(str, range(model.config.vision_config.num_hidden_layers - 1)))
+                tower = rf".*encoder\.layers\.({used})\.{TOWER_LINEARS}"
+                targets = f"{DECODER_LORA_MODULES}|{tower}|{PROJECTOR_LORA_MODULES}"
+                model = get_peft_model(model, LoraConfig(r=32, target_modules=targets))
+        found[method] = sum(TrainingFlops(base_model(model)).count(PUBLISHED_BATCH))
+    return found
+
+
+def read_results() -> dict[str, list[dict]]:
+    """Results by benchmark."""
+    found: dict[str, list[dict]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
+        found.setdefault(result["benchmark"], []).append(result)
+    return found
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def spread(ratio: dict[str, float]) -> str:
+    """A ratio with its spread."""
+    return f"**{ratio['median']:.2f}×** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+
+
+def where(result: dict) -> str:
+    """What a result was measured on, and the file that says more."""
+    machine = result["hardware"]
+    name = machine.get("gpu") or f"{machine['threads']} core(s) of {machine['cpu']}"
+    return f"{name}, {result['date'][:10]} ([{result['file']}](../benchmarks/results/{result['file']}))"
+
+
+def any_machine(results: dict[str, list[dict]]) -> str:
+    """Measures that need no GPU, against their bars."""
+    rows = []
+    for result in results.get("inputs", []):
+        for name, bar in (("as they are", "≥ 3×"), ("in colour", "–")):
+            measured = result["results"][name]
+            times = {way: summary["median"] for way, summary in measured["milliseconds_a_picture"].items()}
+            modes = f"{result['pictures']['count']} pages {name} ({', '.join(result['pictures']['modes'])})"
+            what = f"input path, {modes if name == 'as they are' else 'the same pages in colour'}"
+            figures = f"{times['ours']:.1f} ms a page against {times['plain']:.1f} ms"
+            rows.append([what, bar, spread(measured["times_faster"]), figures, where(result)])
+    for result in results.get("step", []):
+        faster, seconds = result["times_faster"], {name: value["median"] for name, value in result["seconds"].items()}
+        plain = min((name for name in faster if "SDPA" in name), key=lambda name: faster[name]["median"])
+        bars = {plain: "≥ 1.5×", "one by one, eager": "≥ 4×"}
+        for name, ratio in faster.items():
+            figures = f"{seconds['packed']:.2f} s against {seconds[name]:.2f} s"
+            rows.append([f"training step, packed against {name}", bars.get(name, "–"), spread(ratio), figures, where(result)])
+    for result in results.get("evaluation", []):
+        seconds = {name: value["median"] for name, value in result["seconds"].items()}
+        figures = f"{seconds['batched']:.1f} s against {seconds['one by one']:.1f} s for {result['questions']} questions"
+        what = f"evaluation, {result['batch_size']} at once against one by one"
+        rows.append([what, "≥ 4×", spread(result["times_faster"]), figures, where(result)])
+    for result in results.get("memory", []):
+        peak = result["peak_mib"]
+        what = f"peak memory of head and loss at {result['batch']['samples']} × {result['batch']['tokens']:,} tokens"
+        figures = f"{peak['answer']:,.0f} MiB against {peak['full']:,.0f} MiB"
+        rows.append([what, "≤ 1/20", f"**1/{result['times_less']:.0f}**", figures, where(result)])
+    return table(["measure", "bar", "measured", "figures", "on"], rows)
+
+
+def gpu_table(results: dict[str, list[dict]]) -> str:
+    """Training on one GPU, against the bars for an H100; cells that nobody measured say so."""
+    rows = []
+    for method, (mfu_bar, memory_bar) in GPU_BARS.items():
+        measured = [
+            (result, row)
+            for result in results.get("train", [])
+            for row in result["rows"]
+            if row["method"] == method and "gpu" in result["hardware"]
+        ]
+        if not measured:
+            rows.append([NAMES[method], "–", "–", *["not measured"] * 6, mfu_bar, memory_bar, "–"])
+        for result, row in measured:
+            packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
+            how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} at once"
+            figures = [f"failed: {row['error']}"] + ["–"] * 5
+            if "error" not in row:
+                figures = [f"{row['images_per_second']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.0f}"]
+                figures += ["unknown" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"]
+                figures += [f"{row['peak_memory_gib']:.1f}", f"{100 * row['data_wait_share']:.1f} %"]
+            rows.append([NAMES[method], how, row["checkpointing"], *figures, mfu_bar, memory_bar, where(result)])
+    header = "method|how|recomputation|images / s|tokens / s|TFLOP/s|MFU|peak GiB|data wait|bar: MFU|bar: peak GiB|on"
+    return table(header.split("|"), rows)
+
+
+def published_table(published: dict) -> str:
+    """The published table in its own columns, with the model FLOPs utilization that follows from it."""
+    flops = sample_flops()
+    rows = []
+    for row in published["rows"]:
+        gpus = 8 * row["nodes"]
+        mfu = row["images_per_second"] * flops[row["method"]] / (gpus * PEAK[row["hardware"]])
+        method = NAMES[row["method"]] + (" + flash attention" if row["flash_attention"] else "")
+        speed = [f"{row['images_per_second']:.3f}", f"~{row['peak_memory_gb']}", f"{100 * mfu:.1f} %"]
+        rows.append([row["hardware"], str(row["nodes"]), method, *speed, "not measured"])
+    header = "hardware of a node|nodes|method|images / s, published|peak GB, published|MFU that follows|measured here"
+    return table(header.split("|"), rows)
+
+
+def render() -> str:
+    """All tables."""
+    results = read_results()
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["speed"]
+    return "\n\n".join(
+        [
+            "### On any machine",
+            any_machine(results),
+            "### On one GPU, real configuration",
+            "Bars are for one H100 80 GB. For full training also ≥ 5.1 images/s, and data wait ≤ 2 % of a step.",
+            gpu_table(results),
+            "### Published upstream",
+            "Not measured here. Peak memory is that of one GPU.",
+            published_table(published),
+        ]
+    )
+
+
+def fill(document: str, tables: str) -> str:
+    """Put tables between a document's markers.
+
+    Raises
+    ------
+    ValueError
+        If it has no such markers.
+    """
+    head, begin, rest = document.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{DOCUMENT.name} has lost its markers {BEGIN} and {END}: put them back")
+    return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
+
+
+def main() -> None:
+    try:
+        content = fill(DOCUMENT.read_text(encoding="utf-8"), render())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    partial = DOCUMENT.with_suffix(".partial")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, DOCUMENT)
+    print(f"written to {DOCUMENT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""CONTRIBUTING.md: its example of a new task is short enough, well formatted, and passes its own test."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^`([\w/.]+\.py)`:\n\n```python\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The repository with the example's files added."""
+    (tmp_path / "tests").mkdir()
+    for name in ("common", "assets", "ruff.toml", "pytest.ini"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests")
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    return tmp_path
+
+
+def test_the_example_is_a_script_and_a_test_in_at_most_120_lines():
+    assert list(FILES) == ["finetune_hf_trainer_folders.py", "tests/test_folders.py"]
+    assert sum(content.count("\n") for content in FILES.values()) <= 120
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
+def test_the_example_keeps_the_rules(command, checkout):
+    result = subprocess.run([sys.executable, "-m", "ruff", *command, *FILES], cwd=checkout, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_the_example_passes_its_test(checkout):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_folders.py"]
+    result = subprocess.run(command, cwd=checkout, env=os.environ, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout
