@@ -9,16 +9,24 @@ from .samples.docvqa import FIELDS, VALUE_KINDS, draw_form, draw_value, is_held_
 from .samples.page import COLOURS, COLUMNS, LINES, SHAPES, Page, Shape
 
 PRINTABLE = tuple(chr(i) for i in range(33, 127))
+# fmt: off
 LABEL_WORDS = (
-    "account address agent amount area article batch bill branch buyer card case cashier category centre city class client "
-    "code company contact contract country course credit customer date day deadline delivery department deposit desk "
-    "discount district document due email end entry event exam expiry fax fee file firm flight floor from gate grade grand "
-    "group guest hotel hour house id invoice issued issuer item job journey kind licence line load lot manager member "
-    "method mobile month name net no number office order origin owner page paid parcel part party patient pay phone place "
-    "plan policy port position price product project purchase quantity rate receipt ref region rent report room route sale "
-    "seat seller sender service ship shop site size staff start state status store street sum supplier tax team tel term "
-    "ticket time title to total town train type unit until user valid value vendor visit visitor voucher ward weight year"
-).split()
+    "account", "address", "agent", "amount", "area", "article", "batch", "bill", "branch", "buyer", "card",
+    "case", "cashier", "category", "centre", "city", "class", "client", "code", "company", "contact",
+    "contract", "country", "course", "credit", "customer", "date", "day", "deadline", "delivery", "department",
+    "deposit", "desk", "discount", "district", "document", "due", "email", "end", "entry", "event", "exam",
+    "expiry", "fax", "fee", "file", "firm", "flight", "floor", "from", "gate", "grade", "grand", "group",
+    "guest", "hotel", "hour", "house", "id", "invoice", "issued", "issuer", "item", "job", "journey", "kind",
+    "licence", "line", "load", "lot", "manager", "member", "method", "mobile", "month", "name", "net", "no",
+    "number", "office", "order", "origin", "owner", "page", "paid", "parcel", "part", "party", "patient", "pay",
+    "phone", "place", "plan", "policy", "port", "position", "price", "product", "project", "purchase",
+    "quantity", "rate", "receipt", "ref", "region", "rent", "report", "room", "route", "sale", "seat", "seller",
+    "sender", "service", "ship", "shop", "site", "size", "staff", "start", "state", "status", "store", "street",
+    "sum", "supplier", "tax", "team", "tel", "term", "ticket", "time", "title", "to", "total", "town", "train",
+    "type", "unit", "until", "user", "valid", "value", "vendor", "visit", "visitor", "voucher", "ward",
+    "weight", "year",
+)
+# fmt: on
 COMMON_LABELS = tuple(field.label for field in FIELDS)
 # How a form's values are asked for: by where they stand, or just by their label.
 WORDINGS = {
@@ -90,8 +98,6 @@ def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, Turns]
     Labels stand left of their values or above them, in one column or two.
     """
     page, seen, questions = Page(), set(), []
-    free = list(range(lines))
-    printed = {}
 
     def fresh(draw):
         while True:

@@ -93,10 +93,17 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = False
         self.stopped = False
-        signal.signal(signal.SIGTERM, self._receive)
 
     def _receive(self, *_: Any) -> None:
         self.received = True
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Listen."""
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Leave SIGTERM to who had it before."""
+        signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import tools.merge_lora
 import tools.predict
-from common.arguments import check_arguments, training_parser
 from common.adapter_base import base_revision, write_base_description
+from common.arguments import check_arguments, training_parser
 from common.inference import load_for_inference
 from common.model import load_model, load_processor
 from common.model_card import launch_command, write_model_card, write_run

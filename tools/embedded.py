@@ -24,8 +24,9 @@ PROCESSES = 2
 
 # Flags by task, over those for all; a value by method where methods need different ones.
 ALL_TASKS = {"num_crops": 1, "batch_size": 16, "batch_size_per_gpu": 8, "warmup_steps": 10, "logging_steps": 5}
+ALL_TASKS |= {"max_new_tokens": 16}
 SETTINGS = {
-    "docvqa": {"num_train_epochs": 3, "learning_rate": {"full": 1e-3, "frozen": 1e-3, "lora": 2e-3, "qlora": 2e-3}},
+    "docvqa": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}},
     "hateful_memes": {"num_train_epochs": 2, "learning_rate": {"full": 5e-4, "frozen": 1e-3, "lora": 1e-3, "qlora": 1e-3}},
     "nlvr2": {"num_train_epochs": 3, "learning_rate": {"full": 5e-4, "frozen": 1e-3, "lora": 1e-3, "qlora": 1e-3}},
     "ucf101": {"num_train_epochs": 4, "learning_rate": {"full": 1e-3, "frozen": 1e-3, "lora": 2e-3, "qlora": 2e-3}},

@@ -1,7 +1,7 @@
 """Pictures with words on them, in the layout of the official Hateful Memes release.
 
-A harmless stand-in for its label: 1 where the words name another colour or shape than the picture shows. Neither the words nor the
-picture tell it alone.
+A harmless stand-in for its label: 1 where the words name another colour or shape than the picture shows. Neither
+the words nor the picture tell it alone.
 """
 
 from pathlib import Path

@@ -119,7 +119,7 @@ class Page:
         ValueError
             If it does not fit on the page.
         """
-        if not (0 <= line < LINES and 0 <= column and column + len(text) <= COLUMNS):
+        if not (0 <= line < LINES and column >= 0 and column + len(text) <= COLUMNS):
             raise ValueError(f"{text!r} does not fit at line {line}, column {column} of {LINES} × {COLUMNS} cells.")
         self.texts.append((line, column, text))
 

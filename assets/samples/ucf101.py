@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .page import COLOURS, SHAPES, SIDE, TOKEN, Page, Shape
+from .page import COLOURS, SIDE, TOKEN, Page, Shape
 
 FRAMES, FRAMES_PER_SECOND = 16, 8
 CLASSES = {
