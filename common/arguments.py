@@ -40,7 +40,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         help="attention by name (default: the fastest that runs here, printed at start)",
     )
     group.add_argument(
-        "--num_crops", type=int, default=16, help=f"most crops a picture is cut into, 1 to {MAX_CROPS} (default: 16)"
+        "--num_crops", type=int, default=16, help=f"most crops a picture is cut into, 1 to {MAX_CROPS} (default: %(default)s)"
     )
 
     group = parser.add_argument_group("what trains")

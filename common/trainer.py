@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +139,7 @@ class FinetuningTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
             # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
             generator=torch.Generator(),
-            worker_init_fn=_ignore_sigterm,
+            worker_init_fn=_leave_process_group,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -233,9 +233,9 @@ class FinetuningTrainer(Trainer):
         """Leave the card to :mod:`common.model_card`, which the end of a run writes."""
 
 
-def _ignore_sigterm(_: int) -> None:
-    # It is sent to the whole group; the process that these workers serve saves first and ends them itself.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_process_group(_: int) -> None:
+    # SIGTERM is sent to the whole group; the process that these workers serve saves first, and ends them itself.
+    os.setsid()
 
 
 class _PlannedLoader(DataLoader):

@@ -132,7 +132,7 @@ def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, addr
         expect(before).to_have_value(answers[1], timeout=30_000)
         expect(finetuned).to_have_value(answers[0])
         streamed = page.evaluate("[...window.seen]")
-        assert len(streamed) > 3, "the answer did not stream in"
+        assert len(streamed) > 1, "the answer did not stream in"
         assert all(answers[0].startswith(piece) for piece in streamed)
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reas
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
     """Save an adapter that changes the answers, as the training scripts do."""
     command_line = ["--model_name_or_path", str(base), "--lora_rank", "8", "--num_crops", "2", *flags]
-    args = check_arguments(training_parser("", metric="anls").parse_args(command_line))
+    args = check_arguments(training_parser("", task="test", metric="anls").parse_args(command_line))
     args.attention, args.deepspeed = ("sdpa", ""), None
     processor = load_processor(args)
     model = load_model(args, processor, torch.device("cpu"))
