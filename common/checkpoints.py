@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Say clearly that saving failed, and that nothing saved before is lost.
+
+    Raises
+    ------
+    ValueError
+        In place of what a full disk, say, makes the libraries raise.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"saving failed ({error}): make room on the disk and start again with --resume_from_checkpoint auto; "
+            "earlier checkpoints are intact"
+        ) from error
 
 
 def write_manifest(directory: Path) -> None:

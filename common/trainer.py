@@ -18,7 +18,7 @@ from transformers import AutoConfig, EarlyStoppingCallback, Trainer, TrainingArg
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from .adapter_base import write_base_description
-from .checkpoints import StopOnSignal, write_manifest
+from .checkpoints import StopOnSignal, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation, autocast
@@ -199,7 +199,8 @@ class FinetuningTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Old checkpoints go only once this one is complete on every process.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(*args, **kwargs)
+        with saving():
+            super()._save_checkpoint(*args, **kwargs)
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
 import re
-import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from transformers import set_seed
 
 from .adapter_base import base_revision
 from .arguments import check_arguments
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, saving
 from .conversations import decode_picture, pictures
 from .data import TrainingData
 from .evaluation import Evaluation, write_evaluation
@@ -132,11 +130,11 @@ def finetune(
         state.print(f"before finetuning: {before}")
 
     trainer = build_trainer(args, model, processor, train_data, eval_data, evaluate)
-    with _saving_errors():
-        result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if trainer.stop_on_signal.stopped:
-            state.print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on")
-            sys.exit(EXIT_AFTER_SIGTERM)
+    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stop_on_signal.stopped:
+        state.print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on")
+        sys.exit(EXIT_AFTER_SIGTERM)
+    with saving():
         trainer.save_model()
         trainer.save_metrics("train", result.metrics, combined=False)
         trainer.save_state()
@@ -184,11 +182,8 @@ def _prepare_environment(on_gpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
         # Started without torchrun: a group of one, so that DeepSpeed needs no launcher.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(_cores_of_process())
@@ -205,17 +200,6 @@ def _quieten(args: argparse.Namespace, state: PartialState) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if not args.tqdm or not state.is_main_process:
         transformers.utils.logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def _saving_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"saving failed ({error}): make room on the disk and start again with --resume_from_checkpoint auto; "
-            "earlier checkpoints are intact"
-        ) from error
 
 
 def _choose_packing(args: argparse.Namespace) -> bool:

@@ -260,7 +260,7 @@ def test_base_on_the_hub_is_found_at_its_revision(hub_cache, tmp_path, pictures)
     assert model.get_base_model().name_or_path == "someone/tiny"
     assert load_for_inference("someone/tiny", "cpu")[1].image_processor.num_crops == 1
     merge(str(adapter), tmp_path / "merged")
-    edit_json(adapter / "base_model.json", revision=40 * "b")
+    edit_json(adapter / "adapter_config.json", revision=40 * "b")
     with pytest.raises(ValueError, match="needs its base model, someone/tiny, which can't be loaded"):
         load_for_inference(adapter, "cpu")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, torchrun
@@ -196,7 +197,9 @@ def test_sigkill_while_saving_loses_nothing(data, straight, tmp_path):
     options = METHODS["ddp"] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     process = start_run(data, output, **options)
     wait_for(output / "checkpoint-6")
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for member in [launcher, *launcher.children(recursive=True)]:
+        member.kill()
     process.wait()
     torn = output / "checkpoint-6"
     if (torn / "complete.json").exists():  # the kill came too late on a fast machine
