@@ -9,10 +9,10 @@ Two processes of one thread each make one run, in three stages:
    which teaches it to copy, then small forms, then whole ones and shapes. Finding the right line is what takes the time.
 3. Both are put together and trained on pictures.
 
-The checkpoint in the repository comes from these stages, run one by one with the curriculum changed on the way (some
-25,000 pictures for the tower, some 5,000 steps of the decoder, nothing of stage 3), on two shared cores of an Intel Xeon with
-AMX, torch 2.13.0, transformers 5.23.0, --bf16. A rerun with the defaults gives one of its kind, not the same one; it has not
-been timed on idle cores.
+The checkpoint in the repository was not made by one run of this script: its tower began in a prototype, and tower and decoder
+went through stages 1 and 2 piece by piece, with restarts and a changing curriculum (some 25,000 pictures, some 5,000 steps of
+the decoder, nothing of stage 3), on two shared cores of an Intel Xeon with AMX, torch 2.13.0, transformers 5.23.0, --bf16. From
+end to end the script has only been run for a few steps; how long it takes and what it reaches is not measured.
 """
 
 import argparse
