@@ -21,10 +21,13 @@ from common.data import TrainingData
 from common.evaluation import Evaluation, generate_answers
 from common.metrics import anls, normalise_answer
 from common.model import load_model, load_processor
+from common.shards import stream_hub
 from common.sources import check_pictures, load_hub
+from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
 MINI = "nielsr/docvqa_1200_examples"
+COLUMNS = ["id", "image", "query", "answers"]
 FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 
 
@@ -36,16 +39,19 @@ def parse_args():
     return parser.parse_args()
 
 
-def load_from_hub(full_train: bool) -> tuple[Dataset, Dataset]:
+def load_from_hub(full_train: bool, streaming: bool) -> tuple[Dataset | Stream, Dataset]:
     """Rows of the hub's data sets; pictures stay encoded until a worker needs them."""
-    mini = load_hub(MINI).select_columns(["id", "image", "query", "answers"]).cast_column("image", Image(decode=False))
+    mini = load_hub(MINI).select_columns(COLUMNS).cast_column("image", Image(decode=False))
+    if streaming:
+        train_rows = stream_hub(*FULL, columns=["images", "texts"]) if full_train else stream_hub(MINI, columns=COLUMNS)
+        return train_rows, mini["test"]
     if not full_train:
         return mini["train"], mini["test"]
     full = load_hub(*FULL, split="train").cast_column("images", [Image(decode=False)])
     return full, mini["test"]
 
 
-def load_official(data_dir: Path, split: str, limit: int | None) -> Dataset:
+def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> Dataset:
     """Rows of the official release, every picture checked."""
     path = data_dir / f"{split}_v1.0_withQT.json"
     try:
@@ -70,17 +76,20 @@ def load_official(data_dir: Path, split: str, limit: int | None) -> Dataset:
         rows.append(row | {"answers": answers})
     if not rows:
         raise ValueError(f'{path} is empty: "data" holds no question')
-    check_pictures(sorted({row["image"] for row in rows}))
+    check_pictures(sorted({row["image"] for row in rows}), tqdm)
     return Dataset.from_list(rows)
 
 
-def load_rows(args) -> tuple[Dataset, Dataset]:
+def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
+    if args.data_dir and args.streaming:
+        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if args.data_dir:
-        train_rows = load_official(args.data_dir, "train", args.max_train_samples)
-        return train_rows, load_official(args.data_dir, "val", args.max_eval_samples)
-    limits = (args.max_train_samples, args.max_eval_samples)
-    rows_and_limits = zip(load_from_hub(args.full_train), limits, strict=True)
-    return tuple(rows.select(range(min(limit or len(rows), len(rows)))) for rows, limit in rows_and_limits)
+        train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
+        return train_rows, load_official(args.data_dir, "val", args.max_eval_samples, args.tqdm)
+    train_rows, eval_rows = load_from_hub(args.full_train, args.streaming)
+    limit = min(args.max_train_samples or len(train_rows), len(train_rows))
+    train_rows = train_rows.select(0, limit) if args.streaming else train_rows.select(range(limit))
+    return train_rows, eval_rows.select(range(min(args.max_eval_samples or len(eval_rows), len(eval_rows))))
 
 
 def question(row: dict) -> str:
@@ -126,11 +135,12 @@ def main() -> None:
     state = start(args)
     processor = load_processor(args)
     train_rows, eval_rows = load_rows(args)
+    training_data = StreamedData if args.streaming else TrainingData
     finetune(
         args,
         load_model(args, processor, state.device),
         processor,
-        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
+        train_data=training_data(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI,

@@ -21,7 +21,9 @@ from common.data import TrainingData
 from common.evaluation import Evaluation, answer_log_probabilities, generate_answers
 from common.metrics import accuracy, auroc, normalise_answer
 from common.model import load_model, load_processor
+from common.shards import stream_hub
 from common.sources import check_pictures, load_hub, read_json_lines
+from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
@@ -51,6 +53,12 @@ def load_hub_rows(train_limit: int | None, eval_limit: int | None) -> tuple[Data
     return train_rows, eval_rows
 
 
+def stream_hub_rows(train_limit: int | None, eval_limit: int | None) -> tuple[Stream, Dataset]:
+    """The same rows, those for training streamed."""
+    rows = stream_hub(*HUB, columns=["images", "texts"])
+    return rows.select(HUB_EVAL_ROWS, train_limit), rows.head(min(eval_limit or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
+
+
 def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> Dataset:
     """Rows of the official release, every picture checked."""
     rows = []
@@ -64,12 +72,15 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
     return Dataset.from_list(rows)
 
 
-def load_rows(args) -> tuple[Dataset, Dataset]:
+def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
+    if args.data_dir and args.streaming:
+        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
         eval_rows = load_official(args.data_dir, "dev_seen", args.max_eval_samples, args.tqdm)
     else:
-        train_rows, eval_rows = load_hub_rows(args.max_train_samples, args.max_eval_samples)
+        load = stream_hub_rows if args.streaming else load_hub_rows
+        train_rows, eval_rows = load(args.max_train_samples, args.max_eval_samples)
     if len({label(row) for row in eval_rows}) < 2:
         raise ValueError(
             f"AUROC needs memes of both labels, but all {len(eval_rows)} to evaluate on have the same: raise --max_eval_samples"
@@ -121,11 +132,12 @@ def main() -> None:
     state = start(args)
     processor = load_processor(args)
     train_rows, eval_rows = load_rows(args)
+    training_data = StreamedData if args.streaming else TrainingData
     finetune(
         args,
         load_model(args, processor, state.device),
         processor,
-        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
+        train_data=training_data(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir or HUB[0]),

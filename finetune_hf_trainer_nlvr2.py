@@ -21,7 +21,9 @@ from common.data import TrainingData
 from common.evaluation import Evaluation, generate_answers
 from common.metrics import accuracy, consistency, normalise_answer
 from common.model import load_model, load_processor
+from common.shards import stream_hub
 from common.sources import check_pictures, load_hub, read_json_lines
+from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
 HUB = ("HuggingFaceM4/the_cauldron", "nlvr2")
@@ -73,6 +75,15 @@ def load_hub_questions(train_limit: int | None, eval_limit: int | None) -> tuple
     return HubQuestions(rows, train_places[:train_limit]), HubQuestions(rows, eval_places[:eval_limit])
 
 
+def stream_hub_questions(train_limit: int | None, eval_limit: int | None) -> tuple[Stream, HubQuestions]:
+    """The same questions, those for training streamed, each with its row's pictures."""
+    columns = ["images", "texts"]
+    eval_rows = stream_hub(*HUB, columns=columns).head(HUB_EVAL_ROWS)
+    before = sum(len(texts) for texts in eval_rows["texts"])
+    questions = stream_hub(*HUB, columns=columns, each="texts").select(before, train_limit)
+    return questions, HubQuestions(eval_rows, [(row, 0) for row in range(len(eval_rows))][:eval_limit])
+
+
 def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> Dataset:
     """Rows of the official release, every picture checked."""
     rows = []
@@ -95,15 +106,22 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
     return Dataset.from_list(rows)
 
 
-def load_rows(args) -> tuple[Sequence, Sequence]:
+def load_rows(args) -> tuple[Sequence | Stream, Sequence]:
+    if args.data_dir and args.streaming:
+        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if not args.data_dir:
-        return load_hub_questions(args.max_train_samples, args.max_eval_samples)
+        load = stream_hub_questions if args.streaming else load_hub_questions
+        return load(args.max_train_samples, args.max_eval_samples)
     train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
     return train_rows, load_official(args.data_dir, "dev", args.max_eval_samples, args.tqdm)
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
-    return {"conversations": [{"images": row["images"], "user": row["question"], "assistant": row["answer"]}]}
+    if "texts" in row:  # streamed from the hub
+        user, assistant = row["texts"][0]["user"], row["texts"][0]["assistant"]
+    else:
+        user, assistant = row["question"], row["answer"]
+    return {"conversations": [{"images": row["images"], "user": user, "assistant": assistant}]}
 
 
 def statement(identifier: str) -> str:
@@ -139,11 +157,12 @@ def main() -> None:
     state = start(args)
     processor = load_processor(args)
     train_rows, eval_rows = load_rows(args)
+    training_data = StreamedData if args.streaming else TrainingData
     finetune(
         args,
         load_model(args, processor, state.device),
         processor,
-        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
+        train_data=training_data(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir or HUB[0]),

@@ -6,6 +6,8 @@
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir data/mine \\
         --train_file train.jsonl --eval_file val.jsonl                            # any data; see docs/custom_dataset.md
+    torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/big --streaming \\
+        --train_file "train-*.parquet" --eval_file val.jsonl                      # shards, read while training goes on
 
 Metrics: accuracy of the answer to the last turn, over all rows and per class, a class being all rows with the same answer.
 
@@ -22,7 +24,9 @@ from common.data import TrainingData
 from common.evaluation import Evaluation, generate_answers
 from common.metrics import accuracy, accuracy_per_class, normalise_answer
 from common.model import load_model, load_processor
+from common.shards import stream_conversations
 from common.sources import load_conversations
+from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
 
@@ -35,17 +39,24 @@ def parse_args():
         "--data_dir", type=Path, required=True, help="what convert_ucf101.py wrote: ucf101_{train,val,test}.jsonl and images/"
     )
     group.add_argument("--eval_split", choices=("val", "test"), default="val", help="split to evaluate on (default: val)")
-    group.add_argument("--train_file", default="ucf101_train.jsonl", help="file in --data_dir (default: %(default)s)")
+    group.add_argument(
+        "--train_file",
+        default="ucf101_train.jsonl",
+        help="file in --data_dir; with --streaming, or several by wildcards (default: %(default)s)",
+    )
     group.add_argument("--eval_file", help="file in --data_dir (default: ucf101_{--eval_split}.jsonl)")
     return parser.parse_args()
 
 
-def load_rows(args) -> tuple[Dataset, Dataset]:
-    """Conversations from both files, every row and every picture checked."""
+def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
+    """Conversations from both files, every row and every picture checked; streamed ones as they come."""
     train_file = args.data_dir / args.train_file
     eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
     image_dir = args.data_dir / "images"
-    train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm)
+    if args.streaming:
+        train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
+    else:
+        train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm)
     return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm)
 
 
@@ -77,11 +88,12 @@ def main() -> None:
     state = start(args)
     processor = load_processor(args)
     train_rows, eval_rows = load_rows(args)
+    training_data = StreamedData if args.streaming else TrainingData
     finetune(
         args,
         load_model(args, processor, state.device),
         processor,
-        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
+        train_data=training_data(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir),

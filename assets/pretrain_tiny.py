@@ -16,6 +16,7 @@ end to end the script has only been run for a few steps; how long it takes and w
 """
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -228,7 +229,7 @@ def batch_conversations(model, processor, samples, features: list[torch.Tensor],
 
 
 # Shares of what whole pages are drawn for: forms of the sample's kind and any others, lines to read, shapes, words, motion.
-KINDS = {"invoice": 0.5, "form": 0.23, "reading": 0.05, "scene": 0.07, "pair": 0.07, "captioned": 0.06, "motion": 0.02}
+KINDS = {"invoice": 0.37, "form": 0.18, "reading": 0.03, "scene": 0.12, "pair": 0.17, "captioned": 0.08, "motion": 0.05}
 
 
 def draw_kind(rng: np.random.Generator) -> str:
@@ -334,7 +335,7 @@ def train_decoder(model, processor, rng: np.random.Generator, steps: int, autoca
         # Reading comes first: nearly every token of it teaches to copy.
         if lines == 1:
             kind, size, drawn_lines = "reading", 8, int(plan.integers(1, 5))
-        elif lines < 6 and step < 0.5 * steps:
+        elif lines < 6 and step < 0.45 * steps:
             kind, size, drawn_lines = "form", 12 if lines < 3 else 8, int(plan.integers(max(1, lines - 3), lines + 1))
         else:
             kind, size, drawn_lines = draw_kind(plan), 6, int(plan.integers(3, lines + 1))
@@ -379,7 +380,7 @@ def train_together(model, processor, rng: np.random.Generator, steps: int, autoc
 
 def save(model, processor, output_dir: Path) -> None:
     """Write the checkpoint in the published layout, with weights in bfloat16."""
-    model.to(torch.bfloat16).save_pretrained(output_dir)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output_dir)
     processor.save_pretrained(output_dir)
 
 
@@ -415,12 +416,16 @@ def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
     model.train()
     rng = np.random.default_rng([args.seed, rank])
     torch.manual_seed(args.seed + rank)
-    train_tower(model, processor, rng, args.tower_steps)
-    train_decoder(model, processor, rng, args.decoder_steps, args.bf16)
-    train_together(model, processor, rng, args.together_steps, args.bf16)
-    if rank == 0:
-        save(model, processor, args.output_dir)
-        print(f"Wrote {args.output_dir}")
+    stages = (
+        lambda: train_tower(model, processor, rng, args.tower_steps),
+        lambda: train_decoder(model, processor, rng, args.decoder_steps, args.bf16),
+        lambda: train_together(model, processor, rng, args.together_steps, args.bf16),
+    )
+    for stage in stages:
+        stage()
+        if rank == 0:
+            save(model, processor, args.output_dir)
+            print(f"Wrote {args.output_dir}", flush=True)
     dist.destroy_process_group()
 
 
@@ -430,7 +435,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on processors with AMX")
     parser.add_argument("--tower_steps", type=int, default=600, help="default: %(default)s")
-    parser.add_argument("--decoder_steps", type=int, default=3000, help="default: %(default)s")
+    parser.add_argument("--decoder_steps", type=int, default=2600, help="default: %(default)s")
     parser.add_argument("--together_steps", type=int, default=120, help="default: %(default)s")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

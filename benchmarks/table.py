@@ -121,7 +121,7 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
             rows.append([NAMES[method], "–", "–", *["not measured"] * 6, mfu_bar, memory_bar, "–"])
         for result, row in measured:
             packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
-            how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} at once"
+            how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} at once, {row['kernels']} kernels"
             figures = [f"failed: {row['error']}"] + ["–"] * 5
             if "error" not in row:
                 figures = [f"{row['images_per_second']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.0f}"]

@@ -52,7 +52,13 @@ TINY = {
     "vision_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     | {"image_size": 336, "patch_size": 14},
 }
-DIMENSIONS = ("methods", "attention", "packing", "checkpointing", "samples_at_once")
+KERNEL_FLAGS = {
+    "plain": [],
+    "liger": ["--use_liger_kernel"],
+    "compile": ["--torch_compile"],
+    "both": ["--use_liger_kernel", "--torch_compile"],
+}
+DIMENSIONS = ("methods", "attention", "packing", "checkpointing", "samples_at_once", "kernels")
 
 
 def write_random_checkpoint(directory, name):
@@ -185,11 +191,12 @@ class Watch(TrainerCallback):
 
 def measure(args, directory):
     """Train one combination and return what was measured."""
-    method, attention, packing, checkpointing, samples_at_once = (getattr(args, name)[0] for name in DIMENSIONS)
+    method, attention, packing, checkpointing, samples_at_once, kernels = (getattr(args, name)[0] for name in DIMENSIONS)
     eight_bit = torch.cuda.is_available() and method in ("full", "frozen")
     optim = args.optim or ("adamw_bnb_8bit" if eight_bit else "adamw_torch")
     command = [
         *METHOD_FLAGS[method],
+        *KERNEL_FLAGS[kernels],
         *("--packing" if packing == "on" else "--no-packing", "--gradient_checkpointing", checkpointing),
         *("--model_name_or_path", args.model_name_or_path, "--output_dir", directory / "output"),
         *("--batch_size", args.batch_size, "--batch_size_per_gpu", samples_at_once, "--num_crops", args.num_crops),
@@ -215,6 +222,7 @@ def measure(args, directory):
         "packing": flags.packing,
         "checkpointing": checkpointing,
         "samples_at_once": samples_at_once,
+        "kernels": kernels,
         "optim": optim,
         **watch.result,
     }
@@ -244,6 +252,8 @@ def parse_args():
     checkpointing = ("auto", "full", "selective", "none")
     group.add_argument("--checkpointing", nargs="+", choices=checkpointing, default=["auto"], help="default: auto")
     group.add_argument("--samples_at_once", nargs="+", type=int, default=[1], help="samples of a micro-batch (default: 1)")
+    kernels = "Liger's, compiled layers, or both (default: plain)"
+    group.add_argument("--kernels", nargs="+", choices=KERNEL_FLAGS, default=["plain"], help=kernels)
     group = parser.add_argument_group("model and data")
     group.add_argument("--model_name_or_path", help="checkpoint; or --random_weights")
     group.add_argument("--random_weights", action="store_true", help="of --config, drawn on the device")
@@ -301,6 +311,7 @@ def describe(row):
     """One line for people."""
     packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
     name = f"{row['method']}, {row['attention']}, packing {packing}, recomputation {row['checkpointing']}"
+    name += f", {row['kernels']} kernels"
     if "error" in row:
         return f"{name}: failed: {row['error']}"
     mfu = f"{100 * row['mfu']:.1f} % MFU" if row["mfu"] is not None else "MFU unknown"

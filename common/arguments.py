@@ -95,8 +95,10 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         "--gradient_checkpointing",
         choices=("auto", "full", "selective", "none"),
         default="auto",
-        help="recompute all layers, every second one or none in the backward pass (default: by free memory)",
+        help="recompute all layers, every second one or none in the backward pass (default: as little as fits)",
     )
+    group.add_argument("--use_liger_kernel", action="store_true", help="Liger's fused kernels (requirements-gpu.txt)")
+    group.add_argument("--torch_compile", action="store_true", help="compile the decoder's layers")
     group.add_argument(
         "--dataloader_num_workers", type=int, default=4, help="workers a process, at most its share of the cores (default: 4)"
     )
@@ -119,6 +121,11 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--hub_model_id", help="hub repository to upload to")
 
     group = parser.add_argument_group("data and evaluation")
+    group.add_argument(
+        "--streaming",
+        action="store_true",
+        help="read the hub's shards, or shards in the general format, as training goes on, each process its part of the rows",
+    )
     group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to measure the loss")
     group.add_argument("--eval_steps", type=int, help="with steps: how often (default: --logging_steps)")
     group.add_argument("--eval_metric_steps", type=int, help="measure the task's metric too, every so many steps")
@@ -130,7 +137,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group = parser.add_argument_group("logging")
     group.add_argument("--logging_steps", type=int, default=10, help="steps between log lines (default: %(default)s)")
     group.add_argument("--report_to", default="none", help="none, tensorboard, trackio, … (default: %(default)s)")
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
     return parser
 
 
@@ -168,6 +175,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
         raise ValueError("--max_tokens_per_batch needs --packing: take one of them back")
+    if args.max_tokens_per_batch is not None and args.streaming:
+        raise ValueError("--max_tokens_per_batch plans batches by the lengths of all rows, which --streaming does not know")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
         raise ValueError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
     args.use_lora = args.use_lora or args.use_qlora

@@ -11,6 +11,7 @@ Pictures are numbered through the whole conversation. A picture is a path, a dic
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -187,19 +188,63 @@ def encode_conversation(
         end = len(processor.tokenize(f"{history}{turns[number - 1]['assistant']}<|end|>\n", used))
         spans.append((begin, end))
 
-    tokenizer = processor.tokenizer
     input_ids = processor.tokenize(prompt_text(conversation, processor), image_tokens)
     labels = [-100] * len(input_ids)
     for begin, end in spans:
         labels[begin:end] = input_ids[begin:end]
-    answer = f"{turns[-1]['assistant']}<|end|>\n{tokenizer.eos_token}"
-    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    answer_ids = processor.tokenizer(_last_answer(conversation, processor), add_special_tokens=False).input_ids
     return {"input_ids": input_ids + answer_ids, "labels": labels + answer_ids, "images": images}
+
+
+def count_tokens(
+    conversations: Iterable[Conversation], image_tokens: Iterable[list[int]], names: Iterable[str], processor: Phi3VProcessor
+) -> list[int]:
+    """Tokens of each conversation as :func:`encode_conversation` encodes it, counted many at once.
+
+    Parameters
+    ----------
+    image_tokens : iterable of list of int
+        Tokens of each conversation's pictures.
+    names : iterable of str
+        What messages call the conversations.
+
+    Raises
+    ------
+    ValueError
+        Naming the conversation whose image tags don't fit its pictures.
+    """
+    split, answers, counts = [], [], []
+    for conversation, tokens, name in zip(conversations, image_tokens, names, strict=True):
+        pieces = IMAGE_TAG.split(prompt_text(conversation, processor))
+        numbers = [int(number) for number in pieces[1::2]]
+        try:
+            check_image_numbers(numbers, len(tokens))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        split.append(pieces[::2])
+        answers.append(_last_answer(conversation, processor))
+        counts.append(sum(tokens[number - 1] for number in numbers))
+    of_piece = _count_text_tokens([piece for pieces in split for piece in pieces], processor)
+    of_answer = _count_text_tokens(answers, processor, add_special_tokens=False)
+    return [
+        count + sum(of_piece[piece] for piece in pieces) + of_answer[answer]
+        for count, pieces, answer in zip(counts, split, answers, strict=True)
+    ]
 
 
 def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
     """Tokens that each picture becomes, from its size alone."""
     return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
+
+
+def _last_answer(conversation: Conversation, processor: Phi3VProcessor) -> str:
+    return f"{conversation['conversations'][-1]['assistant']}<|end|>\n{processor.tokenizer.eos_token}"
+
+
+def _count_text_tokens(texts: list[str], processor: Phi3VProcessor, **options: Any) -> dict[str, int]:
+    unique = list(dict.fromkeys(texts))  # questions and answers repeat, and between pictures there is often nothing
+    encoded = processor.tokenizer(unique, return_attention_mask=False, **options).input_ids
+    return dict(zip(unique, map(len, encoded), strict=True))
 
 
 def _user_contents(conversation: Conversation) -> list[str]:

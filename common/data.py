@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from .conversations import Conversation, encode_conversation, open_picture, pictures
+from .conversations import Conversation, count_tokens, encode_conversation, open_picture, pictures
 from .phi3v import Phi3VProcessor
 from .phi3v.image_processing import CROP_SIZE, crop_grid_size, num_image_tokens
 from .planning import Lengths
+from .progress import Progress
+
+ROWS_AT_ONCE = 64  # whose pictures, stored in the data set, are in memory together
 
 
 class TrainingData(Dataset):
@@ -43,13 +45,19 @@ class TrainingData(Dataset):
         self.processor = processor
         self.seed = seed
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
+        self._measured = np.zeros((len(rows), 2), dtype=np.int64)
+        # Until measured, each row may become another conversation in another epoch; most data sets draw nothing.
+        self._varies = np.ones(len(rows), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def conversation(self, epoch: int, row: int) -> Conversation:
         """The conversation that a row becomes in an epoch."""
-        return self.to_conversation(self.rows[row], random.Random(f"{self.seed}/{epoch}/{row}"))
+        return self.to_conversation(self.rows[row], self._generator(epoch, row))
+
+    def _generator(self, epoch: int, row: int) -> random.Random:
+        return random.Random(f"{self.seed}/{epoch}/{row}")
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, row = key
@@ -58,40 +66,85 @@ class TrainingData(Dataset):
         except ValueError as error:
             raise ValueError(f"training row {row}: {error}") from None
 
-    def measure(self, epoch: int, row: int) -> tuple[int, int]:
-        """Tokens and crops of a sample, from picture sizes and text, decoding nothing."""
-        conversation = self.conversation(epoch, row)
-        num_crops = self.processor.image_processor.num_crops
-        sizes = self._image_sizes.get(row)
-        try:
-            if sizes is None:
-                images = pictures(conversation)
-                sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in images]
-                self._image_sizes[row] = sizes
-            image_tokens = [num_image_tokens(*size) for size in sizes]
-            sample = encode_conversation(conversation, self.processor, image_tokens)
-        except ValueError as error:
-            raise ValueError(f"training row {row}: {error}") from None
-        crops = sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in sizes)
-        return len(sample["input_ids"]), crops
+    def lengths(self, epoch: int, bar: bool = True) -> Lengths:
+        """Tokens and crops of all samples of an epoch, from picture sizes and text, decoding nothing.
 
-    def lengths(self, epoch: int, show_progress: bool = False) -> Lengths:
-        """Measure all samples of an epoch, each process a share of them.
+        Each process measures a share of the rows. A row whose conversation draws nothing is measured only once.
+
+        Parameters
+        ----------
+        epoch : int
+        bar : bool
+            False for ``--no-tqdm``.
 
         Returns
         -------
         Lengths
             The same on all processes.
+
+        Raises
+        ------
+        ValueError
+            Naming the row and what is wrong with it.
         """
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        rows = range(rank, len(self), world_size)
-        progress = tqdm(rows, desc="Planning batches", disable=not show_progress or rank > 0, leave=False)
-        measured = np.array([self.measure(epoch, row) for row in progress], dtype=np.int64).reshape(-1, 2)
-        shares = [measured]
-        if world_size > 1:
-            shares = [None] * world_size
-            dist.all_gather_object(shares, measured)
-        lengths = np.empty((len(self), 2), dtype=np.int64)
-        for index, share in enumerate(shares):
-            lengths[index::world_size] = share
-        return Lengths(tokens=lengths[:, 0], crops=lengths[:, 1])
+        rows = np.flatnonzero(self._varies)
+        if len(rows):
+            share = rows[rank::world_size]
+            with Progress("Planning batches", "rows", len(share), bar) as progress:
+                shares = [self._measure(epoch, share, progress.update)]
+            if world_size > 1:
+                own, shares = shares[0], [None] * world_size
+                dist.all_gather_object(shares, own)
+            for index, (measured, varies) in enumerate(shares):
+                self._measured[rows[index::world_size]] = measured
+                self._varies[rows[index::world_size]] = varies
+        tokens, crops = self._measured.T.copy()
+        return Lengths(tokens=tokens, crops=crops)
+
+    def sample_lengths(self, count: int = 256) -> Lengths:
+        """As :meth:`lengths`, of some rows spread over the data."""
+        rows = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+        tokens, crops = self._measure(0, rows)[0].T
+        return Lengths(tokens=tokens, crops=crops)
+
+    def _measure(
+        self, epoch: int, rows: np.ndarray, count_done: Callable[[int], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and crops of some rows, int64 (rows, 2), and whether another epoch may change them, bool (rows,)."""
+        measured, varies = np.empty((len(rows), 2), dtype=np.int64), np.empty(len(rows), dtype=bool)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chosen = rows[start : start + ROWS_AT_ONCE].tolist()
+            conversations, image_tokens = [], []
+            for place, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
+                generator = self._generator(epoch, row)
+                untouched = generator.getstate()
+                conversations.append(self.to_conversation(content, generator))
+                varies[place] = generator.getstate() != untouched
+                sizes = self._sizes(row, conversations[-1], keep=varies[place])
+                image_tokens.append([num_image_tokens(*size) for size in sizes])
+                measured[place, 1] = sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in sizes)
+            names = [f"training row {row}" for row in chosen]
+            tokens = count_tokens(conversations, image_tokens, names, self.processor)
+            measured[start : start + len(chosen), 0] = tokens
+            if count_done:
+                count_done(len(chosen))
+        return measured, varies
+
+    def _rows(self, chosen: list[int]) -> Sequence[Any]:
+        if hasattr(self.rows, "__getitems__"):  # one access of a datasets.Dataset costs as much as one of many rows
+            return self.rows.__getitems__(chosen)
+        return [self.rows[row] for row in chosen]
+
+    def _sizes(self, row: int, conversation: Conversation, keep: bool) -> list[tuple[int, int]]:
+        """Height and width to which each picture is resized and padded."""
+        if row in self._image_sizes:
+            return self._image_sizes[row]
+        num_crops = self.processor.image_processor.num_crops
+        try:
+            sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in pictures(conversation)]
+        except ValueError as error:
+            raise ValueError(f"training row {row}: {error}") from None
+        if keep:
+            self._image_sizes[row] = sizes
+        return sizes

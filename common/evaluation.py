@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collator import Collator
 from .conversations import Conversation, encode_prompt
 from .model import base_model, stop_token_ids
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from .progress import track
 
 T = TypeVar("T")
 
@@ -205,7 +205,8 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
 def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    with autocast(model, args):
+    # Compiled layers would be compiled anew for the cache's growing shapes.
+    with autocast(model, args), torch.compiler.set_stance("force_eager"):
         yield
     model.train(was_training)
 
@@ -226,8 +227,7 @@ def _prompt_batches(
         num_workers=min(args.dataloader_num_workers, len(batches)),
     )
     device = base_model(model).device
-    progress = tqdm(loader, desc="Evaluating", disable=not args.tqdm or rank > 0)
-    for indices, batch in zip(batches, progress, strict=True):
+    for indices, batch in zip(batches, track(loader, "Evaluating", "batches", args.tqdm), strict=True):
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 

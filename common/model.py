@@ -111,6 +111,23 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
     return "sdpa", "this GPU is older than flash kernels (compute capability below 8.0)"
 
 
+def use_liger_kernel(device: torch.device) -> None:
+    """Let decoders that are built from now on use Liger's fused RMSNorm, SwiGLU and rotary embedding.
+
+    Raises
+    ------
+    ValueError
+        Where they can't run.
+    """
+    if device.type != "cuda":
+        raise ValueError("--use_liger_kernel: Liger's kernels run on GPUs only; leave the flag out")
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_phi3
+    except ImportError:
+        raise ValueError("--use_liger_kernel: liger-kernel is not installed: pip install -r requirements-gpu.txt") from None
+    apply_liger_kernel_to_phi3(cross_entropy=False, fused_linear_cross_entropy=False)
+
+
 def training_precision(args: argparse.Namespace, device: torch.device) -> str:
     """Return ``"bf16"``, ``"fp16"`` or ``"fp32"``.
 
@@ -151,6 +168,8 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     """
     precision = training_precision(args, device)
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if args.use_liger_kernel:
+        use_liger_kernel(device)
     weights_stay = args.use_lora
     masters_elsewhere = args.deepspeed is not None and precision == "bf16"
     model = AutoModelForCausalLM.from_pretrained(
@@ -164,6 +183,10 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 its first evaluation repacks the weights for a kernel that has no backward pass.
             module.support_avx512bf16_for_cpu = False
+    if args.use_liger_kernel:
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        model.cross_entropy = LigerCrossEntropyLoss(reduction="sum")
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)
     _freeze(model, args)
@@ -203,15 +226,16 @@ def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
     return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters train, and how many there are."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        # bitsandbytes stores two 4-bit values a byte.
-        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return, by part, how many parameters train and how many there are."""
+    counts = dict.fromkeys(PARTS, (0, 0))
+    for name, parameter in model.named_parameters():
+        # ZeRO-3 keeps parameters elsewhere; bitsandbytes stores two 4-bit values a byte.
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        count *= 2 if parameter.__class__.__name__ == "Params4bit" else 1
+        trained, total = counts[part_of(name)]
+        counts[part_of(name)] = trained + count * parameter.requires_grad, total + count
+    return counts
 
 
 def base_model(model: nn.Module) -> Phi3VForCausalLM:
@@ -253,13 +277,17 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
         lora_dropout=args.lora_dropout,
         target_modules=targets,
-        init_lora_weights=args.init_lora_weights,
+        # PEFT's own choices by name are texts, but for its default (True) and none at all (False).
+        init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
         task_type="CAUSAL_LM",
         revision=base_revision(args.model_name_or_path),
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"--init_lora_weights {args.init_lora_weights}: PEFT refuses it ({error})") from error
 
 
 def _first_line(error: Any) -> str:

@@ -137,6 +137,14 @@ class PlannedBatches:
                 if number % self.world_size == self.rank:
                     yield [(epoch, int(row)) for row in bin_rows]
 
+    def largest(self, lengths: Lengths) -> tuple[int, int]:
+        """Tokens and crops of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
+        samples = -(-self.batch_size // (self.world_size * self.accumulation))
+        tokens, crops = samples * lengths.tokens.max(), samples * lengths.crops.max()
+        if self.max_tokens is not None:
+            tokens = max(lengths.tokens.max(), min(tokens, self.max_tokens))
+        return int(tokens), int(crops)
+
     def bins(self, rows: np.ndarray, lengths: Lengths | None) -> list[list[int]]:
         """Distribute one step's rows over its bins; bin i belongs to process ``i % world_size``."""
         num_bins = self.world_size * self.accumulation

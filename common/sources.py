@@ -20,9 +20,9 @@ import torch.distributed as dist
 from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
-from tqdm import tqdm
 
 from .conversations import Conversation, Picture, check_conversation, check_picture
+from .progress import Progress, say
 
 T = TypeVar("T")
 
@@ -46,6 +46,7 @@ def load_hub(*name: str, **options: Any) -> Any:
     """
 
     def load() -> Any:
+        say(f"Fetching {' '.join(name)} from the hub, or from its cache")
         try:
             return load_dataset(*name, **options)
         except (OSError, ConnectionError, ValueError) as error:
@@ -56,14 +57,14 @@ def load_hub(*name: str, **options: Any) -> Any:
     return _first_on_main_process(load)
 
 
-def read_json_lines(path: Path, release: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a JSON-lines file of a data set's official release.
+def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a JSON-lines file.
 
     Parameters
     ----------
     path : Path
-    release : str
-        Whose file it is, for messages.
+    release : str, optional
+        The data set to whose official release it belongs, for messages.
 
     Yields
     ------
@@ -76,7 +77,8 @@ def read_json_lines(path: Path, release: str) -> Iterator[tuple[str, dict[str, A
         If there is no such file, it holds no rows, or a line is no JSON object.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing: --data_dir takes the folder of {release}'s official files")
+        remedy = f"--data_dir takes the folder of {release}'s official files" if release else "name a JSON-lines file"
+        raise ValueError(f"{path} is missing: {remedy}")
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -111,7 +113,7 @@ def parse_conversation(line: bytes, place: str) -> Conversation:
     return conversation
 
 
-def load_conversations(path: Path, image_dir: Path, limit: int | None = None, show_progress: bool = False) -> Dataset:
+def load_conversations(path: Path, image_dir: Path, limit: int | None = None, bar: bool = True) -> Dataset:
     """Read a file of the general format; see :mod:`common.conversations`.
 
     The file is converted to Arrow once, in the cache of ``datasets``, and mapped into memory from there: a million rows start
@@ -125,6 +127,8 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, sh
         Folder that the names of pictures start from.
     limit : int, optional
         Take the first so many rows.
+    bar : bool
+        False for ``--no-tqdm``.
 
     Returns
     -------
@@ -140,7 +144,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, sh
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
-    check_pictures((image_dir / name.as_py() for name in names), show_progress)
+    check_pictures((image_dir / name.as_py() for name in names), bar, len(names))
 
     def with_paths(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for turns in batch["conversations"]:
@@ -151,8 +155,16 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, sh
     return rows.with_transform(with_paths)
 
 
-def check_pictures(pictures: Iterable[Picture], show_progress: bool = False) -> None:
+def check_pictures(pictures: Iterable[Picture], bar: bool = True, count: int | None = None) -> None:
     """Check that pictures are there and not cut short, each process a share of them.
+
+    Parameters
+    ----------
+    pictures : iterable
+    bar : bool
+        False for ``--no-tqdm``.
+    count : int, optional
+        How many pictures there are, where they don't know it themselves.
 
     Raises
     ------
@@ -160,12 +172,14 @@ def check_pictures(pictures: Iterable[Picture], show_progress: bool = False) -> 
         Naming the first picture that is not.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = islice(pictures, rank, None, world_size)
+    share, count = islice(pictures, rank, None, world_size), len(pictures) if count is None else count
     problems: list[str | None] = [None] * world_size
     problem = None
     try:
-        for picture in tqdm(share, desc="Checking pictures", unit="", disable=not show_progress or rank > 0, leave=False):
-            check_picture(picture)
+        with Progress("Checking pictures", "pictures", len(range(rank, count, world_size)), bar) as progress:
+            for picture in share:
+                check_picture(picture)
+                progress.update()
     except ValueError as error:
         problem = str(error)
     if world_size > 1:

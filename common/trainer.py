@@ -14,7 +14,16 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, EarlyStoppingCallback, Trainer, TrainingArguments
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from .adapter_base import write_base_description
@@ -22,68 +31,80 @@ from .checkpoints import StopOnSignal, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation, autocast
-from .model import count_parameters, part_of, set_gradient_checkpointing, training_precision
+from .flops import TrainingFlops, peak_flops
+from .memory import try_out
+from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor
 from .planning import PlannedBatches, accumulation_for_budget
+from .progress import show_bars
+from .streaming import StreamedBatches, StreamedData
+from .summary import summarize
 
 
 def build_trainer(
     args: argparse.Namespace,
     model: nn.Module,
     processor: Phi3VProcessor,
-    train_data: TrainingData,
+    train_data: TrainingData | StreamedData,
     eval_data: TrainingData,
     evaluate: Callable[[nn.Module], Evaluation],
 ) -> FinetuningTrainer:
     """Plan the batches and set up the Trainer; prints what is going to happen. Parameters as for :func:`finetune`."""
+    device = PartialState().device
+    lengths = train_data.sample_lengths()
+    batches = _plan_batches(args, train_data)
+    flops = TrainingFlops(base_model(model))
+    trial = try_out(model, args, device, flops)
+    checkpointing = args.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = trial.choose(*batches.largest(lengths)) if trial else "full"
+    set_gradient_checkpointing(model, checkpointing)
+    if args.torch_compile:
+        for layer in base_model(model).model.layers:
+            layer.compile(dynamic=True)
+    trainer = FinetuningTrainer(
+        flags=args,
+        batches=batches,
+        flops=flops,
+        evaluate_task=evaluate,
+        model=model,
+        args=_training_arguments(args, batches.accumulation),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=Collator(processor, packing=args.packing),
+        processing_class=processor,
+    )
+    PartialState().print(summarize(args, model, len(train_data), batches, lengths, checkpointing, trial, flops))
+    return trainer
+
+
+def _plan_batches(args: argparse.Namespace, data: TrainingData | StreamedData) -> PlannedBatches | StreamedBatches:
     state = PartialState()
+    place = {"seed": args.seed, "rank": state.process_index, "world_size": state.num_processes}
+    if args.streaming:
+        batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
+        if args.resume_from_checkpoint:
+            trainer_state = args.resume_from_checkpoint / "trainer_state.json"
+            batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
+        return batches
     accumulation = args.batch_size // (state.num_processes * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
         accumulation = accumulation_for_budget(
-            train_data.lengths(0, args.tqdm),
+            data.lengths(0, args.tqdm),
             args.batch_size,
             args.seed,
             args.num_train_epochs,
             state.num_processes,
             args.max_tokens_per_batch,
         )
-    batches = PlannedBatches(
-        num_rows=len(train_data),
-        batch_size=args.batch_size,
-        seed=args.seed,
-        rank=state.process_index,
-        world_size=state.num_processes,
+    return PlannedBatches(
+        len(data),
+        args.batch_size,
+        **place,
         accumulation=accumulation,
-        measure=(lambda epoch: train_data.lengths(epoch, args.tqdm)) if args.packing else None,
+        measure=(lambda epoch: data.lengths(epoch, args.tqdm)) if args.packing else None,
         max_tokens=args.max_tokens_per_batch,
     )
-    checkpointing = args.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = "full" if state.device.type == "cuda" else "none"
-    set_gradient_checkpointing(model, checkpointing)
-    trainer = FinetuningTrainer(
-        flags=args,
-        batches=batches,
-        evaluate_task=evaluate,
-        model=model,
-        args=_training_arguments(args, accumulation),
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=Collator(processor, packing=args.packing),
-        processing_class=processor,
-    )
-    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // accumulation
-    trainable, total = count_parameters(model)
-    attention, reason = args.attention
-    state.print(
-        f"model: {args.model_name_or_path}, {trainable:,} of {total:,} parameters train\n"
-        f"attention: {attention} ({reason}); packing {'on' if args.packing else 'off'}\n"
-        f"precision: {training_precision(args, state.device)} on {state.device.type}; "
-        f"{'DeepSpeed ' + Path(args.deepspeed).name if args.deepspeed else 'DDP'}; recomputation: {checkpointing}\n"
-        f"batch: {args.batch_size} samples a step over {state.num_processes} process(es), {accumulation} "
-        f"micro-batch(es) each; {steps} steps on {len(train_data)} rows"
-    )
-    return trainer
 
 
 class FinetuningTrainer(Trainer):
@@ -93,7 +114,7 @@ class FinetuningTrainer(Trainer):
     ----------
     flags : argparse.Namespace
         The script's flags.
-    batches : PlannedBatches
+    batches : PlannedBatches or StreamedBatches
         Micro-batches of this process.
     evaluate_task : callable
         Scores a model on the task.
@@ -103,19 +124,24 @@ class FinetuningTrainer(Trainer):
         self,
         *args: Any,
         flags: argparse.Namespace,
-        batches: PlannedBatches,
+        batches: PlannedBatches | StreamedBatches,
+        flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.flags = flags
         self.batches = batches
+        self.flops = flops
         self.evaluate_task = evaluate_task
+        # One bar or plain lines of our own, instead of a bar and a dict per log line.
+        self.remove_callback(PrinterCallback)
+        self.add_callback(TrainingProgress(flags.tqdm))
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)
         if flags.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(flags.early_stopping_patience))
-        self._images_and_tokens = torch.zeros(2)
+        self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line
         self._counting_since = time.perf_counter()
 
     def get_train_dataloader(self) -> DataLoader:
@@ -127,7 +153,7 @@ class FinetuningTrainer(Trainer):
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
         return self._loader(self.eval_dataset, batches[state.process_index :: state.num_processes])
 
-    def _loader(self, data: TrainingData, batches: Any) -> DataLoader:
+    def _loader(self, data: TrainingData | StreamedData, batches: Any) -> DataLoader:
         workers = self.args.dataloader_num_workers
         return _PlannedLoader(
             data,
@@ -156,19 +182,21 @@ class FinetuningTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes = self.flops.sizes(inputs)
         images = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        self._images_and_tokens += torch.tensor([images, int(tokens)])
+        self._done += torch.tensor([images, sizes.tokens, sum(self.flops.count(sizes))], dtype=torch.float64)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            counts, now = self._images_and_tokens.to(self.args.device), time.perf_counter()
+            done, now = self._done.to(self.args.device), time.perf_counter()
             if dist.is_initialized():
-                dist.all_reduce(counts)
-            images, tokens = (counts / (now - self._counting_since)).tolist()
+                dist.all_reduce(done)
+            images, tokens, flops = (done / (now - self._counting_since)).tolist()
             logs |= {"images_per_second": round(images, 3), "tokens_per_second": round(tokens, 1)}
-            self._images_and_tokens.zero_()
+            if peak := peak_flops(self.args.device):
+                logs["mfu"] = round(flops / (peak * self.args.world_size), 4)
+            self._done.zero_()
             self._counting_since = now
         super().log(logs, *args, **kwargs)
 
@@ -204,7 +232,11 @@ class FinetuningTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+            directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.is_deepspeed_enabled and not (directory / "latest").exists():
+                # DeepSpeed names the folder of its states on the first machine's disk alone.
+                (directory / "latest").write_text(f"global_step{self.state.global_step}")
+            write_manifest(directory)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
@@ -224,6 +256,8 @@ class FinetuningTrainer(Trainer):
             dtype = AutoConfig.from_pretrained(self.flags.model_name_or_path).dtype or model.dtype
             state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
             model.config.dtype = dtype
+        # transformers lets nobody but the first process of all machines write; who saves has been decided above.
+        model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(directory, state_dict=state_dict, **options)
         for path in directory.glob("*.safetensors"):
             path.chmod(0o644)  # safetensors lets the owner alone read its files
@@ -232,6 +266,37 @@ class FinetuningTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave the card to :mod:`common.model_card`, which the end of a run writes."""
+
+
+class TrainingProgress(TrainerCallback):
+    """Steps done, time left and the last log line's figures: one bar on a terminal, plain lines elsewhere."""
+
+    FIGURES = {"loss": "loss {:.4f}", "eval_loss": "evaluation loss {:.4f}", "grad_norm": "gradient {:.3g}"}
+    FIGURES |= {"learning_rate": "rate {:.2e}", "images_per_second": "{:.3g} images/s", "mfu": "MFU {:.0%}"}
+
+    def __init__(self, bar: bool) -> None:
+        self.show_bar = show_bars(bar)
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        begun = state.global_step
+        self.bar = tqdm(
+            desc="Training", unit=" steps", total=state.max_steps, initial=begun, disable=not self.show_bar, dynamic_ncols=True
+        )
+        self.begun, self.began_at = begun, time.monotonic()
+
+    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        figures = ", ".join(form.format(logs[name]) for name, form in self.FIGURES.items() if name in logs)
+        if not figures or not state.is_world_process_zero:
+            return
+        step, last = state.global_step, state.max_steps
+        left = (time.monotonic() - self.began_at) / max(1, step - self.begun) * (last - step)
+        self.bar.write(f"step {step} of {last}, {tqdm.format_interval(left)} left: {figures}")
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
 
 def _leave_process_group(_: int) -> None:
@@ -268,7 +333,7 @@ def _training_arguments(args: argparse.Namespace, accumulation: int) -> Training
         warmup_steps=args.warmup_steps,
         logging_steps=args.logging_steps,
         report_to=args.report_to,
-        disable_tqdm=not args.tqdm,
+        disable_tqdm=True,  # FinetuningTrainer shows its own
         save_strategy=args.save_strategy,
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit,

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import set_seed
+from transformers.training_args import OptimizerNames
 
 from .adapter_base import base_revision
 from .arguments import check_arguments
@@ -30,7 +30,10 @@ from .evaluation import Evaluation, write_evaluation
 from .model import check_checkpoint, choose_attention, training_precision
 from .model_card import write_model_card, write_run
 from .phi3v import Phi3VProcessor
+from .progress import limit_library_bars
 from .report import save_gallery_images, select_gallery, write_report
+from .streaming import StreamedData
+from .summary import method_name
 from .trainer import build_trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -67,11 +70,12 @@ def start(args: argparse.Namespace) -> PartialState:
         For flags that this machine or model can't follow.
     """
     check_arguments(args)
+    _check_optimizer(args)
     check_checkpoint(args.model_name_or_path)
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
     state = PartialState(cpu=not on_gpu)
-    _quieten(args, state)
+    _quieten(args)
     training_precision(args, state.device)
     args.attention = choose_attention(args, state.device)
     args.packing = _choose_packing(args)
@@ -93,7 +97,7 @@ def finetune(
     args: argparse.Namespace,
     model: nn.Module,
     processor: Phi3VProcessor,
-    train_data: TrainingData,
+    train_data: TrainingData | StreamedData,
     eval_data: TrainingData,
     evaluate: Callable[[nn.Module], Evaluation],
     source: str,
@@ -135,7 +139,7 @@ def finetune(
         state.print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on")
         sys.exit(EXIT_AFTER_SIGTERM)
     with saving():
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # without pushing, which comes last
         trainer.save_metrics("train", result.metrics, combined=False)
         trainer.save_state()
 
@@ -147,14 +151,6 @@ def finetune(
         _report(args.output_dir, eval_data)
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def method_name(args: argparse.Namespace) -> str:
-    """The method as people call it: full, LoRA or QLoRA, and which parts train if not all."""
-    name = "QLoRA" if args.use_qlora else "LoRA" if args.use_lora else "full"
-    if args.freeze_vision_model:
-        return f"{name}, frozen vision"
-    return f"{name}, {' and '.join(args.train_only)} only" if args.train_only else name
 
 
 def _report(output_dir: Path, eval_data: TrainingData) -> None:
@@ -193,13 +189,18 @@ def _cores_of_process() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _quieten(args: argparse.Namespace, state: PartialState) -> None:
+def _quieten(args: argparse.Namespace) -> None:
     # Notes to developers of these libraries; what concerns a user of the recipes is said by the recipes.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not args.tqdm or not state.is_main_process:
-        transformers.utils.logging.disable_progress_bar()
+    limit_library_bars(args.tqdm)
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    names = [name.value for name in OptimizerNames]
+    if args.optim not in names:
+        raise ValueError(f"--optim {args.optim}: there is no such optimizer; take one of {', '.join(names)}")
 
 
 def _choose_packing(args: argparse.Namespace) -> bool:

@@ -1,11 +1,16 @@
 """Small runs of the DocVQA script for the tests: data drawn on the spot, the script under torchrun, what it logged."""
 
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from conftest import TINY, torchrun
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+
+from common.phi3v import Phi3VConfig, Phi3VForCausalLM
+from common.phi3v.configuration import CLIP_VIT_LARGE_336
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 
@@ -70,3 +75,29 @@ def weights(output: Path) -> dict:
     """Tensors of the model or adapter that a run saved."""
     name = "adapter_model.safetensors" if (output / "adapter_config.json").exists() else "model.safetensors"
     return load_file(output / name)
+
+
+def write_random_model(directory: Path) -> Path:
+    """Write a checkpoint smaller than the tiny one, of seeded random fp32 weights, so that nothing that is learned matters."""
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("config.json", "model*"))
+    config = Phi3VConfig(
+        vocab_size=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={"type": "su", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+        vision_config=CLIP_VIT_LARGE_336
+        | {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3},
+        dtype="float32",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Phi3VForCausalLM(config).save_pretrained(directory)
+    return directory

@@ -110,7 +110,14 @@ def test_train_goes_through_the_real_path(tmp_path, method):
 
 
 def test_train_reports_a_combination_that_fails(tmp_path, capsys):
-    row = {"method": "full", "attention": "varlen", "packing": "on", "checkpointing": "none", "samples_at_once": 4}
+    row = {
+        "method": "full",
+        "attention": "varlen",
+        "packing": "on",
+        "checkpointing": "none",
+        "samples_at_once": 4,
+        "kernels": "plain",
+    }
     from benchmarks.train import describe
 
     assert describe(row | {"error": "CUDA out of memory"}).endswith("failed: CUDA out of memory")

@@ -36,7 +36,6 @@ def test_the_example_keeps_the_rules(command, checkout):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_the_example_passes_its_test(checkout):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_folders.py"]

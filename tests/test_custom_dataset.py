@@ -15,7 +15,6 @@ from common.sources import parse_conversation
 GUIDE = (ROOT / "docs/custom_dataset.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_from_pictures_and_a_table_to_a_finetuned_model(tmp_path):
     for item in ("assets", "common", "tools", "finetune_hf_trainer_ucf101.py"):

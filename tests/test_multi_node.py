@@ -2,23 +2,18 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ROOT, TINY
+from conftest import ROOT
+from forked import finetune_forked
+from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
 
-from assets.draw_samples import draw_samples
-
-pytestmark = [pytest.mark.slow, pytest.mark.skip(reason="has not passed on a quiet machine yet")]
-
-FLAGS = (
-    f"--model_name_or_path {TINY} --num_crops 1 --batch_size 4 --max_steps 3 --logging_steps 1 --learning_rate 1e-3 "
-    "--warmup_steps 1 --max_eval_samples 1 --max_new_tokens 1 --dataloader_num_workers 0 --no-tqdm"
-).split()
+pytestmark = pytest.mark.slow
 
 # Loads data of the general format on every process, and writes down which of them converted it.
 PREPARE = """
@@ -59,58 +54,87 @@ def rendezvous_form(node: int, port: int) -> list[str]:
     return f"--rdzv_backend=c10d --rdzv_endpoint=localhost:{port} --rdzv_id=test".split()
 
 
-def run_nodes(form, nodes: int, processes: int, *command: object, environment=lambda node: {}) -> list[str]:
-    """Start torchrun once a node, as one would on each machine, and return what each printed."""
+def run_nodes(form, command: list, processes: int, directory: Path, environment=lambda node: {}) -> list[str]:
+    """Start torchrun twice, as one would on each machine, and return what each printed.
+
+    Node i works in directory/node{i}, so that relative paths are on a "disk" of its own.
+    """
     port = free_port()
-    shape = [f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *shape, *form(node, port), *map(str, command)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)} | environment(node),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(nodes)
-    ]
+    shape = ["--nnodes=2", f"--nproc_per_node={processes}"]
+    running, logs = [], [directory / f"node{node}.log" for node in range(2)]
+    for node, log in enumerate(logs):
+        (directory / f"node{node}").mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "torch.distributed.run", *shape, *form(node, port), *map(str, command)],
+                    cwd=directory / f"node{node}",
+                    env=os.environ
+                    | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+                    | environment(node),
+                    stdout=output,
+                    stderr=output,
+                )
+            )
     try:
-        printed = [process.communicate(timeout=900)[0] for process in running]
+        for process, log in zip(running, logs, strict=True):
+            assert process.wait(timeout=600) == 0, log.read_text()[-5000:]
     finally:
         for process in running:
             process.terminate()  # torchrun ends its own processes; killed, it would leave them
-    for process, text in zip(running, printed, strict=True):
-        assert process.returncode == 0, text[-5000:]
-    return printed
+    return [log.read_text() for log in logs]
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory) -> Path:
-    """A dozen questions to train on."""
-    path = tmp_path_factory.mktemp("docvqa")
-    draw_samples("docvqa", path, train=4, val=1)
-    return path
+def options(tmp_path_factory) -> dict:
+    return {
+        "model_name_or_path": write_random_model(tmp_path_factory.mktemp("model") / "random"),
+        "data_dir": write_docvqa(tmp_path_factory.mktemp("docvqa"), val=1),
+        "batch_size_per_gpu": 1,
+        "dataloader_num_workers": 0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
 
 
-def train(form, nodes: int, processes: int, data_dir: Path, output_dir: Path, deepspeed: str) -> torch.Tensor:
-    """Loss and gradient norm of each step of a run."""
-    flags = [*FLAGS, "--deepspeed", deepspeed, "--data_dir", data_dir, "--output_dir", output_dir]
-    run_nodes(form, nodes, processes, "finetune_hf_trainer_docvqa.py", *flags)
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    return torch.tensor([(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry])
+@pytest.fixture(scope="module")
+def one_node(options, tmp_path_factory) -> list[dict]:
+    """Steps of one machine with two processes."""
+    return finetune_forked(options["data_dir"], tmp_path_factory.mktemp("one") / "run", deepspeed="none", **options)
 
 
-@pytest.mark.parametrize(
-    ("form", "deepspeed"), [(published_form, "none"), (rendezvous_form, "common/deepspeed/zero2.json")], ids=["DDP", "ZeRO-2"]
-)
-def test_two_nodes_of_one_process_are_one_node_of_two(form, deepspeed, data_dir, tmp_path):
-    expected = train(published_form, 1, 2, data_dir, tmp_path / "one", deepspeed)
-    steps = train(form, 2, 1, data_dir, tmp_path / "two", deepspeed)
-    assert steps.shape == (3, 2)
+def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
     # A process that has a machine of its own computes with more threads: sums come in another order.
-    torch.testing.assert_close(steps, expected, rtol=1e-4, atol=0)
-    for name in ("model.safetensors", "eval_after.json"):
-        assert (tmp_path / "two" / name).is_file()
+    assert len(found) == len(expected) == 4
+    for entry, other in zip(found, expected, strict=True):
+        assert entry == pytest.approx(other, rel=1e-4)
+
+
+def test_published_form_on_a_shared_disk(options, one_node, tmp_path):
+    words = flags(options["data_dir"], tmp_path / "run", deepspeed="none", **options)
+    run_nodes(published_form, [ROOT / SCRIPT, *words], 1, tmp_path)
+    assert_same_steps(steps(tmp_path / "run"), one_node)
+    for name in ("model.safetensors", "eval_after.json", "README.md", "checkpoint-4/complete.json"):
+        assert (tmp_path / "run" / name).is_file(), name
+
+
+def test_rendezvous_form_with_a_disk_each(options, one_node, tmp_path):
+    """With ZeRO-2, whose state is spread over the machines; what each saved is enough to go on from, exactly."""
+    words = flags(options["data_dir"], "run", save_on_each_node=True, resume_from_checkpoint="auto", **options)
+    run_nodes(rendezvous_form, [ROOT / SCRIPT, *words], 1, tmp_path / "straight")
+    outputs = [tmp_path / "straight" / f"node{node}" / "run" for node in range(2)]
+    log = steps(outputs[0])
+    assert_same_steps(log, one_node)
+    first, second = map(weights, outputs)
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+    for node, output in enumerate(outputs):
+        assert (output / "checkpoint-2" / "complete.json").is_file()
+        shutil.copytree(output / "checkpoint-2", tmp_path / "resumed" / f"node{node}" / "run" / "checkpoint-2")
+    printed = run_nodes(rendezvous_form, [ROOT / SCRIPT, *words], 1, tmp_path / "resumed")
+    assert all("going on from run/checkpoint-2" in text for text in printed)
+    resumed = tmp_path / "resumed" / "node0" / "run"
+    assert steps(resumed) == log
+    assert all(tensor.equal(first[name]) for name, tensor in weights(resumed).items())
 
 
 def test_one_process_a_node_prepares_data(tmp_path):
@@ -119,11 +143,9 @@ def test_one_process_a_node_prepares_data(tmp_path):
     (tmp_path / "prepare.py").write_text(PREPARE)
     printed = run_nodes(
         rendezvous_form,
+        [tmp_path / "prepare.py", tmp_path / "data.jsonl", tmp_path / "log"],
         2,
-        2,
-        tmp_path / "prepare.py",
-        tmp_path / "data.jsonl",
-        tmp_path / "log",
+        tmp_path,
         environment=lambda node: {"HF_DATASETS_CACHE": str(tmp_path / f"cache{node}")},
     )
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["0 0", "1 0"]

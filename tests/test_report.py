@@ -16,7 +16,7 @@ from report_runs import TASKS, make_run, write_json
 
 import tools.report
 from common.report import FILES, save_gallery_images, select_gallery, write_comparison, write_report
-from common.report_charts import confusion_chart, curve_charts, number, roc_chart, score_chart, transition_chart
+from common.report.charts import confusion_chart, curve_charts, number, roc_chart, score_chart, transition_chart
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

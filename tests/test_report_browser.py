@@ -1,7 +1,7 @@
 """The report in a real browser: readable on a phone and on a desk, by keyboard, in the dark, and with nothing fetched."""
 
 import pytest
-from browser import chromium, low_contrast, overflow, watched
+from browser import chromium, low_contrast, overflow, wait_until, watched
 from report_runs import TASKS, make_run
 
 from common.report import write_comparison, write_report
@@ -83,7 +83,7 @@ def test_wide_tables_scroll_by_themselves_and_by_keyboard(browser, reports):
         table = page.locator(".scroll").first
         table.focus()
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("document.querySelector('.scroll').scrollLeft > 0")
+        wait_until(page, "document.querySelector('.scroll').scrollLeft > 0")
         assert overflow(page) == 0
 
 

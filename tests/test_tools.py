@@ -350,7 +350,7 @@ def test_predictions_do_not_depend_on_the_batch(lora, pictures, predict, tmp_pat
     ("row", "message"),
     [
         ("{", "line 2: no JSON"),
-        ("[]", 'line 2: "conversations" must be'),
+        ("[]", "line 2: must be a JSON object, not list"),
         ('{"conversations": []}', 'line 2: "conversations" must be'),
         ('{"conversations": [{"user": " "}]}', 'line 2, turn 1: "user" must be'),
         ('{"conversations": [{"user": "a"}, {"user": "b"}]}', 'line 2, turn 1: "assistant" must be'),

@@ -27,18 +27,13 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common.arguments import DEFAULT_MODEL
-from common.conversations import (
-    decode_picture,
-    encode_conversation,
-    open_picture,
-    pictures,
-)
+from common.conversations import Conversation, count_tokens, decode_picture, open_picture, pictures
 from common.model import check_checkpoint, load_processor
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
+from common.progress import Progress, limit_library_bars
 from common.sources import parse_conversation
 
 LINES_AT_ONCE = 500
@@ -103,7 +98,7 @@ def parse_args() -> argparse.Namespace:
 
     group = parser.add_argument_group("running")
     group.add_argument("--quick", action="store_true", help="look for pictures and read their sizes, decode none")
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of a progress bar")
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
     return parser.parse_args()
 
 
@@ -124,25 +119,38 @@ class Checker:
         self.processor, self.max_length, self.quick = processor, max_length, quick
         self.count_picture_tokens = lru_cache(PICTURES_REMEMBERED)(self._count_picture_tokens)
 
-    def check(self, line: bytes, place: str, image_dir: Path) -> Row:
-        """Check one line of a file."""
-        try:
-            conversation = parse_conversation(line, place)
-        except ValueError as error:
-            return Row(place, problems=[("invalid row", str(error))])
-        for turn in conversation["conversations"]:
-            turn["images"] = [str(image_dir / name) for name in turn.get("images") or []]
-        images = pictures(conversation)
-        turns = [(turn["images"], turn["user"], turn["assistant"]) for turn in conversation["conversations"]]
-        row = Row(place, hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest(), len(images))
-        image_tokens = [self.count_picture_tokens(image) for image in images]
-        row.problems = [("unusable picture", f"{place}: {error}") for error in image_tokens if isinstance(error, ValueError)]
-        if not row.problems:
-            row.num_tokens = len(encode_conversation(conversation, self.processor, image_tokens)["input_ids"])
+    def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[Row]:
+        """Check some lines of a file, each with its place."""
+        rows, usable = [], []
+        for place, line in lines:
+            try:
+                conversation = parse_conversation(line, place)
+            except ValueError as error:
+                rows.append(Row(place, problems=[("invalid row", str(error))]))
+                continue
+            for turn in conversation["conversations"]:
+                turn["images"] = [os.path.join(image_dir, name) for name in turn.get("images") or []]
+            images = pictures(conversation)
+            turns = [(turn["images"], turn["user"], turn["assistant"]) for turn in conversation["conversations"]]
+            content = hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
+            image_tokens = [self.count_picture_tokens(image) for image in images]
+            errors = [error for error in image_tokens if isinstance(error, ValueError)]
+            problems = [("unusable picture", f"{place}: {error}") for error in errors]
+            rows.append(Row(place, content, len(images), problems=problems))
+            if not errors:
+                usable.append((rows[-1], conversation, image_tokens))
+        self._count_tokens(usable)
+        return rows
+
+    def _count_tokens(self, usable: list[tuple[Row, Conversation, list[int]]]) -> None:
+        if not usable:
+            return
+        rows, conversations, image_tokens = zip(*usable, strict=True)
+        counts = count_tokens(conversations, image_tokens, (row.place for row in rows), self.processor)
+        for row, row.num_tokens in zip(rows, counts, strict=True):
             if self.max_length is not None and row.num_tokens > self.max_length:
-                message = f"{place}: {row.num_tokens:,} tokens are more than --max_length {self.max_length:,}"
+                message = f"{row.place}: {row.num_tokens:,} tokens are more than --max_length {self.max_length:,}"
                 row.problems.append(("row too long", message))
-        return row
 
     def _count_picture_tokens(self, image: str) -> int | ValueError:
         try:
@@ -170,7 +178,7 @@ def start_worker(checker: Checker) -> None:
 
 def check_lines(path: Path, image_dir: Path, lines: list[tuple[int, bytes]]) -> list[Row]:
     """Check some numbered lines of a file, in a worker process; blank ones are no rows."""
-    return [_checker.check(line, f"{path}, line {number}", image_dir) for number, line in lines if line.strip()]
+    return _checker.check([(f"{path}, line {number}", line) for number, line in lines if line.strip()], image_dir)
 
 
 def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
@@ -182,13 +190,13 @@ def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]
                 yield path, lines
 
 
-def check_rows(files: list[Path], image_dir: Path | None, checker: Checker, show_bar: bool) -> Iterator[tuple[Path, list[Row]]]:
+def check_rows(files: list[Path], image_dir: Path | None, checker: Checker, bar: bool) -> Iterator[tuple[Path, list[Row]]]:
     """Check all lines in parallel and give what was found in their order, showing how far it got."""
-    total, done, tenths = sum(path.stat().st_size for path in files), 0, 0
+    total = sum(path.stat().st_size for path in files)
     pending: deque[tuple[Path, int, Future]] = deque()
     # "fork" hands workers the checker and all libraries as they are; importing these anew takes longer than most checks.
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("fork"), start_worker, (checker,))
-    with pool, tqdm(total=total, unit="B", unit_scale=True, disable=not show_bar) as bar:
+    with pool, Progress("Checking data", "bytes", total, bar) as progress:
         batches = read_lines(files)
         while True:
             for path, lines in islice(batches, 2 * os.cpu_count() - len(pending)):
@@ -198,14 +206,10 @@ def check_rows(files: list[Path], image_dir: Path | None, checker: Checker, show
                 return
             path, size, future = pending.popleft()
             yield path, future.result()
-            bar.update(size)
-            done += size
-            if not show_bar and done * 10 // total > tenths:
-                tenths = done * 10 // total
-                print(f"{done / total:.0%} checked", flush=True)
+            progress.update(size)
 
 
-def check_files(files: list[Path], image_dir: Path | None, checker: Checker, show_bar: bool = False) -> Report:
+def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar: bool = True) -> Report:
     """Check all rows and pictures of some files.
 
     Parameters
@@ -214,10 +218,12 @@ def check_files(files: list[Path], image_dir: Path | None, checker: Checker, sho
         JSONL files in the general format.
     image_dir : Path, optional
         Folder that picture names start from; each file's own by default.
+    bar : bool
+        False for ``--no-tqdm``.
     """
     report = Report()
     first_places: dict[bytes, tuple[Path, str]] = {}
-    for path, rows in check_rows(files, image_dir, checker, show_bar):
+    for path, rows in check_rows(files, image_dir, checker, bar):
         report.num_rows[path] += len(rows)
         for row in rows:
             report.num_pictures += row.num_pictures
@@ -267,6 +273,7 @@ def main() -> None:
             sys.exit(f"error: --data_file {path}: no such file")
     if args.image_dir and not args.image_dir.is_dir():
         sys.exit(f"error: --image_dir {args.image_dir}: no such folder")
+    limit_library_bars(args.tqdm)
     try:
         check_checkpoint(args.model_name_or_path)
         processor = load_processor(args)
@@ -274,7 +281,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     checker = Checker(processor, args.max_length, args.quick)
     try:
-        report = check_files(args.data_file, args.image_dir, checker, show_bar=args.tqdm and sys.stderr.isatty())
+        report = check_files(args.data_file, args.image_dir, checker, args.tqdm)
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
     print_report(report)

@@ -27,6 +27,7 @@ from common.collator import Collator
 from common.conversations import encode_prompt
 from common.inference import find_adapter, load_for_inference
 from common.phi3v import Phi3VProcessor
+from common.progress import limit_library_bars
 
 ONE_HOUR = 3600
 CSS = """
@@ -274,6 +275,7 @@ def theme() -> gr.themes.Base:
 
 def main() -> None:
     args = parse_args()
+    limit_library_bars(True)
     try:
         page = build_page(*load_models(args.model, args.base), args.max_new_tokens)
         page.launch(

@@ -18,12 +18,12 @@ import warnings
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from common.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
 from common.model_card import RUN_FILES, write_model_card
+from common.progress import limit_library_bars, say, show_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base", metavar="DIR", help="directory or hub id of the base (default: what the adapter names)")
     parser.add_argument("--original_base", action="store_true", help="merge a QLoRA adapter into the base as published")
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: the base's)")
-    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
     return parser.parse_args()
 
 
@@ -47,7 +47,7 @@ def merge(
     dtype: torch.dtype | None = None,
     base: str | None = None,
     original_base: bool = False,
-    show_progress: bool = False,
+    bar: bool = True,
 ) -> None:
     """Merge an adapter and write the full checkpoint, whole or not at all.
 
@@ -63,6 +63,8 @@ def merge(
         Directory or hub id of the base; by default what the adapter names.
     original_base : bool
         Leave a base unquantized that was quantized in training.
+    bar : bool
+        False for ``--no-tqdm``.
 
     Raises
     ------
@@ -75,12 +77,15 @@ def merge(
     if adapter is None:
         raise ValueError(f"--adapter {adapter_name} is no adapter: no directory or hub id with adapter_config.json")
     dtype = dtype or base_dtype(adapter, base)
+    say(f"Loading the base of {adapter_name}")
     model = load_base(adapter, "cpu", dtype, base, quantized=not original_base)
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype)
     processor = adapter_processor(adapter, model)
-    model = attach_adapter(model, adapter).merge_and_unload(progressbar=show_progress, safe_merge=True)
+    say("Merging the adapter into it")
+    model = attach_adapter(model, adapter).merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
 
+    say(f"Writing {output_dir}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
         partial = Path(temporary) / output_dir.name
@@ -108,8 +113,7 @@ def base_dtype(adapter: Path, base: str | None) -> torch.dtype:
 def main() -> None:
     args = parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, to each other
-    if not args.tqdm:
-        transformers.utils.logging.disable_progress_bar()
+    limit_library_bars(args.tqdm)
     # Saving loads DeepSpeed where it is installed, which would print that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dtype = DTYPES.get(args.dtype)

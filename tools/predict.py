@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from common.conversations import Conversation, check_conversation, check_picture, pictures
 from common.evaluation import generate_answers
 from common.inference import load_for_inference
 from common.model import base_model
 from common.phi3v.image_processing import MAX_CROPS
+from common.progress import limit_library_bars
+from common.sources import read_json_lines
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--dataloader_num_workers", type=int, default=2, metavar="N", help="workers that cut pictures (default: %(default)s)"
     )
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars")
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
     args = parser.parse_args()
     if (args.prompt is None) == (args.data_file is None):
         parser.error("give either --prompt (with --images) or --data_file")
@@ -85,26 +86,17 @@ def read_rows(path: Path, image_dir: Path) -> list[tuple[dict[str, Any], Convers
         Naming file and line.
     """
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
+    for place, row in read_json_lines(path):
         conversation = to_prompt(row, image_dir)
         check_conversation(conversation, place)
         check_pictures(conversation, place)
         rows.append((row, conversation))
-    if not rows:
-        raise ValueError(f"{path} is empty: write one conversation a line")
     return rows
 
 
-def to_prompt(row: Any, image_dir: Path) -> Any:
+def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
     """A row whose last answer is still to come, with whole picture paths; what is no row is left as it is, to be refused."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
+    turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return row
     turns = [dict(turn) for turn in turns]
@@ -168,8 +160,7 @@ def predict(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, to each other
-    if not args.tqdm:
-        transformers.utils.logging.disable_progress_bar()
+    limit_library_bars(args.tqdm)
     try:
         predict(args)
     except (OSError, ValueError) as error:

@@ -319,6 +319,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         self.model = Phi3VModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="sum")
         self.post_init()
         self.freeze_unused()
 
@@ -399,7 +400,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         supervised = targets != -100
         targets = targets[supervised]
         logits = self.lm_head(hidden_states[:, :-1][supervised]).float()
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        loss = self.cross_entropy(logits, targets)
         if num_items is None:
             num_items = max(1, len(targets))
         elif torch.is_tensor(num_items):

@@ -1,0 +1,226 @@
+"""What training needs of a device's memory, by a short trial on it: the states of what trains, and what a batch keeps.
+
+What the forward pass keeps for the backward pass grows with tokens and with views (crops and global views). How fast, depends
+on precision, attention, adapters, kernels and recomputation, so that is not reckoned but measured, on one picture and on two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .evaluation import autocast
+from .flops import TrainingFlops
+from .model import base_model, set_gradient_checkpointing
+from .phi3v.image_processing import CROP_SIZE
+
+MODES = ("none", "selective", "full")
+# Share of the free memory that a plan may fill: the rest goes to temporary tensors, communication and fragmentation.
+USABLE_SHARE = 0.85
+SHORT_TEXT, LONG_TEXT = 32, 160  # tokens of the trial's samples beside their pictures
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a forward pass keeps for the backward pass, in bytes: ``fixed + per_token × tokens + per_view × views``."""
+
+    fixed: float
+    per_token: float
+    per_view: float
+
+    def bytes(self, tokens: int, views: int) -> float:
+        return self.fixed + self.per_token * tokens + self.per_view * views
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial on the device found.
+
+    Attributes
+    ----------
+    keeping, recomputing : Footprint
+        Without recomputation, and with it in every layer.
+    num_layers : int
+        Layers of the decoder.
+    states : float
+        Bytes of gradients, optimizer states and master weights, which come on top of what is loaded.
+    free : float
+        Bytes that the device has left for this process.
+    flops_per_second : float
+        Speed of the trial's forward pass.
+    """
+
+    keeping: Footprint
+    recomputing: Footprint
+    num_layers: int
+    states: float
+    free: float
+    flops_per_second: float
+
+    def needed(self, mode: str, tokens: int, views: int) -> float:
+        """Bytes that training on batches of this size adds to what is loaded.
+
+        Parameters
+        ----------
+        mode : {"none", "selective", "full"}
+            As :func:`common.model.set_gradient_checkpointing` takes it.
+        tokens, views : int
+            Of the largest batch.
+        """
+        kept, recomputed = self.keeping.bytes(tokens, views), self.recomputing.bytes(tokens, views)
+        if mode == "none":
+            return self.states + kept
+        # The backward pass holds one layer at a time in full.
+        one_layer = (kept - recomputed) / self.num_layers
+        if mode == "full":
+            return self.states + recomputed + one_layer
+        tower_kept = (self.keeping.per_view - self.recomputing.per_view) * views
+        return self.states + (kept - tower_kept + recomputed) / 2 + one_layer
+
+    def choose(self, tokens: int, views: int) -> str:
+        """The mode with the least recomputation that fits; the same on all processes."""
+        limit = USABLE_SHARE * self.free
+        choices = [next((index for index, mode in enumerate(MODES) if self.needed(mode, tokens, views) <= limit), -1)]
+        if dist.is_initialized():
+            [own], choices = choices, [None] * dist.get_world_size()
+            dist.all_gather_object(choices, own)
+        return MODES[-1] if -1 in choices else MODES[max(choices)]
+
+
+def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, flops: TrainingFlops) -> Trial | None:
+    """Run a few small batches forward, as training will.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        On the device, before DeepSpeed or DDP wrap it; unchanged afterwards.
+    args : argparse.Namespace
+        As :func:`common.training.start` left them.
+    flops : TrainingFlops
+        Counts what a batch costs.
+
+    Returns
+    -------
+    Trial or None
+        None where no trial is possible: ZeRO-3 has no whole weights yet, or not even the trial fits.
+    """
+    if zero_stage(args.deepspeed) == 3:
+        return None
+    footprints, training = {}, model.training
+    model.train()
+    # Dropout's draws must not move those of the run.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(model, args):
+        try:
+            for mode in ("none", "full"):
+                set_gradient_checkpointing(model, mode)
+                sizes = ((1, SHORT_TEXT), (1, LONG_TEXT), (2, SHORT_TEXT))
+                batches = [_batch(model, images, text, args.packing, device) for images, text in sizes]
+                short, long, double = (kept_bytes(model, batch) for batch in batches)
+                tokens, views = ([vars(flops.sizes(batch))[unit] for batch in batches] for unit in ("tokens", "views"))
+                per_token = (long - short) / (tokens[1] - tokens[0])
+                per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
+                footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
+            # A GPU shows its speed on large batches only; without a graph they need little memory.
+            timed = _batch(model, 8, 2000, args.packing, device) if device.type == "cuda" else batches[1]
+            seconds = _seconds_forward(model, timed, device)
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            model.train(training)
+    return Trial(
+        footprints["none"],
+        footprints["full"],
+        num_layers=len(base_model(model).model.layers),
+        states=state_bytes(model, args),
+        free=free_bytes(device),
+        flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
+    )
+
+
+def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights and buffers of the model not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.device == batch["input_ids"].device and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor  # kept alive by the graph, so that no other takes its address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch, skip_logits=True).loss
+    del loss
+    return sum(kept.values())
+
+
+def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
+    """Bytes that gradients, optimizer states and master weights add on this process's device."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    moments = 2 if "8bit" in args.optim else 0 if args.optim in ("adafactor", "sgd") else 8
+    if args.deepspeed is None:
+        gradients = sum(parameter.nbytes for parameter in trained)
+        buckets = gradients if world_size > 1 else 0
+        return gradients + buckets + (0 if "paged" in args.optim else moments * count)
+    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {})
+    halves = args.bf16 or torch.cuda.is_available()
+    masters_and_moments = (4 + moments if halves else moments) * count
+    gradients = (2 if halves else 4) * count
+    stage, offloads = zero.get("stage", 0), "offload_optimizer" in zero
+    partition = world_size if stage >= 1 else 1
+    buckets = 2 * (2 if halves else 4) * min(zero.get("reduce_bucket_size", 5e8), count)
+    return (0 if offloads else masters_and_moments / partition) + gradients / (world_size if stage >= 2 else 1) + buckets
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes that this process may still take: of a GPU what is free, of a machine's memory its share."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def zero_stage(deepspeed: str | None) -> int | None:
+    """The ZeRO stage of a DeepSpeed configuration file, None without one."""
+    return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0) if deepspeed else None
+
+
+def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
+    """One sample of blank one-crop pictures and some text."""
+    [image_tokens] = base_model(model).model.vision_embed_tokens.num_tokens([(CROP_SIZE, CROP_SIZE)])
+    ids = [-1 - image for image in range(images) for _ in range(image_tokens)] + [1] * text
+    input_ids = torch.tensor([ids], device=device)
+    labels = torch.full_like(input_ids, -100)
+    labels[:, -16:] = 1
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "pixel_values": torch.zeros(images, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=device),
+        "image_sizes": torch.full((images, 2), CROP_SIZE),
+    }
+    if packing:
+        boundaries = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
+        return batch | {"cu_seq_lens_q": boundaries, "max_length_q": len(ids)}
+    return batch | {"attention_mask": torch.ones_like(input_ids)}
+
+
+@torch.no_grad()
+def _seconds_forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> float:
+    for _ in range(2):  # the first one warms up
+        begin = time.perf_counter()
+        model(**batch, skip_logits=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

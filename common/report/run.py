@@ -1,0 +1,116 @@
+"""A run directory: what the training scripts leave there, read and checked, and files that are put there whole."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FILES = {
+    "run.json": "the command, versions, data and hyperparameters are not known",
+    "eval_before.json": "nothing to compare with: evaluation before training was off, or did not finish",
+    "eval_after.json": "no result: evaluation after training was off, or the run ended before it",
+    "trainer_state.json": "no curves",
+    "train_results.json": "the training time is not known",
+}
+RIGHT = 0.5  # the score from which an answer counts as right: ANLS is 0 below it
+
+
+@dataclass
+class Run:
+    """What a run directory holds.
+
+    `before` and `after` are the evaluations, `state` the Trainer's state, `results` its closing figures and `settings`
+    the contents of `run.json`; a file that is missing is an empty dict here and its name a key of `missing`.
+    """
+
+    directory: Path
+    before: dict
+    after: dict
+    state: dict
+    results: dict
+    settings: dict
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str | None:
+        return (self.after or self.before).get("metric")
+
+    @property
+    def log(self) -> list[dict]:
+        return self.state.get("log_history", [])
+
+
+def read_run(directory: str | os.PathLike) -> Run:
+    """Read what a run directory holds.
+
+    Parameters
+    ----------
+    directory : path
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such directory, or it holds none of a run's files.
+    ValueError
+        If one of the files is not what it should be; the message names the file.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such directory; give the --output_dir of a training run")
+    contents = {name: _read_json(directory / name) for name in FILES if (directory / name).is_file()}
+    if not contents:
+        raise FileNotFoundError(f"{directory} holds none of a run's files ({', '.join(FILES)}): is it an --output_dir?")
+    for name in contents.keys() & {"eval_before.json", "eval_after.json"}:
+        _check_evaluation(contents[name], directory / name)
+    return Run(
+        directory,
+        before=contents.get("eval_before.json", {}),
+        after=contents.get("eval_after.json", {}),
+        state=contents.get("trainer_state.json", {}),
+        results=contents.get("train_results.json", {}),
+        settings=contents.get("run.json", {}),
+        missing={name: consequence for name, consequence in FILES.items() if name not in contents},
+    )
+
+
+def predictions_by_id(evaluation: dict | None) -> dict[str, dict]:
+    """Return the predictions by id; of several with the same id, the first."""
+    return {str(row["id"]): row for row in reversed((evaluation or {}).get("predictions", []))}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path whose file replaces the one at `path` once it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it or run the training again") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
+    return contents
+
+
+def _check_evaluation(evaluation: dict, path: Path) -> None:
+    metric = evaluation.get("metric")
+    if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
+        raise ValueError(f"{path}: 'metric' must name the key of a number in the same file, not {metric!r}")
+    for row, prediction in enumerate(evaluation.get("predictions", [])):
+        absent = {"id", "question", "prediction", "answers", "score"} - set(prediction)
+        if absent or not prediction["answers"]:
+            raise ValueError(f"{path}: prediction {row} has no {', '.join(sorted(absent)) or 'answers'}")

@@ -1,0 +1,181 @@
+"""Shards to stream: JSON lines and Parquet files of the general format, and the Parquet files of the hub's data sets.
+
+The first process counts the rows of each shard's pieces, blocks of lines or row groups, for all: a pass over the lines, and
+over the footers of Parquet files.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import load_dataset_builder
+
+from .conversations import Conversation, check_conversation
+from .sources import parse_conversation
+from .streaming import Span, Stream
+
+LINES_PER_BLOCK = 64
+READERS_OF_FOOTERS = 16
+
+
+def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = None) -> Stream:
+    """Stream shards of the general format: JSON lines, or Parquet files, which may hold the pictures themselves.
+
+    Parameters
+    ----------
+    pattern : Path
+        A file, or several by wildcards: ``data/train-*.parquet``.
+    image_dir : Path
+        Folder that the names of pictures start from.
+    limit : int, optional
+        Take the first so many rows.
+
+    Raises
+    ------
+    ValueError
+        If there is no such shard, or one can't be read, or all are empty.
+    """
+
+    def read(span: Span) -> Iterator[tuple[str, Conversation]]:
+        for place, row in _read_row_group(span) if span.shard.endswith(".parquet") else _read_lines(span):
+            check_conversation(row, place)
+            for turn in row["conversations"]:
+                images = turn.get("images") or []
+                turn["images"] = [os.path.join(image_dir, image) if isinstance(image, str) else image for image in images]
+            yield place, {"id": row.get("id"), "conversations": row["conversations"]}
+
+    def index() -> list[Span]:
+        shards = sorted(glob.glob(str(pattern)))
+        if not shards:
+            raise ValueError(f"{pattern} is missing: put the data's shards there, or name others")
+        return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
+
+    return Stream(_of_main_process(index), read).select(0, limit)
+
+
+def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
+    """Stream the Parquet shards of a data set of the hub, or of a directory in its layout; pictures stay encoded.
+
+    Parameters
+    ----------
+    name
+        Hub id or directory, and the configuration's name where there are several.
+    columns : list of str
+        What to read of each row.
+    split : str
+    each : str, optional
+        Of these columns, one of lists: every entry becomes a row, its list holding that entry alone.
+
+    Raises
+    ------
+    ValueError
+        If the hub can't be reached, or has no such data set, or the data set has other files or columns.
+    """
+
+    def read(span: Span) -> Iterator[tuple[str, dict[str, Any]]]:
+        for place, row in _read_row_group(span, columns):
+            if each is None:
+                yield place, row
+            else:
+                yield from ((place, row | {each: [entry]}) for entry in row[each] or [])
+
+    def index() -> list[Span]:
+        try:
+            files = load_dataset_builder(*name).config.data_files or {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the hub's data set {' '.join(name)} can't be streamed: {error}") from None
+        shards = [file for file in files.get(split, []) if file.endswith(".parquet")]
+        if not shards:
+            raise ValueError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
+        return _index(shards, lambda shard: _index_row_groups(shard, columns, each))
+
+    return Stream(_of_main_process(index), read)
+
+
+def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]) -> list[Span]:
+    """Pieces of all shards, from those of each one: position, first line or row, and number of rows."""
+    spans, number = [], 0
+    with ThreadPoolExecutor(READERS_OF_FOOTERS) as readers:
+        for shard, pieces in zip(shards, readers.map(index, shards), strict=True):
+            for position, first, rows in pieces:
+                spans.append(Span(shard, position, first, number, 0, rows))
+                number += rows
+    if not number:
+        raise ValueError(f"{', '.join(shards)}: no rows")
+    return spans
+
+
+def _index_lines(shard: str) -> list[tuple[int, int, int]]:
+    pieces, begin, position, rows = [], (0, 1), 0, 0
+    with open(shard, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            position += len(line)
+            rows += bool(line.strip())
+            if rows == LINES_PER_BLOCK:
+                pieces.append((*begin, rows))
+                begin, rows = (position, number + 1), 0
+    return [*pieces, (*begin, rows)]
+
+
+def _read_lines(span: Span) -> Iterator[tuple[str, Conversation]]:
+    with open(span.shard, "rb") as file:
+        file.seek(span.position)
+        for number, line in enumerate(file, start=span.first):
+            if line.strip():
+                place = f"{span.shard}, line {number}"
+                yield place, parse_conversation(line, place)
+
+
+@lru_cache(maxsize=32)
+def _open_parquet(shard: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(fsspec.open(shard, "rb").open())
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{shard} can't be read as Parquet ({error}): fetch or write it again") from None
+
+
+def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | None = None) -> list[tuple[int, int, int]]:
+    file = _open_parquet(shard)
+    if missing := set(columns or ["conversations"]) - set(file.schema_arrow.names):
+        raise ValueError(f"{shard} has no column {', '.join(sorted(missing))}")
+    pieces, first = [], 0
+    for group in range(file.num_row_groups):
+        rows = in_group = file.metadata.row_group(group).num_rows
+        if each:
+            rows = pc.sum(pc.list_value_length(file.read_row_group(group, columns=[each])[each])).as_py() or 0
+        pieces.append((group, first, rows))
+        first += in_group
+    return pieces
+
+
+def _read_row_group(span: Span, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    batches = _open_parquet(span.shard).iter_batches(batch_size=16, row_groups=[span.position], columns=columns)
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    return ((f"{span.shard}, row {number}", row) for number, row in enumerate(rows, start=span.first))
+
+
+def _of_main_process(load: Callable[[], list[Span]]) -> list[Span]:
+    """Call on the first process alone; all get what it returned, or raise the same error."""
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [load()]
+        except ValueError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], ValueError):
+        raise outcome[0]
+    return outcome[0]

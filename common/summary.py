@@ -1,0 +1,133 @@
+"""What a run is going to do, in a dozen lines, before it does it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from .arguments import PARTS
+from .flops import BatchSizes, TrainingFlops
+from .memory import Trial
+from .model import count_parameters, training_precision
+from .planning import Lengths, PlannedBatches
+from .streaming import StreamedBatches
+
+GIB = 2**30
+# What is not measured without encoding answers; few, and they cost little.
+SUPERVISED_TOKENS_PER_SAMPLE = 16
+TOKENS_PER_VIEW = 144
+
+RECOMPUTING = {"none": "nothing", "selective": "every second layer", "full": "all layers"}
+
+
+def method_name(args: argparse.Namespace) -> str:
+    """The method as people call it: full, LoRA or QLoRA, and which parts train if not all."""
+    name = "QLoRA" if args.use_qlora else "LoRA" if args.use_lora else "full"
+    if args.freeze_vision_model:
+        return f"{name}, frozen vision"
+    return f"{name}, {' and '.join(args.train_only)} only" if args.train_only else name
+
+
+def summarize(
+    args: argparse.Namespace,
+    model: nn.Module,
+    num_rows: int,
+    batches: PlannedBatches | StreamedBatches,
+    lengths: Lengths,
+    checkpointing: str,
+    trial: Trial | None,
+    flops: TrainingFlops,
+) -> str:
+    """Describe a run.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        As :func:`common.training.start` left them.
+    lengths : Lengths
+        Of some samples.
+    checkpointing : {"none", "selective", "full"}
+        Mode of recomputation.
+    trial : Trial, optional
+        What memory and time are estimated from.
+
+    Returns
+    -------
+    str
+        Lines of a name and what it is.
+    """
+    world_size, device = PartialState().num_processes, PartialState().device
+    steps = number_of_steps(args, batches)
+    low, mean, high = lengths.tokens.min(), lengths.tokens.mean(), lengths.tokens.max()
+    counts = count_parameters(model)
+    parts = [f"{trained / 1e6:,.1f} of {total / 1e6:,.1f} M of {part}" for part, (trained, total) in counts.items()]
+    lora = f", rank {args.lora_rank}, alpha {args.lora_rank * args.lora_alpha_ratio:g}, dropout {args.lora_dropout:g}"
+    rates = [f"learning rate {args.learning_rate:g}"]
+    rates += [f"{part} {rate:g}" for part in PARTS[1:] if (rate := getattr(args, f"{part}_learning_rate"))]
+    kernels = [name for name, used in (("Liger", args.use_liger_kernel), ("torch.compile", args.torch_compile)) if used]
+    wrapper = f"DeepSpeed {Path(args.deepspeed).name}" if args.deepspeed else "DDP" if world_size > 1 else "one process"
+    lines = {
+        "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",
+        "training": ", ".join(parts),
+        "method": method_name(args) + (lora if args.use_lora else ""),
+        "attention": f"{args.attention[0]} ({args.attention[1]}), packing {'on' if args.packing else 'off'}",
+        "precision": ", ".join([f"{training_precision(args, device)} on {_device_name(device)}", *kernels]),
+        "optimizer": ", ".join([args.optim, *rates, wrapper]),
+        "batch": _batch(args, world_size, batches.accumulation),
+        "steps": f"{steps:,} on {num_rows:,} rows",
+        "samples": f"{low:,} to {high:,} tokens, {mean:,.0f} on average, and {lengths.crops.mean():.1f} crops and global views",
+        "recomputing": RECOMPUTING[checkpointing] + ("" if args.gradient_checkpointing == "auto" else ", as asked for"),
+    }
+    if trial is not None:
+        loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        needed = loaded + trial.needed(checkpointing, *batches.largest(lengths))
+        lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
+        flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, checkpointing)
+        seconds = flops_a_process / trial.flops_per_second
+        lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
+    return "\n".join(f"{name + ':':13}{text}" for name, text in lines.items())
+
+
+def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | StreamedBatches) -> int:
+    """Optimizer steps of a run."""
+    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // batches.accumulation
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words of a fitting size."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _batch(args: argparse.Namespace, world_size: int, accumulation: int) -> str:
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    if args.max_tokens_per_batch:
+        return f"{args.batch_size} samples a step = {processes} × {accumulation} of up to {args.max_tokens_per_batch:,} tokens"
+    return f"{args.batch_size} samples a step = {processes} × {args.batch_size_per_gpu} at once × {accumulation} accumulated"
+
+
+def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, checkpointing: str) -> float:
+    """Mean cost of a sample's forward and backward pass, what is recomputed included."""
+    tokens = lengths.tokens.astype(np.float64)
+    views = lengths.crops.sum()
+    sizes = BatchSizes(
+        tokens=tokens.sum(),
+        pairs=(tokens * (tokens + 1) / 2).sum(),
+        views=views,
+        image_tokens=TOKENS_PER_VIEW * views,
+        supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
+    )
+    forward, backward = flops.count(sizes)
+    return (forward * {"none": 1, "selective": 1.5, "full": 2}[checkpointing] + backward) / len(tokens)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s) a process"

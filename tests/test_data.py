@@ -1,0 +1,97 @@
+"""Training samples: planned by lengths that are exactly those of what is trained on, measured no more often than needed."""
+
+import numpy as np
+import pytest
+from conftest import TINY
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoProcessor
+
+from common.collator import load_crops
+from common.data import TrainingData
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, num_crops=4)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Conversations of one turn or several, about no picture or some, in more rows than are measured at once."""
+    folder = tmp_path_factory.mktemp("pictures")
+    names = []
+    for number in range(5):
+        names.append(str(folder / f"{number}.png"))
+        Image.new("RGB", (100 + 300 * number, 700 - 130 * number)).save(names[-1])
+    rows = []
+    for number in range(150):
+        own = [names[(number + index) % 5] for index in range(number % 4)]
+        turns = [{"images": own, "user": "What is it? " * (number % 7 + 1), "assistant": f"Number {number}."}]
+        if number % 3 == 0:
+            turns.append({"images": names[:1], "user": "And this\n?", "assistant": "Ünï…"})
+        if number % 4 == 2 and len(turns) == 1:
+            turns[0]["user"] = "First <|image_2|> and <|image_1|>, then <|image_2|> again: which?"
+        rows.append({"conversations": turns})
+    return rows
+
+
+def as_it_is(row, rng):
+    return row
+
+
+def drawing(row, rng):
+    """Every second row draws its last answer."""
+    turns = [dict(turn) for turn in row["conversations"]]
+    if len(turns[0]["assistant"]) % 2:
+        turns[-1]["assistant"] = "word " * rng.randint(1, 50)
+    return {"conversations": turns}
+
+
+def encoded(data, epoch):
+    """Tokens and crops of what is really trained on."""
+    samples = [data[epoch, row] for row in range(len(data))]
+    crops = [len(load_crops(s["images"], 4)[0]) + len(s["images"]) if s["images"] else 0 for s in samples]
+    return [len(s["input_ids"]) for s in samples], crops
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_lengths_are_those_of_the_encoded_samples(rows, processor, kind):
+    data = TrainingData(kind(rows), drawing, processor, seed=3)
+    for epoch in (0, 1):
+        lengths = data.lengths(epoch)
+        tokens, crops = encoded(data, epoch)
+        assert lengths.tokens.tolist() == tokens
+        assert lengths.crops.tolist() == crops
+    assert not np.array_equal(data.lengths(0).tokens, data.lengths(1).tokens)
+
+
+def test_rows_that_draw_nothing_are_measured_once(rows, processor):
+    asked = []
+
+    def counted(task):
+        def to_conversation(row, rng):
+            asked.append(row)
+            return task(row, rng)
+
+        return to_conversation
+
+    data = TrainingData(rows, counted(as_it_is), processor, seed=3)
+    first, second = data.lengths(0), data.lengths(1)
+    assert len(asked) == len(rows)
+    assert np.array_equal(first.tokens, second.tokens) and first.tokens is not second.tokens
+    asked.clear()
+    data = TrainingData(rows, counted(drawing), processor, seed=3)
+    data.lengths(0)
+    asked.clear()
+    data.lengths(1)
+    assert asked == [row for row in rows if len(row["conversations"][0]["assistant"]) % 2]
+
+
+def test_a_row_that_can_not_be_measured_is_named(rows, processor, tmp_path):
+    tagged = {"conversations": [{"images": [], "user": "See <|image_1|>?", "assistant": "No."}]}
+    with pytest.raises(ValueError, match=r"training row 70: the text's image tags"):
+        TrainingData([*rows[:70], tagged], as_it_is, processor, seed=0).lengths(0)
+    gone = {"conversations": [{"images": [str(tmp_path / "gone.png")], "user": "See?", "assistant": "No."}]}
+    with pytest.raises(ValueError, match=r"training row 2: picture .*gone\.png is missing"):
+        TrainingData([*rows[:2], gone], as_it_is, processor, seed=0).lengths(0)

@@ -1,0 +1,143 @@
+"""What only a GPU can show: flash kernels, fp16 with gradient scaling, bf16, optimizers that bitsandbytes keeps on the GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, torchrun
+from PIL import Image
+from runs import SCRIPT, flags, steps, write_docvqa, write_random_model
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from common.collator import Collator
+from common.conversations import encode_conversation
+from common.phi3v.attention import varlen_attention_forward
+
+ON_GPU = torch.cuda.is_available()
+HAS_FLASH = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU here")]
+needs_flash = pytest.mark.skipif(not HAS_FLASH, reason="flash kernels need a GPU of the Ampere generation or later")
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+CURVES = json.loads(Path(__file__).with_name("curves.json").read_text())
+
+
+@needs_flash
+@HALVES
+@pytest.mark.parametrize("key_heads", [4, 2], ids=["as many keys", "grouped keys"])
+def test_flash_kernel_is_sdpa_sample_by_sample(dtype, key_heads):
+    lengths = [1, 37, 300]
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(1, heads, sum(lengths), 32) for heads in (4, key_heads, key_heads)]
+    states = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
+    module = torch.nn.Module()
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
+    packed = {"attention_mask": None, "scaling": 32**-0.5, "cu_seq_lens_q": ends, "max_length_q": max(lengths)}
+    exact, _ = varlen_attention_forward(module, *states, **packed)  # fp32: SDPA
+    flash, _ = varlen_attention_forward(module, *(tensor.to(dtype) for tensor in states), **packed)
+    assert flash.dtype == dtype and flash.shape == exact.shape
+    torch.testing.assert_close(flash.float(), exact, rtol=0, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=2)
+
+    def sample(user, assistant, *images):
+        turn = {"images": list(images), "user": user, "assistant": assistant}
+        return encode_conversation({"conversations": [turn]}, processor)
+
+    return processor, [
+        sample("Just text.", "Right."),
+        sample("What is it?", "Noise.", Image.effect_noise((300, 200), 60).convert("RGB")),
+        sample("What is this?", "A long page.", Image.effect_noise((90, 300), 90).convert("RGB")),
+    ]
+
+
+@needs_flash
+@HALVES
+def test_packed_with_flash_is_padded_with_sdpa(dtype, samples):
+    """Loss and gradients, under autocast with fp32 weights, against those in fp32."""
+    processor, rows = samples
+    found = {}
+    for attention, packing, enabled in (("sdpa", False, False), ("varlen", True, True)):
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation=attention).cuda().train()
+        batch = {
+            name: value.cuda() if torch.is_tensor(value) else value
+            for name, value in Collator(processor, packing=packing)(rows).items()
+        }
+        with torch.autocast("cuda", dtype=dtype, enabled=enabled):
+            loss = model(**batch).loss
+        (1024 * loss).backward()
+        found[attention] = loss.item(), {name: p.grad / 1024 for name, p in model.named_parameters() if p.grad is not None}
+    (exact, expected), (half, gradients) = found["sdpa"], found["varlen"]
+    assert half == pytest.approx(exact, rel=2e-2)
+    assert gradients.keys() == expected.keys()
+    difference = sum((gradients[name] - expected[name]).square().sum() for name in expected).sqrt()
+    assert difference < 0.1 * sum(gradient.square().sum() for gradient in expected.values()).sqrt()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    model = write_random_model(tmp_path_factory.mktemp("model") / "random")
+    return write_docvqa(tmp_path_factory.mktemp("docvqa"), val=5), model
+
+
+def train(places, output, **options):
+    """Steps of a run with the settings of tests/test_methods.py, on one GPU."""
+    data, model = places
+    defaults = {"model_name_or_path": model, "max_steps": 5, "batch_size_per_gpu": 4, "eval_batch_size": 2}
+    run = torchrun(SCRIPT, *flags(data, output, **(defaults | options)), processes=1, CUDA_VISIBLE_DEVICES="0")
+    assert run.returncode == 0, run.stdout[-6000:]
+    return steps(output), run.stdout
+
+
+@needs_flash
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("full", {}),
+        ("full", {"deepspeed": "none"}),
+        ("frozen", {"freeze_vision_model": True}),
+        ("lora", {"use_lora": True, "lora_rank": 4}),
+        ("qlora", {"use_qlora": True, "lora_rank": 4}),
+    ],
+    ids=["full", "full, DDP", "frozen", "LoRA", "QLoRA"],
+)
+def test_bf16_with_flash_follows_the_saved_curve(method, options, places, tmp_path):
+    log, printed = train(places, tmp_path, bf16=True, use_flash_attention=True, **options)
+    assert "asked for by --use_flash_attention" in printed or "variable-length flash kernel" in printed
+    assert [entry["loss"] for entry in log] == pytest.approx(CURVES[method]["loss"], rel=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"deepspeed": "none"}, {"use_lora": True}, {"use_qlora": True}],
+    ids=["full", "full, DDP", "LoRA", "QLoRA"],
+)
+def test_fp16_learns(options, places, tmp_path):
+    """Without --bf16, with flash where there is one; the first steps may be skipped, until scaling has found its factor."""
+    log, printed = train(
+        places, tmp_path, max_steps=16, lora_rank=4, use_flash_attention=True if HAS_FLASH else None, **options
+    )
+    assert "fp16" in printed
+    assert log[-1]["loss"] < log[0]["loss"] - 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    [("adamw_8bit", torch.uint8), ("paged_adamw_8bit", torch.uint8), ("paged_adamw_32bit", torch.float32)],
+)
+def test_optimizers_of_bitsandbytes(optim, dtype, places, tmp_path):
+    options = {"deepspeed": "none", "optim": optim, "save_strategy": "steps", "save_steps": 5}
+    log, _ = train(places, tmp_path, bf16=HAS_FLASH or None, **options)
+    assert log[-1]["loss"] < log[0]["loss"]
+    states = torch.load(tmp_path / "checkpoint-5" / "optimizer.pt", weights_only=False, map_location="cpu")["state"]
+    assert dtype in {state["__bnb_optimizer_quant_state__"]["state1"].dtype for state in states.values()}
+    resumed, _ = train(
+        places, tmp_path, bf16=HAS_FLASH or None, **(options | {"resume_from_checkpoint": "auto", "max_steps": 6})
+    )
+    assert len(resumed) == 6

@@ -1,0 +1,119 @@
+"""What a trial on the device says about memory and time, against what batches really keep."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.flops import TrainingFlops
+from common.memory import MODES, Footprint, Trial, kept_bytes, state_bytes, try_out
+from common.model import count_parameters, set_gradient_checkpointing
+from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
+from common.planning import Lengths, PlannedBatches
+from common.summary import duration, summarize
+
+MODEL = Path(__file__).resolve().parents[1] / "assets" / "tiny_phi3v"
+CPU = torch.device("cpu")
+
+
+def flags(**changes):
+    values = {"bf16": False, "packing": True, "deepspeed": None, "optim": "adamw_torch", "gradient_checkpointing": "auto"}
+    values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None}
+    values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
+    values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
+    values |= {"model_name_or_path": str(MODEL), "attention": ("varlen", "on a CPU"), "max_tokens_per_batch": None}
+    values |= {"batch_size": 8, "batch_size_per_gpu": 2, "max_steps": -1, "num_train_epochs": 3}
+    return argparse.Namespace(**(values | changes))
+
+
+def load(frozen=False):
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="varlen")
+    if frozen:
+        model.model.vision_embed_tokens.requires_grad_(False)
+    return model
+
+
+def batch(texts, packing):
+    """Samples of a text and a picture of two crops each."""
+    image_tokens = num_image_tokens(CROP_SIZE, 2 * CROP_SIZE)
+    lengths = [image_tokens + text for text in texts]
+    if packing:
+        rows = [sum(([-1 - i] * image_tokens + [9] * text for i, text in enumerate(texts)), [])]
+        ends = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+        layout = {"cu_seq_lens_q": ends, "max_length_q": max(lengths)}
+    else:
+        assert len(set(texts)) == 1
+        rows = [[-1] * image_tokens + [9] * text for text in texts]
+        layout = {"attention_mask": torch.ones(len(texts), lengths[0], dtype=torch.long)}
+    ids = torch.tensor(rows)
+    labels = torch.where(torch.arange(ids.shape[1]) >= ids.shape[1] - 16, 9, -100).expand_as(ids)
+    crops = torch.zeros(2 * len(texts), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
+    sizes = torch.tensor([[CROP_SIZE, 2 * CROP_SIZE]] * len(texts))
+    return {"input_ids": ids, "labels": labels, "pixel_values": crops, "image_sizes": sizes} | layout
+
+
+@pytest.mark.parametrize(("packing", "bf16", "frozen"), [(True, False, False), (False, False, False), (True, True, True)])
+def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
+    model, args = load(frozen), flags(packing=packing, bf16=bf16)
+    flops = TrainingFlops(model)
+    random_state = torch.get_rng_state()
+    trial = try_out(model, args, CPU, flops)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    model.train()
+    for texts in ([40, 40], [300, 300, 300]):
+        inputs = batch(texts, packing)
+        sizes = flops.sizes(inputs)
+        for mode, footprint in (("none", trial.keeping), ("full", trial.recomputing)):
+            set_gradient_checkpointing(model, mode)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                kept = kept_bytes(model, inputs)
+            assert footprint.bytes(sizes.tokens, sizes.views) == pytest.approx(kept, rel=0.03)
+    assert trial.recomputing.per_token < 0.2 * trial.keeping.per_token
+    assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower keeps nothing
+    assert trial.flops_per_second > 0
+
+
+def test_as_little_is_recomputed_as_fits():
+    trial = Trial(Footprint(0, 100, 10), Footprint(0, 4, 1), num_layers=4, states=1000, free=0, flops_per_second=1)
+    needed = [trial.needed(mode, 100, 10) for mode in MODES]
+    assert needed == sorted(needed, reverse=True) and needed[-1] > 1000
+    for mode, bytes_needed in zip(MODES, needed, strict=True):
+        assert dataclasses.replace(trial, free=bytes_needed / 0.85 + 1).choose(100, 10) == mode
+    assert trial.choose(100, 10) == "full"
+
+
+def test_states_by_optimizer_and_sharding(tmp_path):
+    model = load(frozen=True)
+    count = sum(trained for trained, _ in count_parameters(model).values())
+    assert state_bytes(model, flags()) == (4 + 8) * count  # gradient, two moments
+    assert state_bytes(model, flags(optim="adamw_8bit")) == (4 + 2) * count
+    assert state_bytes(model, flags(optim="adafactor")) == 4 * count
+    zero = tmp_path / "zero2.json"
+    zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
+    assert state_bytes(model, flags(deepspeed=str(zero), bf16=True)) == (2 + 4 + 8) * count + 2 * 2 * 10
+
+
+def test_a_dozen_lines_say_what_the_run_is_going_to_do():
+    model, args = load(), flags()
+    flops = TrainingFlops(model)
+    trial = try_out(model, args, CPU, flops)
+    lengths = Lengths(tokens=np.array([300, 500]), crops=np.array([2, 3]))
+    batches = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=4)
+    text = summarize(args, model, 16, batches, lengths, "none", trial, flops)
+    lines = dict(line.split(":", 1) for line in text.splitlines())
+    assert len(lines) == 12 and all(len(line) < 130 for line in text.splitlines())
+    assert lines["batch"].strip() == "8 samples a step = 1 process × 2 at once × 4 accumulated"
+    assert lines["steps"].strip() == "6 on 16 rows"
+    assert "learning rate 0.0001, vision 1e-05" in lines["optimizer"]
+    assert lines["samples"].strip() == "300 to 500 tokens, 400 on average, and 2.5 crops and global views"
+    assert "GiB" in lines["memory"] and "about" in lines["time"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])
+def test_durations_in_words(seconds, text):
+    assert duration(seconds) == text

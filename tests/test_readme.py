@@ -1,0 +1,350 @@
+"""Commands and facts in README.md and docs/ against the code.
+
+Every command of the README's bash blocks is run, with only model, data and number of processes replaced by what is embedded.
+A process a machine is enough: what several add is tested elsewhere. For time there are limits on top: one step of two samples,
+one crop a picture, a few tokens. `--use_flash_attention` is left out, since it insists on a GPU.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import socket
+import string
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT, TINY
+from PIL import Image
+from torch.distributed.run import get_args_parser
+
+from assets.draw_samples import draw_samples
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("finetune_hf_trainer_*.py"))]
+PROGRAMS = ["convert_ucf101", "assets.draw_samples"] + [
+    f"{folder}.{path.stem}"
+    for folder in ("tools", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+]
+# Documents, memes, sentences and clips a class, to train and to evaluate.
+DRAWN = {"docvqa": (3, 1), "hateful_memes": (4, 2), "nlvr2": (2, 1), "ucf101": (1, 1)}
+LIMITS = ["--max_steps", "1", "--batch_size", "2", "--max_eval_samples", "2", "--max_new_tokens", "4", "--num_crops", "1"]
+LIMITS += ["--dataloader_num_workers", "0"]
+SECONDS = 600
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a page's bash blocks: lines that belong together in one, comments left out."""
+    found = []
+    for block in re.findall(r"^```bash\n(.+?)^```", text, re.MULTILINE | re.DOTALL):
+        block = re.sub(r"<<'(\w+)'\n.*?\n\1\n", "\n", block, flags=re.DOTALL)
+        command = ""
+        for line in block.splitlines():
+            command += line
+            if command.endswith("\\"):
+                command = command[:-1]
+            elif command.count('"') % 2:
+                command += "\n"
+            else:
+                found += [command] if command.strip() and not command.startswith("#") else []
+                command = ""
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder to run in that holds the repository's code and the embedded data where the README's commands look for data."""
+    folder = tmp_path_factory.mktemp("readme")
+    for item in ("assets", "common", "tools", "convert_ucf101.py", *(f"{script}.py" for script in SCRIPTS)):
+        (folder / item).symlink_to(ROOT / item)
+    for task, (train, val) in DRAWN.items():
+        draw_samples(task, folder / "drawn" / task, train, val)
+    (folder / "page.png").symlink_to(next((folder / "drawn/docvqa/documents").glob("*.png")))
+    (folder / "data/mine/images").mkdir(parents=True)
+    for split, count in (("train", 4), ("val", 2)):
+        rows = []
+        for number in range(count):
+            name = f"{split}{number}.png"
+            Image.new("RGB", (90 + 10 * number, 90), "red").save(folder / "data/mine/images" / name)
+            turn = {"images": [name], "user": f"Which colour has number {number}?", "assistant": "red"}
+            rows.append(json.dumps({"id": f"{split}-{number}", "conversations": [turn]}))
+        (folder / f"data/mine/{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def environment(checkout: Path) -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(checkout / "cache")}
+    return os.environ | own | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def call(words: list[str], checkout: Path) -> str:
+    """Run a command, which must succeed, and return what it said."""
+    result = subprocess.run(
+        words,
+        cwd=checkout,
+        env=environment(checkout),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout[-6000:]}"
+    return result.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train(command: str, checkout: Path) -> None:
+    task = re.search(r"finetune_hf_trainer_(\w+)\.py", command)[1]
+    own_data = [] if "--data_dir" in command else ["--data_dir", f"drawn/{task}"]
+    flags = ["--model_name_or_path", str(TINY), *own_data, *LIMITS]
+    nodes = int(match[1]) if (match := re.search(r"--nnodes=(\d+)", command)) else 1
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    lines = []
+    for node in range(nodes):
+        words = shlex.split(string.Template(command).substitute(variables, NODE_RANK=node))
+        words = [re.sub(r"(--nproc_per_node)=\d+", r"\1=1", word) for word in words if word != "--use_flash_attention"]
+        lines.append([words[0], *(["--standalone"] if nodes == 1 else []), *words[1:], *flags])
+    with ThreadPoolExecutor(nodes) as pool:
+        list(pool.map(lambda line: call(line, checkout), lines))
+    output = checkout / re.search(r"--output_dir (\S+)", command)[1]
+    assert json.loads((output / "eval_after.json").read_text())["samples"] > 0
+    assert (output / "report.html").is_file()
+
+
+def convert(command: str, checkout: Path) -> None:
+    call([*shlex.split(command), "--source", "drawn/ucf101/UCF101_subset"], checkout)
+
+
+def check_data(command: str, checkout: Path) -> None:
+    assert "No problems." in call([*shlex.split(command), "--model_name_or_path", str(TINY), "--num_crops", "1"], checkout)
+
+
+def reproduce(command: str, checkout: Path) -> None:
+    smoke = ["--embedded", "--smoke", "--output_dir", "output/reproduce", "--results_dir", "results"]
+    said = call([*shlex.split(command), *smoke], checkout)
+    assert "Wrote results/" in said
+
+
+def as_it_stands(command: str, checkout: Path) -> None:
+    assert call(shlex.split(command), checkout).strip()
+
+
+def merge(command: str, checkout: Path) -> None:
+    call(shlex.split(command), checkout)
+    assert (checkout / re.search(r"--output_dir (\S+)", command)[1] / "model.safetensors").is_file()
+
+
+def serve(command: str, checkout: Path) -> None:
+    """Start what listens for ever, ask it for its page, and end it."""
+    port = free_port()
+    words = [*shlex.split(command), "--server_port", str(port)]
+    with (checkout / "served.log").open("w") as log:
+        server = subprocess.Popen(words, cwd=checkout, env=environment(checkout), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for _ in range(SECONDS):
+            assert server.poll() is None, (checkout / "served.log").read_text()
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+                    assert "Ask a finetuned model" in page.read().decode()
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError(f"{command} doesn't answer: {(checkout / 'served.log').read_text()}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def make(command: str, checkout: Path) -> None:
+    """What make would run is read by the programs' own parsers; the programs' own tests run it."""
+    result = subprocess.run(["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = [line.removeprefix(".venv/bin/") for line in result.stdout.splitlines()]
+    assert lines
+    for line in lines:
+        if line.startswith(("python -m tools", "python -m benchmarks")):
+            parse(shlex.split(line))
+
+
+def install(command: str, checkout: Path) -> None:
+    """Nothing is installed: the versions and files that a command names are those of the repository."""
+    words = shlex.split(command)
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+    assert [word for word in words if "==" in word and word not in pinned] == []
+    for file in (after for word, after in zip(words, words[1:], strict=False) if word in ("-r", "--requirement")):
+        assert (ROOT / file).is_file()
+    assert "==" in command or "-r " in command
+
+
+def virtual_environment(command: str, checkout: Path) -> None:
+    call(["bash", "-ec", f"{command.replace('-m venv', '-m venv --without-pip')} && python --version"], checkout)
+
+
+class Rule(NamedTuple):
+    pattern: str
+    stage: int  # 0 needs no other command, 2 needs what those of 0 and 1 left
+    run: Callable[[str, Path], None]
+
+
+RULES = [
+    Rule(r"torchrun ", 1, train),
+    Rule(r"python convert_ucf101.py ", 0, convert),
+    Rule(r"python -m tools.check_data ", 0, check_data),
+    Rule(r"python -m tools.reproduce .*(--list|--dry_run)", 0, as_it_stands),
+    Rule(r"python -m tools.reproduce ", 1, reproduce),
+    Rule(r"python -m tools.(predict|report) ", 2, as_it_stands),
+    Rule(r"python -m tools.merge_lora ", 2, merge),
+    Rule(r"python -m tools.demo ", 2, serve),
+    Rule(r"make ", 0, make),
+    Rule(r"pip install ", 0, install),
+    Rule(r"python3 -m venv ", 0, virtual_environment),
+]
+COMMANDS = commands(README)
+TRAINING = [command for command in COMMANDS if command.startswith("torchrun")]
+
+
+def rule_of(command: str) -> Rule | None:
+    return next((rule for rule in RULES if re.match(rule.pattern, command)), None)
+
+
+@pytest.fixture(scope="module")
+def outcomes(checkout):
+    """The commands' outcomes, two commands at a time, stage by stage."""
+    outcomes: dict[str, Future] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for stage in range(3):
+            of_stage = [command for command in COMMANDS if rule_of(command).stage == stage]
+            running = {command: pool.submit(rule_of(command).run, command, checkout) for command in of_stage}
+            outcomes |= running
+            for outcome in running.values():
+                outcome.exception()  # waits
+    return outcomes
+
+
+def test_every_command_has_a_rule():
+    assert [command for command in COMMANDS if rule_of(command) is None] == []
+    assert len(TRAINING) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.sub(r"\W+", "-", command)[:80])
+def test_a_command_of_the_readme_runs(command, outcomes):
+    outcomes[command].result()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What other programs' commands in the documents begin with; everything else is this repository's.
+OTHER_PROGRAMS = ("az ", "make ", "pip ", "python - ", "python3 -m venv ", "vllm ")
+# Flags of other programs: torchrun's are read from its parser.
+OTHER_FLAGS = {
+    "Azure": "--file --name --type --size --tier --min-instances --max-instances --resource-group --workspace-name",
+    "pip": "--no-build-isolation",
+    "Slurm": "--nodes --signal",
+    "vLLM": "--trust-remote-code --max-model-len --limit-mm-per-prompt --mm-processor-kwargs --chat-template",
+}
+
+
+PATCHING = Lock()  # commands run in threads
+
+
+class Reached(Exception):
+    """A program has made its parser, and has read its flags if there were any to read."""
+
+
+def parser_of(module: str) -> argparse.ArgumentParser:
+    """The parser that a program makes when it starts."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise Reached(parser)
+
+    with PATCHING, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Reached) as reached:
+            importlib.import_module(module).main()
+    return reached.value.args[0]
+
+
+def parse(words: list[str]) -> None:
+    """Have a command's own parsers read it; they end the test where they don't know a flag."""
+    if words[0] == "torchrun":
+        launcher = get_args_parser().parse_args(words[1:])
+        module, flags = Path(launcher.training_script).stem, launcher.training_script_args
+    elif words[1] == "-m":
+        module, flags = words[2], words[3:]
+    else:
+        module, flags = Path(words[1]).stem, words[2:]
+    parser_of(module).parse_args(flags)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_documents_are_read_by_their_programs(page):
+    for command in commands(PAGES[page]):
+        if not command.startswith(OTHER_PROGRAMS):
+            parse(shlex.split(re.sub(r"\$\w+", "0", command)))
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+
+
+def test_flags_named_in_the_documents_are_there_and_the_readme_names_all_of_the_scripts():
+    of_scripts = set().union(*(options(parser_of(script)) for script in SCRIPTS)) - {"--help"}
+    named = {page: set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)) for page, text in PAGES.items()}
+    assert of_scripts - named["README.md"] == set()
+    known = of_scripts.union(*(options(parser_of(program)) for program in PROGRAMS))
+    known |= options(get_args_parser()) | set(" ".join(OTHER_FLAGS.values()).split())
+    assert {page: sorted(flags - known) for page, flags in named.items() if flags - known} == {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    anchors = {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", PAGES[page], re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", PAGES[page]):
+        target = "".join(target)
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif not target.startswith("https://"):
+            assert (folder / target.partition("#")[0]).exists(), target
+
+
+def test_published_figures_are_those_of_the_results():
+    published = json.loads((ROOT / "results/published.json").read_text(encoding="utf-8"))
+    tables = README[README.index("### Accuracy") : README.index("### Doubts")]
+    for table in published["accuracy"].values():
+        for row in table["rows"].values():
+            assert f"| {row['published']:.{table['decimals']}f} |" in tables
+    for row in published["speed"]["rows"]:
+        assert re.search(rf"\| {row['images_per_second']:.3f} \| ~{row['peak_memory_gb']} \|", tables), row
+
+
+def test_the_picture_of_a_report_is_small():
+    assert (ROOT / "docs/report.png").stat().st_size < 300_000

@@ -1,0 +1,386 @@
+"""--streaming: every row once whatever reads it, the same course after resuming, errors that name shard and row."""
+
+import json
+import random
+import shutil
+import sys
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY, torchrun
+from PIL import Image
+from runs import finetune, flags, weights, write_random_model
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoProcessor
+
+import finetune_hf_trainer_docvqa as docvqa
+import finetune_hf_trainer_hateful_memes as hateful_memes
+import finetune_hf_trainer_nlvr2 as nlvr2
+import finetune_hf_trainer_ucf101 as ucf101
+from common import shards, streaming
+from common.collator import Collator
+from common.shards import stream_conversations, stream_hub
+from common.streaming import StreamedBatches, StreamedData
+
+SCRIPT = "finetune_hf_trainer_ucf101.py"
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(shards, "LINES_PER_BLOCK", 4)
+    monkeypatch.setattr(streaming, "ROWS_PER_WINDOW", 7)
+
+
+def line(number):
+    turn = {"user": f"Number {number}?" + " Say it." * (number % 4), "assistant": str(1000 + 37 * number)}
+    return json.dumps({"id": str(number), "conversations": [turn]}) + "\n"
+
+
+def write_lines(folder, rows, count):
+    """So many rows in so many shards of unequal lengths; blank lines in between."""
+    ends = [rows * (number + 1) ** 2 // count**2 for number in range(count)]
+    for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        (folder / f"train-{number}.jsonl").write_text("\n".join(line(row) for row in range(begin, end)))
+    return folder / "train-*.jsonl"
+
+
+def write_table(path, rows, rows_per_group=3):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=rows_per_group)
+
+
+class Numbers(Dataset):
+    """Rows as they come, without decoding."""
+
+    def __getitem__(self, row):
+        return row and (row.epoch, int(row.content["id"]))
+
+
+def read(stream, rank=0, world_size=1, workers=0, epochs=1, batch_size=12, per_gpu=2):
+    """Batches of a process, epoch by epoch, as a loader with workers that live on gives them."""
+    batches = StreamedBatches(stream, batch_size, per_gpu, 7, rank, world_size)
+    loader = DataLoader(
+        Numbers(), batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=lambda rows: rows
+    )
+    made = []
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        made.append(list(loader))
+        assert len(made[-1]) == len(batches)
+    return made
+
+
+def ends_of_steps(world_size):
+    accumulation = 12 // (2 * world_size)
+    return [(step * accumulation, (step + 1) * accumulation) for step in range(5)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_row_once_an_epoch(count, world_size, tmp_path, small_pieces):
+    stream = stream_conversations(write_lines(tmp_path, 53, count), tmp_path)
+    assert len(stream) == 53
+    processes = [read(stream, rank, world_size, epochs=2) for rank in range(world_size)]
+    orders = []
+    for epoch in range(2):
+        taken = [row for made in processes for batch in made[epoch] for row in batch if row is not None]
+        assert sorted(taken) == [(epoch, number) for number in range(53)]
+        orders.append([number for _, number in taken])
+        steps = [[batch for made in processes for batch in made[epoch][begin:end]] for begin, end in ends_of_steps(world_size)]
+        assert [sum(row is not None for batch in step for row in batch) for step in steps] == [12] * 4 + [5]
+        assert all(batch == [None] or None not in batch for step in steps for batch in step)
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers, tmp_path, small_pieces):
+    stream = stream_conversations(write_lines(tmp_path, 53, 3), tmp_path)
+    assert read(stream, 1, 2, workers, epochs=2) == read(stream, 1, 2, workers=0, epochs=2)
+
+
+def test_each_process_opens_its_own_shards_alone(tmp_path, small_pieces):
+    """Two shards, two processes: a stretch may begin in the middle of a piece, but what is not of it is not read."""
+    stream = stream_conversations(write_lines(tmp_path, 53, 2), tmp_path)
+    opened = []
+    original, stream.read = stream.read, lambda span: opened.append((span.shard, span.position)) or original(span)
+    first = list(stream.rows(7, 0, 0, 2))
+    pieces_of_first, opened[:] = set(opened), []
+    second = list(stream.rows(7, 0, 1, 2))
+    assert [len(first), len(second)] == [26, 27]
+    assert len(pieces_of_first & set(opened)) <= 1
+
+
+@pytest.mark.parametrize("step", range(10))
+def test_a_resumed_epoch_goes_on_without_reading_what_was_done(step, tmp_path, small_pieces):
+    stream = stream_conversations(write_lines(tmp_path, 53, 2), tmp_path)
+    whole = StreamedBatches(stream, 6, 1, 7, rank=1, world_size=2)
+    rest = StreamedBatches(stream, 6, 1, 7, rank=1, world_size=2)
+    rest.begin_at(len(whole) // 3 + step)
+    whole.set_epoch(1)
+    rest.set_epoch(1)
+    expected = list(whole)
+    opened = []
+    original, stream.read = stream.read, lambda span: opened.append(span) or original(span)
+    resumed = list(rest)
+    epoch, done = divmod(step, 9)
+    if epoch:  # the second epoch is over, so that it is not the one to go on in
+        assert resumed == expected
+    else:
+        assert resumed == [[]] * (3 * done) + expected[3 * done :]
+        assert len(opened) <= -(-(27 - 3 * done // 7 * 7) // 4) + 2
+
+
+def test_rows_keep_their_numbers_and_places(tmp_path, small_pieces):
+    stream = stream_conversations(write_lines(tmp_path, 12, 2), tmp_path, limit=10)
+    rows = sorted(stream.rows(0, 0), key=lambda row: row.number)
+    assert [int(row.content["id"]) for row in rows] == [row.number for row in rows] == list(range(10))
+    assert rows[0].place == f"{tmp_path}/train-0.jsonl, line 1"
+    assert rows[1].place == f"{tmp_path}/train-0.jsonl, line 3", "blank lines count as lines"
+    assert rows[3].place == f"{tmp_path}/train-1.jsonl, line 1"
+
+
+def test_draws_are_the_rows(tmp_path):
+    """What is drawn at random depends on seed, epoch and row, not on the process or the order."""
+    stream = stream_conversations(write_lines(tmp_path, 8, 1), tmp_path)
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
+
+    def to_conversation(row, rng):
+        turn = {"user": row["id"], "assistant": str(rng.randrange(10**6))}
+        return {"conversations": [turn]}
+
+    data = StreamedData(stream, to_conversation, processor, seed=3)
+    together = {row.number: data[row]["input_ids"] for row in stream.rows(3, 1)}
+    apart = {row.number: data[row]["input_ids"] for rank in range(3) for row in stream.rows(3, 1, rank, 3)}
+    later = {row.number: data[row]["input_ids"] for row in stream.rows(3, 2)}
+    assert together == apart and together != later
+
+
+def test_fillers_have_nothing_to_learn(tmp_path):
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
+    data = StreamedData(stream_conversations(write_lines(tmp_path, 1, 1), tmp_path), lambda row, rng: row, processor, seed=0)
+    batch = Collator(processor, packing=True)([data[None]])
+    assert (batch["labels"] == -100).all() and batch["input_ids"].numel() > 0
+    real = [rows for rank in range(2) for rows in StreamedBatches(data.rows, 2, 1, 0, rank, 2)]
+    assert sorted(row is None for rows in real for row in rows) == [False, True], "more processes than rows"
+
+
+def test_parquet_of_the_general_format_holds_its_pictures(tmp_path):
+    Image.new("RGB", (40, 30), "navy").save(tmp_path / "a.png")
+    stored = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    rows = [
+        {"id": str(number), "conversations": [{"images": [stored], "user": f"Colour {number}?", "assistant": "Navy."}]}
+        for number in range(8)
+    ]
+    write_table(tmp_path / "train-0.parquet", rows[:5])
+    write_table(tmp_path / "train-1.parquet", rows[5:])
+    stream = stream_conversations(tmp_path / "train-*.parquet", tmp_path)
+    data = StreamedData(stream, ucf101.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    taken = list(stream.rows(0, 0, 0, 2)) + list(stream.rows(0, 0, 1, 2))
+    assert sorted(row.content["id"] for row in taken) == [str(number) for number in range(8)]
+    assert all(data[row]["images"] == [stored] for row in taken)
+
+
+BAD = {
+    "no JSON": ('{"conversations": [\n', "line 3: no JSON"),
+    "no answer": ('{"conversations": [{"user": "Why?"}]}\n', 'line 3, turn 1: "assistant" must be a text'),
+    "a tag too many": ('{"conversations": [{"user": "<|image_1|>", "assistant": "Yes"}]}\n', "line 3: "),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_malformed_row_is_named(bad, tmp_path):
+    text, expected = BAD[bad]
+    (tmp_path / "train-0.jsonl").write_text(line(0))
+    (tmp_path / "train-1.jsonl").write_text(line(1) + line(2) + text)
+    with pytest.raises(ValueError, match="train-1.jsonl, " + expected):
+        list(stream_conversations(tmp_path / "*.jsonl", tmp_path).rows(0, 0))
+
+
+def test_a_malformed_row_of_parquet_is_named(tmp_path):
+    rows = [json.loads(line(number)) for number in range(8)]
+    rows[4]["conversations"][0]["user"] = ""
+    write_table(tmp_path / "a.parquet", rows)
+    with pytest.raises(ValueError, match='a.parquet, row 4, turn 1: "user" must be'):
+        list(stream_conversations(tmp_path / "a.parquet", tmp_path).rows(0, 0))
+
+
+def test_a_picture_that_is_missing_or_cut_short_is_named_with_its_row(tmp_path):
+    row = {"conversations": [{"images": ["no.png"], "user": "What?", "assistant": "That."}]}
+    (tmp_path / "a.jsonl").write_text(line(0) + json.dumps(row) + "\n")
+    stream = stream_conversations(tmp_path / "a.jsonl", tmp_path)
+    data = StreamedData(stream, ucf101.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    with pytest.raises(ValueError, match="a.jsonl, line 2: picture .*no.png is missing"):
+        [data[row] for row in stream.rows(0, 0)]
+    Image.effect_noise((90, 90), 50).save(tmp_path / "no.png")
+    (tmp_path / "no.png").write_bytes((tmp_path / "no.png").read_bytes()[:2000])
+    with pytest.raises(ValueError, match="a.jsonl, line 2: picture .*no.png can't be decoded"):
+        [data[row] for row in stream.rows(0, 0)]
+
+
+def test_shards_that_are_not_there_or_empty_or_no_parquet(tmp_path):
+    with pytest.raises(ValueError, match=r"train-\*.jsonl is missing"):
+        stream_conversations(tmp_path / "train-*.jsonl", tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="empty.jsonl: no rows"):
+        stream_conversations(tmp_path / "empty.jsonl", tmp_path)
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="cut.parquet can't be read as Parquet"):
+        stream_conversations(tmp_path / "cut.parquet", tmp_path)
+    write_table(tmp_path / "other.parquet", [{"text": "?"}])
+    with pytest.raises(ValueError, match="other.parquet has no column conversations"):
+        stream_conversations(tmp_path / "other.parquet", tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Two Parquet shards in the layout of the_cauldron, two questions a row, in the hub's place."""
+    (tmp_path / "hub").mkdir()
+    row = {"images": [{"bytes": b"picture", "path": None}]}
+    texts = [
+        [{"user": f"{number}.{text}?", "assistant": ("Yes.", "No.")[number % 2]} for text in (0, 1)] for number in range(510)
+    ]
+    rows = [row | {"texts": list(pair)} for pair in texts]
+    write_table(tmp_path / "hub/train-00000-of-00002.parquet", rows[:300], rows_per_group=100)
+    write_table(tmp_path / "hub/train-00001-of-00002.parquet", rows[300:], rows_per_group=100)
+    return str(tmp_path / "hub")
+
+
+def load(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    return script.load_rows(script.parse_args())
+
+
+def questions(stream):
+    return sorted(text["user"] for row in stream.rows(0, 0) for text in row.content["texts"])
+
+
+def test_hateful_memes_from_the_hub(hub, monkeypatch):
+    monkeypatch.setattr(hateful_memes, "HUB", (hub,))
+    train_rows, eval_rows = load(hateful_memes, monkeypatch, "--streaming")
+    assert len(train_rows) == 10 and questions(train_rows)[0] == "500.0?" and len(eval_rows) == 500
+    turn = {"images": [{"bytes": b"picture", "path": None}], "user": hateful_memes.QUESTION, "assistant": "No."}
+    assert hateful_memes.to_conversation(eval_rows[1]) == {"conversations": [turn]}
+    assert [len(rows) for rows in load(hateful_memes, monkeypatch, "--streaming", "--max_train_samples", 3)] == [3, 500]
+
+
+def test_nlvr2_from_the_hub_asks_every_question(hub, monkeypatch):
+    monkeypatch.setattr(nlvr2, "HUB", (hub,))
+    train_rows, eval_rows = load(nlvr2, monkeypatch, "--streaming", "--max_eval_samples", 4)
+    assert questions(train_rows) == [f"{number}.{text}?" for number in range(500, 510) for text in (0, 1)]
+    assert [row["question"] for row in eval_rows] == ["0.0?", "1.0?", "2.0?", "3.0?"]
+    row = next(train_rows.rows(0, 0))
+    asked = nlvr2.to_conversation(row.content)["conversations"][0]
+    assert [asked["user"]] == [text["user"] for text in row.content["texts"]] and asked["images"] == row.content["images"]
+
+
+def test_docvqa_from_the_hub(hub, monkeypatch, tmp_path):
+    """Both data sets: all of DocVQA, several questions a page, and the 1,200 examples, whose test split evaluates."""
+    (tmp_path / "mini").mkdir()
+    for split, count in (("train", 7), ("test", 3)):
+        row = {"image": {"bytes": b"picture", "path": None}, "words": ["?"], "answers": ["1", "one"]}
+        rows = [row | {"id": f"{split}-{number}", "query": {"en": f"{number}?"}} for number in range(count)]
+        write_table(tmp_path / f"mini/{split}-00000-of-00001.parquet", rows)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(docvqa, "FULL", (hub,))
+    monkeypatch.setattr(docvqa, "MINI", str(tmp_path / "mini"))
+    full, eval_rows = load(docvqa, monkeypatch, "--streaming", "--full_train", "--max_train_samples", 509)
+    assert len(full) == 509 and len(questions(full)) == 1018
+    mini, eval_rows = load(docvqa, monkeypatch, "--streaming", "--max_eval_samples", 2)
+    assert eval_rows["id"] == ["test-0", "test-1"]
+    row = next(row for row in mini.rows(0, 0) if row.number == 5)
+    turn = docvqa.to_conversation(row.content, random.Random(0))["conversations"][0]
+    assert len(mini) == 7 and turn["user"] == "5?\nAnswer briefly." and turn["assistant"] in ("1", "one")
+    assert turn["images"] == [{"bytes": b"picture", "path": None}] and "words" not in row.content
+
+
+@pytest.mark.parametrize("script", [docvqa, hateful_memes, nlvr2])
+def test_official_files_are_not_streamed(script, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="--streaming is for the hub's shards"):
+        load(script, monkeypatch, "--data_dir", tmp_path, "--streaming")
+
+
+def test_the_hub_out_of_reach():
+    with pytest.raises(ValueError, match="the hub's data set nobody/nothing can't be streamed"):
+        stream_hub("nobody/nothing", columns=["images"])
+
+
+def test_a_data_set_without_parquet(tmp_path):
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no Parquet files to stream"):
+        stream_hub(str(tmp_path), columns=["a"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three shards of 13 rows, half of them with a picture."""
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "images").mkdir()
+    rows = []
+    for number in range(13):
+        row = json.loads(line(number))
+        if number % 2:
+            Image.new("RGB", (60 + 9 * number, 50), (19 * number, 0, 90)).save(folder / "images" / f"{number}.png")
+            row["conversations"][0]["images"] = [f"{number}.png"]
+        rows.append(json.dumps(row) + "\n")
+    for number, (begin, end) in enumerate([(0, 1), (1, 9), (9, 13)]):
+        (folder / f"train-{number}.jsonl").write_text("".join(rows[begin:end]))
+    (folder / "val.jsonl").write_text("".join(rows[:2]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("model") / "random")
+
+
+OPTIONS = {
+    "streaming": True,
+    "train_file": "train-*.jsonl",
+    "eval_file": "val.jsonl",
+    "max_steps": None,
+    "deepspeed": "none",
+}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_uninterrupted_one(data, model, tmp_path):
+    """Two epochs of four steps, the last of one sample on one process alone; gone on from the middle of the second."""
+    options = OPTIONS | {"script": SCRIPT, "model_name_or_path": model, "num_train_epochs": 2}
+    options |= {"save_strategy": "steps", "save_steps": 6, "batch_size_per_gpu": 1}
+    options |= {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.1}
+    log = finetune(data, tmp_path / "straight", **options)
+    assert [entry["step"] for entry in log] == list(range(1, 9))
+    shutil.copytree(tmp_path / "straight/checkpoint-6", tmp_path / "resumed/checkpoint-6")
+    assert finetune(data, tmp_path / "resumed", resume_from_checkpoint="auto", **options) == log
+    before, after = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_fillers_leave_loss_and_gradient_alone(data, model, tmp_path):
+    """Three rows in steps of four: two processes, one of which has a filler, are one process with all three."""
+    options = OPTIONS | {"script": SCRIPT, "model_name_or_path": model, "max_train_samples": 3, "num_train_epochs": 2}
+    apart = finetune(data, tmp_path / "apart", processes=2, batch_size_per_gpu=1, **options)
+    together = finetune(data, tmp_path / "together", processes=1, batch_size_per_gpu=4, **options)
+    for one, other in zip(apart, together, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_bad_row_ends_the_run(model, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(map(line, range(70))) + "{}\n")
+    (tmp_path / "val.jsonl").write_text(line(0))
+    options = OPTIONS | {"model_name_or_path": model, "train_file": "train.jsonl"}
+    run = torchrun(SCRIPT, *flags(tmp_path, tmp_path / "out", **options))
+    assert run.returncode != 0
+    assert f'error: {tmp_path}/train.jsonl, line 71: "conversations" must be a list' in run.stdout, run.stdout[-3000:]
+    assert not (tmp_path / "out/trainer_state.json").exists()
+
+
+def test_flags_that_contradict_streaming(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(tmp_path, tmp_path, streaming=True, max_tokens_per_batch=900)])
+    with pytest.raises(ValueError, match="--max_tokens_per_batch plans batches by the lengths of all rows"):
+        ucf101.main()
