@@ -2,17 +2,16 @@
 
     python -m assets.pretrain_tiny [--output_dir DIR] [--seed N] [--bf16]
 
-Two processes of one thread each make one run, in three stages:
+Two processes of one thread each make one run, in five stages, each of which writes the checkpoint:
 
-1. The tower learns which characters and shapes stand where: each image token is to become the sum of fixed codes, one a symbol.
-2. The decoder learns to answer from pages that are given to it as these very codes, which needs no pictures: first reading,
+1. tower: it learns which characters and shapes stand where; each image token is to become the sum of fixed codes, one a symbol.
+2. decoder: it learns to answer from pages that are given to it as these very codes, which needs no pictures: first reading,
    which teaches it to copy, then small forms, then whole ones and shapes. Finding the right line is what takes the time.
-3. Both are put together and trained on pictures.
+3. together: both are put together and trained on pictures.
+4. lookup: the decoder goes on with codes, mostly of documents.
+5. last: pictures once more.
 
-The checkpoint in the repository was not made by one run of this script: its tower began in a prototype, and tower and decoder
-went through stages 1 and 2 piece by piece, with restarts and a changing curriculum (some 25,000 pictures, some 5,000 steps of
-the decoder, nothing of stage 3), on two shared cores of an Intel Xeon with AMX, torch 2.13.0, transformers 5.23.0, --bf16. From
-end to end the script has only been run for a few steps; how long it takes and what it reaches is not measured.
+@@MEASURED@@
 """
 
 import argparse
@@ -155,7 +154,7 @@ class Progress:
         if (step + 1) % self.every == 0 or step + 1 == self.steps:
             if dist.is_initialized() and dist.get_rank() > 0:
                 return
-            means = "  ".join(f"{key} {np.mean([row[key] for row in self.seen]):.3f}" for key in figures)
+            means = "  ".join(f"{key} {np.nanmean([row[key] for row in self.seen] + [np.nan]):.3f}" for key in figures)
             print(f"{self.stage} {step + 1}/{self.steps}  {time.monotonic() - self.start:.0f} s  {means}", flush=True)
             self.seen = []
 
@@ -230,6 +229,8 @@ def batch_conversations(model, processor, samples, features: list[torch.Tensor],
 
 # Shares of what whole pages are drawn for: forms of the sample's kind and any others, lines to read, shapes, words, motion.
 KINDS = {"invoice": 0.37, "form": 0.18, "reading": 0.03, "scene": 0.12, "pair": 0.17, "captioned": 0.08, "motion": 0.05}
+
+LOOKUP_KINDS = {"invoice": 0.45, "form": 0.25, "scene": 0.06, "pair": 0.11, "captioned": 0.07, "motion": 0.06}
 
 
 def draw_kind(rng: np.random.Generator) -> str:
@@ -325,6 +326,20 @@ def train_tower(model, processor, rng: np.random.Generator, steps: int) -> None:
         )
 
 
+def code_features(pages: list[Page], codes: torch.Tensor, whole: bool) -> list[torch.Tensor]:
+    """Give pages as the codes of what stands on them: (tokens, WIDTH) each, with noise for what the tower will get wrong.
+
+    Unless `whole`, a page is its global view alone, cut below its last line: short rows are cheap.
+    """
+    features = []
+    for page in pages:
+        body = codes[torch.from_numpy(symbols(page))].sum(-2)[None]
+        tokens = image_tokens(body, codes[ROW_END], codes[VIEW_END])[0]
+        used = LINES if page.shapes else max(line for line, _, _ in page.texts) + 1
+        features.append(tokens if whole else tokens[157 : 157 + 13 * used])
+    return [f + 0.05 * torch.randn_like(f) for f in features]
+
+
 def train_decoder(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
     """Teach the decoder to answer from codes, on pages that grow as it gets its answers right."""
     model.model.vision_embed_tokens.requires_grad_(False)
@@ -340,16 +355,8 @@ def train_decoder(model, processor, rng: np.random.Generator, steps: int, autoca
         else:
             kind, size, drawn_lines = draw_kind(plan), 6, int(plan.integers(3, lines + 1))
         samples = draw_samples(kind, rng, size, drawn_lines)
-        # At first a page is its global view alone, cut below its last line: short rows are cheap.
         whole = lines >= 6 and plan.random() < (0.6 if step < 0.8 * steps else 1)
-        features = []
-        for page in (page for pages, _ in samples for page in pages):
-            body = codes[torch.from_numpy(symbols(page))].sum(-2)[None]
-            tokens = image_tokens(body, codes[ROW_END], codes[VIEW_END])[0]
-            used = LINES if page.shapes else max(line for line, _, _ in page.texts) + 1
-            features.append(tokens if whole else tokens[157 : 157 + 13 * used])
-        # Tolerance for what the tower will get wrong.
-        features = [f + 0.05 * torch.randn_like(f) for f in features]
+        features = code_features([page for pages, _ in samples for page in pages], codes, whole)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss, first, every = answer_loss(model, *batch_conversations(model, processor, samples, features))
         take_step(model, optimizers, loss, step_size(step, steps, 2e-3))
@@ -359,6 +366,22 @@ def train_decoder(model, processor, rng: np.random.Generator, steps: int, autoca
         if mastery > (0.85 if lines == 1 else 0.7) and lines < LINES:
             lines, mastery = lines + 1, 0.5
         progress.update(step, loss=loss.item(), lines=lines, mastery=mastery, first=first, character=every)
+    model.model.vision_embed_tokens.requires_grad_(True)
+    model.freeze_unused()
+
+
+def train_lookup(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
+    """Let the decoder go on with codes of whole pages, mostly documents: finding the right line takes longest to learn."""
+    model.model.vision_embed_tokens.requires_grad_(False)
+    codes, optimizers, progress, plan = codebook(), optimizers_for(model), Progress("lookup", steps), np.random.default_rng(1)
+    for step in range(steps):
+        kind = str(plan.choice(list(LOOKUP_KINDS), p=list(LOOKUP_KINDS.values())))
+        samples = draw_samples(kind, rng, 6, int(plan.integers(6, LINES + 1)))
+        features = code_features([page for pages, _ in samples for page in pages], codes, whole=plan.random() < 0.4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, first, every = answer_loss(model, *batch_conversations(model, processor, samples, features))
+        take_step(model, optimizers, loss, step_size(step, steps, 1.5e-3, warmup=20))
+        progress.update(step, loss=loss.item(), **{name: first if name == kind else np.nan for name in LOOKUP_KINDS})
     model.model.vision_embed_tokens.requires_grad_(True)
     model.freeze_unused()
 
@@ -409,23 +432,28 @@ def build(seed: int) -> tuple[Phi3VForCausalLM, Phi3VProcessor]:
 
 
 def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
-    """Run all stages as one of the two processes; the first one saves."""
+    """Run all stages as one of the two processes; the first one saves after each."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=PROCESSES)
     model, processor = build(args.seed)
+    stages = {
+        "tower": lambda rng: train_tower(model, processor, rng, args.tower_steps),
+        "decoder": lambda rng: train_decoder(model, processor, rng, args.decoder_steps, args.bf16),
+        "together": lambda rng: train_together(model, processor, rng, args.together_steps, args.bf16),
+        "lookup": lambda rng: train_lookup(model, processor, rng, args.lookup_steps, args.bf16),
+        "last": lambda rng: train_together(model, processor, rng, args.together_steps // 2, args.bf16),
+    }
+    names = list(stages)
+    if args.begin_with != names[0]:
+        saved = Phi3VForCausalLM.from_pretrained(args.output_dir, dtype=torch.float32)
+        model.load_state_dict(saved.state_dict())
     model.train()
-    rng = np.random.default_rng([args.seed, rank])
-    torch.manual_seed(args.seed + rank)
-    stages = (
-        lambda: train_tower(model, processor, rng, args.tower_steps),
-        lambda: train_decoder(model, processor, rng, args.decoder_steps, args.bf16),
-        lambda: train_together(model, processor, rng, args.together_steps, args.bf16),
-    )
-    for stage in stages:
-        stage()
+    for number in range(names.index(args.begin_with), len(names)):
+        torch.manual_seed(args.seed + 10 * number + rank)
+        stages[names[number]](np.random.default_rng([args.seed, number, rank]))
         if rank == 0:
             save(model, processor, args.output_dir)
-            print(f"Wrote {args.output_dir}", flush=True)
+            print(f"Wrote {args.output_dir} after stage {names[number]}", flush=True)
     dist.destroy_process_group()
 
 
@@ -437,6 +465,9 @@ def main() -> None:
     parser.add_argument("--tower_steps", type=int, default=600, help="default: %(default)s")
     parser.add_argument("--decoder_steps", type=int, default=2600, help="default: %(default)s")
     parser.add_argument("--together_steps", type=int, default=120, help="default: %(default)s")
+    parser.add_argument("--lookup_steps", type=int, default=700, help="default: %(default)s")
+    stages = ("tower", "decoder", "together", "lookup", "last")
+    parser.add_argument("--begin_with", choices=stages, default="tower", help="go on with what --output_dir holds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(pretrain, (args, str(Path(folder) / "meeting_point")), nprocs=PROCESSES)

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_
 from .adapter_base import base_revision
 from .arguments import PARTS
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from .progress import say
 
 DECODER_LORA_MODULES = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
 TOWER = r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers"
@@ -38,6 +39,7 @@ def check_checkpoint(name_or_path: str) -> None:
         looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
         if looks_local:
             raise ValueError(f"--model_name_or_path {name_or_path}: there is no such directory, and it is no hub id")
+        say(f"Fetching {name_or_path} from the hub, or from its cache")
         try:
             config = AutoConfig.from_pretrained(name_or_path)
         except OSError as error:

@@ -36,7 +36,7 @@ from .memory import try_out
 from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor
 from .planning import PlannedBatches, accumulation_for_budget
-from .progress import show_bars
+from .progress import show_bars, track
 from .streaming import StreamedBatches, StreamedData
 from .summary import summarize
 
@@ -82,6 +82,8 @@ def _plan_batches(args: argparse.Namespace, data: TrainingData | StreamedData) -
     state = PartialState()
     place = {"seed": args.seed, "rank": state.process_index, "world_size": state.num_processes}
     if args.streaming:
+        if not isinstance(data, StreamedData):
+            raise ValueError("--streaming: this script reads its data as a whole; leave the flag out")
         batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
         if args.resume_from_checkpoint:
             trainer_state = args.resume_from_checkpoint / "trainer_state.json"
@@ -208,7 +210,7 @@ class FinetuningTrainer(Trainer):
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         with autocast(self.model, self.flags):
-            for inputs in dataloader:
+            for inputs in track(dataloader, "Evaluating the loss", "batches", self.flags.tqdm):
                 inputs = self._prepare_inputs(inputs)
                 loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
                 totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])

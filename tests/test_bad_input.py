@@ -38,6 +38,8 @@ def message(monkeypatch, data, output, **options):
         ({"use_flash_attention": True}, "--use_flash_attention: no flash kernel runs on a CPU"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn 2 is not installed"),
         ({"use_flash_attention": True, "attn_implementation": "eager"}, "contradict"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
+        ({"streaming": True}, "--streaming"),
         ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: there is no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from common.collator import Collator
 from common.conversations import encode_conversation
+from common.model import set_gradient_checkpointing
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.image_processing import cut_crops, join_crops, normalise_with_global_view, to_crop_grid
 
@@ -292,3 +293,19 @@ def test_several_answers_keep_each_rows_pictures(processor):
     beams = model.generate(**inputs, max_new_tokens=4, do_sample=False, num_beams=2, num_return_sequences=2, eos_token_id=None)
     assert beams.shape[0] == 4 and single.shape[0] == 2
     assert torch.equal(beams[0, :-4], single[0, :-4]) and torch.equal(beams[2, :-4], single[1, :-4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_compiled_layers_compute_the_same(checkpointing, samples, processor):
+    plain, compiled = load(num_hidden_layers=1), load(num_hidden_layers=1)
+    batch = Collator(processor, packing=True)(samples)
+    for model in (plain, compiled):
+        set_gradient_checkpointing(model, checkpointing)
+    for layer in compiled.model.layers:
+        layer.compile(dynamic=True)
+    loss, gradients = loss_and_gradients(plain, batch)
+    compiled_loss, compiled_gradients = loss_and_gradients(compiled, batch)
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_equal_gradients(gradients, compiled_gradients, 1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
