@@ -11,7 +11,11 @@ Two processes of one thread each make one run, in five stages, each of which wri
 4. lookup: the decoder goes on with codes, mostly of documents.
 5. last: pictures once more.
 
-@@MEASURED@@
+The checkpoint in the repository was made so with --bf16, in two runs: the first three stages, then --begin_with lookup.
+They took 101 minutes of processor time, so some 50 minutes where both processes have a core to themselves (Intel Xeon with AMX,
+torch 2.13.0, transformers 5.23.0; here other work ran beside them, and the clock showed 75). The answers' first characters from
+the page are then right for 100 % of the documents' plain questions and 45 % of those on any forms. In the first run one random
+generator served all stages, where each has its own now, so a rerun won't give the very same weights.
 """
 
 import argparse

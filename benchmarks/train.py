@@ -232,9 +232,9 @@ def measure_apart(args, values, checkpoint, out):
     """Measure one combination in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.train"]
     for name, value in (vars(args) | dict(zip(DIMENSIONS, values, strict=True))).items():
+        value = {"out": out, "model_name_or_path": checkpoint}.get(name, value)
         if name in ("random_weights", "config") or value is None or value is False:
             continue
-        value = {"out": out, "model_name_or_path": checkpoint}.get(name, value)
         command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:

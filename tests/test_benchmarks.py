@@ -61,7 +61,6 @@ def test_pages_have_the_published_mean_of_tokens(tmp_path):
     assert 2443 - 40 < sum(tokens) / len(tokens) < 2443 - 20
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_inputs(tmp_path):
     result = run("inputs", tmp_path / "result.json", "--num_images", 2, "--repetitions", 1)
@@ -71,7 +70,6 @@ def test_inputs(tmp_path):
     )
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_step_checks_gradients_and_measures(tmp_path):
     result = run("step", tmp_path / "result.json", "--config", "tiny", "--repetitions", 1)
@@ -80,14 +78,12 @@ def test_step_checks_gradients_and_measures(tmp_path):
     assert set(result["times_faster"]) == set(result["seconds"]) - {"packed"}
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_evaluation_gives_the_same_answers(tmp_path):
     result = run("evaluation", tmp_path / "result.json", "--documents", 2, "--repetitions", 1, "--max_new_tokens", 8)
     assert result["questions"] == 6 and result["same_answers"] == 6
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory on a CPU is read from Linux")
 def test_memory(tmp_path):
@@ -96,7 +92,6 @@ def test_memory(tmp_path):
     assert result["peak_mib"]["full"] > result["mib_of_full_logits_alone"]
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "qlora"])
 def test_train_goes_through_the_real_path(tmp_path, method):

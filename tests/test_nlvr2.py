@@ -150,7 +150,6 @@ def test_a_training_row_without_directory_and_a_missing_file_are_named(release, 
         script.load_rows(args)
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_two_processes_finetune_and_evaluate(release, tmp_path):
     out = tmp_path / "out"

@@ -238,7 +238,6 @@ def test_a_stopped_tool_waits_for_its_run_to_save(number):
     assert tool.returncode == 128 + number
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_an_interrupted_row_goes_on_and_a_finished_one_is_recorded(tmp_path):
     places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
@@ -263,7 +262,6 @@ def test_an_interrupted_row_goes_on_and_a_finished_one_is_recorded(tmp_path):
     assert "is there already" in run_tool("reproduce", *row).stdout
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "method"), [("ucf101", "lora"), ("hateful_memes", "full")])
 def test_a_task_runs_on_the_embedded_samples(task, method, tmp_path):
@@ -275,7 +273,6 @@ def test_a_task_runs_on_the_embedded_samples(task, method, tmp_path):
     assert f"torchrun --nproc_per_node=8 finetune_hf_trainer_{task}.py" in what_happened
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_the_matrix_keeps_figures_by_task_and_method(tmp_path):
     places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]

@@ -118,7 +118,6 @@ def test_evaluation_overall_and_per_class(data_dir, monkeypatch):
     }
 
 
-@pytest.mark.skip(reason="has not passed on a quiet machine yet")
 @pytest.mark.slow
 def test_two_processes_learn_three_clips(data_dir, tmp_path):
     out = tmp_path / "out"
