@@ -17,7 +17,7 @@ DEFAULT_COUNTS = {
     "docvqa": ("documents with three questions each", 350, 70),
     "hateful_memes": ("memes", 1200, 200),
     "nlvr2": ("sentences with four pairs of pictures each", 200, 50),
-    "ucf101": ("clips a class", 24, 10),
+    "ucf101": ("clips a class", 20, 10),
 }
 
 
