@@ -18,7 +18,8 @@ from datasets import Dataset, Image
 
 from common.arguments import training_parser
 from common.data import TrainingData
-from common.evaluation import Evaluation, generate_answers
+from common.evaluation import Evaluation
+from common.generation import generate_answers
 from common.metrics import anls, normalise_answer
 from common.model import load_model, load_processor
 from common.shards import stream_hub

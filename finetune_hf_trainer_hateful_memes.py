@@ -18,7 +18,8 @@ from datasets import Dataset, Image
 
 from common.arguments import training_parser
 from common.data import TrainingData
-from common.evaluation import Evaluation, answer_log_probabilities, generate_answers
+from common.evaluation import Evaluation
+from common.generation import answer_log_probabilities, generate_answers
 from common.metrics import accuracy, auroc, normalise_answer
 from common.model import load_model, load_processor
 from common.shards import stream_hub

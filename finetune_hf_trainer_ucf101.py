@@ -21,7 +21,8 @@ from datasets import Dataset
 
 from common.arguments import training_parser
 from common.data import TrainingData
-from common.evaluation import Evaluation, generate_answers
+from common.evaluation import Evaluation
+from common.generation import generate_answers
 from common.metrics import accuracy, accuracy_per_class, normalise_answer
 from common.model import load_model, load_processor
 from common.shards import stream_conversations

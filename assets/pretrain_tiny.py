@@ -37,8 +37,8 @@ from transformers import PreTrainedTokenizerFast
 
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VImageProcessor, Phi3VProcessor
 
-from . import curriculum
-from .curriculum import Turns
+from .curriculum import documents, shapes
+from .curriculum.documents import Turn
 from .samples.page import COLOURS, LINES, SHAPES, Page
 
 HUB_REPOSITORY = "microsoft/Phi-3.5-vision-instruct"
@@ -183,23 +183,23 @@ def image_tokens(body: torch.Tensor, row_end: torch.Tensor, view_end: torch.Tens
     return torch.cat([view, view_end.expand(pages, 1, width), view], dim=1)
 
 
-def encode(processor: Phi3VProcessor, tokens_per_image: list[int], turns: curriculum.Turns, first_weight: float):
+def encode(processor: Phi3VProcessor, tokens_per_image: list[int], turns: list[Turn], first_weight: float):
     """Return a conversation's ids, labels and loss weights, as lists."""
     tokenizer = processor.tokenizer
     tags = "".join(f"<|image_{i + 1}|>" for i in range(len(tokens_per_image)))
     ids, labels, weights = [], [], []
-    for i, (question, answer, *start) in enumerate(turns):
+    for i, turn in enumerate(turns):
         if i == 0:
-            prompt = processor.tokenize(f"<|user|>\n{tags}\n{question}<|end|>\n<|assistant|>\n", tokens_per_image)
+            prompt = processor.tokenize(f"<|user|>\n{tags}\n{turn.question}<|end|>\n<|assistant|>\n", tokens_per_image)
         else:
-            text = f"<|user|>\n{question}<|end|>\n<|assistant|>\n"
+            text = f"<|user|>\n{turn.question}<|end|>\n<|assistant|>\n"
             prompt = tokenizer(text, add_special_tokens=False).input_ids
         ending = "<|end|>\n<|endoftext|>" if i + 1 == len(turns) else "<|end|>\n"
-        reply = tokenizer(answer + ending, add_special_tokens=False).input_ids
+        reply = tokenizer(turn.answer + ending, add_special_tokens=False).input_ids
         ids += prompt + reply
         labels += [-100] * len(prompt) + reply
         weights += [0.0] * len(prompt) + [1.0] * len(reply)
-        weights[len(weights) - len(reply) + sum(start)] = first_weight
+        weights[len(weights) - len(reply) + turn.quote_start] = first_weight
     return ids, labels, weights
 
 
@@ -231,33 +231,40 @@ def batch_conversations(model, processor, samples, features: list[torch.Tensor],
     return embeddings.index_put(placeholders, torch.cat(features).to(embeddings.dtype)), labels, weights
 
 
-# Shares of what whole pages are drawn for: forms of the sample's kind and any others, lines to read, shapes, words, motion.
-KINDS = {"invoice": 0.37, "form": 0.18, "reading": 0.03, "scene": 0.12, "pair": 0.17, "captioned": 0.08, "motion": 0.05}
-
+# Shares of what whole pages are drawn for: forms of the sample's kind and any others, lines to read, shapes in one picture
+# and two, statements to judge, words about a shape, motion.
+KINDS = {"invoice": 0.37, "form": 0.18, "reading": 0.03, "scene": 0.08, "pair": 0.05, "judged": 0.05, "judged_pair": 0.1}
+KINDS |= {"captioned": 0.09, "motion": 0.05}
 LOOKUP_KINDS = {"invoice": 0.45, "form": 0.25, "scene": 0.06, "pair": 0.11, "captioned": 0.07, "motion": 0.06}
+SHAPE_KINDS = {"invoice": 0.08, "form": 0.04, "scene": 0.06, "judged": 0.22, "judged_pair": 0.22, "captioned": 0.26}
+SHAPE_KINDS |= {"motion": 0.12}
 
 
-def draw_kind(rng: np.random.Generator) -> str:
+def draw_kind(plan: np.random.Generator, kinds: dict[str, float]) -> str:
     """Choose what the next batch is about."""
-    return str(rng.choice(list(KINDS), p=list(KINDS.values())))
+    return str(plan.choice(list(kinds), p=list(kinds.values())))
 
 
-def draw_samples(kind: str, rng: np.random.Generator, count: int, lines: int = LINES) -> list[tuple[list[Page], Turns]]:
+def draw_samples(kind: str, rng: np.random.Generator, count: int, lines: int = LINES) -> list[tuple[list[Page], list[Turn]]]:
     """Draw about `count` conversations of one kind, fewer where they have several pictures."""
     if kind == "pair":
-        return [curriculum.pair(rng, 5) for _ in range(count * 5 // 8)]
+        return [shapes.pair(rng, 5) for _ in range(count * 5 // 8)]
+    if kind == "judged":
+        return [shapes.judged(rng, 1, 10) for _ in range(count)]
+    if kind == "judged_pair":
+        return [shapes.judged(rng, 2, 8) for _ in range(count * 5 // 8)]
     if kind == "motion":
-        return [curriculum.motion(rng) for _ in range(count // 2)]
+        return [shapes.motion(rng) for _ in range(count // 2)]
     if kind == "scene":
-        return [curriculum.scene(rng, 5) for _ in range(count)]
+        return [shapes.scene(rng, 5) for _ in range(count)]
     if kind == "captioned":
-        return [curriculum.captioned(rng) for _ in range(count)]
+        return [shapes.captioned(rng) for _ in range(count)]
     if kind == "reading":
-        drawn = (curriculum.reading(rng, min(lines, 4)) for _ in range(count))
+        drawn = (documents.reading(rng, min(lines, 4)) for _ in range(count))
     elif kind == "invoice":
-        drawn = (curriculum.invoice(rng, 6) for _ in range(count))
+        drawn = (documents.invoice(rng, 6) for _ in range(count))
     else:
-        drawn = (curriculum.form(rng, lines, 5) for _ in range(count))
+        drawn = (documents.form(rng, lines, 5) for _ in range(count))
     return [([page], turns) for page, turns in drawn if turns]
 
 
@@ -302,9 +309,9 @@ def train_tower(model, processor, rng: np.random.Generator, steps: int) -> None:
     codes, optimizer, progress = codebook(), optimizers_for(vision), Progress("tower", steps)
     separators = torch.stack([codes[ROW_END], codes[VIEW_END]])
     for step in range(steps):
-        pages = [curriculum.type_specimen(rng) for _ in range(5)]
-        pages += [curriculum.form(rng, 12, 0)[0] for _ in range(2)]
-        pages += [curriculum.scene(rng, 0)[0][0] for _ in range(6)] + [curriculum.captioned(rng)[0][0] for _ in range(3)]
+        pages = [documents.type_specimen(rng) for _ in range(5)]
+        pages += [documents.form(rng, 12, 0)[0] for _ in range(2)]
+        pages += [shapes.scene(rng, 0)[0][0] for _ in range(6)] + [shapes.captioned(rng)[0][0] for _ in range(3)]
         target = torch.from_numpy(np.stack([symbols(page) for page in pages]))
         features = vision.img_projection(merged_patches(model, draw_pictures(pages, rng, processor)))
         left, right = target[..., 0] - LEFT, target[..., 1] - RIGHT
@@ -357,7 +364,7 @@ def train_decoder(model, processor, rng: np.random.Generator, steps: int, autoca
         elif lines < 6 and step < 0.45 * steps:
             kind, size, drawn_lines = "form", 12 if lines < 3 else 8, int(plan.integers(max(1, lines - 3), lines + 1))
         else:
-            kind, size, drawn_lines = draw_kind(plan), 6, int(plan.integers(3, lines + 1))
+            kind, size, drawn_lines = draw_kind(plan, KINDS), 6, int(plan.integers(3, lines + 1))
         samples = draw_samples(kind, rng, size, drawn_lines)
         whole = lines >= 6 and plan.random() < (0.6 if step < 0.8 * steps else 1)
         features = code_features([page for pages, _ in samples for page in pages], codes, whole)
@@ -374,18 +381,59 @@ def train_decoder(model, processor, rng: np.random.Generator, steps: int, autoca
     model.freeze_unused()
 
 
-def train_lookup(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
-    """Let the decoder go on with codes of whole pages, mostly documents: finding the right line takes longest to learn."""
+class FactProbe(torch.nn.Module):
+    """Reads what an answer follows from off the second and third layer, before the answer begins.
+
+    Whether two things are equal, say, is learned late unless something makes the layers bring the two together. Used as a
+    further loss, and thrown away after the stage.
+    """
+
+    def __init__(self, model: Phi3VForCausalLM) -> None:
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, shapes.FACT_VALUES * len(shapes.FACTS)) for _ in range(2))
+        for head in self.heads:
+            torch.nn.init.zeros_(head.weight)  # the same in all processes
+            torch.nn.init.zeros_(head.bias)
+        self.seen: list[torch.Tensor] = []
+        for layer in model.model.layers[1:3]:
+            layer.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
+
+    def forward(self, samples: list[tuple[list[Page], list[Turn]]], weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return the loss for what the model has just read, and the share of facts that are right at the third layer."""
+        none = (shapes.NO_FACT,) * len(shapes.FACTS)
+        facts = torch.tensor([turn.facts or none for _, turns in samples for turn in turns])
+        rows, columns = torch.nonzero(weights > 1, as_tuple=True)
+        stated, loss, right = facts != shapes.NO_FACT, 0.0, float("nan")
+        for head, hidden in zip(self.heads, self.seen, strict=True):
+            read = head(F.rms_norm(hidden[rows, columns - 1].float(), (WIDTH,))).view(len(facts), -1, len(shapes.FACTS))
+            if stated.any():
+                loss = loss + F.cross_entropy(read, facts)
+                right = (read.argmax(1) == facts)[stated].float().mean().item()
+            else:
+                loss = loss + 0.0 * read.sum()
+        self.seen.clear()
+        return loss, right
+
+
+def train_on(stage: str, kinds: dict[str, float], count: int, model, processor, rng, steps: int, autocast: bool) -> None:
+    """Let the decoder go on with codes of whole pages, of given kinds."""
     model.model.vision_embed_tokens.requires_grad_(False)
-    codes, optimizers, progress, plan = codebook(), optimizers_for(model), Progress("lookup", steps), np.random.default_rng(1)
+    codes, progress, plan = codebook(), Progress(stage, steps), np.random.default_rng(1)
+    model.probe = probe = FactProbe(model)
+    optimizers = optimizers_for(model)
     for step in range(steps):
-        kind = str(plan.choice(list(LOOKUP_KINDS), p=list(LOOKUP_KINDS.values())))
-        samples = draw_samples(kind, rng, 6, int(plan.integers(6, LINES + 1)))
-        features = code_features([page for pages, _ in samples for page in pages], codes, whole=plan.random() < 0.4)
+        kind, lines, whole = draw_kind(plan, kinds), int(plan.integers(6, LINES + 1)), plan.random() < 0.25
+        samples = draw_samples(kind, rng, count, lines)
+        features = code_features([page for pages, _ in samples for page in pages], codes, whole)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss, first, every = answer_loss(model, *batch_conversations(model, processor, samples, features))
-        take_step(model, optimizers, loss, step_size(step, steps, 1.5e-3, warmup=20))
-        progress.update(step, loss=loss.item(), **{name: first if name == kind else np.nan for name in LOOKUP_KINDS})
+            batch = batch_conversations(model, processor, samples, features)
+            loss, first, _ = answer_loss(model, *batch)
+            fact_loss, facts = probe(samples, batch[-1])
+        take_step(model, optimizers, loss + 0.5 * fact_loss, step_size(step, steps, 1.5e-3, warmup=20))
+        progress.update(step, loss=loss.item(), facts=facts, **{name: first if name == kind else np.nan for name in kinds})
+    del model.probe
+    for layer in model.model.layers:
+        layer._forward_hooks.clear()
     model.model.vision_embed_tokens.requires_grad_(True)
     model.freeze_unused()
 
@@ -395,7 +443,7 @@ def train_together(model, processor, rng: np.random.Generator, steps: int, autoc
     vision = model.model.vision_embed_tokens
     optimizers, progress, plan = optimizers_for(model), Progress("together", steps, every=10), np.random.default_rng(0)
     for step in range(steps):
-        samples = draw_samples(draw_kind(plan), rng, 6)
+        samples = draw_samples(draw_kind(plan, KINDS), rng, 6)
         pictures = draw_pictures([page for pages, _ in samples for page in pages], rng, processor)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             body = merged_patches(model, pictures)
@@ -444,7 +492,9 @@ def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
         "tower": lambda rng: train_tower(model, processor, rng, args.tower_steps),
         "decoder": lambda rng: train_decoder(model, processor, rng, args.decoder_steps, args.bf16),
         "together": lambda rng: train_together(model, processor, rng, args.together_steps, args.bf16),
-        "lookup": lambda rng: train_lookup(model, processor, rng, args.lookup_steps, args.bf16),
+        # Finding the right line takes longest to learn; then come what stands where in two pictures, and what agrees.
+        "lookup": lambda rng: train_on("lookup", LOOKUP_KINDS, 6, model, processor, rng, args.lookup_steps, args.bf16),
+        "shapes": lambda rng: train_on("shapes", SHAPE_KINDS, 8, model, processor, rng, args.shapes_steps, args.bf16),
         "last": lambda rng: train_together(model, processor, rng, args.together_steps // 2, args.bf16),
     }
     names = list(stages)
@@ -470,7 +520,8 @@ def main() -> None:
     parser.add_argument("--decoder_steps", type=int, default=2600, help="default: %(default)s")
     parser.add_argument("--together_steps", type=int, default=120, help="default: %(default)s")
     parser.add_argument("--lookup_steps", type=int, default=700, help="default: %(default)s")
-    stages = ("tower", "decoder", "together", "lookup", "last")
+    parser.add_argument("--shapes_steps", type=int, default=1000, help="default: %(default)s")
+    stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
     parser.add_argument("--begin_with", choices=stages, default="tower", help="go on with what --output_dir holds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

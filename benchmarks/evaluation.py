@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from assets.draw_samples import draw_samples
 from common.conversations import prompt_text
-from common.evaluation import generate_answers
+from common.generation import generate_answers
 from common.model import stop_token_ids
 from finetune_hf_trainer_docvqa import to_conversation
 

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .evaluation import autocast
 from .flops import TrainingFlops
+from .generation import autocast
 from .model import base_model, set_gradient_checkpointing
 from .phi3v.image_processing import CROP_SIZE
 

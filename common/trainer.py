@@ -30,8 +30,9 @@ from .adapter_base import write_base_description
 from .checkpoints import StopOnSignal, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
-from .evaluation import Evaluation, autocast
+from .evaluation import Evaluation
 from .flops import TrainingFlops, peak_flops
+from .generation import autocast
 from .memory import try_out
 from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from assets import curriculum
+from assets.curriculum import documents, shapes
 from assets.draw_samples import draw_samples
 from assets.samples.docvqa import VALUE_KINDS, draw_value, is_held_out
 from assets.samples.page import COLUMNS, LINES, Page
@@ -48,10 +48,10 @@ def test_tiny_tokenizer_has_the_special_tokens_and_loses_no_printable_character(
 def test_docvqa_sample_is_the_official_layout_and_holds_its_answers_out(tmp_path):
     draw_samples("docvqa", tmp_path, train=12, val=6)
     answers = {}
-    for split, documents in (("train", 12), ("val", 6)):
+    for split, count in (("train", 12), ("val", 6)):
         content = json.loads((tmp_path / f"{split}_v1.0_withQT.json").read_text(encoding="utf-8"))
         rows = content["data"]
-        assert len(rows) == 3 * documents
+        assert len(rows) == 3 * count
         assert [row["questionId"] for row in rows] == list(range(len(rows)))
         for row in rows:
             assert Image.open(tmp_path / row["image"]).size == (336, 336)
@@ -71,9 +71,19 @@ def test_values_are_open_strings(kind):
 
 def test_pretraining_never_answers_with_a_held_out_string():
     rng = np.random.default_rng(0)
-    asked = [turn for _ in range(200) for turn in curriculum.form(rng, LINES, 5)[1]]
+    asked = [turn for _ in range(200) for turn in documents.form(rng, LINES, 5)[1]]
     assert len(asked) > 600
-    assert not any(is_held_out(answer) for _, answer in asked)
+    assert not any(is_held_out(turn.answer) for turn in asked)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_statements_of_the_pretraining_are_true_as_often_as_not(pictures):
+    rng = np.random.default_rng(0)
+    asked = [turn for _ in range(200) for turn in shapes.judged(rng, pictures, 8)[1]]
+    true = [turn.answer in {yes for _, yes in shapes.VERDICTS} for turn in asked]
+    assert 0.45 < np.mean(true) < 0.55
+    assert {turn.answer for turn in asked} == {word for words in shapes.VERDICTS for word in words}
+    assert all(len(turn.facts) == len(shapes.FACTS) for turn in asked)
 
 
 def test_text_that_does_not_fit_on_a_page_is_refused():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as script
 from common.conversations import encode_prompt
-from common.evaluation import answer_log_probabilities
+from common.generation import answer_log_probabilities
 
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.evaluation import share_by_length
+from common.generation import share_by_length
 from common.planning import (
     Lengths,
     PlannedBatches,

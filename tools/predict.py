@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from common.conversations import Conversation, check_conversation, check_picture, pictures
-from common.evaluation import generate_answers
+from common.generation import generate_answers
 from common.inference import load_for_inference
 from common.model import base_model
 from common.phi3v.image_processing import MAX_CROPS

@@ -7,57 +7,34 @@ import numpy as np
 
 from .page import COLOURS, SHAPES, Page, Shape, write_json_lines
 
-NUMBERS = ("no", "one", "two", "three", "four")
 PAIRS_A_SENTENCE = 4
 
 
-def scatter(rng: np.random.Generator, count: int) -> Page:
-    """Draw `count` shapes of up to three kinds and colours at different places of a 4 × 4 grid."""
-    kinds, colours = rng.choice(SHAPES, 3, replace=False), rng.choice(list(COLOURS), 3, replace=False)
-    shapes = []
-    for place in rng.choice(16, count, replace=False):
-        kind, colour = str(kinds[rng.integers(3)]), str(colours[rng.integers(3)])
-        shapes.append(Shape(kind, colour, 1 + 3 * int(place // 4), 1 + 3 * int(place % 4), rng.uniform(16, 34)))
-    return Page(shapes=shapes)
-
-
 def _draw_statement(rng: np.random.Generator) -> tuple[str, Callable[[Page, Page], bool], tuple[str, str]]:
-    """Draw a sentence, the test whether it holds for two pages, and the shape that it is about."""
-    kind, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
-    thing = f"{colour} {kind}"
+    """Draw a sentence, the test whether it holds for two pages, and the colour and kind that it is about."""
+    colour, kind = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+    with_colour = rng.random() < 0.6
+    thing = f"{colour} {kind}" if with_colour else kind
 
-    def count(page: Page) -> int:
-        return sum((shape.kind, shape.colour) == (kind, colour) for shape in page.shapes)
+    def shown(page: Page) -> bool:
+        return any(shape.kind == kind and (shape.colour == colour or not with_colour) for shape in page.shapes)
 
-    form, side = rng.integers(4), int(rng.integers(2))
+    form, side = rng.integers(3), int(rng.integers(2))
     name = ("left", "right")[side]
     if form == 0:
-        return f"The {name} image shows a {thing}.", lambda *pages: count(pages[side]) > 0, (kind, colour)
+        return f"The {name} image shows a {thing}.", lambda *pages: shown(pages[side]), (colour, kind)
     if form == 1:
-        return f"Both images show a {thing}.", lambda *pages: min(map(count, pages)) > 0, (kind, colour)
-    if form == 2:
-        return (
-            f"Only the {name} image shows a {thing}.",
-            lambda *pages: count(pages[side]) > 0 == count(pages[1 - side]),
-            (kind, colour),
-        )
-    total = int(rng.integers(1, 4))
-    plural = "s" if total > 1 else ""
-    sentence = f"There {'are' if plural else 'is'} {NUMBERS[total]} {kind}{plural} in the {name} image."
-    return sentence, lambda *pages: sum(s.kind == kind for s in pages[side].shapes) == total, (kind, colour)
+        return f"Both images show a {thing}.", lambda *pages: all(map(shown, pages)), (colour, kind)
+    sentence = f"Only the {name} image shows a {thing}."
+    return sentence, lambda *pages: shown(pages[side]) and not shown(pages[1 - side]), (colour, kind)
 
 
-def draw_pair(rng: np.random.Generator, holds: Callable[[Page, Page], bool], about: tuple[str, str], truth: bool):
-    """Draw two pages for which `holds` is `truth`, with the shape that it is about on some of them."""
-    while True:
-        pages = scatter(rng, int(rng.integers(1, 5))), scatter(rng, int(rng.integers(1, 5)))
-        for page in pages:
-            for shape in page.shapes:
-                if rng.random() < 0.3:
-                    shape.kind = about[0]
-                    shape.colour = about[1] if rng.random() < 0.7 else shape.colour
-        if holds(*pages) == truth:
-            return pages
+def _draw_page(rng: np.random.Generator, about: tuple[str, str]) -> Page:
+    """Draw one shape, of the colour and of the kind that a statement is about more often than not."""
+    drawn = (str(rng.choice(options)) for options in (list(COLOURS), SHAPES))
+    colour, kind = (wanted if rng.random() < 0.6 else other for wanted, other in zip(about, drawn, strict=True))
+    row, column = (int(place) for place in rng.integers(3, 9, 2))
+    return Page(shapes=[Shape(kind, colour, row, column, rng.uniform(25, 60))])
 
 
 def draw_split(out_dir: Path, split: str, sentences: int, rng: np.random.Generator) -> None:
@@ -69,7 +46,10 @@ def draw_split(out_dir: Path, split: str, sentences: int, rng: np.random.Generat
             name, directory = f"{split}-{number}-{pair}", str(number % 100)
             folder = out_dir / "images" / split / (directory if split == "train" else "")
             folder.mkdir(parents=True, exist_ok=True)
-            for side, page in enumerate(draw_pair(rng, holds, about, bool(truth))):
+            pages = None
+            while pages is None or holds(*pages) != truth:
+                pages = [_draw_page(rng, about) for _ in range(2)]
+            for side, page in enumerate(pages):
                 page.draw(rng).save(folder / f"{name}-img{side}.png", compress_level=1)
             row = {"identifier": f"{name}-0", "sentence": sentence, "label": str(bool(truth))}
             rows.append(row | ({"directory": directory} if split == "train" else {}))

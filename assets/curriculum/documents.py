@@ -1,12 +1,14 @@
-"""What the tiny checkpoint is pretrained on: pages and shapes with plain questions, in other words than the sample tasks'.
+"""Pages of text that the tiny checkpoint is pretrained on, with plain questions, in other words than the DocVQA sample's.
 
 The answers are drawn from the strings that the DocVQA sample does not hold out for evaluation.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
-from .samples.docvqa import FIELDS, VALUE_KINDS, draw_form, draw_value, is_held_out
-from .samples.page import COLOURS, COLUMNS, LINES, SHAPES, Page, Shape
+from ..samples.docvqa import FIELDS, VALUE_KINDS, draw_form, draw_value, is_held_out
+from ..samples.page import COLUMNS, LINES, Page
 
 PRINTABLE = tuple(chr(i) for i in range(33, 127))
 # fmt: off
@@ -57,11 +59,27 @@ REQUESTS = (
     "And the {}?",
 )
 SENTENCES = ("It says {} on this paper.", "The paper shows {} for that.", "You can read {} in the form.")
-# A question, its answer, and where in the answer the text from the page begins (if not at once).
-Turns = list[tuple[str, str] | tuple[str, str, int]]
 
 
-def _pick(rng: np.random.Generator, options):
+class Turn(NamedTuple):
+    """A question and its answer.
+
+    Attributes
+    ----------
+    quote_start
+        Where in the answer the text from the page begins.
+    facts
+        What the answer follows from, as numbers, where that is hard to find out; see `shapes.FACTS`.
+    """
+
+    question: str
+    answer: str
+    quote_start: int = 0
+    facts: tuple[int, ...] = ()
+
+
+def pick(rng: np.random.Generator, options):
+    """Draw one of some options."""
     return options[rng.integers(len(options))]
 
 
@@ -69,30 +87,30 @@ def _label(rng: np.random.Generator) -> str:
     """Draw a label of at most 11 characters: one that is on most forms, other words, or random letters."""
     chance = rng.random()
     if chance < 0.5:
-        text = _pick(rng, COMMON_LABELS)
+        text = pick(rng, COMMON_LABELS)
         if chance < 0.35:
             return text
     elif chance < 0.65:
-        text = "".join(_pick(rng, PRINTABLE[32:58]) for _ in range(rng.integers(3, 9))).lower()
+        text = "".join(pick(rng, PRINTABLE[32:58]) for _ in range(rng.integers(3, 9))).lower()
     else:
-        text = _pick(rng, LABEL_WORDS)
+        text = pick(rng, LABEL_WORDS)
         if rng.random() < 0.5:
-            text = f"{text} {_pick(rng, LABEL_WORDS)}"
+            text = f"{text} {pick(rng, LABEL_WORDS)}"
     text = text[:11].strip()
     return (text.upper(), text.capitalize(), text.title(), text)[rng.integers(4)]
 
 
 def _value(rng: np.random.Generator) -> str:
     if rng.random() < 0.75:
-        return draw_value(_pick(rng, VALUE_KINDS), rng, held_out=False)
+        return draw_value(pick(rng, VALUE_KINDS), rng, held_out=False)
     while True:
         pool = (PRINTABLE[16:26], PRINTABLE[32:58], PRINTABLE[64:90], PRINTABLE)[rng.integers(4)]
-        text = "".join(_pick(rng, pool) for _ in range(rng.integers(3, 12)))
+        text = "".join(pick(rng, pool) for _ in range(rng.integers(3, 12)))
         if not is_held_out(text):
             return text
 
 
-def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, Turns]:
+def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, list[Turn]]:
     """Draw a form of the given number of lines with questions that quote what is printed on it.
 
     Labels stand left of their values or above them, in one column or two.
@@ -140,7 +158,7 @@ def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, Turns]
             page.rules.append(line - 1)
     grid = page.grid()
     # Nothing is asked for twice in a conversation: the answer shall come from the page, not from an earlier turn.
-    asked: Turns = []
+    asked: list[Turn] = []
     for label, value, relation in (questions[i] for i in rng.permutation(len(questions))):
         if len(asked) == turns:
             break
@@ -150,51 +168,52 @@ def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, Turns]
             row = int(rng.integers(lines))
             question, answer = f"Line {row + 1}?", " ".join("".join(grid[row]).split())
         elif not plain and rng.random() < 0.12:
-            question, answer = _pick(rng, ("Label of {}?", "What labels {}?")).format(value), label
+            question, answer = pick(rng, ("Label of {}?", "What labels {}?")).format(value), label
         else:
             quoted = label if plain else (label, label, label.lower(), label.upper())[rng.integers(4)]
             wordings = WORDINGS[relation]
             question, answer = wordings[0 if plain else rng.integers(len(wordings))].format(quoted), value
-        if answer and not is_held_out(answer) and not any(answer in "".join(turn) for turn in asked):
-            asked.append((question, answer))
+        if answer and not is_held_out(answer) and not any(answer in turn.question + turn.answer for turn in asked):
+            asked.append(Turn(question, answer))
     return page, asked
 
 
-def invoice(rng: np.random.Generator, turns: int) -> tuple[Page, Turns]:
+def invoice(rng: np.random.Generator, turns: int) -> tuple[Page, list[Turn]]:
     """Draw a form as the DocVQA sample has them, with questions about its fields.
 
     Questions that quote a label get the bare value; questions in sentences get a sentence, in which finetuning on DocVQA finds
     something to change.
     """
     page, values = draw_form(rng, held_out=False)
-    asked: Turns = []
+    asked: list[Turn] = []
     for field in (list(values)[i] for i in rng.permutation(len(values))[:turns]):
         if rng.random() < 0.4:
             label = field.label if rng.random() < 0.5 else field.label.lower()
-            asked.append((_pick(rng, WORDINGS["below"] + WORDINGS["value"]).format(label), values[field]))
+            asked.append(Turn(pick(rng, WORDINGS["below"] + WORDINGS["value"]).format(label), values[field]))
         else:
-            sentence = _pick(rng, SENTENCES)
-            asked.append((_pick(rng, REQUESTS).format(NOUNS[field.label]), sentence.format(values[field]), sentence.index("{")))
+            sentence = pick(rng, SENTENCES)
+            question = pick(rng, REQUESTS).format(NOUNS[field.label])
+            asked.append(Turn(question, sentence.format(values[field]), sentence.index("{")))
     return page, asked
 
 
-def reading(rng: np.random.Generator, lines: int) -> tuple[Page, Turns]:
+def reading(rng: np.random.Generator, lines: int) -> tuple[Page, list[Turn]]:
     """Draw lines of random words, to be read from the first to the last."""
     page, texts = Page(), []
     for line in range(lines):
         column = 2 * int(rng.integers(0, 3))
         pool = (PRINTABLE[16:26], PRINTABLE[32:58], PRINTABLE[64:90], PRINTABLE)[rng.integers(4)]
         length = int(rng.integers(8, COLUMNS - column + 1))
-        text = "".join(_pick(rng, pool) if rng.random() < 0.88 else " " for _ in range(length))
+        text = "".join(pick(rng, pool) if rng.random() < 0.88 else " " for _ in range(length))
         text = " ".join(text.split()) or "x"
         page.write(line, column, text)
         texts.append(text)
-    return page, [("Read all.", "\n".join(texts))]
+    return page, [Turn("Read all.", "\n".join(texts))]
 
 
 def type_specimen(rng: np.random.Generator) -> Page:
     """Draw a page densely filled with random characters."""
-    page, density = Page(), _pick(rng, (1.0, 0.75, 0.4))
+    page, density = Page(), pick(rng, (1.0, 0.75, 0.4))
     for line in range(LINES):
         if rng.random() > density + 0.2:
             continue
@@ -202,107 +221,9 @@ def type_specimen(rng: np.random.Generator) -> Page:
         while column < COLUMNS:
             length = min(int(rng.integers(1, 13)), COLUMNS - column)
             if rng.random() < density:
-                pool = _pick(rng, (PRINTABLE, PRINTABLE, PRINTABLE[32:58], PRINTABLE[64:90], "0123456789.,$/-:"))
-                page.write(line, column, "".join(_pick(rng, pool) for _ in range(length)))
+                pool = pick(rng, (PRINTABLE, PRINTABLE, PRINTABLE[32:58], PRINTABLE[64:90], "0123456789.,$/-:"))
+                page.write(line, column, "".join(pick(rng, pool) for _ in range(length)))
             column += length + (int(rng.integers(0, 3)) if density < 1 else 0)
     if rng.random() < 0.4:
         page.rules = [int(i) for i in rng.choice(LINES - 1, 3, replace=False)]
     return page
-
-
-def _scatter(rng: np.random.Generator, count: int) -> Page:
-    """Draw `count` shapes at different places of a 4 × 4 grid."""
-    kinds, colours = rng.choice(SHAPES, 3, replace=False), rng.choice(list(COLOURS), 3, replace=False)
-    shapes = [
-        Shape(str(_pick(rng, kinds)), str(_pick(rng, colours)), 1 + 3 * (i // 4), 1 + 3 * (i % 4), rng.uniform(16, 34))
-        for i in map(int, rng.choice(16, count, replace=False))
-    ]
-    return Page(shapes=shapes)
-
-
-def _wanted(rng: np.random.Generator, pages: list[Page]) -> tuple[str, callable]:
-    """Draw words for some shapes, mostly such as are on the pages, and the test for them."""
-    seen = [shape for page in pages for shape in page.shapes] * 3
-    shape = _pick(rng, seen + [Shape(str(_pick(rng, SHAPES)), str(_pick(rng, list(COLOURS))), 0, 0, 0)])
-    form = rng.integers(4)
-    if form == 0:
-        return shape.kind, lambda other: other.kind == shape.kind
-    if form == 1:
-        return f"{shape.colour} shape", lambda other: other.colour == shape.colour
-    if form == 2:
-        return "shape", lambda other: True
-    return f"{shape.colour} {shape.kind}", lambda other: (other.kind, other.colour) == (shape.kind, shape.colour)
-
-
-def scene(rng: np.random.Generator, turns: int) -> tuple[list[Page], Turns]:
-    """Draw a picture of shapes with questions about number, kind, colour and place."""
-    page, asked = _scatter(rng, int(rng.integers(1, 7))), []
-    while len(asked) < turns:
-        shape, question = _pick(rng, page.shapes), rng.integers(5)
-        if question == 0:
-            words, test = _wanted(rng, [page])
-            asked.append((f"How many {words}s?", str(sum(map(test, page.shapes)))))
-        elif question == 1:
-            words, test = _wanted(rng, [page])
-            asked.append((f"Any {words}?", "present" if any(map(test, page.shapes)) else "absent"))
-        elif question == 2 and sum(other.kind == shape.kind for other in page.shapes) == 1:
-            asked.append((f"Colour of the {shape.kind}?", shape.colour))
-        elif question == 3 and sum(other.colour == shape.colour for other in page.shapes) == 1:
-            asked.append((f"What is {shape.colour}?", shape.kind))
-        elif question == 4:
-            asked.append((f"At row {shape.row // 3 + 1}, column {shape.column // 3 + 1}?", f"{shape.colour} {shape.kind}"))
-    return [page], asked
-
-
-def pair(rng: np.random.Generator, turns: int) -> tuple[list[Page], Turns]:
-    """Draw two pictures of shapes with questions that compare them."""
-    pages, asked = [_scatter(rng, int(rng.integers(1, 6))) for _ in range(2)], []
-    for _ in range(turns):
-        words, test = _wanted(rng, pages)
-        first, second = (sum(map(test, page.shapes)) for page in pages)
-        question = rng.integers(3)
-        if question == 0:
-            answer = (("neither", "second"), ("first", "both"))[first > 0][second > 0]
-            asked.append((f"Which picture has a {words}?", answer))
-        elif question == 1:
-            answer = "first" if first > second else "second" if second > first else "equal"
-            asked.append((f"Where are more {words}s?", answer))
-        else:
-            asked.append((f"Count the {words}s in each.", f"{first}, {second}"))
-    return pages, asked
-
-
-def captioned(rng: np.random.Generator) -> tuple[list[Page], Turns]:
-    """Draw a large shape with a line of words that names it, or another one."""
-    colour, kind = str(_pick(rng, list(COLOURS))), str(_pick(rng, SHAPES))
-    named = [colour, kind]
-    for i, options in enumerate((list(COLOURS), SHAPES)):
-        if rng.random() < 0.3:
-            named[i] = str(_pick(rng, options))
-    line = int(_pick(rng, (0, 1, 9, 10, 11)))
-    row = int(rng.integers(3, 7)) if line > 1 else int(rng.integers(5, 9))
-    page = Page(shapes=[Shape(kind, colour, row, int(rng.integers(3, 9)), rng.uniform(35, 65))])
-    before = _pick(rng, LABEL_WORDS) + " " if rng.random() < 0.7 else ""
-    text = f"{before}{named[0]} {named[1]}"
-    text = (text[-24:].upper(), text[-24:])[rng.integers(2)]
-    page.write(line, int(rng.integers(0, COLUMNS - len(text) + 1)), text)
-    turns = [
-        ("Words and shape?", "they agree" if named == [colour, kind] else "they differ"),
-        ("Drawn?", f"{colour} {kind}"),
-        ("Written?", f"{named[0]} {named[1]}"),
-        ("Colours?", "same" if named[0] == colour else "other"),
-    ]
-    return [page], [turns[i] for i in rng.permutation(4)[:3]]
-
-
-def motion(rng: np.random.Generator, frames: int = 3) -> tuple[list[Page], Turns]:
-    """Draw the frames of one moving shape with questions about it."""
-    name, (down, right) = _pick(
-        rng, (("left", (0, -1)), ("right", (0, 1)), ("up", (-1, 0)), ("down", (1, 0)), ("nowhere", (0, 0)))
-    )
-    step, size = int(rng.integers(1, 4)), rng.uniform(18, 45)
-    colour, kind = str(_pick(rng, list(COLOURS))), str(_pick(rng, SHAPES))
-    reach = step * (frames - 1)
-    row, column = (int(rng.integers(1 + reach * (way < 0), 11 - reach * (way > 0))) for way in (down, right))
-    pages = [Page(shapes=[Shape(kind, colour, row + down * step * i, column + right * step * i, size)]) for i in range(frames)]
-    return pages, [("Which way does it go?", name), ("What is it?", f"{colour} {kind}")]

@@ -1,0 +1,1 @@
+"""What the tiny checkpoint is pretrained on: pages with questions in other words than the sample tasks'."""

@@ -1,0 +1,313 @@
+"""Batched greedy generation and answer probabilities over all processes, with results in the order of the data set."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .collator import load_crops
+from .conversations import Conversation, Picture, encode_prompt
+from .model import base_model, stop_token_ids
+from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from .phi3v.processing import pad_rows
+from .progress import track
+
+T = TypeVar("T")
+
+
+class _Prompts(Dataset):
+    """Prompts as token ids, with where each one's beginning ends that other prompts on the same pictures may share."""
+
+    def __init__(self, conversations: Sequence[Conversation], processor: Phi3VProcessor) -> None:
+        self.conversations = conversations
+        self.processor = processor
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            prompt = encode_prompt(self.conversations[index], self.processor)
+        except ValueError as error:
+            raise ValueError(f"evaluation row {index}: {error}") from None
+        ids = prompt["input_ids"]
+        begin_length = max((place for place, token in enumerate(ids) if token < 0), default=0) + 1
+        content = hashlib.blake2b(np.array(ids[:begin_length]).tobytes())
+        for picture in prompt["images"]:
+            content.update(_picture_content(picture))
+        return prompt | {"begin_length": begin_length, "beginning": content.hexdigest()}
+
+
+class _PromptCollator:
+    """Prompts to a left-padded batch in which every beginning occurs once.
+
+    Parameters
+    ----------
+    limit : int
+        Tokens of the longest prompt whose beginning may be computed apart: beyond, LongRoPE would turn it otherwise.
+    """
+
+    def __init__(self, processor: Phi3VProcessor, limit: int) -> None:
+        self.num_crops = processor.image_processor.num_crops
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.limit = limit
+
+    def __call__(self, prompts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if max(len(prompt["input_ids"]) for prompt in prompts) > self.limit:
+            return self._pad([prompt["input_ids"] for prompt in prompts]) | self._pictures(prompts)
+        begun = {prompt["beginning"]: prompt for prompt in prompts}
+        places = {beginning: place for place, beginning in enumerate(begun)}
+        rows = torch.tensor([places[prompt["beginning"]] for prompt in prompts])
+        begin = self._pad([prompt["input_ids"][: prompt["begin_length"]] for prompt in begun.values()])
+        rest = self._pad([prompt["input_ids"][prompt["begin_length"] :] for prompt in prompts])
+        whole = {name: torch.cat([begin[name][rows], rest[name]], dim=1) for name in rest}
+        begin = {f"begin_{name}": tensor for name, tensor in begin.items()}
+        return whole | begin | {"begin_rows": rows} | self._pictures(begun.values())
+
+    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        return pad_rows(rows, self.pad_token_id, "left")
+
+    def _pictures(self, prompts: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [image for prompt in prompts for image in prompt["images"]]
+        return dict(zip(("pixel_values", "image_sizes"), load_crops(images, self.num_crops), strict=True)) if images else {}
+
+
+def _picture_content(picture: Picture) -> bytes:
+    """What tells a picture from others."""
+    if isinstance(picture, Image.Image):
+        return repr((picture.mode, picture.size)).encode() + picture.tobytes()
+    if isinstance(picture, dict) and picture.get("bytes") is not None:
+        return picture["bytes"]
+    return str(picture["path"] if isinstance(picture, dict) else picture).encode()
+
+
+def share_by_length(
+    lengths: Sequence[int],
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    in_step: bool = False,
+    beginnings: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Batches of one process: prompts of like length together, longest first, dealt to the processes in turn.
+
+    Parameters
+    ----------
+    in_step : bool
+        Give every process as many batches, the last ones a second time if need be.
+    beginnings : sequence of str, optional
+        Prompts that begin alike are kept together.
+
+    Returns
+    -------
+    list of list of int
+        Indices. Over all processes every index occurs (without ``in_step`` once).
+    """
+    beginnings = range(len(lengths)) if beginnings is None else beginnings
+    longest: dict[Any, int] = {}
+    for beginning, length in zip(beginnings, lengths, strict=True):
+        longest[beginning] = max(length, longest.get(beginning, 0))
+    first = {beginning: place for place, beginning in enumerate(longest)}
+    order = sorted(range(len(lengths)), key=lambda i: (-longest[beginnings[i]], first[beginnings[i]], -lengths[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if in_step:
+        batches += [batches[-1]] * (-len(batches) % world_size)
+    return batches[rank::world_size]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: nn.Module,
+    processor: Phi3VProcessor,
+    conversations: Sequence[Conversation],
+    args: argparse.Namespace,
+) -> list[str]:
+    """Answer the last turn of each conversation, greedily.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not wrapped by DDP or DeepSpeed.
+    conversations : sequence of dict
+        See :mod:`common.conversations`; the answer to the last turn is ignored.
+    args : argparse.Namespace
+        ``eval_batch_size``, ``max_new_tokens``, ``dataloader_num_workers``, ``bf16``, ``tqdm``.
+
+    Returns
+    -------
+    list of str
+        Answers without special tokens, in the order of ``conversations``, on every process.
+    """
+    answers = {}
+    with _evaluating(model, args):
+        for indices, batch in _prompt_batches(model, processor, conversations, args, args.max_new_tokens):
+            generated = model.generate(
+                **_begin(base_model(model), batch),
+                max_new_tokens=args.max_new_tokens,
+                do_sample=False,
+                eos_token_id=stop_token_ids(processor),
+                pad_token_id=processor.tokenizer.pad_token_id,
+            )
+            texts = processor.tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers.update(zip(indices, texts, strict=True))
+    return _gather_results(answers)
+
+
+@torch.no_grad()
+def answer_log_probabilities(
+    model: nn.Module,
+    processor: Phi3VProcessor,
+    conversations: Sequence[Conversation],
+    answers: Sequence[str],
+    args: argparse.Namespace,
+) -> np.ndarray:
+    """Log-probability of each of some whole answers to the last turn of each conversation, teacher-forced.
+
+    Parameters
+    ----------
+    model, processor, conversations, args
+        As for :func:`generate_answers`.
+    answers : sequence of str
+        Answers to compare, the same for all conversations.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 (conversations, answers), sums over an answer's tokens, in the order of ``conversations``, on every process.
+    """
+    answer_ids = [torch.tensor(ids) for ids in processor.tokenizer(list(answers), add_special_tokens=False).input_ids]
+    base = base_model(model)
+    results = {}
+    with _evaluating(model, args):
+        for indices, batch in _prompt_batches(model, processor, conversations, args, max(map(len, answer_ids))):
+            prompts = _begin(base, batch)
+            columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in answer_ids]
+            results.update(zip(indices, torch.stack(columns, dim=1).double().tolist(), strict=True))
+    return np.array(_gather_results(results))
+
+
+def _answer_log_probabilities(base: Phi3VForCausalLM, prompts: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:
+    """Log-probability of one answer, int64 (tokens,), after each prompt; float32 (prompts,)."""
+    mask, cache = prompts["attention_mask"], prompts.get("past_key_values")
+    answers = answer.expand(len(mask), -1)
+    mask = torch.cat([mask, torch.ones_like(answers)], dim=1)
+    begun = cache.get_seq_length() if cache else 0
+    logits = base(
+        **prompts
+        | {
+            "input_ids": torch.cat([prompts["input_ids"], answers], dim=1)[:, begun:],
+            "attention_mask": mask,
+            "position_ids": _positions(mask)[:, begun:],
+        },
+        use_cache=cache is not None,
+        logits_to_keep=len(answer) + 1,
+    ).logits[:, :-1]
+    if cache:
+        cache.crop(begun - cache.get_seq_length())
+    log_probabilities = logits.float().log_softmax(-1)
+    return log_probabilities.gather(2, answers[..., None]).sum((1, 2))
+
+
+def _begin(base: Phi3VForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Compute what prompts begin with, each beginning once; returns the prompts with a cache of that.
+
+    Questions on one picture so share the work of its tower and of its tokens, which are nearly all of a prompt.
+    """
+    if "begin_rows" not in batch:
+        return batch
+    names = ("begin_rows", "begin_input_ids", "begin_attention_mask", "pixel_values", "image_sizes")
+    rows, input_ids, mask, pixel_values, image_sizes = (batch.pop(name, None) for name in names)
+    cache = base(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=_positions(mask),
+        pixel_values=pixel_values,
+        image_sizes=image_sizes,
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    cache.batch_select_indices(rows)
+    return batch | {"past_key_values": cache}
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions counted from each prompt's own start, so that padding does not even change rounding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def autocast(model: nn.Module, args: argparse.Namespace) -> torch.autocast:
+    """Autocast as in training: to bf16 or fp16 where weights are wider, else off."""
+    device = base_model(model).device
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    enabled = args.bf16 or device.type == "cuda"
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+@contextmanager
+def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    # Compiled layers would be compiled anew for the cache's growing shapes.
+    with autocast(model, args), torch.compiler.set_stance("force_eager"):
+        yield
+    model.train(was_training)
+
+
+def _prompt_batches(
+    model: nn.Module,
+    processor: Phi3VProcessor,
+    conversations: Sequence[Conversation],
+    args: argparse.Namespace,
+    most_new_tokens: int,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """This process's share of the prompts: indices, and left-padded batches on the model's device."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    prompts = _Prompts(conversations, processor)
+    share = (prompts[index] for index in range(rank, len(prompts), world_size))
+    lengths, beginnings = zip(
+        *_gather_in_order([(len(prompt["input_ids"]), prompt["beginning"]) for prompt in share]), strict=True
+    )
+    # ZeRO-3 gathers the weights of each layer from all processes: none may have a batch more than another.
+    in_step = is_deepspeed_zero3_enabled()
+    batches = share_by_length(lengths, args.eval_batch_size, rank, world_size, in_step, beginnings)
+    loader = DataLoader(
+        prompts,
+        batch_sampler=batches,
+        collate_fn=_PromptCollator(processor, base_model(model).model.rotary_emb.limit - most_new_tokens),
+        num_workers=min(args.dataloader_num_workers, len(batches)),
+    )
+    device = base_model(model).device
+    for indices, batch in zip(batches, track(loader, "Evaluating", "batches", args.tqdm), strict=True):
+        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _gather_results(results: dict[int, T]) -> list[T]:
+    """Put together, by index, what each process found out."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        shares: list[dict[int, T]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(shares, results)
+        results = {index: result for share in shares for index, result in share.items()}
+    return [results[index] for index in range(len(results))]
+
+
+def _gather_in_order(share: list[T]) -> list[T]:
+    """Put together what each process measured of items ``rank``, ``rank + world_size``, …."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return share
+    shares: list[list[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    merged: list[Any] = [None] * sum(map(len, shares))
+    for index, part in enumerate(shares):
+        merged[index :: len(shares)] = part
+    return merged

@@ -1,0 +1,99 @@
+"""Answers don't depend on how prompts are batched, nor on what they share; what they share is computed once."""
+
+import argparse
+import io
+import json
+
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+from common.conversations import pictures, prompt_text
+from common.generation import answer_log_probabilities, generate_answers, share_by_length
+from common.model import stop_token_ids
+from common.phi3v import Phi3VConfig
+
+ANSWERS = ("Yes.", "No, neither of them")
+
+
+def flags(batch_size):
+    return argparse.Namespace(eval_batch_size=batch_size, max_new_tokens=12, dataloader_num_workers=0, bf16=False, tqdm=False)
+
+
+def load(**overrides):
+    config = Phi3VConfig.from_dict(json.loads((TINY / "config.json").read_text()) | overrides)
+    return AutoModelForCausalLM.from_pretrained(TINY, config=config, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, num_crops=2)
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    """Questions on three sets of pictures (files, bytes, none), in mixed order; crops there are 2, 1 + 2, and none."""
+    noise = torch.randint(0, 256, (300, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    wide, square, upright = tmp_path / "wide.png", tmp_path / "square.png", tmp_path / "upright.png"
+    Image.fromarray(noise).save(wide)
+    Image.fromarray(noise[:, :300]).save(square)
+    Image.fromarray(noise.transpose(1, 0, 2)).save(upright)
+    two = [{"bytes": path.read_bytes(), "path": None} for path in (square, upright)]
+    asked = [
+        ([wide], "Read."),
+        (two, "In <|image_2|>, and not in <|image_1|>?"),
+        ([], "How are you?"),
+        ([wide], "And which of these words is the longest one?"),
+        (two, "In <|image_2|>, and not in <|image_1|>, what is there?"),
+        ([square], "Read."),
+        ([wide], "Read."),
+    ]
+    return [{"conversations": [{"images": images, "user": user}]} for images, user in asked]
+
+
+@torch.no_grad()
+def alone(model, processor, conversation):
+    """Greedy answer and log-probabilities of ANSWERS, computed from one prompt at a time without a cache."""
+    images = [Image.open(image) if not isinstance(image, dict) else open_bytes(image) for image in pictures(conversation)]
+    inputs = processor(prompt_text(conversation, processor), images or None)
+    ids, vision = inputs["input_ids"], {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    log_probabilities = []
+    for answer in ANSWERS:
+        answer = torch.tensor([processor.tokenizer(answer, add_special_tokens=False).input_ids])
+        logits = model(torch.cat([ids, answer], 1), **vision).logits[:, ids.shape[1] - 1 : -1]
+        log_probabilities.append(logits.log_softmax(-1).gather(2, answer[..., None]).sum().item())
+    answer = []
+    while len(answer) < 12 and (not answer or answer[-1] not in stop_token_ids(processor)):
+        logits = model(torch.cat([ids, torch.tensor([answer], dtype=torch.long)], 1), **vision).logits
+        answer.append(logits[0, -1].argmax().item())
+    return processor.tokenizer.decode(answer, skip_special_tokens=True), log_probabilities
+
+
+def open_bytes(image):
+    return Image.open(io.BytesIO(image["bytes"]))
+
+
+# Prompts have about 20, 480 and 1,100 tokens: with a limit of 490 some answers take a prompt over it, where LongRoPE's
+# factors change, and longer prompts are beyond it from the start.
+@pytest.mark.parametrize("limit", [4096, 490])
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, limit):
+    model = load(original_max_position_embeddings=limit, max_position_embeddings=32 * limit)
+    expected = [alone(model, processor, conversation) for conversation in conversations]
+    assert generate_answers(model, processor, conversations, flags(batch_size)) == [answer for answer, _ in expected]
+    found = answer_log_probabilities(model, processor, conversations, ANSWERS, flags(batch_size))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
+
+
+def test_pictures_that_prompts_share_pass_the_tower_once(conversations, processor):
+    model, seen = load(), []
+    model.model.vision_embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[1])))
+    generate_answers(model, processor, conversations, flags(8))
+    assert seen == [4]  # wide, square, and the pair's two, which are other pictures than the file of the same content
+
+
+def test_prompts_that_begin_alike_come_together():
+    order = [index for batch in share_by_length([5, 9, 7, 9, 6], 2, 0, 1, beginnings=list("abcab")) for index in batch]
+    assert order == [3, 0, 1, 4, 2]
