@@ -59,7 +59,7 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no valid JSON ({error}): download it again") from None
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
         raise ValueError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data"')
@@ -113,7 +113,8 @@ def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
     conversations = [to_conversation(row, random.Random(0)) for row in rows]
     predictions = []
     for row, answer in zip(rows, generate_answers(model, processor, conversations, args), strict=True):
-        prediction = normalise_answer(answer, lower=False)
+        # the_cauldron puts a full stop after every answer, which the benchmark's answers don't have.
+        prediction = normalise_answer(answer, lower=False) if args.full_train else answer.strip()
         predictions.append(
             {
                 "id": str(row["id"]),
@@ -121,7 +122,7 @@ def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
                 "prediction": prediction,
                 "answers": row["answers"],
                 "score": anls(prediction, row["answers"]),
-                "score_case_sensitive": anls(prediction, row["answers"], case_sensitive=True),
+                "score_case_sensitive": anls(normalise_answer(answer, lower=False), row["answers"], case_sensitive=True),
             }
         )
     values = {

@@ -67,12 +67,15 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
 
 def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
     """Accuracy of the generated answer to the last turn, over all rows and per class."""
-    predictions = []
+    predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, generate_answers(model, processor, rows, args), strict=True)):
         prediction, turn = normalise_answer(answer), row["conversations"][-1]
+        # Own data may lack ids, or use a picture's name for several questions.
+        identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
+        seen.add(identifier)
         predictions.append(
             {
-                "id": row["id"] or str(number),
+                "id": identifier,
                 "question": turn["user"],
                 "prediction": prediction,
                 "answers": [turn["assistant"]],

@@ -31,6 +31,7 @@ from common.phi3v.image_processing import (
     grid_to_crops,
     normalise_with_global_view,
     num_image_tokens,
+    num_views,
     to_crop_grid,
 )
 from common.phi3v.processing import pad_rows
@@ -125,8 +126,7 @@ def plain_batch(samples):
     for sample in samples:
         pixels = torch.zeros(len(sample["sizes"]), NUM_CROPS + 1, 3, CROP_SIZE, CROP_SIZE)
         for picture, crops, size in zip(pixels, sample["crops"], sample["sizes"], strict=True):
-            views = normalise_with_global_view(crops, [size])
-            picture[: len(views)] = views
+            picture[: 1 + len(crops)] = normalise_with_global_view(crops, [size])
         batch["pixel_values"].append(pixels)
     batch["pixel_values"] = torch.cat(batch["pixel_values"])
     return batch
@@ -244,7 +244,7 @@ def main() -> None:
 
     lengths = [len(sample["input_ids"]) for sample in samples]
     sizes = [size for sample in samples for size in sample["sizes"]]
-    views = sum(1 + len(crops) for sample in samples for crops in sample["crops"])
+    views = sum(num_views(*size) for size in sizes)
     flops = TrainingFlops(model)(packed)
     faster = {name: ratios(values, seconds["packed"]) for name, values in seconds.items() if name != "packed"}
     for name, values in seconds.items():

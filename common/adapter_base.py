@@ -72,17 +72,28 @@ def fingerprint(directory: Path) -> str:
     Takes well under a second, since next to nothing is read.
     """
     digest = hashlib.sha256()
-    places = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            places |= dict.fromkeys(file.keys(), path)
-    files = {path: safe_open(path, framework="pt") for path in set(places.values())}
-    for name in sorted(places):
-        tensor = files[places[name]].get_slice(name)
+    files = _open_tensors(directory)
+    for name in sorted(files):
+        tensor = files[name].get_slice(name)
         part = tensor[:] if len(tensor.get_shape()) == 1 else tensor[:1]
         digest.update(name.encode())
         digest.update(part.bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def read_tensors(directory: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Some tensors of a checkpoint, as they are on disk."""
+    files = _open_tensors(directory)
+    return {name: files[name].get_tensor(name) for name in names}
+
+
+def _open_tensors(directory: Path) -> dict[str, Any]:
+    """The open file that holds each tensor of a checkpoint."""
+    files: dict[str, Any] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        file = safe_open(path, framework="pt")
+        files |= dict.fromkeys(file.keys(), file)
+    return files
 
 
 def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:

@@ -43,7 +43,6 @@ def check_conversation(conversation: Any, name: str) -> None:
     turns = conversation.get("conversations") if isinstance(conversation, dict) else None
     if not isinstance(turns, list) or not turns:
         raise ValueError(f'{name}: "conversations" must be a list of at least one turn')
-    num_images = 0
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             raise ValueError(f'{name}, turn {number}: a turn must be an object with "user" and "assistant"')
@@ -53,11 +52,17 @@ def check_conversation(conversation: Any, name: str) -> None:
         images = turn.get("images") or []
         if not isinstance(images, list):
             raise ValueError(f'{name}, turn {number}: "images" must be a list')
-        num_images += len(images)
-    try:
-        check_image_numbers(image_numbers("".join(_user_contents(conversation))), num_images)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        if IMAGE_TAG.search(turn["assistant"]):
+            raise ValueError(f'{name}, turn {number}: image tags belong into "user", not into an answer')
+    num_images, tags = 0, []
+    for number, (turn, content) in enumerate(zip(turns, _user_contents(conversation), strict=True), start=1):
+        # What stands before an answer is all that inference has at that turn.
+        num_images += len(turn.get("images") or [])
+        tags += image_numbers(content)
+        try:
+            check_image_numbers(tags, num_images)
+        except ValueError as error:
+            raise ValueError(f"{name}, turn {number}: {error}" if len(turns) > 1 else f"{name}: {error}") from None
 
 
 def pictures(conversation: Conversation) -> list[Picture]:

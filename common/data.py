@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from .conversations import Conversation, count_tokens, encode_conversation, open_picture, pictures
 from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import CROP_SIZE, crop_grid_size, num_image_tokens
+from .phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
 from .planning import Lengths
 from .progress import Progress
 
@@ -66,10 +66,30 @@ class TrainingData(Dataset):
         except ValueError as error:
             raise ValueError(f"training row {row}: {error}") from None
 
-    def lengths(self, epoch: int, bar: bool = True) -> Lengths:
-        """Tokens and crops of all samples of an epoch, from picture sizes and text, decoding nothing.
+    def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
+        """Tokens and views of some rows in an epoch, from picture sizes and text, decoding nothing.
 
-        Each process measures a share of the rows. A row whose conversation draws nothing is measured only once.
+        A row whose conversation draws nothing is measured only once.
+
+        Parameters
+        ----------
+        epoch : int
+        rows : numpy.ndarray
+            int64 (rows,).
+
+        Raises
+        ------
+        ValueError
+            Naming the row and what is wrong with it.
+        """
+        new = rows[self._varies[rows]]
+        if len(new):
+            self._measured[new], self._varies[new] = self._measure(epoch, new)
+        tokens, views = self._measured[rows].T
+        return Lengths(tokens=tokens, views=views)
+
+    def lengths(self, epoch: int, bar: bool = True) -> Lengths:
+        """As :meth:`measure`, of all rows, each process measuring a share of them; to be called on all processes.
 
         Parameters
         ----------
@@ -99,19 +119,17 @@ class TrainingData(Dataset):
             for index, (measured, varies) in enumerate(shares):
                 self._measured[rows[index::world_size]] = measured
                 self._varies[rows[index::world_size]] = varies
-        tokens, crops = self._measured.T.copy()
-        return Lengths(tokens=tokens, crops=crops)
+        tokens, views = self._measured.T.copy()
+        return Lengths(tokens=tokens, views=views)
 
     def sample_lengths(self, count: int = 256) -> Lengths:
-        """As :meth:`lengths`, of some rows spread over the data."""
-        rows = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
-        tokens, crops = self._measure(0, rows)[0].T
-        return Lengths(tokens=tokens, crops=crops)
+        """As :meth:`measure`, of some rows spread over the data."""
+        return self.measure(0, np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)))
 
     def _measure(
         self, epoch: int, rows: np.ndarray, count_done: Callable[[int], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and crops of some rows, int64 (rows, 2), and whether another epoch may change them, bool (rows,)."""
+        """Tokens and views of some rows, int64 (rows, 2), and whether another epoch may change them, bool (rows,)."""
         measured, varies = np.empty((len(rows), 2), dtype=np.int64), np.empty(len(rows), dtype=bool)
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
@@ -123,7 +141,7 @@ class TrainingData(Dataset):
                 varies[place] = generator.getstate() != untouched
                 sizes = self._sizes(row, conversations[-1], keep=varies[place])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
-                measured[place, 1] = sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in sizes)
+                measured[place, 1] = sum(num_views(*size) for size in sizes)
             names = [f"training row {row}" for row in chosen]
             tokens = count_tokens(conversations, image_tokens, names, self.processor)
             measured[start : start + len(chosen), 0] = tokens

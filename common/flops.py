@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .phi3v import Phi3VForCausalLM
-from .phi3v.image_processing import CROP_SIZE
+from .phi3v.image_processing import num_views
 
 # Dense bf16 peak in TFLOP/s (fp16 where there is no bf16) by words of the device's name, the more particular first.
 # From NVIDIA's and AMD's data sheets, without sparsity.
@@ -61,7 +61,7 @@ class BatchSizes:
     pairs : int
         Pairs of a token and one that it may attend to: a sample of n tokens has n (n + 1) / 2.
     views : int
-        Crops and global views.
+        Crops and global views that the tower runs on.
     image_tokens : int
         Tokens that pictures became.
     supervised : int
@@ -105,7 +105,7 @@ class TrainingFlops:
         return BatchSizes(
             tokens=int(lengths.sum()),
             pairs=int((lengths * (lengths + 1) // 2).sum()),
-            views=sum(1 + (height // CROP_SIZE) * (width // CROP_SIZE) for height, width in images),
+            views=sum(num_views(*size) for size in images),
             image_tokens=sum(self._vision.num_tokens(images)),
             supervised=int((batch["labels"][:, 1:] != -100).sum()),
         )

@@ -55,7 +55,8 @@ class _PromptCollator:
     Parameters
     ----------
     limit : int
-        Tokens of the longest prompt whose beginning may be computed apart: beyond, LongRoPE would turn it otherwise.
+        Tokens of the longest prompt whose beginning may be computed apart: beyond, LongRoPE would turn it otherwise. 0 for
+        never.
     """
 
     def __init__(self, processor: Phi3VProcessor, limit: int) -> None:
@@ -281,10 +282,11 @@ def _prompt_batches(
     # ZeRO-3 gathers the weights of each layer from all processes: none may have a batch more than another.
     in_step = is_deepspeed_zero3_enabled()
     batches = share_by_length(lengths, args.eval_batch_size, rank, world_size, in_step, beginnings)
+    limit = 0 if in_step else base_model(model).model.rotary_emb.limit - most_new_tokens
     loader = DataLoader(
         prompts,
         batch_sampler=batches,
-        collate_fn=_PromptCollator(processor, base_model(model).model.rotary_emb.limit - most_new_tokens),
+        collate_fn=_PromptCollator(processor, limit),
         num_workers=min(args.dataloader_num_workers, len(batches)),
     )
     device = base_model(model).device

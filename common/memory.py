@@ -54,6 +54,8 @@ class Trial:
         Layers of the decoder.
     states : float
         Bytes of gradients, optimizer states and master weights, which come on top of what is loaded.
+    step : float
+        Bytes that an optimizer step takes for a while, when nothing of the forward pass is kept any more.
     free : float
         Bytes that the device has left for this process.
     flops_per_second : float
@@ -64,6 +66,7 @@ class Trial:
     recomputing: Footprint
     num_layers: int
     states: float
+    step: float
     free: float
     flops_per_second: float
 
@@ -78,23 +81,37 @@ class Trial:
             Of the largest batch.
         """
         kept, recomputed = self.keeping.bytes(tokens, views), self.recomputing.bytes(tokens, views)
-        if mode == "none":
-            return self.states + kept
         # The backward pass holds one layer at a time in full.
         one_layer = (kept - recomputed) / self.num_layers
-        if mode == "full":
-            return self.states + recomputed + one_layer
         tower_kept = (self.keeping.per_view - self.recomputing.per_view) * views
-        return self.states + (kept - tower_kept + recomputed) / 2 + one_layer
+        activations = {
+            "none": kept,
+            "selective": (kept - tower_kept + recomputed) / 2 + one_layer,
+            "full": recomputed + one_layer,
+        }
+        return self.states + max(self.step, activations[mode])
 
     def choose(self, tokens: int, views: int) -> str:
-        """The mode with the least recomputation that fits; the same on all processes."""
+        """The mode with the least recomputation that fits this device, or "full"."""
         limit = USABLE_SHARE * self.free
-        choices = [next((index for index, mode in enumerate(MODES) if self.needed(mode, tokens, views) <= limit), -1)]
-        if dist.is_initialized():
-            [own], choices = choices, [None] * dist.get_world_size()
-            dist.all_gather_object(choices, own)
-        return MODES[-1] if -1 in choices else MODES[max(choices)]
+        return next((mode for mode in MODES if self.needed(mode, tokens, views) <= limit), MODES[-1])
+
+
+def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
+    """The mode with the least recomputation that fits on every process; "full" where one could make no trial.
+
+    Parameters
+    ----------
+    trial : Trial, optional
+        This process's.
+    tokens, views : int
+        Of the largest batch.
+    """
+    modes = [trial.choose(tokens, views) if trial else MODES[-1]]
+    if dist.is_initialized():
+        [own], modes = modes, [None] * dist.get_world_size()
+        dist.all_gather_object(modes, own)
+    return max(modes, key=MODES.index)
 
 
 def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, flops: TrainingFlops) -> Trial | None:
@@ -142,6 +159,7 @@ def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, fl
         footprints["full"],
         num_layers=len(base_model(model).model.layers),
         states=state_bytes(model, args),
+        step=step_bytes(model, args),
         free=free_bytes(device),
         flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
     )
@@ -176,12 +194,26 @@ def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
         return gradients + buckets + (0 if "paged" in args.optim else moments * count)
     zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {})
     halves = args.bf16 or torch.cuda.is_available()
+    if "paged" in args.optim:
+        moments = 0
     masters_and_moments = (4 + moments if halves else moments) * count
     gradients = (2 if halves else 4) * count
     stage, offloads = zero.get("stage", 0), "offload_optimizer" in zero
     partition = world_size if stage >= 1 else 1
     buckets = 2 * (2 if halves else 4) * min(zero.get("reduce_bucket_size", 5e8), count)
     return (0 if offloads else masters_and_moments / partition) + gradients / (world_size if stage >= 2 else 1) + buckets
+
+
+def step_bytes(model: nn.Module, args: argparse.Namespace) -> float:
+    """Bytes that an optimizer step takes for a while: DeepSpeed's fp32 copy of the gradients that a process owns."""
+    halves = args.bf16 or torch.cuda.is_available()
+    if args.deepspeed is None or not halves:
+        return 0
+    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2) or "offload_optimizer" in zero:
+        return 0
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return 4 * count / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def free_bytes(device: torch.device) -> float:

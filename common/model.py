@@ -18,6 +18,7 @@ from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_
 from .adapter_base import base_revision
 from .arguments import PARTS
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from .phi3v.attention import has_varlen_kernel
 from .progress import say
 
 DECODER_LORA_MODULES = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
@@ -35,6 +36,7 @@ def check_checkpoint(name_or_path: str) -> None:
         Naming what is missing and what to do.
     """
     directory = Path(name_or_path)
+    model_type = None
     if not directory.is_dir():
         looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
         if looks_local:
@@ -51,17 +53,18 @@ def check_checkpoint(name_or_path: str) -> None:
     else:
         needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
         missing = [name for name in needed if not (directory / name).is_file()]
+        if "config.json" not in missing:
+            model_type = _model_type(directory / "config.json")
         index = directory / "model.safetensors.index.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             missing += [shard for shard in shards if not (directory / shard).is_file()]
         elif not (directory / "model.safetensors").is_file():
             missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
-        if missing:
+        if missing and model_type in ("phi3_v", None):
             raise ValueError(
                 f"--model_name_or_path {name_or_path} lacks {', '.join(missing)}: copy the checkpoint's files there again"
             )
-        model_type = json.loads((directory / "config.json").read_text()).get("model_type")
     if model_type != "phi3_v":
         raise ValueError(
             f"--model_name_or_path {name_or_path} is a {model_type} checkpoint; these recipes finetune phi3_v: "
@@ -82,19 +85,22 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
     ValueError
         If a flash kernel is asked for where none runs.
     """
+    has_kernel = has_varlen_kernel(device)
+    generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     installed = [
         name
-        for name, available in (
-            ("flash_attention_4", is_flash_attn_4_available),
-            ("flash_attention_3", is_flash_attn_3_available),
-            ("flash_attention_2", is_flash_attn_2_available),
+        for name, available, generations in (
+            ("flash_attention_4", is_flash_attn_4_available, (9, 10, 11)),  # Hopper and Blackwell
+            ("flash_attention_3", is_flash_attn_3_available, (9,)),  # Hopper
+            ("flash_attention_2", is_flash_attn_2_available, range(8, 100)),
         )
-        if device.type == "cuda" and available()
+        if generation in generations and available()
     ]
-    has_kernel = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     asked = args.attn_implementation
     if asked and asked.startswith("flash_attention") and asked not in installed:
-        raise ValueError(f"--attn_implementation {asked}: flash-attn {asked[-1]} is not installed or finds no GPU")
+        raise ValueError(
+            f"--attn_implementation {asked}: flash-attn {asked[-1]} is not installed, or finds no GPU that it runs on"
+        )
     if asked:
         return asked, "asked for by --attn_implementation"
     if args.use_flash_attention:
@@ -110,7 +116,7 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
         return "varlen", "PyTorch's own variable-length flash kernel runs on this GPU"
     if device.type == "cpu":
         return "varlen", "on a CPU it runs SDPA sample by sample"
-    return "sdpa", "this GPU is older than flash kernels (compute capability below 8.0)"
+    return "varlen", "this GPU is older than flash kernels (compute capability below 8.0): it runs SDPA sample by sample"
 
 
 def use_liger_kernel(device: torch.device) -> None:
@@ -290,6 +296,13 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"--init_lora_weights {args.init_lora_weights}: PEFT refuses it ({error})") from error
+
+
+def _model_type(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is no JSON object ({error}): copy the checkpoint's files there again") from None
 
 
 def _first_line(error: Any) -> str:

@@ -7,26 +7,26 @@ processes and, if there is a token budget, no bin exceeds it (but for a sample t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 # Work of the published tower for one crop, in tokens of the published decoder: 577 tokens through 23 layers of 12.6 M
 # parameters against one token through 3.7 G parameters.
-TOKENS_PER_CROP_OF_WORK = 45
+TOKENS_PER_VIEW_OF_WORK = 45
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Size of every sample of an epoch: ``tokens`` and ``crops`` (global views included), int64 (rows,)."""
+    """Size of every sample of an epoch: ``tokens`` and ``views`` (crops and global views), int64 (rows,)."""
 
     tokens: np.ndarray
-    crops: np.ndarray
+    views: np.ndarray
 
     def work(self) -> np.ndarray:
         """Work of each sample in tokens of the decoder, (rows,)."""
-        return self.tokens + TOKENS_PER_CROP_OF_WORK * self.crops
+        return self.tokens + TOKENS_PER_VIEW_OF_WORK * self.views
 
 
 def epoch_steps(num_rows: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
@@ -42,16 +42,34 @@ def epoch_steps(num_rows: int, batch_size: int, seed: int, epoch: int) -> np.nda
     return np.resize(order, steps * batch_size).reshape(steps, batch_size)
 
 
-def bins_needed(tokens: Sequence[int], budget: int) -> int:
-    """Bins that samples need so that none exceeds the budget, found by best fit in order of falling size."""
+def best_fit(tokens: np.ndarray, budget: int) -> list[list[int]]:
+    """Put samples into as few bins as best fit finds, taking them in order of falling size, so that no bin exceeds the budget.
+
+    Parameters
+    ----------
+    tokens : numpy.ndarray
+        Tokens of each sample, (samples,).
+    budget : int
+        Most tokens of a bin. A sample that alone exceeds it gets a bin of its own.
+
+    Returns
+    -------
+    list of list of int
+        Indices of the samples in each bin.
+    """
+    bins: list[list[int]] = []
     free: list[int] = []
-    for size in sorted(tokens, reverse=True):
+    for sample in np.argsort(-tokens, kind="stable").tolist():
+        size = int(tokens[sample])
         fitting = [index for index, room in enumerate(free) if room >= size]
         if fitting:
-            free[min(fitting, key=free.__getitem__)] -= size
+            index = min(fitting, key=free.__getitem__)
+            bins[index].append(sample)
+            free[index] -= size
         else:
+            bins.append([sample])
             free.append(budget - size)
-    return len(free)
+    return bins
 
 
 def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int | None = None) -> list[list[int]]:
@@ -78,13 +96,24 @@ def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int |
         if len(order) - position <= len(empty):
             candidates = empty
         elif budget is not None:
-            fitting = candidates[(bin_tokens + tokens[sample] <= budget) | (bin_tokens == 0)]
-            candidates = fitting if len(fitting) else candidates
+            candidates = candidates[(bin_tokens + tokens[sample] <= budget) | (bin_tokens == 0)]
+            if not len(candidates):
+                bins = _split(best_fit(tokens, budget), work, num_bins)
+                break
         target = candidates[np.argmin(bin_work[candidates])]
         bins[target].append(int(sample))
         bin_tokens[target] += tokens[sample]
         bin_work[target] += work[sample]
-    return [bins[index] for index in np.argsort(-bin_work, kind="stable")]
+    return sorted(bins, key=lambda members: -work[members].sum())
+
+
+def _split(bins: list[list[int]], work: np.ndarray, num_bins: int) -> list[list[int]]:
+    """Halve the bins of most work until there are as many as there shall be."""
+    while len(bins) < num_bins:
+        bins.sort(key=lambda members: (len(members) > 1, work[members].sum()))
+        most = np.array(bins.pop())
+        bins += [most[half].tolist() for half in fill_bins(work[most], work[most], 2)]
+    return bins
 
 
 class PlannedBatches:
@@ -101,7 +130,7 @@ class PlannedBatches:
     accumulation : int
         Micro-batches a process and step.
     measure : callable, optional
-        Gives the :class:`Lengths` of an epoch; bins are then balanced by them (packing).
+        Gives the :class:`Lengths` of an epoch's rows; bins are then balanced by them (packing).
     max_tokens : int, optional
         Most tokens of a bin.
     """
@@ -114,7 +143,7 @@ class PlannedBatches:
         rank: int,
         world_size: int,
         accumulation: int,
-        measure: Callable[[int], Lengths] | None = None,
+        measure: Callable[[int, np.ndarray], Lengths] | None = None,
         max_tokens: int | None = None,
     ) -> None:
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
@@ -131,36 +160,42 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        lengths = self.measure(epoch) if self.measure else None
         for rows in epoch_steps(self.num_rows, self.batch_size, self.seed, epoch):
-            for number, bin_rows in enumerate(self.bins(rows, lengths)):
+            # Measured step by step, so that training begins at once however many rows there are.
+            for number, bin_rows in enumerate(self.bins(rows, self.measure(epoch, rows) if self.measure else None)):
                 if number % self.world_size == self.rank:
                     yield [(epoch, int(row)) for row in bin_rows]
 
     def largest(self, lengths: Lengths) -> tuple[int, int]:
-        """Tokens and crops of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
+        """Tokens and views of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
         samples = -(-self.batch_size // (self.world_size * self.accumulation))
-        tokens, crops = samples * lengths.tokens.max(), samples * lengths.crops.max()
+        tokens, views = samples * lengths.tokens.max(), samples * lengths.views.max()
         if self.max_tokens is not None:
             tokens = max(lengths.tokens.max(), min(tokens, self.max_tokens))
-        return int(tokens), int(crops)
+        return int(tokens), int(views)
 
     def bins(self, rows: np.ndarray, lengths: Lengths | None) -> list[list[int]]:
-        """Distribute one step's rows over its bins; bin i belongs to process ``i % world_size``."""
+        """Distribute one step's rows, whose lengths these are, over its bins; bin i belongs to process ``i % world_size``."""
         num_bins = self.world_size * self.accumulation
         if lengths is None:
             # Neighbours go to one process, so that 1 × 8, 8 × 1 and 4 × 2 take the same samples.
             return [list(part) for part in rows.reshape(num_bins, -1)]
-        bins = fill_bins(lengths.tokens[rows], lengths.work()[rows], num_bins, self.max_tokens)
+        bins = fill_bins(lengths.tokens, lengths.work(), num_bins, self.max_tokens)
         return [[rows[index] for index in members] for members in bins]
 
 
-def accumulation_for_budget(
-    lengths: Lengths, batch_size: int, seed: int, num_epochs: int, world_size: int, max_tokens: int
-) -> int:
-    """Micro-batches a process and step with which no step of any epoch exceeds the token budget."""
+def accumulation_for_budget(epochs: Iterable[Lengths], batch_size: int, seed: int, world_size: int, max_tokens: int) -> int:
+    """Micro-batches a process and step with which no step exceeds the token budget.
+
+    Parameters
+    ----------
+    epochs : iterable of Lengths
+        Of all rows, epoch by epoch.
+    batch_size, seed, world_size, max_tokens : int
+        As for :class:`PlannedBatches`.
+    """
     most = 1
-    for epoch in range(num_epochs):
+    for epoch, lengths in enumerate(epochs):
         for rows in epoch_steps(len(lengths.tokens), batch_size, seed, epoch):
-            most = max(most, bins_needed(lengths.tokens[rows].tolist(), max_tokens))
+            most = max(most, len(best_fit(lengths.tokens[rows], max_tokens)))
     return -(-most // world_size)

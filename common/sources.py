@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -212,7 +213,7 @@ def _to_arrow(path: Path) -> Path:
     if arrow.exists():
         return arrow
     arrow.parent.mkdir(parents=True, exist_ok=True)
-    partial = arrow.with_suffix(f".{os.getpid()}")
+    partial = arrow.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     try:
         with (
             arrow_json.open_json(
@@ -245,7 +246,7 @@ def _check_batch(batch: pa.RecordBatch) -> None:
     empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
     if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
         raise ValueError("a row is not in the general format")
-    tagged = pc.match_substring(pc.struct_field(turns, "user"), "<|image_")
+    tagged = pc.or_(*(pc.match_substring(pc.struct_field(turns, field), "<|image_") for field in ("user", "assistant")))
     rows = pc.list_parent_indices(conversations).filter(tagged).unique()
     for conversation in batch.take(rows).to_pylist():
         check_conversation(conversation, "a row")

@@ -136,8 +136,8 @@ class StreamedBatches:
         return steps * self.accumulation
 
     def largest(self, lengths: Lengths) -> tuple[int, int]:
-        """Tokens and crops of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
-        return tuple(int(self.batch_size_per_gpu * size.max()) for size in (lengths.tokens, lengths.crops))
+        """Tokens and views of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
+        return tuple(int(self.batch_size_per_gpu * size.max()) for size in (lengths.tokens, lengths.views))
 
     def __iter__(self) -> Iterator[list[Row | None]]:
         begun, done = self._done
@@ -167,7 +167,7 @@ class StreamedData(torch.utils.data.Dataset):
         return len(self.rows)
 
     def sample_lengths(self, count: int = 64) -> Lengths:
-        """Tokens and crops of the first rows."""
+        """Tokens and views of the first rows."""
         return TrainingData(self.rows.head(count), self.to_conversation, self.processor, self.seed).sample_lengths(count)
 
     def __getitem__(self, row: Row | None) -> dict[str, Any]:

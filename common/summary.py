@@ -12,7 +12,7 @@ from torch import nn
 
 from .arguments import PARTS
 from .flops import BatchSizes, TrainingFlops
-from .memory import Trial
+from .memory import Trial, zero_stage
 from .model import count_parameters, training_precision
 from .planning import Lengths, PlannedBatches
 from .streaming import StreamedBatches
@@ -80,7 +80,7 @@ def summarize(
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
         "batch": _batch(args, world_size, batches.accumulation),
         "steps": f"{steps:,} on {num_rows:,} rows",
-        "samples": f"{low:,} to {high:,} tokens, {mean:,.0f} on average, and {lengths.crops.mean():.1f} crops and global views",
+        "samples": f"{low:,} to {high:,} tokens, {mean:,.0f} on average, and {lengths.views.mean():.1f} crops and global views",
         "recomputing": RECOMPUTING[checkpointing] + ("" if args.gradient_checkpointing == "auto" else ", as asked for"),
     }
     if trial is not None:
@@ -90,6 +90,9 @@ def summarize(
         flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, checkpointing)
         seconds = flops_a_process / trial.flops_per_second
         lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
+    else:
+        why = "ZeRO-3 has no whole layers to try" if zero_stage(args.deepspeed) == 3 else "not even a small batch fits"
+        lines["memory"] = lines["time"] = f"not estimated, {why}"
     return "\n".join(f"{name + ':':13}{text}" for name, text in lines.items())
 
 
@@ -115,7 +118,7 @@ def _batch(args: argparse.Namespace, world_size: int, accumulation: int) -> str:
 def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, checkpointing: str) -> float:
     """Mean cost of a sample's forward and backward pass, what is recomputed included."""
     tokens = lengths.tokens.astype(np.float64)
-    views = lengths.crops.sum()
+    views = lengths.views.sum()
     sizes = BatchSizes(
         tokens=tokens.sum(),
         pairs=(tokens * (tokens + 1) / 2).sum(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from .adapter_base import write_base_description
-from .checkpoints import StopOnSignal, saving, write_manifest
+from .adapter_base import find_snapshot, read_tensors, write_base_description
+from .checkpoints import MANIFEST, StopOnSignal, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation
 from .flops import TrainingFlops, peak_flops
 from .generation import autocast
-from .memory import try_out
+from .memory import least_recomputation, try_out, zero_stage
 from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor
 from .planning import PlannedBatches, accumulation_for_budget
@@ -54,11 +55,13 @@ def build_trainer(
     device = PartialState().device
     lengths = train_data.sample_lengths()
     batches = _plan_batches(args, train_data)
+    if zero_stage(args.deepspeed) == 3:
+        base_model(model).keep_in_step()
     flops = TrainingFlops(base_model(model))
     trial = try_out(model, args, device, flops)
     checkpointing = args.gradient_checkpointing
     if checkpointing == "auto":
-        checkpointing = trial.choose(*batches.largest(lengths)) if trial else "full"
+        checkpointing = least_recomputation(trial, *batches.largest(lengths))
     set_gradient_checkpointing(model, checkpointing)
     if args.torch_compile:
         for layer in base_model(model).model.layers:
@@ -92,20 +95,18 @@ def _plan_batches(args: argparse.Namespace, data: TrainingData | StreamedData) -
         return batches
     accumulation = args.batch_size // (state.num_processes * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
+        steps_an_epoch = -(-len(data) // args.batch_size)
+        epochs = -(-args.max_steps // steps_an_epoch) if args.max_steps > 0 else args.num_train_epochs
+        lengths = (data.lengths(epoch, args.tqdm) for epoch in range(epochs))
         accumulation = accumulation_for_budget(
-            data.lengths(0, args.tqdm),
-            args.batch_size,
-            args.seed,
-            args.num_train_epochs,
-            state.num_processes,
-            args.max_tokens_per_batch,
+            lengths, args.batch_size, args.seed, state.num_processes, args.max_tokens_per_batch
         )
     return PlannedBatches(
         len(data),
         args.batch_size,
         **place,
         accumulation=accumulation,
-        measure=(lambda epoch: data.lengths(epoch, args.tqdm)) if args.packing else None,
+        measure=data.measure if args.packing else None,
         max_tokens=args.max_tokens_per_batch,
     )
 
@@ -145,7 +146,7 @@ class FinetuningTrainer(Trainer):
         if flags.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(flags.early_stopping_patience))
         self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line
-        self._counting_since = time.perf_counter()
+        self._counting_since: float | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         return self._loader(self.train_dataset, self.batches)
@@ -154,6 +155,10 @@ class FinetuningTrainer(Trainer):
         state, size = PartialState(), self.flags.batch_size_per_gpu
         rows = [(0, row) for row in range(len(self.eval_dataset))]
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        self._eval_batches = len(batches[state.process_index :: state.num_processes])
+        if zero_stage(self.flags.deepspeed) == 3:
+            # All processes gather every layer's weights together: none may have a batch more than another.
+            batches += [batches[-1]] * (-len(batches) % state.num_processes)
         return self._loader(self.eval_dataset, batches[state.process_index :: state.num_processes])
 
     def _loader(self, data: TrainingData | StreamedData, batches: Any) -> DataLoader:
@@ -185,6 +190,8 @@ class FinetuningTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._counting_since is None:
+            self._counting_since = time.perf_counter()
         sizes = self.flops.sizes(inputs)
         images = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
         self._done += torch.tensor([images, sizes.tokens, sum(self.flops.count(sizes))], dtype=torch.float64)
@@ -211,10 +218,11 @@ class FinetuningTrainer(Trainer):
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         with autocast(self.model, self.flags):
-            for inputs in track(dataloader, "Evaluating the loss", "batches", self.flags.tqdm):
+            for number, inputs in enumerate(track(dataloader, "Evaluating the loss", "batches", self.flags.tqdm)):
                 inputs = self._prepare_inputs(inputs)
                 loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
-                totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
+                if number < self._eval_batches:
+                    totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
         totals = totals.float().to(self.args.device)
         if dist.is_initialized():
             dist.all_reduce(totals)
@@ -227,7 +235,28 @@ class FinetuningTrainer(Trainer):
             }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self._not_counted():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _not_counted(self) -> Iterator[None]:
+        """Leave what takes place between two steps out of the speed of training."""
+        began = time.perf_counter()
+        yield
+        if self._counting_since is not None:
+            self._counting_since += time.perf_counter() - began
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._not_counted():
+            self._save_complete_checkpoint(*args, **kwargs)
+
+    def _save_complete_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # Written over, a checkpoint is torn until it is complete again.
+            (directory / MANIFEST).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
         # Old checkpoints go only once this one is complete on every process.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with saving():
@@ -235,7 +264,6 @@ class FinetuningTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             if self.is_deepspeed_enabled and not (directory / "latest").exists():
                 # DeepSpeed names the folder of its states on the first machine's disk alone.
                 (directory / "latest").write_text(f"global_step{self.state.global_step}")
@@ -258,6 +286,9 @@ class FinetuningTrainer(Trainer):
             # The result has the base's dtype; checkpoints keep the training's, to go on exactly.
             dtype = AutoConfig.from_pretrained(self.flags.model_name_or_path).dtype or model.dtype
             state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
+            # DeepSpeed casts what is frozen, too, and fp16 has not all of bf16's values: what did not train is the base's.
+            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+            state_dict |= read_tensors(find_snapshot(self.flags.model_name_or_path), frozen)
             model.config.dtype = dtype
         # transformers lets nobody but the first process of all machines write; who saves has been decided above.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
@@ -275,7 +306,8 @@ class TrainingProgress(TrainerCallback):
     """Steps done, time left and the last log line's figures: one bar on a terminal, plain lines elsewhere."""
 
     FIGURES = {"loss": "loss {:.4f}", "eval_loss": "evaluation loss {:.4f}", "grad_norm": "gradient {:.3g}"}
-    FIGURES |= {"learning_rate": "rate {:.2e}", "images_per_second": "{:.3g} images/s", "mfu": "MFU {:.0%}"}
+    FIGURES |= {"learning_rate": "rate {:.2e}", "images_per_second": "{:.3g} images/s"}
+    FIGURES |= {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}"}
 
     def __init__(self, bar: bool) -> None:
         self.show_bar = show_bars(bar)
@@ -296,7 +328,10 @@ class TrainingProgress(TrainerCallback):
             return
         step, last = state.global_step, state.max_steps
         left = (time.monotonic() - self.began_at) / max(1, step - self.begun) * (last - step)
-        self.bar.write(f"step {step} of {last}, {tqdm.format_interval(left)} left: {figures}")
+        if self.show_bar:
+            self.bar.set_postfix_str(figures)
+        else:
+            print(f"step {step} of {last}, {tqdm.format_interval(left)} left: {figures}", flush=True)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from .adapter_base import base_revision
@@ -70,7 +71,7 @@ def start(args: argparse.Namespace) -> PartialState:
         For flags that this machine or model can't follow.
     """
     check_arguments(args)
-    _check_optimizer(args)
+    _check_names(args)
     check_checkpoint(args.model_name_or_path)
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
@@ -80,6 +81,8 @@ def start(args: argparse.Namespace) -> PartialState:
     args.attention = choose_attention(args, state.device)
     args.packing = _choose_packing(args)
     args.deepspeed = _choose_deepspeed(args)
+    if args.deepspeed and not on_gpu:
+        _do_without_compiler()
     args.dataloader_num_workers = min(args.dataloader_num_workers, _cores_of_process())
     args.resume_from_checkpoint, torn = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     for checkpoint in torn:
@@ -155,7 +158,9 @@ def finetune(
 
 def _report(output_dir: Path, eval_data: TrainingData) -> None:
     try:
-        before, after = (json.loads((output_dir / f"eval_{when}.json").read_text()) for when in ("before", "after"))
+        before, after = (
+            json.loads((output_dir / f"eval_{when}.json").read_text(encoding="utf-8")) for when in ("before", "after")
+        )
         rows = {entry["id"]: row for row, entry in enumerate(after["predictions"])}
 
         def pictures_of(key: str) -> list[Any]:
@@ -180,9 +185,19 @@ def _prepare_environment(on_gpu: bool) -> None:
         # Started without torchrun: a group of one, so that DeepSpeed needs no launcher.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # torchrun sets OMP_NUM_THREADS to 1, on which DeepSpeed's optimizer for offloaded states would run, too.
+    torch.set_num_threads(_cores_of_process())
+    # DeepSpeed calls ninja by its name, which stands beside Python where the environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(_cores_of_process())
+
+
+def _do_without_compiler() -> None:
+    # DeepSpeed would compile an op that passes tensors between a machine's processes; gloo does that, too.
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _cores_of_process() -> int:
@@ -197,10 +212,15 @@ def _quieten(args: argparse.Namespace) -> None:
     limit_library_bars(args.tqdm)
 
 
-def _check_optimizer(args: argparse.Namespace) -> None:
+def _check_names(args: argparse.Namespace) -> None:
     names = [name.value for name in OptimizerNames]
     if args.optim not in names:
         raise ValueError(f"--optim {args.optim}: there is no such optimizer; take one of {', '.join(names)}")
+    try:
+        for callback in get_reporting_integration_callbacks([] if args.report_to == "none" else [args.report_to]):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"--report_to {args.report_to}: {error}") from None
 
 
 def _choose_packing(args: argparse.Namespace) -> bool:

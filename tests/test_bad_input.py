@@ -38,6 +38,9 @@ def message(monkeypatch, data, output, **options):
         ({"use_flash_attention": True}, "--use_flash_attention: no flash kernel runs on a CPU"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn 2 is not installed"),
         ({"use_flash_attention": True, "attn_implementation": "eager"}, "contradict"),
+        ({"optim": "adam_of_mine"}, "--optim adam_of_mine: there is no such optimizer"),
+        ({"report_to": "tensorbord"}, "--report_to tensorbord: "),
+        ({"report_to": "wandb"}, "--report_to wandb: "),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
         ({"streaming": True}, "--streaming"),
         ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
@@ -73,6 +76,49 @@ def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
     assert "is a llama checkpoint" in said and "Phi-3-vision" in said
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    assert said == message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
+    assert "config.json is no JSON object" in said
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "options", "expected"),
+    [
+        ((8, 0), (), {}, "varlen"),
+        ((9, 0), (2, 3), {}, "varlen"),
+        ((9, 0), (), {"use_flash_attention": True}, "varlen"),
+        ((8, 0), (2, 3), {"use_flash_attention": True}, "flash_attention_2"),
+        ((9, 0), (2, 3), {"use_flash_attention": True}, "flash_attention_3"),
+        ((9, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_4"),
+        ((12, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_2"),
+        ((8, 0), (2,), {"attn_implementation": "sdpa"}, "sdpa"),
+        ((7, 5), (2,), {}, "varlen"),
+        ((7, 0), (2,), {"use_flash_attention": True}, "no flash kernel runs on Some GPU"),
+        ((7, 0), (2,), {"attn_implementation": "flash_attention_2"}, "finds no GPU that it runs on"),
+        ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "finds no GPU that it runs on"),
+    ],
+)
+def test_attention_by_gpu_and_what_is_installed(capability, installed, options, expected, monkeypatch):
+    from argparse import Namespace
+
+    from common import model
+    from common.phi3v.attention import has_varlen_kernel
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    for number in (2, 3, 4):
+        monkeypatch.setattr(model, f"is_flash_attn_{number}_available", lambda number=number: number in installed)
+    has_varlen_kernel.cache_clear()
+    args = Namespace(**{"use_flash_attention": False, "attn_implementation": None} | options)
+    try:
+        chosen = model.choose_attention(args, torch.device("cuda"))[0]
+    except ValueError as error:
+        chosen = str(error)
+    finally:
+        has_varlen_kernel.cache_clear()
+    assert expected in chosen
 
 
 def test_bf16_on_a_gpu_without_it(monkeypatch):

@@ -108,7 +108,10 @@ def test_a_turn_has_no_beginning_of_text_of_its_own(processor):
         ({"conversations": [turn("Hi", "Ho") | {"images": "a.jpg"}]}, 'turn 1: "images" must be a list'),
         ({"conversations": [turn("<|image_1|> <|image_2|>", "Ho", "a.jpg")]}, "don't match its 1 picture"),
         ({"conversations": [turn("<|image_2|>", "Ho", "a.jpg")]}, "don't match its 1 picture"),
-        ({"conversations": [turn("Look", "Ho", "a"), turn("<|image_1|>", "Ho", "b")]}, "don't match its 2 picture"),
+        ({"conversations": [turn("Look", "Ho", "a"), turn("<|image_1|>", "Ho", "b")]}, "turn 2: the text's image tags"),
+        ({"conversations": [turn("<|image_2|>", "Ho"), turn("<|image_1|>", "Ho", "a", "b")]}, "turn 1: the text's image tags"),
+        ({"conversations": [turn("<|image_1|>", "Ho", "a", "b"), turn("<|image_2|>", "Ho")]}, "don't match its 2 picture"),
+        ({"conversations": [turn("Look", "<|image_1|>", "a"), turn("Hi", "Ho")]}, "turn 1: image tags belong into"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_name(content, message):

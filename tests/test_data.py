@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from datasets import Dataset
 from PIL import Image
@@ -49,10 +50,12 @@ def drawing(row, rng):
 
 
 def encoded(data, epoch):
-    """Tokens and crops of what is really trained on."""
+    """Tokens and views of what is really trained on."""
     samples = [data[epoch, row] for row in range(len(data))]
-    crops = [len(load_crops(s["images"], 4)[0]) + len(s["images"]) if s["images"] else 0 for s in samples]
-    return [len(s["input_ids"]) for s in samples], crops
+    loaded = [load_crops(s["images"], 4) if s["images"] else ([], torch.empty(0, 2)) for s in samples]
+    # A picture of one crop is its own global view.
+    views = [len(crops) + sum(size != [336, 336] for size in sizes.tolist()) for crops, sizes in loaded]
+    return [len(s["input_ids"]) for s in samples], views
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
@@ -60,9 +63,9 @@ def test_lengths_are_those_of_the_encoded_samples(rows, processor, kind):
     data = TrainingData(kind(rows), drawing, processor, seed=3)
     for epoch in (0, 1):
         lengths = data.lengths(epoch)
-        tokens, crops = encoded(data, epoch)
+        tokens, views = encoded(data, epoch)
         assert lengths.tokens.tolist() == tokens
-        assert lengths.crops.tolist() == crops
+        assert lengths.views.tolist() == views
     assert not np.array_equal(data.lengths(0).tokens, data.lengths(1).tokens)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.flops import TrainingFlops
-from common.memory import MODES, Footprint, Trial, kept_bytes, state_bytes, try_out
+from common.memory import MODES, Footprint, Trial, kept_bytes, least_recomputation, state_bytes, step_bytes, try_out
 from common.model import count_parameters, set_gradient_checkpointing
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
 from common.planning import Lengths, PlannedBatches
@@ -79,12 +79,16 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
 
 
 def test_as_little_is_recomputed_as_fits():
-    trial = Trial(Footprint(0, 100, 10), Footprint(0, 4, 1), num_layers=4, states=1000, free=0, flops_per_second=1)
+    trial = Trial(Footprint(0, 100, 10), Footprint(0, 4, 1), num_layers=4, states=1000, step=50, free=0, flops_per_second=1)
     needed = [trial.needed(mode, 100, 10) for mode in MODES]
     assert needed == sorted(needed, reverse=True) and needed[-1] > 1000
     for mode, bytes_needed in zip(MODES, needed, strict=True):
         assert dataclasses.replace(trial, free=bytes_needed / 0.85 + 1).choose(100, 10) == mode
     assert trial.choose(100, 10) == "full"
+    assert least_recomputation(dataclasses.replace(trial, free=10**9), 100, 10) == "none"
+    assert least_recomputation(None, 100, 10) == "full"
+    # An optimizer step comes when the forward pass keeps nothing any more.
+    assert [dataclasses.replace(trial, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 3
 
 
 def test_states_by_optimizer_and_sharding(tmp_path):
@@ -96,13 +100,16 @@ def test_states_by_optimizer_and_sharding(tmp_path):
     zero = tmp_path / "zero2.json"
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
     assert state_bytes(model, flags(deepspeed=str(zero), bf16=True)) == (2 + 4 + 8) * count + 2 * 2 * 10
+    assert state_bytes(model, flags(deepspeed=str(zero), bf16=True, optim="paged_adamw_8bit")) == (2 + 4) * count + 2 * 2 * 10
+    assert step_bytes(model, flags(deepspeed=str(zero), bf16=True)) == 4 * count
+    assert step_bytes(model, flags(bf16=True)) == step_bytes(model, flags(deepspeed=str(zero))) == 0
 
 
 def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     model, args = load(), flags()
     flops = TrainingFlops(model)
     trial = try_out(model, args, CPU, flops)
-    lengths = Lengths(tokens=np.array([300, 500]), crops=np.array([2, 3]))
+    lengths = Lengths(tokens=np.array([300, 500]), views=np.array([2, 3]))
     batches = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=4)
     text = summarize(args, model, 16, batches, lengths, "none", trial, flops)
     lines = dict(line.split(":", 1) for line in text.splitlines())
@@ -112,6 +119,8 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     assert "learning rate 0.0001, vision 1e-05" in lines["optimizer"]
     assert lines["samples"].strip() == "300 to 500 tokens, 400 on average, and 2.5 crops and global views"
     assert "GiB" in lines["memory"] and "about" in lines["time"]
+    untried = summarize(args, model, 16, batches, lengths, "full", None, flops)
+    assert untried.count("not estimated, not even a small batch fits") == 2 and untried.count("\n") == 11
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])

@@ -122,13 +122,17 @@ def test_zero_stages_are_one_and_resume_exactly(stage, train, course, tmp_path):
 
 @pytest.mark.slow
 def test_generation_keeps_in_step_under_zero3(train, tmp_path):
-    """Processes with more or fewer prompts and longer or shorter answers: each answer is that of ZeRO-2."""
-    answers = {}
+    """Processes with more or fewer prompts and longer or shorter answers: each answer, and the loss, is that of ZeRO-2."""
+    answers, losses = {}, {}
     for stage in ("zero2", "zero3"):
         options = {"model_name_or_path": TINY, "max_steps": 1, "max_new_tokens": 12, "deepspeed": zero(stage)}
+        options |= {"eval_strategy": "steps", "eval_steps": 1}  # of five rows, in three batches
         train(tmp_path / stage, **options)
         evaluations = [json.loads((tmp_path / stage / f"eval_{when}.json").read_text()) for when in ("before", "after")]
         answers[stage] = [[entry["prediction"] for entry in evaluation["predictions"]] for evaluation in evaluations]
+        history = json.loads((tmp_path / stage / "trainer_state.json").read_text())["log_history"]
+        losses[stage] = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert losses["zero3"] == pytest.approx(losses["zero2"], rel=1e-5)
     assert answers["zero3"] == answers["zero2"]
     assert len(answers["zero3"][0]) == 5 and len({len(answer) for answer in answers["zero3"][0]}) > 1
 

@@ -2,10 +2,12 @@
 
 import math
 import random
+from argparse import Namespace
 
 import pytest
 from sklearn.metrics import roc_auc_score
 
+import finetune_hf_trainer_docvqa as docvqa
 from common.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
 
 
@@ -73,3 +75,12 @@ def test_consistency():
     assert consistency(sentences, [1, 1, 0, 1, 1, 1]) == pytest.approx(2 / 3)
     assert consistency(sentences, [0, 1, 0, 1, 0, 0]) == 0
     assert consistency(sentences, [1] * 6) == 1
+
+
+@pytest.mark.parametrize(("full_train", "answer", "score"), [(False, "SDN. BHD.", 1), (False, "$5.", 2 / 3), (True, "$5.", 1)])
+def test_docvqa_takes_off_only_the_full_stop_that_its_training_data_adds(full_train, answer, score, monkeypatch):
+    monkeypatch.setattr(docvqa, "generate_answers", lambda *_: [f" {answer}\n"])
+    truth = "SDN. BHD." if "SDN" in answer else "$5"
+    rows = [{"id": 1, "question": "What?", "image": "a.png", "answers": [truth]}]
+    values = docvqa.evaluate(None, None, rows, Namespace(full_train=full_train)).values
+    assert values["anls"] == pytest.approx(score)

@@ -8,7 +8,7 @@ from common.planning import (
     Lengths,
     PlannedBatches,
     accumulation_for_budget,
-    bins_needed,
+    best_fit,
     epoch_steps,
     fill_bins,
 )
@@ -16,14 +16,18 @@ from common.planning import (
 
 def lengths(rows, seed=0):
     random = np.random.default_rng(seed)
-    return Lengths(tokens=random.integers(300, 3000, rows), crops=random.integers(2, 18, rows))
+    return Lengths(tokens=random.integers(300, 3000, rows), views=random.integers(2, 18, rows))
+
+
+def part(measured, rows):
+    return Lengths(tokens=measured.tokens[rows], views=measured.views[rows])
 
 
 def plan(rows, batch_size, world_size, accumulation, epoch=0, measured=None, max_tokens=None):
     """Keys by step, process and micro-batch."""
     processes = []
     for rank in range(world_size):
-        measure = (lambda _: measured) if measured is not None else None
+        measure = (lambda _, rows: part(measured, rows)) if measured is not None else None
         batches = PlannedBatches(rows, batch_size, 7, rank, world_size, accumulation, measure, max_tokens)
         batches.set_epoch(epoch)
         own = list(batches)
@@ -76,26 +80,29 @@ def test_work_is_balanced_over_processes():
     assert np.mean(packed) < 1.05 < np.mean(plain)
 
 
-def test_the_token_budget_holds():
-    measured, budget = lengths(320), 8192
-    accumulation = accumulation_for_budget(measured, 32, 7, 2, 4, budget)
-    for epoch in range(2):
+@pytest.mark.parametrize("budget", [2000, 3100, 4096, 8192])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_token_budget_holds(budget, seed):
+    """Also where only best fit finds a way, where samples exceed it alone, and where epochs are of other lengths."""
+    epochs = [lengths(320, seed), lengths(320, 100 + seed)]
+    accumulation = accumulation_for_budget(epochs, 32, 7, 4, budget)
+    for epoch, measured in enumerate(epochs):
         for processes in plan(320, 32, 4, accumulation, epoch, measured, budget):
-            for own in processes:
-                for batch in own:
-                    assert sum(measured.tokens[row] for _, row in batch) <= budget or len(batch) == 1
+            batches = [[row for _, row in batch] for own in processes for batch in own]
+            assert sum(map(len, batches)) == 32 and all(batches)
+            assert all(measured.tokens[batch].sum() <= budget or len(batch) == 1 for batch in batches)
 
 
 def test_a_sample_over_the_budget_is_alone():
     tokens = np.array([9000, 100, 100, 100, 100])
     bins = fill_bins(tokens, tokens.astype(float), 2, budget=1000)
     assert [0] in bins and sorted(sum(bins, [])) == [0, 1, 2, 3, 4]
-    assert bins_needed([9000, 100, 100], 1000) == 2
+    assert best_fit(np.array([9000, 100, 100]), 1000) == [[0], [1, 2]]
 
 
 def test_best_fit_uses_as_few_bins_as_possible_here():
-    assert bins_needed([600, 400, 500, 500, 1000], 1000) == 3
-    assert bins_needed([1, 1, 1], 3) == 1
+    assert best_fit(np.array([600, 400, 500, 500, 1000]), 1000) == [[4], [0, 1], [2, 3]]
+    assert best_fit(np.array([1, 1, 1]), 3) == [[0, 1, 2]]
 
 
 def test_shares_of_an_evaluation_are_complete():

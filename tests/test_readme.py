@@ -29,6 +29,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from assets.draw_samples import draw_samples
+from common.arguments import check_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -224,6 +225,17 @@ RULES = [
 ]
 COMMANDS = commands(README)
 TRAINING = [command for command in COMMANDS if command.startswith("torchrun")]
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_flags_fit_the_number_of_processes(command, monkeypatch):
+    """What the limits replace when a command is run, its batch size say, is right as it stands."""
+    variables = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    launcher, script, flags = re.match(r"(torchrun .*?) (finetune_\w+)\.py (.*)", command.replace("\n", " ")).groups()
+    launch = get_args_parser().parse_args([*shlex.split(string.Template(launcher).substitute(variables))[1:], script])
+    monkeypatch.setenv("WORLD_SIZE", str(int(launch.nproc_per_node) * int(launch.nnodes.split(":")[0])))
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
+    check_arguments(importlib.import_module(script).parse_args())
 
 
 def rule_of(command: str) -> Rule | None:

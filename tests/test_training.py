@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import psutil
 import pytest
@@ -15,6 +16,10 @@ from conftest import ROOT, TINY, torchrun
 from PIL import Image
 from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa
 from safetensors.torch import load_file
+from transformers import Trainer
+
+from common.checkpoints import what_is_torn, write_manifest
+from common.trainer import FinetuningTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +94,13 @@ def test_saved_model_has_the_bases_layout(straight):
     saved, base = weights(straight("ddp")[0]), load_file(TINY / "model.safetensors")
     assert {name: (t.shape, t.dtype) for name, t in saved.items()} == {name: (t.shape, t.dtype) for name, t in base.items()}
     assert sum(not torch.equal(saved[name], base[name]) for name in base) > 50
+
+
+@pytest.mark.parametrize("method", ["zero2", "ddp"])
+def test_what_is_never_run_is_saved_as_it_was(method, straight):
+    saved, base = weights(straight(method)[0]), load_file(TINY / "model.safetensors")
+    unused = [name for name in base if ".encoder.layers.3." in name or ".post_layernorm." in name]
+    assert len(unused) == 18 and all(torch.equal(saved[name], base[name]) for name in unused)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -239,3 +251,22 @@ def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path
     assert "saving failed" in run.stderr and "resume_from_checkpoint auto" in run.stderr, run.stderr[-3000:]
     assert {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")} == kept
     assert not (output / "checkpoint-3" / "complete.json").exists()
+
+
+def test_a_checkpoint_written_over_is_torn_until_it_is_complete_again(tmp_path, monkeypatch):
+    directory = tmp_path / "checkpoint-3"
+    directory.mkdir()
+    write_manifest(directory)
+    assert what_is_torn(directory) is None
+    trainer = object.__new__(FinetuningTrainer)
+    trainer.args = Namespace(output_dir=str(tmp_path), should_save=True, save_total_limit=None)
+    trainer.state, trainer.accelerator = Namespace(global_step=3), Namespace(wait_for_everyone=lambda: None)
+    trainer._counting_since = None
+
+    def cut_short(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", cut_short)
+    with pytest.raises(ValueError, match="saving failed"):
+        trainer._save_checkpoint(None, None)
+    assert what_is_torn(directory) == "saving it was cut short"

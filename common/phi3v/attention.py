@@ -1,11 +1,12 @@
 """Attention over samples laid end to end, without padding: the implementation ``varlen``.
 
-On a GPU it is PyTorch's own variable-length flash kernel, so that nobody must compile flash-attn; elsewhere it runs one
-sample at a time. Padded batches and generation go through SDPA.
+On a GPU that has it, it is PyTorch's own variable-length flash kernel, so that nobody must compile flash-attn; elsewhere it
+runs one sample at a time. Padded batches and generation go through SDPA.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+
+@cache
+def has_varlen_kernel(device: torch.device) -> bool:
+    """Whether PyTorch's variable-length flash kernel runs there: on NVIDIA GPUs of the Ampere generation and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention_forward(
@@ -50,7 +57,7 @@ def varlen_attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16):
+    if has_varlen_kernel(query.device) and value.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
 
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))

@@ -62,6 +62,15 @@ def num_image_tokens(height: int, width: int) -> int:
     return (rows * columns + 1) * TOKENS_PER_SIDE**2 + 1 + (rows + 1) * TOKENS_PER_SIDE
 
 
+def num_views(height: int, width: int) -> int:
+    """Views that the tower runs on for a picture of ``image_sizes`` (height, width): its crops and its global view.
+
+    A picture of one crop is its own global view, bit for bit, and is seen once.
+    """
+    crops = (height // CROP_SIZE) * (width // CROP_SIZE)
+    return crops + (crops > 1)
+
+
 def convert_picture(image: Image.Image) -> Image.Image:
     """Decode a picture: grey ones as mode L, all others as RGB."""
     mode = "L" if image.mode in ("1", "L") else "RGB"
@@ -159,7 +168,8 @@ def normalise_with_global_view(crops: torch.Tensor, image_sizes: list[tuple[int,
     Returns
     -------
     torch.Tensor
-        float32, (all crops + pictures, 3, 336, 336): per picture its global view, then its crops row by row.
+        float32, (views, 3, 336, 336): per picture its global view, then its crops row by row; one view of a picture of one
+        crop, see :func:`num_views`.
     """
     mean = torch.tensor(IMAGE_MEAN, device=crops.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=crops.device).view(3, 1, 1)
@@ -168,8 +178,10 @@ def normalise_with_global_view(crops: torch.Tensor, image_sizes: list[tuple[int,
     for height, width in image_sizes:
         count = (height // CROP_SIZE) * (width // CROP_SIZE)
         picture = normalised[start : start + count]
-        whole = join_crops(picture, height, width)[None]
-        views += [torch.nn.functional.interpolate(whole, size=(CROP_SIZE, CROP_SIZE), mode="bicubic"), picture]
+        if count > 1:
+            whole = join_crops(picture, height, width)[None]
+            views.append(torch.nn.functional.interpolate(whole, size=(CROP_SIZE, CROP_SIZE), mode="bicubic"))
+        views.append(picture)
         start += count
     return torch.cat(views)
 
@@ -260,8 +272,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
         for output, image in zip(pixel_values, images, strict=True):
             grid = to_crop_grid(image, self.num_crops)
             size = grid.shape[:2]
-            views = normalise_with_global_view(grid_to_crops(grid), [size])
-            output[: len(views)] = views
+            crops = grid_to_crops(grid)
+            output[: 1 + len(crops)] = normalise_with_global_view(crops, [size])
             image_sizes.append(size)
         data = {"pixel_values": pixel_values, "image_sizes": torch.tensor(image_sizes)}
         return BatchFeature(data=data, tensor_type=return_tensors)

@@ -7,6 +7,7 @@ crops and the tower's unused last layer are not run, and in training the head ru
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from . import attention as attention  # registers the implementation `varlen`
 from .configuration import Phi3VConfig
-from .image_processing import CROP_SIZE, normalise_with_global_view
+from .image_processing import CROP_SIZE, normalise_with_global_view, num_views
 
 
 class Phi3VRotaryEmbedding(nn.Module):
@@ -94,7 +95,7 @@ class CLIPTower(nn.Module):
 class Phi3VImageEmbedding(nn.Module):
     """Crops to image tokens: tower, 2×2 merge, separators, projection."""
 
-    # Bounds the tower's memory; more crops at once are no faster on an H100.
+    # Bounds the tower's memory.
     crops_per_chunk = 64
 
     def __init__(self, config: Phi3VConfig) -> None:
@@ -115,7 +116,7 @@ class Phi3VImageEmbedding(nn.Module):
         return self.img_processor.vision_model
 
     def views(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """Real views of all pictures, (views, 3, 336, 336): per picture the global view, then its crops.
+        """Real views of all pictures, (views, 3, 336, 336): per picture the global view, then its crops, each once.
 
         Parameters
         ----------
@@ -127,7 +128,7 @@ class Phi3VImageEmbedding(nn.Module):
         """
         if pixel_values.dtype == torch.uint8:
             return normalise_with_global_view(pixel_values, image_sizes)
-        real = [picture[: 1 + _num_crops(size)] for picture, size in zip(pixel_values, image_sizes, strict=True)]
+        real = [picture[: num_views(*size)] for picture, size in zip(pixel_values, image_sizes, strict=True)]
         return torch.cat(real)
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
@@ -144,8 +145,9 @@ class Phi3VImageEmbedding(nn.Module):
         tokens, start = [], 0
         for height, width in image_sizes:
             rows, columns = height // CROP_SIZE, width // CROP_SIZE
-            whole, crops = features[start], features[start + 1 : start + 1 + rows * columns]
-            start += 1 + rows * columns
+            views = features[start : start + num_views(height, width)]
+            start += len(views)
+            whole, crops = views[0], views[-rows * columns :]
             crops = crops.reshape(rows, columns, side, side, -1).transpose(1, 2)
             crops = crops.reshape(rows * side, columns * side, -1)
             tokens += [
@@ -158,9 +160,8 @@ class Phi3VImageEmbedding(nn.Module):
     def num_tokens(self, image_sizes: list[tuple[int, int]]) -> list[int]:
         """Tokens of each picture."""
         side = self.side
-        return [
-            (_num_crops((height, width)) + 1) * side**2 + 1 + (height // CROP_SIZE + 1) * side for height, width in image_sizes
-        ]
+        grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
+        return [(rows * columns + 1) * side**2 + 1 + (rows + 1) * side for rows, columns in grids]
 
 
 class Phi3VModel(Phi3Model):
@@ -171,6 +172,7 @@ class Phi3VModel(Phi3Model):
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
+        self.in_step = False
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
@@ -207,7 +209,7 @@ class Phi3VModel(Phi3Model):
         if pixel_values is None:
             if (input_ids < 0).any():
                 raise ValueError("input_ids hold placeholders of pictures (negative ids), but pixel_values is missing")
-            return self._touch_vision(embeddings) if self.training else embeddings
+            return self._touch_vision(embeddings) if self.training or self.in_step else embeddings
         sizes = [tuple(size) for size in image_sizes.tolist()]
         features = self.vision_embed_tokens(pixel_values, sizes)
         placeholders, index = _feature_index(input_ids, self.vision_embed_tokens.num_tokens(sizes))
@@ -216,11 +218,11 @@ class Phi3VModel(Phi3Model):
     def _touch_vision(self, embeddings: torch.Tensor) -> torch.Tensor:
         # Ranks that see pictures wait for every vision gradient of those that see none: give them zeros.
         vision = self.vision_embed_tokens
-        if not any(parameter.requires_grad for parameter in vision.parameters()):
+        if not self.in_step and not any(parameter.requires_grad for parameter in vision.parameters()):
             return embeddings
         blank = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=embeddings.device)
         features = vision(blank, [(CROP_SIZE, CROP_SIZE)])
-        return embeddings + 0.0 * features.sum().to(embeddings.dtype)
+        return embeddings + (0.0 * features).sum().to(embeddings.dtype)  # in fp16 the sum itself could overflow
 
     @capture_outputs
     def forward(
@@ -339,6 +341,11 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         for module in self.model.vision_embed_tokens.tower.unused_modules():
             module.requires_grad_(False)
 
+    def keep_in_step(self) -> None:
+        """Let every forward pass run the same modules as often, whatever its batch: ZeRO-3 gathers weights from all."""
+        self.model.in_step = True
+        self.model.vision_embed_tokens.crops_per_chunk = sys.maxsize
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -446,10 +453,6 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
                 vision[key] = torch.cat([row for row in rows for _ in range(expand_size)])
         input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, input_ids=input_ids, **model_kwargs)
         return input_ids, model_kwargs | vision
-
-
-def _num_crops(size: tuple[int, int]) -> int:
-    return (size[0] // CROP_SIZE) * (size[1] // CROP_SIZE)
 
 
 def _feature_index(input_ids: torch.Tensor, tokens_per_image: list[int]) -> tuple[Any, torch.Tensor]:

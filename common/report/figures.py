@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from statistics import median
 
+from ..metrics import normalise_answer
 from .charts import Chart, confusion_chart, number, probability_chart, roc_chart, score_chart, series, transition_chart
 from .run import RIGHT, Run, predictions_by_id
 
@@ -165,17 +166,13 @@ def _evaluations(run: Run) -> dict[str, list[dict]]:
     return {when: rows for when, rows in evaluations.items() if rows}
 
 
-def _normal(answer: str) -> str:
-    return answer.strip().strip(".").lower()
-
-
 def _classes(run: Run) -> list[str]:
     """Return the classes that occur as an answer, as they are written there, sorted."""
     answers = [row["answers"][0] for rows in _evaluations(run).values() for row in rows]
-    return sorted({_normal(answer): answer.strip(" .") for answer in answers}.values())
+    return sorted({normalise_answer(answer): normalise_answer(answer, lower=False) for answer in answers}.values())
 
 
 def _truth_and_predicted(rows: list[dict], classes: list[str]) -> tuple[list[str], list[str]]:
-    name = {_normal(label): label for label in classes}
-    truth = [name[_normal(row["answers"][0])] for row in rows]
-    return truth, [name.get(_normal(row["prediction"]), OTHER) for row in rows]
+    name = {normalise_answer(label): label for label in classes}
+    truth = [name[normalise_answer(row["answers"][0])] for row in rows]
+    return truth, [name.get(normalise_answer(row["prediction"]), OTHER) for row in rows]
