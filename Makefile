@@ -25,7 +25,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	$(BIN)/python -m pytest -q -rs --durations=15
+	$(BIN)/python -m pytest -q -rs --durations=25 -n 2 --dist loadfile
 
 quick: .venv/installed
 	$(BIN)/python -m pytest -q -m "not slow"

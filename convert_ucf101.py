@@ -380,7 +380,7 @@ def convert(args: argparse.Namespace) -> None:
 
         readers = {path: read for path, read in files.items() if path in clips}  # in an archive's own order
         done, written, broken = 0, 0, set()
-        with tqdm(total=len(clips), unit="clip", disable=not show_progress) as bar:
+        with tqdm(desc="Converting", total=len(clips), unit="clip", disable=not show_progress) as bar:
             for clip, outcome in convert_clips(readers, images_dir, args.num_frames, args.num_workers):
                 bar.update()
                 done += 1

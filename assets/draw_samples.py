@@ -14,10 +14,10 @@ from .samples import docvqa, memes, nlvr2, ucf101
 
 # How many of what --train and --val count, by default.
 DEFAULT_COUNTS = {
-    "docvqa": ("documents with three questions each", 350, 70),
+    "docvqa": ("documents with four questions each, as DocVQA's have on average", 260, 55),
     "hateful_memes": ("memes", 1200, 200),
     "nlvr2": ("sentences with four pairs of pictures each", 200, 50),
-    "ucf101": ("clips a class", 20, 10),
+    "ucf101": ("clips a class", 16, 10),
 }
 
 
@@ -51,7 +51,7 @@ def draw_samples(task: str, out_dir: Path, train: int | None = None, val: int | 
     else:
         ucf101.draw_split(out_dir, "train", train, train_rng)
         ucf101.draw_split(out_dir, "val", val, val_rng)
-        ucf101.draw_split(out_dir, "test", val, test_rng)
+        ucf101.draw_split(out_dir, "test", -(-val // 5), test_rng)
 
 
 def main() -> None:

@@ -230,8 +230,8 @@ def zero_stage(deepspeed: str | None) -> int | None:
 
 
 def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
-    """One sample of blank one-crop pictures and some text."""
-    [image_tokens] = base_model(model).model.vision_embed_tokens.num_tokens([(CROP_SIZE, CROP_SIZE)])
+    """One sample of blank pictures of two crops and some text."""
+    [image_tokens] = base_model(model).model.vision_embed_tokens.num_tokens([(CROP_SIZE, 2 * CROP_SIZE)])
     ids = [-1 - image for image in range(images) for _ in range(image_tokens)] + [1] * text
     input_ids = torch.tensor([ids], device=device)
     labels = torch.full_like(input_ids, -100)
@@ -239,8 +239,8 @@ def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torc
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        "pixel_values": torch.zeros(images, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=device),
-        "image_sizes": torch.full((images, 2), CROP_SIZE),
+        "pixel_values": torch.zeros(2 * images, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=device),
+        "image_sizes": torch.tensor([(CROP_SIZE, 2 * CROP_SIZE)] * images),
     }
     if packing:
         boundaries = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)

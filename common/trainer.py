@@ -371,6 +371,7 @@ def _training_arguments(args: argparse.Namespace, accumulation: int) -> Training
         warmup_steps=args.warmup_steps,
         logging_steps=args.logging_steps,
         report_to=args.report_to,
+        run_name=args.output_dir.name,
         disable_tqdm=True,  # FinetuningTrainer shows its own
         save_strategy=args.save_strategy,
         save_steps=args.save_steps,

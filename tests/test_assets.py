@@ -51,7 +51,7 @@ def test_docvqa_sample_is_the_official_layout_and_holds_its_answers_out(tmp_path
     for split, count in (("train", 12), ("val", 6)):
         content = json.loads((tmp_path / f"{split}_v1.0_withQT.json").read_text(encoding="utf-8"))
         rows = content["data"]
-        assert len(rows) == 3 * count
+        assert len(rows) == 4 * count
         assert [row["questionId"] for row in rows] == list(range(len(rows)))
         for row in rows:
             assert Image.open(tmp_path / row["image"]).size == (336, 336)

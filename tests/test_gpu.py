@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY, torchrun
 from PIL import Image
-from runs import SCRIPT, flags, steps, write_docvqa, write_random_model
+from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.collator import Collator
@@ -111,6 +111,26 @@ def test_bf16_with_flash_follows_the_saved_curve(method, options, places, tmp_pa
     assert [entry["loss"] for entry in log] == pytest.approx(CURVES[method]["loss"], rel=2e-2)
 
 
+@needs_flash
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "method", "options"),
+    [
+        ("liger_kernel", "full", {"use_liger_kernel": True}),
+        ("liger_kernel", "lora", {"use_liger_kernel": True, "use_lora": True, "lora_rank": 4}),
+        ("flash_attn", "full", {"attn_implementation": "flash_attention_2"}),
+        ("torch", "full", {"torch_compile": True}),
+    ],
+    ids=["Liger", "Liger, LoRA", "flash-attn 2", "compiled"],
+)
+def test_other_kernels_follow_the_saved_curve(package, method, options, places, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed: requirements-gpu.txt")
+    log, _ = train(places, tmp_path, bf16=True, **options)
+    assert [entry["loss"] for entry in log] == pytest.approx(CURVES[method]["loss"], rel=2e-2)
+    if method == "lora":  # Liger's loss comes after the head, whose adapter must move
+        assert all(tensor.any() for name, tensor in weights(tmp_path).items() if "lm_head" in name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -124,6 +144,15 @@ def test_fp16_learns(options, places, tmp_path):
     )
     assert "fp16" in printed
     assert log[-1]["loss"] < log[0]["loss"] - 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+def test_eight_bits_under_zero2(optim, places, tmp_path):
+    options = {"optim": optim, "bf16": HAS_FLASH or None, "save_strategy": "steps", "save_steps": 5}
+    log, _ = train(places, tmp_path, **options)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert len(train(places, tmp_path, **(options | {"resume_from_checkpoint": "auto", "max_steps": 6}))[0]) == 6
 
 
 @pytest.mark.slow

@@ -147,6 +147,15 @@ def test_offloading_takes_the_same_steps(stage, train, course, tmp_path):
 
 
 @pytest.mark.slow
+def test_zero2_needs_no_compiler(model, data, tmp_path):
+    """Nothing is found on the search path, neither ninja nor g++, and there is no cache of what was compiled before."""
+    environment = {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    run = torchrun(SCRIPT, *flags(data, tmp_path / "run", model_name_or_path=model, max_steps=1), **environment)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "DeepSpeed zero2.json" in run.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["none", "auto"])
 def test_bf16_keeps_fp32_masters(deepspeed, train, tmp_path):
     """A weight of 1.0 moves at a learning rate of 1e-5, which bf16 alone can't hold."""

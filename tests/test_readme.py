@@ -32,7 +32,8 @@ from assets.draw_samples import draw_samples
 from common.arguments import check_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TOP_LEVEL = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in (*TOP_LEVEL, *sorted((ROOT / "docs").glob("*.md")))}
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("finetune_hf_trainer_*.py"))]
 PROGRAMS = ["convert_ucf101", "assets.draw_samples"] + [
     f"{folder}.{path.stem}"
@@ -336,7 +337,7 @@ def test_flags_named_in_the_documents_are_there_and_the_readme_names_all_of_the_
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
     anchors = {
         re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", PAGES[page], re.MULTILINE)
     }

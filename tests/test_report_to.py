@@ -1,6 +1,7 @@
 """The figures of a run where ``--report_to`` sends them."""
 
 import json
+import sqlite3
 
 import pytest
 from runs import finetune, write_docvqa
@@ -8,15 +9,35 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 pytestmark = pytest.mark.slow
 
+FIGURES = ("loss", "learning_rate", "grad_norm", "images_per_second", "tokens_per_second")
+
+
+def train(tmp_path, report_to):
+    """Train for two steps and return the run's folder and what it logged."""
+    output = tmp_path / "run"
+    finetune(write_docvqa(tmp_path, train=8), output, processes=1, max_steps=2, deepspeed="none", report_to=report_to)
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return output, [entry for entry in history if "loss" in entry]
+
+
+def test_trackio_gets_the_figures_of_the_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    _, logged = train(tmp_path, "trackio")
+    [database] = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        rows = connection.execute("SELECT run_name, metrics FROM metrics ORDER BY step").fetchall()
+    shown = [json.loads(metrics) for name, metrics in rows if name == "run"]
+    for name in FIGURES:
+        values = [metrics[f"train/{name}"] for metrics in shown if f"train/{name}" in metrics]
+        assert values == pytest.approx([entry[name] for entry in logged], rel=1e-5), name
+
 
 def test_tensorboard_gets_the_figures_of_the_log(tmp_path):
-    output = tmp_path / "run"
-    finetune(write_docvqa(tmp_path, train=8), output, processes=1, max_steps=2, deepspeed="none", report_to="tensorboard")
-    logged = [entry for entry in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    output, logged = train(tmp_path, "tensorboard")
     [file] = output.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file.parent))
     events.Reload()
-    for name in ("loss", "learning_rate", "grad_norm", "images_per_second", "tokens_per_second"):
+    for name in FIGURES:
         shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert [step for step, _ in shown] == [1, 2]
         assert [value for _, value in shown] == pytest.approx([entry[name] for entry in logged], rel=1e-5), name

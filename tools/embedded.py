@@ -27,9 +27,11 @@ ALL_TASKS = {"num_crops": 1, "batch_size": 16, "batch_size_per_gpu": 8, "warmup_
 ALL_TASKS |= {"max_new_tokens": 16}
 SETTINGS = {
     "docvqa": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}},
-    "hateful_memes": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 1e-3, "lora": 1e-3, "qlora": 1e-3}},
-    "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 1e-3, "frozen": 1e-3, "lora": 1e-3, "qlora": 1e-3}},
-    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 1e-3, "frozen": 1e-3, "lora": 2e-3, "qlora": 2e-3}}
+    "hateful_memes": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}},
+    "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 2e-3, "qlora": 2e-3}}
+    | {"vision_learning_rate": 3e-5, "projector_learning_rate": 3e-5}
+    | {"batch_size": 8, "batch_size_per_gpu": 4, "warmup_steps": 15, "logging_steps": 10},
+    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}}
     | {"batch_size": 8, "batch_size_per_gpu": 4},
 }
 NUM_FRAMES = 4  # of a clip: half of the default, to be done in minutes

@@ -2,17 +2,30 @@
 
 import numpy as np
 
-from ..samples.page import COLOURS, COLUMNS, SHAPES, Page, Shape
+from ..samples.page import COLOURS, COLUMNS, NAMED_COLOURS, NAMED_SHAPES, SHAPES, Page, Shape
 from .documents import LABEL_WORDS, Turn, pick
 
 ALL_COLOURS = tuple(COLOURS)
-# What a verdict follows from: colour and kind that words name, and those of the one shape in each picture; each is a number
-# below FACT_VALUES, or NO_FACT.
+# What a verdict follows from: colour and kind that words name, those of the one shape in each picture, and whether they are
+# the same (0 or 1); each is a number below FACT_VALUES, or NO_FACT.
 FACTS = ("named colour", "named kind", "first colour", "first kind", "second colour", "second kind")
-NOT_NAMED, FACT_VALUES, NO_FACT = 8, 9, -100
+FACTS += ("first colour agrees", "first kind agrees", "second colour agrees", "second kind agrees")
+NOT_NAMED, FACT_VALUES, NO_FACT = 4, 5, -100
 SIDES = (("left", "first"), ("right", "second"))
 # What a question can ask a verdict in, by truth: never the words of the sample tasks, which finetuning is to teach.
-VERDICTS = (("false", "true"), ("wrong", "right"), ("mistaken", "correct"), ("bad", "good"))
+VERDICTS = (("False.", "True."), ("Wrong.", "Right."), ("Mistaken.", "Correct."), ("Bad.", "Good."))
+# How a statement is put, mostly in the midst of words that don't matter.
+REQUESTS = (
+    "{no} or {yes}: {statement}.",
+    "{statement}. {yes} or {no}?",
+    'Is "{statement}." {yes}? Say {yes} or {no}.',
+    'First image left, second image right. What is "{statement}."? Write {yes} or {no}.',
+    'The left image comes first, the right image second. Would you call "{statement}." {yes} or {no}?',
+    'With the first image on the left and the second on the right, how is "{statement}."? Give {yes} or {no}.',
+    'You see one image or two, left before right. Judge the words "{statement}." by them. Tell {yes} or {no}.',
+    'Look at all that is given and at the sentence "{statement}." after it. Reply with {yes} or {no}.',
+    '{words} "{statement}." {words} {yes} or {no}?',
+)
 # Statements about one picture, and about two.
 IN_IT = ("There is a {thing}", "It has a {thing}", "A {thing} is drawn", "One sees a {thing}")
 ON_SIDE = (
@@ -22,9 +35,15 @@ ON_SIDE = (
     "The {side} {noun} contains a {thing}",
 )
 ON_BOTH = ("Both {noun}s have a {thing}", "A {thing} is in both {noun}s", "Both {noun}s contain a {thing}")
-ON_ONE_ONLY = ("Only the {side} {noun} has a {thing}", "A {thing} is in the {side} {noun} only")
+ON_ANY = ("Some {noun} has a {thing}", "A {thing} is in one {noun} or both", "There is a {thing} somewhere")
+TITLE_REQUESTS = (
+    "{words}: {listed}",
+    "Which of these is it: {listed}?",
+    "Sort the frames into one of these groups: {listed}.",
+    "Choose a title of the list for what is shown: {listed}.",
+    "{words}?",
+)
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "nowhere": (0, 0)}
-AGREEMENT = ("Words and shape?", "Does it show what it says?", "Are the words about what is drawn?", "Is the caption in order?")
 
 
 def _scatter(rng: np.random.Generator, count: int) -> Page:
@@ -37,17 +56,18 @@ def _scatter(rng: np.random.Generator, count: int) -> Page:
     return Page(shapes=shapes)
 
 
-def _single(rng: np.random.Generator) -> Page:
-    """Draw one shape anywhere."""
-    place, size = rng.integers(2, 10, 2), rng.uniform(18, 60)
-    return Page(shapes=[Shape(pick(rng, SHAPES), pick(rng, ALL_COLOURS), int(place[0]), int(place[1]), size)])
+def single(rng: np.random.Generator, named: bool = False) -> Page:
+    """Draw one shape anywhere, of all kinds and colours or of those that memes and pairs of pictures are about."""
+    (row, column), size = rng.integers(2, 10, 2), rng.uniform(18, 45)
+    kind, colour = pick(rng, NAMED_SHAPES if named else SHAPES), pick(rng, NAMED_COLOURS if named else ALL_COLOURS)
+    return Page(shapes=[Shape(kind, colour, int(row), int(column), size)])
 
 
 def _wanted(rng: np.random.Generator, pages: list[Page]) -> tuple[str, str, str]:
     """Draw words for some shapes that are on the pages, or nearly so; with their colour and kind, empty where not named."""
     shape = pick(rng, [shape for page in pages for shape in page.shapes])
-    colour = shape.colour if rng.random() < 0.75 else pick(rng, ALL_COLOURS)
-    kind = shape.kind if rng.random() < 0.75 else pick(rng, SHAPES)
+    colour = shape.colour if rng.random() < 0.5 else pick(rng, NAMED_COLOURS)
+    kind = shape.kind if rng.random() < 0.5 else pick(rng, NAMED_SHAPES)
     form = rng.integers(5)
     if form == 0:
         return kind, "", kind
@@ -62,12 +82,13 @@ def _count(page: Page, colour: str, kind: str) -> int:
 
 def _facts(colour: str, kind: str, pages: list[Page]) -> tuple[int, ...]:
     """Give FACTS as numbers, for pages of one shape each."""
-    shapes = [(colour, kind), *((page.shapes[0].colour, page.shapes[0].kind) for page in pages)]
-    numbers = []
-    for colour, kind in shapes:
-        numbers.append(ALL_COLOURS.index(colour) if colour else NOT_NAMED)
-        numbers.append(SHAPES.index(kind) if kind else NOT_NAMED)
-    return (*numbers, *[NO_FACT] * (len(FACTS) - len(numbers)))
+    named = [NAMED_COLOURS.index(colour) if colour else NOT_NAMED, NAMED_SHAPES.index(kind) if kind else NOT_NAMED]
+    drawn, agree = [NO_FACT] * 4, [NO_FACT] * 4
+    for number, page in enumerate(pages):
+        shape, here = page.shapes[0], slice(2 * number, 2 * number + 2)
+        drawn[here] = [NAMED_COLOURS.index(shape.colour), NAMED_SHAPES.index(shape.kind)]
+        agree[here] = [colour in ("", shape.colour), kind in ("", shape.kind)]
+    return (*named, *drawn, *map(int, agree))
 
 
 def scene(rng: np.random.Generator, turns: int) -> tuple[list[Page], list[Turn]]:
@@ -80,7 +101,7 @@ def scene(rng: np.random.Generator, turns: int) -> tuple[list[Page], list[Turn]]
             asked.append(Turn(f"How many {words}s?", str(_count(page, *wanted))))
         elif question == 1:
             words, *wanted = _wanted(rng, [page])
-            asked.append(Turn(f"Any {words}?", "present" if _count(page, *wanted) else "absent"))
+            asked.append(Turn(f"Any {words}?", "Yes." if _count(page, *wanted) else "No."))
         elif question == 2 and sum(other.kind == shape.kind for other in page.shapes) == 1:
             asked.append(Turn(f"Colour of the {shape.kind}?", shape.colour))
         elif question == 3 and sum(other.colour == shape.colour for other in page.shapes) == 1:
@@ -115,67 +136,54 @@ def _statement(rng: np.random.Generator, pages: list[Page]) -> tuple[str, bool, 
     if len(pages) == 1:
         return pick(rng, IN_IT).format(thing=words), found[0], facts
     form, side = rng.choice(3, p=(0.5, 0.25, 0.25)), int(rng.integers(2))
-    truth = (found[side], all(found), found[side] and not found[1 - side])[form]
+    truth = (found[side], all(found), any(found))[form]
     names = {"side": pick(rng, SIDES[side]), "noun": pick(rng, ("image", "picture"))}
-    return pick(rng, (ON_SIDE, ON_BOTH, ON_ONE_ONLY)[form]).format(thing=words, **names), truth, facts
+    return pick(rng, (ON_SIDE, ON_BOTH, ON_ANY)[form]).format(thing=words, **names), truth, facts
 
 
 def _some_words(rng: np.random.Generator, most: int) -> str:
     return " ".join(pick(rng, LABEL_WORDS) for _ in range(rng.integers(1, most + 1)))
 
 
+def _judgement(rng: np.random.Generator, pages: list[Page]) -> Turn:
+    """Draw a statement that is to be judged, in half of all cases a true one where one can be found."""
+    wanted = bool(rng.integers(2))
+    for _ in range(20):
+        sentence, truth, facts = _statement(rng, pages)
+        if truth == wanted:
+            break
+    no, yes = pick(rng, VERDICTS)
+    words = {"yes": yes.lower().rstrip("."), "no": no.lower().rstrip("."), "words": _some_words(rng, 6)}
+    question = pick(rng, REQUESTS).format(statement=sentence, **words)
+    return Turn(question, yes if truth else no, facts=facts)
+
+
 def judged(rng: np.random.Generator, pictures: int, turns: int) -> tuple[list[Page], list[Turn]]:
     """Draw one picture of one shape, or two, with statements that are to be judged, half of them true."""
-    pages, asked = [_single(rng) for _ in range(pictures)], []
-    while len(asked) < turns:
-        wanted = bool(rng.integers(2))
-        for _ in range(20):
-            sentence, truth, facts = _statement(rng, pages)
-            if truth == wanted:
-                break
-        no, yes = pick(rng, VERDICTS)
-        # Some of them stand in the midst of other words, which don't matter.
-        question = f"{sentence}." if rng.random() < 0.7 else f'{_some_words(rng, 12)} "{sentence}." {_some_words(rng, 4)}'
-        asked.append(Turn(f"{question} {yes} or {no}?", yes if truth else no, facts=facts))
-    return pages, asked
+    pages = [single(rng, named=True) for _ in range(pictures)]
+    return pages, [_judgement(rng, pages) for _ in range(turns)]
 
 
 def captioned(rng: np.random.Generator) -> tuple[list[Page], list[Turn]]:
-    """Draw a large shape with a line of words that names it, or another one.
-
-    Whatever a question of other words asks a verdict on is whether words and shape agree.
-    """
-    colour, kind = pick(rng, ALL_COLOURS), pick(rng, SHAPES)
-    named = [colour, kind]
-    if rng.random() < 0.5:
-        changed = rng.integers(2)
-        named[changed] = pick(rng, [option for option in (ALL_COLOURS, SHAPES)[changed] if option != named[changed]])
-    agree = named == [colour, kind]
-    line = int(pick(rng, (0, 1, 9, 10, 11)))
-    row = int(rng.integers(3, 7)) if line > 1 else int(rng.integers(5, 9))
-    page = Page(shapes=[Shape(kind, colour, row, int(rng.integers(3, 9)), rng.uniform(35, 65))])
-    before = pick(rng, LABEL_WORDS) + " " if rng.random() < 0.5 else ""
-    text = f"{before}{named[0]} {named[1]}"
-    text = (text[-24:].upper(), text[-24:])[rng.random() < 0.3]
-    page.write(line, int(rng.integers(0, COLUMNS - len(text) + 1)), text)
-    if line > 1 and rng.random() < 0.5:
-        page.write(int(rng.integers(0, 2)), 2 * int(rng.integers(0, 4)), _some_words(rng, 3)[:18].upper())
-    no, yes = pick(rng, VERDICTS)
-    asked = pick(rng, AGREEMENT) if rng.random() < 0.3 else f"{_some_words(rng, 8)}?"
-    # The verdict comes first, so that it is not found in an earlier answer.
-    facts = _facts(*named, [page])
-    turns = [Turn(f"{asked} {yes} or {no}?", yes if agree else no, facts=facts)]
-    plain = [Turn("Drawn?", f"{colour} {kind}"), Turn("Written?", f"{named[0]} {named[1]}")]
-    plain.append(Turn("Colours?", "same" if named[0] == colour else "other", facts=facts))
-    return [page], turns + [plain[i] for i in rng.permutation(3)]
+    """Draw a large shape between lines of words, with questions about both."""
+    colour, kind = pick(rng, NAMED_COLOURS), pick(rng, NAMED_SHAPES)
+    page = Page(shapes=[Shape(kind, colour, int(rng.integers(4, 8)), int(rng.integers(3, 9)), rng.uniform(28, 48))])
+    turns = [Turn("Drawn?", f"{colour} {kind}")]
+    for place, line in (("Above", int(rng.integers(0, 2))), ("Below", int(rng.integers(10, 12)))):
+        text = _some_words(rng, 3)[:20].strip()
+        text = (text.upper(), text)[rng.random() < 0.3]
+        page.write(line, int(rng.integers(0, COLUMNS - len(text) + 1)), text)
+        turns.append(Turn(f"{place}?", text))
+    turns += [_judgement(rng, [page]) for _ in range(2)]
+    return [page], [turns[i] for i in rng.permutation(len(turns))]
 
 
-def motion(rng: np.random.Generator, frames: int = 3) -> tuple[list[Page], list[Turn]]:
-    """Draw the frames of one moving shape with questions about it.
+def motion(rng: np.random.Generator) -> tuple[list[Page], list[Turn]]:
+    """Draw three or four frames of one moving shape with questions about it.
 
     The first one is for a title of shape and way, mostly out of a list.
     """
-    name, (down, right) = pick(rng, list(WAYS.items()))
+    frames, (name, (down, right)) = int(rng.integers(3, 5)), pick(rng, list(WAYS.items()))
     step, size = int(rng.integers(1, 4)), rng.uniform(18, 45)
     colour, kind = pick(rng, ALL_COLOURS), pick(rng, SHAPES)
     reach = step * (frames - 1)
@@ -185,6 +193,6 @@ def motion(rng: np.random.Generator, frames: int = 3) -> tuple[list[Page], list[
     others = [titles[i] for i in rng.choice(len(titles), rng.integers(2, 9), replace=False)]
     shown = sorted({(kind, name), *others})
     listed = ", ".join(f"{kind.capitalize()}{way.capitalize()}" for kind, way in shown)
-    asked = f"{_some_words(rng, 8)}: {listed}" if rng.random() < 0.7 else f"{_some_words(rng, 10)}?"
+    asked = pick(rng, TITLE_REQUESTS).format(listed=listed, words=_some_words(rng, 6))
     title = Turn(asked, f"{kind.capitalize()}{name.capitalize()}")
     return pages, [title, Turn("Which way does it go?", name), Turn("What is it?", f"{colour} {kind}")]

@@ -118,7 +118,7 @@ def draw_form(rng: np.random.Generator, held_out: bool) -> tuple[Page, dict[Fiel
     return page, values
 
 
-def draw_split(out_dir: Path, split: str, documents: int, rng: np.random.Generator, questions_each: int = 3) -> None:
+def draw_split(out_dir: Path, split: str, documents: int, rng: np.random.Generator, questions_each: int = 4) -> None:
     """Draw one split: `documents/<split>_<number>.png` and `<split>_v1.0_withQT.json`."""
     rows = []
     (out_dir / "documents").mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .page import COLOURS, SHAPES, Page, Shape, write_json_lines
+from .page import NAMED_COLOURS, NAMED_SHAPES, Page, Shape, write_json_lines
 
 PAIRS_A_SENTENCE = 4
 
 
 def _draw_statement(rng: np.random.Generator) -> tuple[str, Callable[[Page, Page], bool], tuple[str, str]]:
     """Draw a sentence, the test whether it holds for two pages, and the colour and kind that it is about."""
-    colour, kind = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+    colour, kind = str(rng.choice(NAMED_COLOURS)), str(rng.choice(NAMED_SHAPES))
     with_colour = rng.random() < 0.6
     thing = f"{colour} {kind}" if with_colour else kind
 
@@ -20,21 +20,19 @@ def _draw_statement(rng: np.random.Generator) -> tuple[str, Callable[[Page, Page
         return any(shape.kind == kind and (shape.colour == colour or not with_colour) for shape in page.shapes)
 
     form, side = rng.integers(3), int(rng.integers(2))
-    name = ("left", "right")[side]
     if form == 0:
-        return f"The {name} image shows a {thing}.", lambda *pages: shown(pages[side]), (colour, kind)
+        return f"The {('left', 'right')[side]} image shows a {thing}.", lambda *pages: shown(pages[side]), (colour, kind)
     if form == 1:
         return f"Both images show a {thing}.", lambda *pages: all(map(shown, pages)), (colour, kind)
-    sentence = f"Only the {name} image shows a {thing}."
-    return sentence, lambda *pages: shown(pages[side]) and not shown(pages[1 - side]), (colour, kind)
+    return f"At least one image shows a {thing}.", lambda *pages: any(map(shown, pages)), (colour, kind)
 
 
 def _draw_page(rng: np.random.Generator, about: tuple[str, str]) -> Page:
     """Draw one shape, of the colour and of the kind that a statement is about more often than not."""
-    drawn = (str(rng.choice(options)) for options in (list(COLOURS), SHAPES))
+    drawn = (str(rng.choice(options)) for options in (NAMED_COLOURS, NAMED_SHAPES))
     colour, kind = (wanted if rng.random() < 0.6 else other for wanted, other in zip(about, drawn, strict=True))
     row, column = (int(place) for place in rng.integers(3, 9, 2))
-    return Page(shapes=[Shape(kind, colour, row, column, rng.uniform(25, 60))])
+    return Page(shapes=[Shape(kind, colour, row, column, rng.uniform(22, 42))])
 
 
 def draw_split(out_dir: Path, split: str, sentences: int, rng: np.random.Generator) -> None:

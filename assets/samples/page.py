@@ -31,6 +31,8 @@ COLOURS = {
     "pink": (245, 130, 180),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
+# What memes and pairs of pictures are about: few enough for a tiny checkpoint to know each word well.
+NAMED_COLOURS, NAMED_SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle", "star")
 
 
 @cache

@@ -10,16 +10,16 @@ from .page import COLOURS, SIDE, TOKEN, Page, Shape
 
 FRAMES, FRAMES_PER_SECOND = 16, 8
 CLASSES = {
-    "BallBouncing": ("circle", "bounce"),
-    "BallRolling": ("circle", "right"),
+    "CircleBouncing": ("circle", "bounce"),
+    "CircleRolling": ("circle", "right"),
     "CrossDropping": ("cross", "down"),
     "DiamondGrowing": ("diamond", "grow"),
     "HeartBeating": ("heart", "beat"),
-    "KiteRising": ("triangle", "up"),
     "RingShrinking": ("ring", "shrink"),
     "SquareSliding": ("square", "left"),
     "StarFalling": ("star", "down"),
     "StarShooting": ("star", "right"),
+    "TriangleRising": ("triangle", "up"),
 }
 
 
@@ -40,8 +40,8 @@ def draw_frames(kind: str, motion: str, rng: np.random.Generator) -> list[np.nda
         else:
             x, y = across, across / 2
             swing = {"grow": moment, "shrink": -moment, "beat": np.sin(3 * np.pi * moment)}[motion]
-            radius = 42 * (1 + 0.55 * swing)
-        column, row = (x + 0.5) * SIDE / TOKEN - 0.5, (y + 0.5) * SIDE / TOKEN - 0.5
+            radius = 33 * (1 + 0.4 * swing)
+        column, row = (round((place + 0.5) * SIDE / TOKEN - 0.5) for place in (x, y))
         # The same seed for every frame: paper and colour stay as they are.
         frames.append(np.asarray(Page(shapes=[Shape(kind, colour, row, column, radius)]).draw(np.random.default_rng(paper))))
     return frames
