@@ -12,12 +12,13 @@ Two processes of one thread each make one run, in six stages, each of which writ
 5. shapes: and with codes of shapes, in one picture, two, and several that show motion.
 6. last: the decoder goes on with what the tower sees in pictures.
 
-The checkpoint in the repository was made with --bf16 in several runs, while this script grew: stages 1 to 4 in two runs (101
-minutes of processor time on an Intel Xeon with AMX); then, once words for colours and shapes had become tokens, stage 5 (1,250
-steps), stage 1 anew (370 steps) and stage 6 (510 steps), in turns, on an AMD EPYC, about 100 minutes of processor time (torch 2.13.0,
-transformers 5.23.0). What the stages drew changed a little in between. A run of the whole script as it stands has not been made; by
-the steps it takes an hour and a half on two cores. At the end the answers' first characters from the page were right for 99 % of the
-documents' plain questions, 33 % of those on any forms, 96 % of verdicts on two pictures, and 99 % of titles of a motion.
+The checkpoint in the repository was made with --bf16 in several runs, while this script grew: stages 1 to 4 in two runs
+(101 minutes of processor time on an Intel Xeon with AMX); then, once words for colours and shapes had become tokens, stage
+5 (1,250 steps), stage 1 anew (370 steps) and stage 6 (510 steps), in turns, on an AMD EPYC, about 100 minutes of processor
+time (torch 2.13.0, transformers 5.23.0). What the stages drew changed a little in between. A run of the whole script as it
+stands has not been made; by the steps it takes an hour and a half on two cores. At the end the answers' first characters
+from the page were right for 99 % of the documents' plain questions, 33 % of those on any forms, 96 % of verdicts on two
+pictures, and 99 % of titles of a motion.
 """
 
 import argparse
