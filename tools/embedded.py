@@ -31,8 +31,9 @@ SETTINGS = {
     "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 2e-3, "qlora": 2e-3}}
     | {"vision_learning_rate": 3e-5, "projector_learning_rate": 3e-5}
     | {"batch_size": 8, "batch_size_per_gpu": 4, "warmup_steps": 15, "logging_steps": 10},
-    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}}
-    | {"batch_size": 8, "batch_size_per_gpu": 4},
+    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 4e-4, "frozen": 4e-4, "lora": 2e-3, "qlora": 2e-3}}
+    | {"vision_learning_rate": 4e-5, "projector_learning_rate": 4e-5}
+    | {"batch_size": 4, "batch_size_per_gpu": 2, "logging_steps": 10},
 }
 NUM_FRAMES = 4  # of a clip: half of the default, to be done in minutes
 SMOKE_SETTINGS = {"batch_size": 4, "batch_size_per_gpu": 2, "num_train_epochs": 1, "warmup_steps": 1, "max_new_tokens": 4}

@@ -9,23 +9,25 @@ import numpy as np
 from .page import COLOURS, SIDE, TOKEN, Page, Shape
 
 FRAMES, FRAMES_PER_SECOND = 16, 8
+# As in UCF-101 itself, what tells the classes apart is mostly seen in any one frame: here shape and, where that is not enough,
+# colour. Each has a motion of its own.
 CLASSES = {
-    "CircleBouncing": ("circle", "bounce"),
-    "CircleRolling": ("circle", "right"),
-    "CrossDropping": ("cross", "down"),
-    "DiamondGrowing": ("diamond", "grow"),
-    "HeartBeating": ("heart", "beat"),
-    "RingShrinking": ("ring", "shrink"),
-    "SquareSliding": ("square", "left"),
-    "StarFalling": ("star", "down"),
-    "StarShooting": ("star", "right"),
-    "TriangleRising": ("triangle", "up"),
+    "CircleRising": ("circle", ("orange",), "up"),
+    "CircleRolling": ("circle", ("black",), "right"),
+    "CrossDropping": ("cross", tuple(COLOURS), "down"),
+    "DiamondGrowing": ("diamond", tuple(COLOURS), "grow"),
+    "HeartBeating": ("heart", tuple(COLOURS), "beat"),
+    "RingShrinking": ("ring", tuple(COLOURS), "shrink"),
+    "SquareSliding": ("square", tuple(COLOURS), "left"),
+    "StarFalling": ("star", ("blue",), "down"),
+    "StarShooting": ("star", ("yellow",), "right"),
+    "TriangleBouncing": ("triangle", tuple(COLOURS), "bounce"),
 }
 
 
-def draw_frames(kind: str, motion: str, rng: np.random.Generator) -> list[np.ndarray]:
+def draw_frames(kind: str, colour: str, motion: str, rng: np.random.Generator) -> list[np.ndarray]:
     """Draw the frames of a clip, uint8 (336, 336, 3) each: one shape that moves or changes its size."""
-    colour, size = str(rng.choice(list(COLOURS))), rng.uniform(22, 40)
+    size = rng.uniform(22, 40)
     across, along = rng.uniform(-0.25, 0.25), rng.uniform(0.28, 0.38)
     paper, frames = rng.integers(2**32), []
     for moment in np.linspace(-1, 1, FRAMES):
@@ -63,8 +65,8 @@ def draw_split(out_dir: Path, split: str, clips_a_class: int, rng: np.random.Gen
     """Draw one split: `UCF101_subset/<split>/<class>/v_<class>_g<group>_c01.avi`."""
     # Groups number on over the splits, as no group of UCF-101 may lie in two of them.
     first_group = {"train": 1, "val": 401, "test": 701}[split]
-    for name, (kind, motion) in CLASSES.items():
+    for name, (kind, colours, motion) in CLASSES.items():
         folder = out_dir / "UCF101_subset" / split / name
         folder.mkdir(parents=True, exist_ok=True)
         for group in range(first_group, first_group + clips_a_class):
-            write_clip(folder / f"v_{name}_g{group:02d}_c01.avi", draw_frames(kind, motion, rng))
+            write_clip(folder / f"v_{name}_g{group:02d}_c01.avi", draw_frames(kind, str(rng.choice(colours)), motion, rng))
