@@ -9,6 +9,8 @@ TASK ?= docvqa
 BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
+# Two workers share the cores: more threads each would only wait for each other.
+test quick: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test quick lint format matrix bench-table
 
@@ -28,7 +30,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q -rs --durations=25 -n 2 --dist loadfile
 
 quick: .venv/installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -80,6 +80,10 @@ def weights(output: Path) -> dict:
 def write_random_model(directory: Path) -> Path:
     """Write a checkpoint smaller than the tiny one, of seeded random fp32 weights, so that nothing that is learned matters."""
     shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("config.json", "model*"))
+    # Characters alone: the vocabulary below has no room for whole words.
+    tokenizer = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["special"]]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     config = Phi3VConfig(
         vocab_size=128,
         bos_token_id=1,

@@ -26,6 +26,7 @@ from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
 from transformers import AutoProcessor
 
 import finetune_hf_trainer_docvqa as docvqa
+from assets.draw_samples import draw_samples
 from common.collator import Collator
 from common.data import TrainingData
 from common.model import load_model, set_gradient_checkpointing
@@ -124,8 +125,10 @@ def test_zero_stages_are_one_and_resume_exactly(stage, train, course, tmp_path):
 def test_generation_keeps_in_step_under_zero3(train, tmp_path):
     """Processes with more or fewer prompts and longer or shorter answers: each answer, and the loss, is that of ZeRO-2."""
     answers, losses = {}, {}
+    draw_samples("docvqa", tmp_path / "data", train=2, val=2)
     for stage in ("zero2", "zero3"):
         options = {"model_name_or_path": TINY, "max_steps": 1, "max_new_tokens": 12, "deepspeed": zero(stage)}
+        options |= {"data_dir": tmp_path / "data", "max_eval_samples": 5}
         options |= {"eval_strategy": "steps", "eval_steps": 1}  # of five rows, in three batches
         train(tmp_path / stage, **options)
         evaluations = [json.loads((tmp_path / stage / f"eval_{when}.json").read_text()) for when in ("before", "after")]
