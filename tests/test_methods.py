@@ -127,7 +127,7 @@ def test_generation_keeps_in_step_under_zero3(train, tmp_path):
     answers, losses = {}, {}
     draw_samples("docvqa", tmp_path / "data", train=2, val=2)
     for stage in ("zero2", "zero3"):
-        options = {"model_name_or_path": TINY, "max_steps": 1, "max_new_tokens": 12, "deepspeed": zero(stage)}
+        options = {"model_name_or_path": TINY, "max_steps": 1, "max_new_tokens": 48, "deepspeed": zero(stage)}
         options |= {"data_dir": tmp_path / "data", "max_eval_samples": 5}
         options |= {"eval_strategy": "steps", "eval_steps": 1}  # of five rows, in three batches
         train(tmp_path / stage, **options)
