@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from common.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "pillow")
@@ -79,10 +80,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         **content,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, result)
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,6 @@
 """Render what was measured, beside what was published, into docs/performance.md: `make bench-table`."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from common.files import write_file
 from common.flops import BatchSizes, TrainingFlops
 from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
 from common.phi3v import Phi3VConfig
@@ -184,9 +184,7 @@ def main() -> None:
         content = fill(DOCUMENT.read_text(encoding="utf-8"), render())
     except ValueError as error:
         sys.exit(f"error: {error}")
-    partial = DOCUMENT.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, DOCUMENT)
+    write_file(DOCUMENT, content)
     print(f"written to {DOCUMENT.relative_to(ROOT)}")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from .files import write_file
 from .phi3v import Phi3VConfig
 
 BASE_DESCRIPTION = "base_model.json"
@@ -61,9 +61,7 @@ def write_base_description(directory: Path, model: PeftModel) -> None:
         "weights": fingerprint(snapshot),
         "quantization": quantization.to_dict() if quantization is not None else None,
     }
-    partial = directory / f"{BASE_DESCRIPTION}.partial"
-    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, directory / BASE_DESCRIPTION)
+    write_file(directory / BASE_DESCRIPTION, description)
 
 
 def fingerprint(directory: Path) -> str:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .files import replacing
+
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
 
@@ -42,12 +44,10 @@ def write_manifest(directory: Path) -> None:
     """Declare a checkpoint complete: record its files and their sizes, whole or not at all."""
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()}
     sizes.pop(MANIFEST, None)
-    partial = directory / f"{MANIFEST}.partial"
-    with partial.open("w") as file:
+    with replacing(directory / MANIFEST) as temporary, temporary.open("w") as file:
         json.dump(sizes, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, directory / MANIFEST)
 
 
 def what_is_torn(directory: Path) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from .files import write_file
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,4 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
         "samples": len(evaluation.predictions),
         "predictions": evaluation.predictions,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, content)

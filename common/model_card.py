@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .files import write_file
+
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets", "flash-attn")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -109,7 +111,7 @@ def write_run(
     }
     if datasets:
         run["datasets"] = list(datasets)
-    _replace(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_model_card(output_dir: str | Path, name: str | Path | None = None, licence: str = "mit") -> None:
@@ -148,7 +150,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         hyperparameters="\n".join(f"| {key} | {_cell(value)} |" for key, value in run["hyperparameters"].items()),
         versions=", ".join(f"{library} {number}" for library, number in run["versions"].items()),
     )
-    _replace(directory / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}")))
+    write_file(directory / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}")))
 
 
 def launch_command() -> str:
@@ -251,9 +253,3 @@ def _slug(text: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
 from .conversations import Conversation, Picture, check_conversation, check_picture
+from .files import replacing
 from .progress import Progress, say
 
 T = TypeVar("T")
@@ -212,27 +212,23 @@ def _to_arrow(path: Path) -> Path:
     arrow = Path(datasets.config.HF_DATASETS_CACHE) / "conversations" / f"{version[:32]}.arrow"
     if arrow.exists():
         return arrow
-    arrow.parent.mkdir(parents=True, exist_ok=True)
-    partial = arrow.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     try:
         with (
+            replacing(arrow) as temporary,
             arrow_json.open_json(
                 path,
                 read_options=arrow_json.ReadOptions(block_size=BLOCK_SIZE),
                 # With a schema given, an answer like 2020-01-01 stays the text that it is.
                 parse_options=arrow_json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore"),
             ) as batches,
-            pa.ipc.new_stream(str(partial), SCHEMA) as writer,
+            pa.ipc.new_stream(str(temporary), SCHEMA) as writer,
         ):
             for batch in batches:
                 _check_batch(batch)
                 writer.write_batch(batch)
-        os.replace(partial, arrow)
     except ValueError as error:
         _explain(path)
         raise ValueError(f"{path} can't be read: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return arrow
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,3 +34,53 @@ def torchrun(*command: object, processes: int = 2, timeout: float = 600, **envir
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture(scope="session")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter of the tiny checkpoint."""
+    from adapters import save_adapter
+
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "lora", "--use_lora")
+
+
+@pytest.fixture(scope="session")
+def qlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A QLoRA adapter of the tiny checkpoint."""
+    from adapters import save_adapter
+
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "qlora", "--use_qlora")
+
+
+@pytest.fixture(scope="session")
+def receipts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three pictures of different shapes: one, two and two crops."""
+    directory, paths = tmp_path_factory.mktemp("receipts"), []
+    for number, size in enumerate([(336, 336), (600, 300), (200, 400)]):
+        picture = Image.new("RGB", size, "white")
+        ImageDraw.Draw(picture).text((20, 20), f"TOTAL {number}7.50", fill="black")
+        paths.append(directory / f"picture{number}.png")
+        picture.save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def predict(monkeypatch, capsys):
+    """Runs `tools.predict` in this process, which spares the imports, and returns what it printed."""
+    import tools.predict
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+        capsys.readouterr()
+        tools.predict.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def run_tool(name: str, *arguments: object) -> str:
+    """Run a tool as people do, and return what it printed."""
+    command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout

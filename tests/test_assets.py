@@ -1,20 +1,22 @@
 """The embedded checkpoint and the sample data: layouts, sizes, held-out answers, and that a seed draws the same again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from conftest import ROOT, TINY
 from PIL import Image
+from safetensors.torch import load_file
 
-from assets.curriculum import documents, shapes
 from assets.draw_samples import draw_samples
+from assets.pretraining import documents, shapes
 from assets.samples.docvqa import VALUE_KINDS, draw_value, is_held_out
 from assets.samples.page import COLUMNS, LINES, Page
 from assets.samples.ucf101 import CLASSES, FRAMES
-
-TINY = Path(__file__).resolve().parents[1] / "assets" / "tiny_phi3v"
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -67,6 +69,21 @@ def test_values_are_open_strings(kind):
         values = [draw_value(kind, rng, held_out) for _ in range(100)]
         assert all(is_held_out(value) == held_out and len(value) <= 11 for value in values)
         assert len(set(values)) > 80
+
+
+@pytest.mark.slow
+def test_pretraining_runs_from_nothing_to_a_checkpoint_like_the_one_here(tmp_path):
+    stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
+    steps = [argument for stage in stages for argument in (f"--{stage}_steps", "2")]
+    command = [sys.executable, "-m", "assets.pretrain_tiny", "--output_dir", tmp_path, *steps]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line.rsplit(" ", 1)[1] for line in result.stdout.splitlines() if line.startswith("Wrote")] == list(stages)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in TINY.iterdir()}
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert (tmp_path / name).read_text() == (TINY / name).read_text()
+    made, kept = (load_file(directory / "model.safetensors") for directory in (tmp_path, TINY))
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: tensor.shape for name, tensor in kept.items()}
 
 
 def test_pretraining_never_answers_with_a_held_out_string():

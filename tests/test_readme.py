@@ -359,5 +359,14 @@ def test_published_figures_are_those_of_the_results():
         assert re.search(rf"\| {row['images_per_second']:.3f} \| ~{row['peak_memory_gb']} \|", tables), row
 
 
+def test_what_the_readme_says_was_measured_is_what_the_results_say():
+    rows = re.findall(r"^\|(.+)\|$", README[README.index("### Accuracy") : README.index("### Speed")], re.MULTILINE)
+    cells = [row.rsplit("|", 1)[1].strip() for row in rows]
+    assert cells[0] == "measured here"
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8").partition("## Speed")[0]
+    figures = re.findall(r"\| \[([\d.]+)\]\(", page)
+    assert sorted(" ".join(cells[2:]).replace("not measured", "").split()) == sorted(figures)
+
+
 def test_the_picture_of_a_report_is_small():
     assert (ROOT / "docs/report.png").stat().st_size < 300_000

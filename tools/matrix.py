@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.files import write_file
+
 from .embedded import MODEL, PROCESSES, add_smoke_flag, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, markdown_table
-from .runs import METHOD_FLAGS, TASKS, RunFailed, read_results, run_on_cpu, write_file
+from .runs import METHOD_FLAGS, TASKS, RunFailed, read_results, run_on_cpu
 
 TASK_TITLES = {"docvqa": "DocVQA", "hateful_memes": "Hateful Memes", "nlvr2": "NLVR2", "ucf101": "UCF-101"}
 

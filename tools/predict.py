@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from common.conversations import Conversation, check_conversation, check_picture, pictures
+from common.files import write_file
 from common.generation import generate_answers
 from common.inference import load_for_inference
 from common.model import base_model
@@ -150,10 +150,7 @@ def predict(args: argparse.Namespace) -> None:
     if args.output_file is None:
         print("\n".join(lines))
         return
-    args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output_file.with_name(f"{args.output_file.name}.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, args.output_file)
+    write_file(args.output_file, "\n".join(lines) + "\n")
     print(f"Wrote {len(lines)} answers to {args.output_file}")
 
 

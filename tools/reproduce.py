@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 
+from common.files import write_file
+
 from .embedded import PROCESSES, add_smoke_flag, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, compares, load_published, percent, render_page, scientific
-from .runs import METHOD_FLAGS, RunFailed, read_results, run_command, run_on_cpu, torchrun_command, write_file
+from .runs import METHOD_FLAGS, RunFailed, read_results, run_command, run_on_cpu, torchrun_command
 
 PUBLISHED_GPUS = 8
 SAVE_STEPS = 200  # an interrupted row loses at most so many

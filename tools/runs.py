@@ -120,12 +120,3 @@ def read_results(output_dir: Path) -> dict[str, Any]:
 def figures(evaluation: dict[str, Any]) -> dict[str, float]:
     """The figures of an evaluation by name, the predictions left out."""
     return {name: value for name, value in evaluation.items() if isinstance(value, float)}
-
-
-def write_file(path: Path, content: str | dict[str, Any]) -> None:
-    """Write a text, or an object as JSON, whole or not at all."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .run import RIGHT, Run, predictions_by_id, replacing
+from ..files import replacing
+from .run import RIGHT, Run, predictions_by_id
 
 GROUPS = {
     "better": "Got better",

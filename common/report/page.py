@@ -8,10 +8,11 @@ from pathlib import Path
 
 import jinja2
 
+from ..files import replacing, write_file
 from .charts import DASHES, SERIES, curve_charts
 from .figures import class_table, confusions, evaluation_charts, facts, figures, outcomes
 from .gallery import GROUPS, gallery, select_gallery
-from .run import Run, read_run, replacing
+from .run import Run, read_run
 
 
 def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
@@ -63,8 +64,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
             date=_date(run),
         )
     )
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(path, page)
     return path
 
 
@@ -106,8 +106,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
             dashes=DASHES,
         )
     )
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(Path(path), page)
     return Path(path)
 
 

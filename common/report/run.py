@@ -2,8 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,18 +80,6 @@ def read_run(directory: str | os.PathLike) -> Run:
 def predictions_by_id(evaluation: dict | None) -> dict[str, dict]:
     """Return the predictions by id; of several with the same id, the first."""
     return {str(row["id"]): row for row in reversed((evaluation or {}).get("predictions", []))}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path whose file replaces the one at `path` once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict:

@@ -1,0 +1,121 @@
+"""Which base an adapter belongs to, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import save_adapter
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+
+from common.adapter_base import base_revision
+from common.inference import load_for_inference
+from tools.merge_lora import merge
+
+
+@pytest.fixture
+def moved_base(tmp_path) -> tuple[Path, Path]:
+    """A copy of the tiny checkpoint and an adapter that names it."""
+    base = shutil.copytree(TINY, tmp_path / "base")
+    return base, save_adapter(tmp_path / "adapter", "--use_lora", "--freeze_vision_model", base=base)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_missing_base_is_named(moved_base, predict, tmp_path):
+    base, adapter = moved_base
+    base.rename(tmp_path / "elsewhere")
+    missing = f"error: adapter {adapter} needs its base model, {base}, which can't be loaded: .*--base DIR"
+    with pytest.raises(SystemExit, match=missing):
+        predict("--model", adapter, "--prompt", "Total?")
+    model, _ = load_for_inference(adapter, "cpu", base=str(tmp_path / "elsewhere"))
+    assert model.get_base_model().name_or_path == str(tmp_path / "elsewhere")
+
+
+def test_base_named_relative_to_another_folder_is_found(moved_base):
+    base, adapter = moved_base
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="models/base")
+    model, _ = load_for_inference(adapter, "cpu")
+    assert model.get_base_model().name_or_path == str(base)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """Snapshot of the hub model `someone/tiny` in a cache of its own."""
+    cache, commit = tmp_path / "hub", 40 * "a"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    reference = cache / "models--someone--tiny" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text(commit)
+    return shutil.copytree(TINY, reference.parents[1] / "snapshots" / commit)
+
+
+def test_base_on_the_hub_is_found_at_its_revision(hub_cache, tmp_path, receipts):
+    adapter = save_adapter(tmp_path / "adapter", "--use_lora", base="someone/tiny")
+    description = json.loads((adapter / "base_model.json").read_text())
+    assert (description["name"], description["revision"]) == ("someone/tiny", hub_cache.name)
+    assert description["path"] is None
+    assert base_revision("someone/tiny") == hub_cache.name
+    assert base_revision(str(TINY)) is None
+    model, _ = load_for_inference(adapter, "cpu")
+    assert model.get_base_model().name_or_path == "someone/tiny"
+    assert load_for_inference("someone/tiny", "cpu")[1].image_processor.num_crops == 1
+    merge(str(adapter), tmp_path / "merged")
+    edit_json(adapter / "adapter_config.json", revision=40 * "b")
+    with pytest.raises(ValueError, match="needs its base model, someone/tiny, which can't be loaded"):
+        load_for_inference(adapter, "cpu")
+
+
+def test_another_configuration_is_refused(moved_base):
+    base, adapter = moved_base
+    scaling = json.loads((base / "config.json").read_text())["rope_scaling"]
+    edit_json(base / "config.json", rope_scaling=scaling | {"short_factor": [1.5] * len(scaling["short_factor"])})
+    with pytest.raises(ValueError, match=r"is another model \(other rope_scaling\).*--base"):
+        load_for_inference(adapter, "cpu")
+
+
+def test_other_weights_are_noticed(moved_base):
+    base, adapter = moved_base
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor.float() for name, tensor in weights.items()}, base / "model.safetensors")
+    load_for_inference(adapter, "cpu")  # the same in fp32
+    weights["model.norm.weight"][5] += 1
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(ValueError, match="has other weights.*--base"):
+        load_for_inference(adapter, "cpu")
+    with pytest.warns(UserWarning, match="has other weights"):
+        load_for_inference(adapter, "cpu", base=str(base))
+
+
+def test_adapter_of_another_size_is_refused_without_a_description(moved_base):
+    _, adapter = moved_base
+    (adapter / "base_model.json").unlink()
+    load_for_inference(adapter, "cpu")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"
+    save_file(weights | {name: torch.zeros(8, 3072)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj are for 3072 features, the base has 192"):
+        load_for_inference(adapter, "cpu")
+
+
+def test_damaged_weights_are_named(moved_base, tmp_path):
+    base, adapter = moved_base
+    path = adapter / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        merge(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    path.unlink()
+    with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
+        load_for_inference(adapter, "cpu")
+    path.write_bytes(whole)
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="needs its base model.*can't be loaded"):
+        load_for_inference(adapter, "cpu")

@@ -1,0 +1,134 @@
+"""Merging adapters into their base."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import logits, save_adapter
+from conftest import GOLDEN, TINY, needs_golden, run_tool
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import tools.merge_lora
+import tools.predict
+from common.inference import load_for_inference
+from tools.merge_lora import merge
+
+
+def tensors(directory: Path) -> dict[str, tuple[str, list[int]]]:
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_lora",),
+        ("--use_lora", "--freeze_vision_model"),
+        ("--use_lora", "--use_dora", "--use_rslora"),
+        ("--use_qlora",),
+        ("--use_qlora", "--freeze_vision_model"),
+    ],
+    ids=" ".join,
+)
+def test_merged_equals_adapter(flags, tmp_path, receipts):
+    adapter = save_adapter(tmp_path / "adapter", *flags)
+    merge(str(adapter), tmp_path / "merged", torch.float32)
+    model, processor = load_for_inference(adapter, "cpu", torch.float32)
+    expected = logits(model, processor, receipts)
+    with model.disable_adapter():
+        base = logits(model, processor, receipts)
+    merged = logits(*load_for_inference(tmp_path / "merged", "cpu", torch.float32), receipts)
+    assert (merged - expected).abs().max() <= 1e-4
+    assert (merged - base).abs().max() > 0.1, "the adapter changes nothing, so that nothing is tested"
+
+
+def test_merged_checkpoint_has_the_base_s_layout(lora, tmp_path):
+    printed = run_tool("merge_lora", "--adapter", lora, "--output_dir", tmp_path / "merged")
+    assert printed == f"Wrote {tmp_path / 'merged'}\n"
+    assert tensors(tmp_path / "merged") == tensors(TINY)
+    config, base_config = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "merged", TINY))
+    assert config.keys() == base_config.keys()
+    for key in ("architectures", "auto_map", "model_type", "rope_scaling", "torch_dtype", "vision_config", "vocab_size"):
+        assert config[key] == base_config[key]
+    processor_files = {"preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert processor_files <= {path.name for path in (tmp_path / "merged").iterdir()}
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert len(modes) == 1, "some files can't be read by others"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"], "temporary files are left"
+
+
+@needs_golden
+@pytest.mark.parametrize("method", ["--use_lora", "--use_qlora"])
+def test_merged_published_checkpoint_keeps_names_and_shapes(method, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", method, base=GOLDEN / "tiny_checkpoint")
+    merge(str(adapter), tmp_path / "merged")
+    reference = json.loads((GOLDEN / "param_names.json").read_text())
+    merged = tensors(tmp_path / "merged")
+    assert {name: shape for name, (_, shape) in merged.items()} == reference["shapes"]
+    assert {dtype for dtype, _ in merged.values()} == {"BF16"}
+    patterns = {re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in merged}
+    assert patterns == set(reference["real_hub_index"]["name_patterns"])
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_scaling"]["type"] == "su"
+    assert "quantization_config" not in config
+
+
+def test_qlora_merges_into_the_dequantized_or_the_original_base(qlora, tmp_path):
+    merge(str(qlora), tmp_path / "dequantized", torch.float32)
+    merge(str(qlora), tmp_path / "original", torch.float32, original_base=True)
+    base, dequantized, original = (
+        load_file(path / "model.safetensors") for path in (TINY, tmp_path / "dequantized", tmp_path / "original")
+    )
+    adapter = load_file(qlora / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    delta = adapter[f"base_model.model.{name}.lora_B.weight"] @ adapter[f"base_model.model.{name}.lora_A.weight"]
+    torch.testing.assert_close(original[f"{name}.weight"], base[f"{name}.weight"].float() + 2 * delta)
+    # NF4 has 16 levels a block of 64 weights.
+    levels = (dequantized[f"{name}.weight"] - 2 * delta).reshape(-1, 64)
+    assert all(len(block.div(block.abs().max()).mul(1e3).round().unique()) <= 16 for block in levels)
+
+
+def test_adapter_has_no_copy_of_the_head_and_needs_none(lora, tmp_path):
+    names = load_file(lora / "adapter_model.safetensors").keys()
+    assert {name for name in names if "lm_head" in name} == {
+        "base_model.model.lm_head.lora_A.weight",
+        "base_model.model.lm_head.lora_B.weight",
+    }
+    merge(str(lora), tmp_path / "merged")
+    head, base_head = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (tmp_path / "merged", TINY))
+    assert not torch.equal(head, base_head)
+
+
+def test_merging_leaves_a_directory_in_use_alone(lora, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path} is not empty"):
+        merge(str(lora), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_full_disk_leaves_nothing_behind(lora, tmp_path, monkeypatch):
+    def replace(source, destination):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tools.merge_lora.os, "replace", replace)
+    monkeypatch.setattr(sys, "argv", ["merge_lora", "--adapter", str(lora), "--output_dir", str(tmp_path / "merged")])
+    with pytest.raises(SystemExit, match=f"--output_dir {tmp_path / 'merged'} can't be written .*No space left"):
+        tools.merge_lora.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_adapter_is_said_so(tmp_path):
+    with pytest.raises(ValueError, match=f"--adapter {TINY} is no adapter"):
+        merge(str(TINY), tmp_path / "merged")
+    with pytest.raises(ValueError, match="is no adapter .* leave --base out"):
+        load_for_inference(TINY, "cpu", base=str(TINY))
+    with pytest.raises(ValueError, match="nowhere.* there is no such directory"):
+        load_for_inference("./nowhere", "cpu")

@@ -1,0 +1,112 @@
+"""Model cards, and the code in them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import logits
+from conftest import TINY
+from huggingface_hub import metadata_load
+
+from common.model_card import launch_command, write_model_card, write_run
+from tools.merge_lora import merge
+
+
+def write_evaluations(directory: Path) -> None:
+    for name, score in (("before", 0.125), ("after", 0.75)):
+        evaluation = {"metric": "anls", "loss": 1.0, "anls": score, "samples": 1200, "predictions": [], "by_class": {}}
+        (directory / f"eval_{name}.json").write_text(json.dumps(evaluation))
+
+
+def write_tiny_run(directory: Path, base_model: str = str(TINY), method: str = "LoRA") -> None:
+    write_run(
+        directory,
+        task="Hateful Memes",
+        base_model=base_model,
+        base_revision="4a0d683eba9f1d0cbfb6151705d1ee73c25a80ca" if base_model != str(TINY) else None,
+        method=method,
+        data="8,000 rows train, 500 evaluate",
+        hyperparameters={"learning_rate": 2e-4, "output_dir": directory, "bf16": True, "prompt": "a|b"},
+        datasets=["HuggingFaceM4/the_cauldron"],
+    )
+    write_evaluations(directory)
+
+
+def test_run_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "--output_dir", "my output"])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    write_tiny_run(tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["command"] == "python finetune.py --output_dir 'my output'"
+    assert torch.__version__.startswith(run["versions"]["torch"])
+    assert run["hyperparameters"]["output_dir"] == str(tmp_path)
+    described = {"task", "base_model", "base_revision", "method", "data", "datasets", "hyperparameters"}
+    assert run.keys() == described | {"command", "date", "hardware", "versions"}
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert launch_command() == "torchrun --nproc_per_node=8 --nnodes=2 finetune.py --output_dir 'my output'"
+
+
+def test_front_matter_is_what_the_hub_reads(tmp_path):
+    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct", method="full")
+    write_model_card(tmp_path, name="someone/phi-memes")
+    card = (tmp_path / "README.md").read_text()
+    data = metadata_load(tmp_path / "README.md")
+    assert data["base_model"] == "microsoft/Phi-3.5-vision-instruct"
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "mit"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["datasets"] == ["HuggingFaceM4/the_cauldron"]
+    assert {"phi3_v", "hateful-memes", "full"} <= set(data["tags"])
+    (index,) = data["model-index"]
+    assert index["name"] == "phi-memes"
+    metrics = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    assert metrics == {"anls": 0.75, "loss": 1.0}
+    assert "# phi-memes\n" in card
+    assert "at revision `4a0d683eba9f1d0cbfb6151705d1ee73c25a80ca`" in card
+    assert "| 1,200 samples | before | after |\n| --- | --- | --- |\n| anls | 0.1250 | 0.7500 |\n| loss |" in card
+    assert "from_pretrained('someone/phi-memes'" in card
+    assert "| learning_rate | 0.0002 |" in card
+    assert "| prompt | a\\|b |" in card
+    assert f"torch {torch.__version__.partition('+')[0]}" in card
+
+
+def test_card_without_results_or_run(tmp_path):
+    with pytest.raises(ValueError, match="has no run.json"):
+        write_model_card(tmp_path)
+    write_tiny_run(tmp_path)
+    for path in tmp_path.glob("eval_*.json"):
+        path.unlink()
+    write_model_card(tmp_path)
+    assert "## Results" not in (tmp_path / "README.md").read_text()
+    assert "model-index" not in metadata_load(tmp_path / "README.md")
+    assert "base_model" not in metadata_load(tmp_path / "README.md"), "a directory is no hub id"
+
+
+def load_as_the_card_says(directory: Path) -> dict:
+    (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
+    assert len(code.strip().splitlines()) == 3
+    scope: dict = {}
+    exec(code, scope)
+    return scope
+
+
+def test_card_says_how_to_load_adapter_and_merged_model(lora, tmp_path, receipts):
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+    write_tiny_run(adapter)
+    write_model_card(adapter)
+    assert metadata_load(adapter / "README.md")["library_name"] == "peft"
+    merge(str(adapter), tmp_path / "merged")
+    assert metadata_load(tmp_path / "merged" / "README.md")["library_name"] == "transformers"
+    by_adapter, by_merged = load_as_the_card_says(adapter), load_as_the_card_says(tmp_path / "merged")
+    first, second = (logits(scope["model"].float().eval(), scope["processor"], receipts) for scope in (by_adapter, by_merged))
+    assert (first - second).abs().max() < 0.5, "bf16 rounds no further than that"
+    assert by_adapter["processor"].image_processor.num_crops == 2
