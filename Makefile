@@ -5,6 +5,8 @@
 # make bench-table                                      benchmarks/results/ into docs/performance.md
 
 PYTHON ?= python3
+CHECK_PYTHON = import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: this needs Python 3.11 to 3.13, and \
+$(PYTHON) is " + sys.version.split()[0] + ": name another, make demo PYTHON=python3.12 say")
 TASK ?= docvqa
 BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
@@ -16,7 +18,8 @@ test quick: export OMP_NUM_THREADS = 1
 
 # torch goes first, by itself: DeepSpeed's build looks for it.
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)" setuptools wheel
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@

@@ -108,23 +108,25 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return {"conversations": [turn]}
 
 
+def score(row: dict, answer: str, full_train: bool) -> dict:
+    """ANLS of an answer as the benchmark defines it, and in the case-sensitive form of the published table."""
+    # the_cauldron puts a full stop after every answer, which the benchmark's answers don't have.
+    prediction = normalise_answer(answer, lower=False) if full_train else answer.strip()
+    return {
+        "id": str(row["id"]),
+        "question": question(row),
+        "prediction": prediction,
+        "answers": row["answers"],
+        "score": anls(prediction, row["answers"]),
+        "score_case_sensitive": anls(answer, row["answers"], case_sensitive=True),
+    }
+
+
 def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
-    """Answer every question; ANLS as the benchmark defines it, and in the case-sensitive form of the published table."""
+    """Answer every question and score the answers."""
     conversations = [to_conversation(row, random.Random(0)) for row in rows]
-    predictions = []
-    for row, answer in zip(rows, generate_answers(model, processor, conversations, args), strict=True):
-        # the_cauldron puts a full stop after every answer, which the benchmark's answers don't have.
-        prediction = normalise_answer(answer, lower=False) if args.full_train else answer.strip()
-        predictions.append(
-            {
-                "id": str(row["id"]),
-                "question": question(row),
-                "prediction": prediction,
-                "answers": row["answers"],
-                "score": anls(prediction, row["answers"]),
-                "score_case_sensitive": anls(normalise_answer(answer, lower=False), row["answers"], case_sensitive=True),
-            }
-        )
+    answers = generate_answers(model, processor, conversations, args)
+    predictions = [score(row, answer, args.full_train) for row, answer in zip(rows, answers, strict=True)]
     values = {
         "anls": fmean(entry["score"] for entry in predictions),
         "anls_case_sensitive": fmean(entry["score_case_sensitive"] for entry in predictions),
@@ -143,7 +145,7 @@ def main() -> None:
         load_model(args, processor, state.device),
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI,
     )

@@ -139,7 +139,7 @@ def main() -> None:
         load_model(args, processor, state.device),
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir or HUB[0]),
     )

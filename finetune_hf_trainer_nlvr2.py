@@ -1,7 +1,7 @@
 """Finetune Phi-3.5-vision (or Phi-3-vision) on NLVR2: does a statement hold for two pictures?
 
     torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py --bf16 --use_flash_attention \\
-        --batch_size 64 --learning_rate 2e-5 --num_train_epochs 1                # all weights, DeepSpeed ZeRO-2
+        --batch_size 64 --learning_rate 1e-5 --num_train_epochs 3                # all weights, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_nlvr2.py --bf16 --use_lora   # LoRA
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --data_dir DIR      # the official release's files
 
@@ -164,7 +164,7 @@ def main() -> None:
         load_model(args, processor, state.device),
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir or HUB[0]),
     )

@@ -15,6 +15,7 @@ Writes the model (or adapter), eval_before.json, eval_after.json, train_results.
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -65,10 +66,10 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return row  # the general format is the one that is trained on
 
 
-def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
-    """Accuracy of the generated answer to the last turn, over all rows and per class."""
+def score(rows: Sequence, answers: list[str]) -> list[dict]:
+    """Compare the answer to each row's last turn with the expected one."""
     predictions, seen = [], set()
-    for number, (row, answer) in enumerate(zip(rows, generate_answers(model, processor, rows, args), strict=True)):
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         prediction, turn = normalise_answer(answer), row["conversations"][-1]
         # Own data may lack ids, or use a picture's name for several questions.
         identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
@@ -82,6 +83,12 @@ def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
                 "score": float(prediction == normalise_answer(turn["assistant"])),
             }
         )
+    return predictions
+
+
+def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
+    """Accuracy of the generated answer to the last turn, over all rows and per class."""
+    predictions = score(rows, generate_answers(model, processor, rows, args))
     classes, correct = [entry["answers"][0] for entry in predictions], [entry["score"] for entry in predictions]
     values = {"accuracy": accuracy(correct), "accuracy_per_class": accuracy_per_class(classes, correct)}
     return Evaluation("accuracy", values, predictions)
@@ -98,7 +105,7 @@ def main() -> None:
         load_model(args, processor, state.device),
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir),
     )

@@ -23,7 +23,7 @@ from common.phi3v.image_processing import CROP_SIZE, IMAGE_MEAN, IMAGE_STD, crop
 from common.phi3v.processing import pad_rows
 
 from .measure import RESULTS, interleave, ratios, summarise, write_result
-from .pages import draw_pages
+from .pages import draw_pages, find_pages
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
 
@@ -113,13 +113,9 @@ def main() -> None:
     torch.set_num_threads(1)
     processor = AutoProcessor.from_pretrained(MODEL, num_crops=args.num_crops)
     with tempfile.TemporaryDirectory() as directory:
-        if args.image_dir:
-            files = sorted(path for path in args.image_dir.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        else:
-            files = draw_pages(Path(directory), args.num_images)
-        if not files:
-            raise SystemExit(f"error: --image_dir {args.image_dir} holds no .jpg or .png files")
-        files = [files[index * len(files) // args.num_images] for index in range(min(args.num_images, len(files)))]
+        files = find_pages(args.image_dir) if args.image_dir else draw_pages(Path(directory), args.num_images)
+        count = min(args.num_images, len(files))
+        files = [files[index * len(files) // count] for index in range(count)]
         results = {
             "as they are": measure(files, processor, args.batch_size, args.repetitions),
             "in colour": measure([in_colour(path) for path in files], processor, args.batch_size, args.repetitions),

@@ -7,8 +7,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from common.files import write_file
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "pillow")
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "pillow", "liger-kernel", "flash-attn")
 
 
 def interleave(
@@ -71,13 +72,24 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def versions() -> dict[str, str]:
+    """Versions of Python, of CUDA as torch was built for it, and of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def write_result(path: Path, content: dict[str, Any]) -> None:
     """Write what was measured with hardware, versions, command and date; whole or not at all."""
     result = {
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": hardware(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         **content,
     }
     write_file(path, result)

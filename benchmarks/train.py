@@ -1,6 +1,6 @@
 """Speed of training, by method, attention, packing, recomputation and samples at once, on pages in DocVQA's shapes.
 
-    python -m benchmarks.train --random_weights --bf16                        # four methods, on one GPU
+    python -m benchmarks.train --random_weights --bf16           # four methods, one and four samples at once, on one GPU
     python -m benchmarks.train --random_weights --bf16 --methods lora qlora --attention varlen sdpa --packing on off \\
         --checkpointing none selective full --samples_at_once 1 4
     python -m benchmarks.train --random_weights --config tiny --batch_size 2 --steps 2   # anywhere
@@ -34,7 +34,7 @@ from common.trainer import build_trainer
 from common.training import start
 
 from .measure import RESULTS, write_result
-from .pages import draw_pages
+from .pages import draw_pages, find_pages
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
 METHOD_FLAGS = {
@@ -77,11 +77,11 @@ def write_random_checkpoint(directory, name):
 
 
 def draw_rows(pages, count, rng):
-    """Questions and answers about pages, as conversations."""
+    """Questions and answers about pages, as conversations; so short that the tiny tokenizer makes about 30 tokens of them."""
     rows = []
     for number in range(count):
         field = FIELDS[int(rng.integers(len(FIELDS)))]
-        user = f"{field.questions[0]}\nAnswer briefly."
+        user = f"The {field.label.lower()}?"
         turn = {"images": [str(pages[number % len(pages)])], "user": user, "assistant": draw_value(field.kind, rng, False)}
         rows.append({"conversations": [turn]})
     return rows
@@ -180,7 +180,7 @@ class Watch(TrainerCallback):
             "tokens_a_sample": self.counts["tokens"] / self.counts["samples"],
             "tflops": self.counts["flops"] / wall / 1e12,
             "mfu": self.counts["flops"] / wall / peak if peak else None,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if self.on_gpu else None,
+            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if self.on_gpu else None,
             "data_wait_share": self.data_wait / wall,
             "seconds_a_step": {phase: value / steps for phase, value in (seconds | {"all": wall}).items()},
         }
@@ -189,11 +189,20 @@ class Watch(TrainerCallback):
         return begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
 
 
-def measure(args, directory):
+def combinations(args):
+    """All that is to be measured; by default also what the memory bars are for, LoRA and QLoRA recomputing everything."""
+    asked = vars(args) | {"checkpointing": args.checkpointing or ["auto"]}
+    adapters = [method for method in args.methods if method in ("lora", "qlora")]
+    bars = asked | {"methods": adapters, "checkpointing": ["full"], "samples_at_once": [1]}
+    wanted = [asked] if args.checkpointing else [asked, bars]
+    return [values for each in wanted for values in itertools.product(*(each[name] for name in DIMENSIONS))]
+
+
+def measure(args, values, directory):
     """Train one combination and return what was measured."""
-    method, attention, packing, checkpointing, samples_at_once, kernels = (getattr(args, name)[0] for name in DIMENSIONS)
+    method, attention, packing, checkpointing, samples_at_once, kernels = values
     eight_bit = torch.cuda.is_available() and method in ("full", "frozen")
-    optim = args.optim or ("adamw_bnb_8bit" if eight_bit else "adamw_torch")
+    optim = args.optim or ("adamw_bnb_8bit" if eight_bit else "adamw_torch_fused")
     command = [
         *METHOD_FLAGS[method],
         *KERNEL_FLAGS[kernels],
@@ -208,7 +217,7 @@ def measure(args, directory):
     flags = training_parser(__doc__, task="benchmark", metric="none").parse_args([str(part) for part in command])
     state = start(flags)
     processor = load_processor(flags)
-    pages = sorted(args.image_dir.iterdir()) if args.image_dir else draw_pages(directory / "pages", args.num_images)
+    pages = find_pages(args.image_dir) if args.image_dir else draw_pages(directory / "pages", args.num_images)
     rows = draw_rows(pages, args.batch_size * (args.warmup + args.steps), np.random.default_rng(args.seed))
     model = load_model(flags, processor, state.device)
     data = TrainingData(rows, lambda row, _: row, processor, flags.seed)
@@ -220,7 +229,7 @@ def measure(args, directory):
         "method": method,
         "attention": flags.attention[0],
         "packing": flags.packing,
-        "checkpointing": checkpointing,
+        "checkpointing": trainer.checkpointing,
         "samples_at_once": samples_at_once,
         "kernels": kernels,
         "optim": optim,
@@ -250,8 +259,9 @@ def parse_args():
     group.add_argument("--attention", nargs="+", default=["auto"], help="by name, as the scripts take it (default: auto)")
     group.add_argument("--packing", nargs="+", choices=("on", "off"), default=["on"], help="default: on")
     checkpointing = ("auto", "full", "selective", "none")
-    group.add_argument("--checkpointing", nargs="+", choices=checkpointing, default=["auto"], help="default: auto")
-    group.add_argument("--samples_at_once", nargs="+", type=int, default=[1], help="samples of a micro-batch (default: 1)")
+    recomputation = "default: auto, and full for LoRA and QLoRA, one sample at once"
+    group.add_argument("--checkpointing", nargs="+", choices=checkpointing, help=recomputation)
+    group.add_argument("--samples_at_once", nargs="+", type=int, default=[1, 4], help="of a micro-batch (default: 1 and 4)")
     kernels = "Liger's, compiled layers, or both (default: plain)"
     group.add_argument("--kernels", nargs="+", choices=KERNEL_FLAGS, default=["plain"], help=kernels)
     group = parser.add_argument_group("model and data")
@@ -263,9 +273,9 @@ def parse_args():
     group.add_argument("--num_images", type=int, default=48, help="pages to draw (default: 48)")
     group.add_argument("--num_crops", type=int, default=16, help="most crops of a page (default: 16)")
     group = parser.add_argument_group("how")
-    group.add_argument("--batch_size", type=int, default=16, help="samples a step (default: 16)")
-    group.add_argument("--warmup", type=int, default=2, help="steps before measuring (default: 2)")
-    group.add_argument("--steps", type=int, default=6, help="measured steps (default: 6)")
+    group.add_argument("--batch_size", type=int, default=64, help="samples a step (default: 64, as published)")
+    group.add_argument("--warmup", type=int, default=1, help="steps before measuring (default: 1)")
+    group.add_argument("--steps", type=int, default=3, help="measured steps (default: 3)")
     group.add_argument("--optim", help="default: 8-bit AdamW on a GPU if decoder weights train, so that one GPU holds them")
     group.add_argument("--dataloader_num_workers", type=int, default=8, help="default: 8, at most the cores")
     group.add_argument("--seed", type=int, default=0, help="draws weights and questions")
@@ -278,7 +288,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    combinations = list(itertools.product(*(getattr(args, name) for name in DIMENSIONS)))
+    wanted = combinations(args)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         torch.manual_seed(args.seed)
@@ -288,11 +298,11 @@ def main() -> None:
             write_random_checkpoint(checkpoint, args.config)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        if len(combinations) == 1 and not args.random_weights:
-            rows = [measure(args, directory)]
+        if len(wanted) == 1 and not args.random_weights:
+            rows = [measure(args, wanted[0], directory)]
         else:
             rows = []
-            for values in combinations:
+            for values in wanted:
                 rows.append(measure_apart(args, values, checkpoint, directory / "row.json"))
                 print(describe(rows[-1]), flush=True)
     content = {
@@ -311,11 +321,11 @@ def describe(row):
     """One line for people."""
     packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
     name = f"{row['method']}, {row['attention']}, packing {packing}, recomputation {row['checkpointing']}"
-    name += f", {row['kernels']} kernels"
+    name += f", {row['samples_at_once']} at once, {row['kernels']} kernels"
     if "error" in row:
         return f"{name}: failed: {row['error']}"
     mfu = f"{100 * row['mfu']:.1f} % MFU" if row["mfu"] is not None else "MFU unknown"
-    memory = f"{row['peak_memory_gib']:.1f} GiB" if row["peak_memory_gib"] is not None else "memory not measured"
+    memory = f"{row['peak_memory_gb']:.1f} GB" if row["peak_memory_gb"] is not None else "memory not measured"
     return (
         f"{name}: {row['images_per_second']:.2f} images/s, {row['tokens_per_second']:.0f} tokens/s, "
         f"{row['tflops']:.3g} TFLOP/s, {mfu}, {memory}, {100 * row['data_wait_share']:.1f} % waiting for data"

@@ -35,7 +35,7 @@ COMPARED_SETTINGS = (
 
 
 def base_revision(name_or_path: str) -> str | None:
-    """Commit of a hub model as it was loaded last; None for a directory."""
+    """Commit of a hub model as it was fetched last; None for a directory."""
     directory = find_snapshot(name_or_path)
     return directory.name if directory.parent.name == "snapshots" else None
 
@@ -50,12 +50,12 @@ def write_base_description(directory: Path, model: PeftModel) -> None:
     model : PeftModel
         Its base, as loaded from a directory or from the hub.
     """
-    base = model.get_base_model()
-    name, snapshot = base.name_or_path, find_snapshot(base.name_or_path)
+    base, revision = model.get_base_model(), model.peft_config["default"].revision
+    name, snapshot = base.name_or_path, find_snapshot(base.name_or_path, revision)
     quantization = getattr(base.config, "quantization_config", None)
     description = {
         "name": name,
-        "revision": base_revision(name),
+        "revision": revision,
         "path": str(snapshot) if Path(name).is_dir() else None,
         "settings": _settings(AutoConfig.from_pretrained(snapshot)),
         "weights": fingerprint(snapshot),
@@ -95,11 +95,11 @@ def _open_tensors(directory: Path) -> dict[str, Any]:
 
 
 def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:
-    """Directory of a checkpoint; for a hub id that of the local copy."""
+    """Directory of a checkpoint; for a hub id that of the local copy, whatever the hub has by now."""
     directory = Path(name_or_path)
     if directory.is_dir():
         return directory.resolve()
-    return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=["config.json"]))
+    return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
 
 
 def read_base_description(adapter: Path) -> dict[str, Any]:

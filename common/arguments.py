@@ -28,7 +28,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    parser.set_defaults(task=task, metric=metric)
+    parser.set_defaults(task=task, metric=metric, base_revision=None)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="hub id or directory (default: %(default)s)")
@@ -69,7 +69,9 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
     group.add_argument("--vision_learning_rate", type=float, help="of the vision tower (default: --learning_rate)")
     group.add_argument("--projector_learning_rate", type=float, help="of the projector (default: --learning_rate)")
-    group.add_argument("--optim", default="adamw_torch", help="optimizer, as TrainingArguments takes it (default: %(default)s)")
+    group.add_argument(
+        "--optim", default="adamw_torch_fused", help="optimizer, as TrainingArguments takes it (default: %(default)s)"
+    )
     group.add_argument("--wd", type=float, default=0.01, help="weight decay (default: %(default)s)")
     group.add_argument("--warmup_steps", type=int, default=50, help="steps of linear warm-up (default: %(default)s)")
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice (default: %(default)s)")
@@ -164,6 +166,12 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative, not {getattr(args, name)}")
+    if args.lora_dropout >= 1:
+        raise ValueError(f"--lora_dropout must be below 1, not {args.lora_dropout}")
+    if round(args.lora_rank * args.lora_alpha_ratio) < 1:
+        raise ValueError(
+            f"--lora_rank {args.lora_rank} × --lora_alpha_ratio {args.lora_alpha_ratio} must give an alpha of at least 1"
+        )
     for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise ValueError(f"--{name} must be above 0, not {value}")
@@ -207,8 +215,11 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise ValueError("--early_stopping_patience needs --load_best_model_at_end")
     if args.load_best_model_at_end and (args.save_strategy != args.eval_strategy or args.save_strategy == "no"):
         raise ValueError("--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same, steps or epoch")
-    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps % args.eval_steps:
-        raise ValueError(f"--save_steps {args.save_steps} must be a multiple of --eval_steps {args.eval_steps}")
+    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != args.eval_steps:
+        raise ValueError(
+            "--load_best_model_at_end needs a checkpoint of every evaluation: "
+            f"set --save_steps ({args.save_steps}) to --eval_steps ({args.eval_steps})"
+        )
     if args.load_best_model_at_end and args.eval_metric_steps and args.eval_metric_steps != args.eval_steps:
         raise ValueError(
             "--load_best_model_at_end compares the metric at every evaluation: set --eval_metric_steps to --eval_steps"

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import replacing
+from .files import replacing, write_file
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
+TOTALS = "totals.json"
+# What is said of a disk without room: by Python, safetensors and tokenizers in the system's words, by torch in its own.
+NO_ROOM = (*(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "inline_container.cc")
 
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Say clearly that saving failed, and that nothing saved before is lost.
+    """Say clearly that the disk has no room, and that nothing saved before is lost.
 
     Raises
     ------
     ValueError
-        In place of what a full disk, say, makes the libraries raise.
+        In place of what a full disk makes the libraries raise; what else goes wrong passes as it is.
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
+        if not any(words in str(error) for words in NO_ROOM):
+            raise
         raise ValueError(
             f"saving failed ({error}): make room on the disk and start again with --resume_from_checkpoint auto; "
             "earlier checkpoints are intact"
@@ -52,11 +60,13 @@ def write_manifest(directory: Path) -> None:
 
 def what_is_torn(directory: Path) -> str | None:
     """Say what a checkpoint lacks, or None if it is complete."""
+    if not directory.is_dir():
+        return "there is no such directory"
     try:
         sizes = json.loads((directory / MANIFEST).read_text())
     except FileNotFoundError:
         return "saving it was cut short"
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or not even text
         return f"{MANIFEST} is damaged"
     for name, size in sizes.items():
         path = directory / name
@@ -68,7 +78,7 @@ def what_is_torn(directory: Path) -> str | None:
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint to go on from: one that is complete on all machines, which may have disks of their own.
 
     Parameters
     ----------
@@ -92,20 +102,22 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, 
     if wanted is None:
         return None, []
     if wanted != "auto":
-        directory = Path(wanted)
-        if not directory.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such directory")
-        if reason := what_is_torn(directory):
+        if reason := _what_is_torn_anywhere(Path(wanted)):
             raise ValueError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto, or an earlier one")
-        return directory, []
+        return Path(wanted), []
     passed_over = []
-    numbered = [(path.name.rpartition("-")[2], path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    for _, path in sorted(((int(step), path) for step, path in numbered if step.isdigit()), reverse=True):
-        reason = what_is_torn(path)
+    steps = [path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    for step in sorted({int(step) for step in gather_object(steps) if step.isdigit()}, reverse=True):
+        path = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        reason = _what_is_torn_anywhere(path)
         if reason is None:
             return path, passed_over
         passed_over.append(f"{path.name} ({reason})")
     return None, passed_over
+
+
+def _what_is_torn_anywhere(directory: Path) -> str | None:
+    return next((reason for reason in gather_object([what_is_torn(directory)]) if reason), None)
 
 
 class StopOnSignal(TrainerCallback):
@@ -114,26 +126,106 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = False
         self.stopped = False
+        self.evaluation_due = False
 
     def _receive(self, *_: Any) -> None:
         self.received = True
+
+    def _agree(self) -> bool:
+        received = torch.tensor(int(self.received), device=PartialState().device)
+        if dist.is_initialized():
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        return bool(received)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Listen."""
         self._before = signal.signal(signal.SIGTERM, self._receive)
 
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Leave SIGTERM to who had it before."""
-        signal.signal(signal.SIGTERM, self._before)
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Agree with the other processes whether to stop."""
-        stop = torch.tensor(int(self.received), device=args.device)
-        if dist.is_initialized():
-            dist.all_reduce(stop, op=dist.ReduceOp.MAX)
-        if stop.item():
+        if self._agree():
             self.stopped = True
+            ends_epoch = state.epoch.is_integer() or state.global_step >= state.max_steps
+            # There may be no time for an evaluation: the run that goes on makes up for it.
+            self.evaluation_due = control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch)
+            control.should_evaluate = False
             control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Leave out what is due at an epoch's end: the checkpoint of this step is saved already."""
+        if self.stopped:
+            control.should_evaluate = control.should_save = False
+        return control
+
+    def end(self) -> bool:
+        """Leave SIGTERM to who had it before, and say whether it came to any process since training began."""
+        came = self._agree()
+        signal.signal(signal.SIGTERM, self._before)
+        return came
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """Early stopping that goes on counting where the checkpoint stopped, and is over if it was over there."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Take the count, but not the patience, from the checkpoint."""
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+        return control
+
+
+class Totals(TrainerCallback):
+    """What the Trainer counts anew in every session, kept with the checkpoints: figures of a resumed run are the whole run's.
+
+    Parameters
+    ----------
+    trainer : FinetuningTrainer
+        To which this callback is added last.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def save(self, directory: Path) -> None:
+        """Write the totals into a checkpoint; all processes together."""
+        trainer = self.trainer
+        running_loss = trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist()
+        totals = {
+            "loss": trainer._total_loss_scalar,
+            "running_loss": running_loss,  # of each process, since the last log line
+            "last_logged": trainer._globalstep_last_logged,
+            "seconds": time.time() - self.began,
+            "evaluation_due": trainer.stop_on_signal.evaluation_due,
+        }
+        if trainer.args.should_save:
+            write_file(directory / TOTALS, totals)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Go on with the checkpoint's totals, make up for an evaluation that it lacks, and see whether all is done."""
+        trainer, checkpoint = self.trainer, self.trainer.flags.resume_from_checkpoint
+        self.began = time.time()
+        # A Trainer that resumes goes by the intervals of the checkpoint, whatever the flags say by now.
+        state.compute_steps(args, state.max_steps)
+        if checkpoint and (checkpoint / TOTALS).exists():
+            totals = json.loads((checkpoint / TOTALS).read_text())
+            running = totals["running_loss"]
+            as_before = len(running) == args.world_size
+            trainer._tr_loss += running[args.process_index] if as_before else sum(running) / len(running)
+            trainer._total_loss_scalar, trainer._globalstep_last_logged = totals["loss"], totals["last_logged"]
+            trainer._initial_global_step = 0
+            self.began -= totals["seconds"]
+            if totals["evaluation_due"] and trainer._determine_best_metric(trainer._evaluate(None, None), None):
+                state.best_model_checkpoint = str(checkpoint)
+        control.should_training_stop |= state.global_step >= state.max_steps
         return control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,15 +13,35 @@ from .phi3v.image_processing import grid_to_crops, to_crop_grid
 from .phi3v.processing import pad_rows
 
 
-def load_crops(images: list[Any], num_crops: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_crops(
+    images: list[Any], num_crops: int, places: Sequence[str | None] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode pictures and cut them into crops; normalisation and global views are the model's work, on its device.
+
+    Parameters
+    ----------
+    images : list
+        Pictures as in :mod:`common.conversations`.
+    num_crops : int
+    places : sequence of str, optional
+        Names the row of each picture in messages.
 
     Returns
     -------
     tuple of torch.Tensor
         uint8 (all crops of all pictures, 3, 336, 336), and int64 (pictures, 2), height and width after resizing and padding.
+
+    Raises
+    ------
+    ValueError
+        If a picture can't be decoded; names it and its row.
     """
-    grids = [to_crop_grid(decode_picture(image), num_crops) for image in images]
+    grids = []
+    for image, place in zip(images, places or [None] * len(images), strict=True):
+        try:
+            grids.append(to_crop_grid(decode_picture(image), num_crops))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}" if place else str(error)) from None
     return torch.cat([grid_to_crops(grid) for grid in grids]), torch.tensor([grid.shape[:2] for grid in grids])
 
 
@@ -44,6 +65,8 @@ class Collator:
     - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int;
       pictures are numbered through the whole row;
     - and, if there are pictures, ``pixel_values`` uint8 (all crops, 3, 336, 336) and ``image_sizes`` int64 (pictures, 2).
+
+    A sample's ``place``, if it has one, names its row where a picture can't be decoded.
     """
 
     def __init__(self, processor: Phi3VProcessor, packing: bool = False, padding_side: str = "right") -> None:
@@ -56,7 +79,8 @@ class Collator:
         batch = self._pack(samples) if self.packing else self._pad(samples)
         images = [image for sample in samples for image in sample["images"]]
         if images:
-            batch["pixel_values"], batch["image_sizes"] = load_crops(images, self.num_crops)
+            places = [sample.get("place") for sample in samples for _ in sample["images"]]
+            batch["pixel_values"], batch["image_sizes"] = load_crops(images, self.num_crops, places)
         return batch
 
     def _pad(self, samples: list[dict[str, Any]]) -> dict[str, Any]:

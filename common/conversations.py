@@ -24,6 +24,8 @@ from .phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
 Picture = str | Path | dict[str, Any] | Image.Image
 Conversation = dict[str, Any]
 
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands in the last bytes of a file that is whole
+
 
 def check_conversation(conversation: Any, name: str) -> None:
     """Check that a conversation has the general format's fields, and tags that fit its pictures.
@@ -80,17 +82,15 @@ def open_picture(picture: Picture) -> Image.Image:
     """
     if isinstance(picture, Image.Image):
         return picture
+    source = picture
     if isinstance(picture, dict):
-        name = picture.get("path") or "a picture stored in the data set"
         source = io.BytesIO(picture["bytes"]) if picture.get("bytes") is not None else picture["path"]
-    else:
-        name = source = picture
     try:
         return Image.open(source)
     except FileNotFoundError:
-        raise ValueError(f"picture {name} is missing: put the file there, or take its row out of the data") from None
+        raise ValueError(f"{_name(picture)} is missing: put the file there, or take its row out of the data") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise ValueError(f"picture {name} can't be read ({error}): replace the file, or take its row out") from None
+        raise ValueError(f"{_name(picture)} can't be read ({error}): replace it, or take its row out") from None
 
 
 def decode_picture(picture: Picture) -> Image.Image:
@@ -105,12 +105,13 @@ def decode_picture(picture: Picture) -> Image.Image:
     try:
         return convert_picture(image)
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        name = getattr(image, "filename", "") or "a picture stored in the data set"
-        raise ValueError(f"picture {name} can't be decoded ({error}): replace the file, or take its row out") from None
+        raise ValueError(f"{_name(picture)} can't be decoded ({error}): replace it, or take its row out") from None
 
 
 def check_picture(picture: Picture) -> tuple[int, int]:
     """Check that a picture is there and not cut short, decoding it only if its end looks wrong.
+
+    Damage before its end is found once it is decoded for a batch.
 
     Returns
     -------
@@ -123,11 +124,12 @@ def check_picture(picture: Picture) -> tuple[int, int]:
         As :func:`decode_picture`.
     """
     image = open_picture(picture)
-    if isinstance(picture, (str, Path)):
-        with image, open(picture, "rb") as file:
-            file.seek(-min(64, Path(picture).stat().st_size), io.SEEK_END)
-            end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(image.format)
-            if end is None or end not in file.read():
+    if not isinstance(picture, Image.Image):
+        with image:
+            image.fp.seek(max(0, image.fp.seek(0, io.SEEK_END) - 64))
+            # Rows that hold their pictures are checked each time they are read: formats without a known end would cost twice.
+            end = ENDS.get(image.format, b"" if isinstance(picture, dict) else None)
+            if end is None or end not in image.fp.read():
                 decode_picture(picture)
     return image.size
 
@@ -151,7 +153,8 @@ def encode_prompt(
     Parameters
     ----------
     image_tokens : list of int, optional
-        Tokens of each picture where they are known already; else each picture's header is read.
+        Tokens of each picture where they are known already; else each picture's header is read, and one that is stored in the
+        data set, which nobody has looked at before, is checked.
 
     Returns
     -------
@@ -159,6 +162,9 @@ def encode_prompt(
         ``input_ids`` list of int (−k for picture k), ``images`` list of pictures.
     """
     images = pictures(conversation)
+    for image in images:
+        if isinstance(image, dict):
+            check_picture(image)
     image_tokens = image_tokens or count_image_tokens(images, processor)
     return {"input_ids": processor.tokenize(prompt_text(conversation, processor), image_tokens), "images": images}
 
@@ -240,6 +246,15 @@ def count_tokens(
 def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
     """Tokens that each picture becomes, from its size alone."""
     return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
+
+
+def _name(picture: Picture) -> str:
+    """What messages call a picture."""
+    if isinstance(picture, Image.Image):
+        name = getattr(picture, "filename", "")
+    else:
+        name = picture.get("path") if isinstance(picture, dict) else picture
+    return f"picture {name}" if name else "a picture stored in the data set"
 
 
 def _last_answer(conversation: Conversation, processor: Phi3VProcessor) -> str:

@@ -31,6 +31,8 @@ class TrainingData(Dataset):
         which of several accepted answers) are the same whoever makes them and whenever.
     processor : Phi3VProcessor
     seed : int
+    name : str
+        What messages call a row.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class TrainingData(Dataset):
         to_conversation: Callable[[Any, random.Random], Conversation],
         processor: Phi3VProcessor,
         seed: int,
+        name: str = "training row",
     ) -> None:
         self.rows = rows
         self.to_conversation = to_conversation
         self.processor = processor
         self.seed = seed
+        self.name = name
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
         # Until measured, each row may become another conversation in another epoch; most data sets draw nothing.
@@ -62,9 +66,10 @@ class TrainingData(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, row = key
         try:
-            return encode_conversation(self.conversation(epoch, row), self.processor)
+            sample = encode_conversation(self.conversation(epoch, row), self.processor)
         except ValueError as error:
-            raise ValueError(f"training row {row}: {error}") from None
+            raise ValueError(f"{self.name} {row}: {error}") from None
+        return sample | {"place": f"{self.name} {row}"}
 
     def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
         """Tokens and views of some rows in an epoch, from picture sizes and text, decoding nothing.
@@ -142,7 +147,7 @@ class TrainingData(Dataset):
                 sizes = self._sizes(row, conversations[-1], keep=varies[place])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
                 measured[place, 1] = sum(num_views(*size) for size in sizes)
-            names = [f"training row {row}" for row in chosen]
+            names = [f"{self.name} {row}" for row in chosen]
             tokens = count_tokens(conversations, image_tokens, names, self.processor)
             measured[start : start + len(chosen), 0] = tokens
             if count_done:
@@ -162,7 +167,7 @@ class TrainingData(Dataset):
         try:
             sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in pictures(conversation)]
         except ValueError as error:
-            raise ValueError(f"training row {row}: {error}") from None
+            raise ValueError(f"{self.name} {row}: {error}") from None
         if keep:
             self._image_sizes[row] = sizes
         return sizes

@@ -1,12 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and by one process of a machine."""
 
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -27,3 +31,13 @@ def write_file(path: Path, content: str | dict[str, Any]) -> None:
     text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def first_on_main_process(prepare: Callable[[], T]) -> T:
+    """Call a function on each machine's first process, then on the others; an error of the first must not keep them waiting."""
+    with PartialState().local_main_process_first():
+        try:
+            return prepare()
+        except ValueError as error:
+            failure = error
+    raise failure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -46,7 +47,7 @@ class _Prompts(Dataset):
         content = hashlib.blake2b(np.array(ids[:begin_length]).tobytes())
         for picture in prompt["images"]:
             content.update(_picture_content(picture))
-        return prompt | {"begin_length": begin_length, "beginning": content.hexdigest()}
+        return prompt | {"begin_length": begin_length, "beginning": content.hexdigest(), "place": f"evaluation row {index}"}
 
 
 class _PromptCollator:
@@ -81,7 +82,10 @@ class _PromptCollator:
 
     def _pictures(self, prompts: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [image for prompt in prompts for image in prompt["images"]]
-        return dict(zip(("pixel_values", "image_sizes"), load_crops(images, self.num_crops), strict=True)) if images else {}
+        places = [prompt["place"] for prompt in prompts for _ in prompt["images"]]
+        if not images:
+            return {}
+        return dict(zip(("pixel_values", "image_sizes"), load_crops(images, self.num_crops, places), strict=True))
 
 
 def _picture_content(picture: Picture) -> bytes:
@@ -288,10 +292,16 @@ def _prompt_batches(
         batch_sampler=batches,
         collate_fn=_PromptCollator(processor, limit),
         num_workers=min(args.dataloader_num_workers, len(batches)),
+        worker_init_fn=leave_process_group,
     )
     device = base_model(model).device
     for indices, batch in zip(batches, track(loader, "Evaluating", "batches", args.tqdm), strict=True):
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def leave_process_group(_: int) -> None:
+    """Keep a loader's worker from the SIGTERM that is sent to the whole group: the process that it serves saves first."""
+    os.setsid()
 
 
 def _gather_results(results: dict[int, T]) -> list[T]:

@@ -28,22 +28,21 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
     answers : sequence of str
         Accepted answers, at least one.
     case_sensitive : bool
-        Compare as written: the form that the published recipe's tables use.
+        The form of the published recipe's tables: as written, but for white space and full stops at the ends of both sides.
 
     Returns
     -------
     float
         ``1 - NL`` where ``NL < 0.5``, else 0; NL is the Levenshtein distance divided by the longer length, white space
-        folded. Source: Biten et al., Scene Text Visual Question Answering, ICCV 2019, eq. 1.
+        folded and lower-cased. Source: Biten et al., Scene Text Visual Question Answering, ICCV 2019, eq. 1.
     """
 
-    def fold(text: str) -> str:
-        text = " ".join(text.split())
-        return text if case_sensitive else text.lower()
+    def compared(text: str) -> str:
+        return normalise_answer(text, lower=False) if case_sensitive else " ".join(text.split()).lower()
 
     best = 0.0
     for answer in answers:
-        distance = Levenshtein.normalized_distance(fold(prediction), fold(answer))
+        distance = Levenshtein.normalized_distance(compared(prediction), compared(answer))
         if distance < ANLS_THRESHOLD:
             best = max(best, 1.0 - distance)
     return best

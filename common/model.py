@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
@@ -25,6 +28,32 @@ DECODER_LORA_MODULES = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.
 TOWER = r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers"
 TOWER_LINEARS = r"(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
 PROJECTOR_LORA_MODULES = r"model\.vision_embed_tokens\.img_projection\.(0|2)"
+
+
+def fetch_checkpoint(name_or_path: str) -> str | None:
+    """Check a model, and fetch all of it if it is on the hub, whose later commits then make no difference to a run.
+
+    Returns
+    -------
+    str or None
+        The commit that was fetched; None for a directory.
+
+    Raises
+    ------
+    ValueError
+        As :func:`check_checkpoint`.
+    """
+    check_checkpoint(name_or_path)
+    revision = base_revision(name_or_path)
+    if not Path(name_or_path).is_dir():
+        try:
+            patterns = ["*.json", "*.jinja", "*.safetensors"]
+            check_checkpoint(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+        except (OSError, HfHubHTTPError) as error:
+            raise ValueError(
+                f"--model_name_or_path {name_or_path} can't be fetched ({_first_line(error)}): try again"
+            ) from None
+    return revision
 
 
 def check_checkpoint(name_or_path: str) -> None:
@@ -46,10 +75,15 @@ def check_checkpoint(name_or_path: str) -> None:
             config = AutoConfig.from_pretrained(name_or_path)
         except OSError as error:
             raise ValueError(
-                f"--model_name_or_path {name_or_path}: the hub can't be reached, or has no such model ({_first_line(error)}); "
-                "download it where there is access (hf download) and give its directory"
+                f"--model_name_or_path {name_or_path}: there is no such directory, and the hub can't be reached, or has no "
+                f"such model ({_first_line(error)}); download it where there is access (hf download) and give its directory"
             ) from None
         model_type = config.model_type
+    elif (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"--model_name_or_path {name_or_path} is an adapter: merge it into its base first "
+            f"(python -m tools.merge_lora --adapter {name_or_path} --output_dir MERGED), and give that directory"
+        )
     else:
         needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
         missing = [name for name in needed if not (directory / name).is_file()]
@@ -57,7 +91,7 @@ def check_checkpoint(name_or_path: str) -> None:
             model_type = _model_type(directory / "config.json")
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = _shards(index)
             missing += [shard for shard in shards if not (directory / shard).is_file()]
         elif not (directory / "model.safetensors").is_file():
             missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
@@ -101,7 +135,7 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
         raise ValueError(
             f"--attn_implementation {asked}: flash-attn {asked[-1]} is not installed, or finds no GPU that it runs on"
         )
-    if asked:
+    if asked and not (args.use_flash_attention and asked == "varlen" and not has_kernel):
         return asked, "asked for by --attn_implementation"
     if args.use_flash_attention:
         if not has_kernel:
@@ -153,7 +187,9 @@ def training_precision(args: argparse.Namespace, device: torch.device) -> str:
 
 def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
     """Load the processor with ``--num_crops``."""
-    return AutoProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
+    return AutoProcessor.from_pretrained(
+        args.model_name_or_path, revision=args.base_revision or "main", num_crops=args.num_crops
+    )
 
 
 def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torch.device) -> nn.Module:
@@ -173,20 +209,33 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     torch.nn.Module
         A ``Phi3VForCausalLM``, or a ``PeftModel`` around one. Weights that train are fp32 unless DeepSpeed keeps fp32
         master weights of its own; weights that stay are in the training precision.
+
+    Raises
+    ------
+    ValueError
+        If the weights are damaged, or PEFT refuses the adapter.
     """
     precision = training_precision(args, device)
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if args.use_liger_kernel:
         use_liger_kernel(device)
     weights_stay = args.use_lora
-    masters_elsewhere = args.deepspeed is not None and precision == "bf16"
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
-        attn_implementation=args.attention[0],
-        quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
-        device_map={"": device} if args.use_qlora else None,
-    )
+    # DeepSpeed casts what it is given before it makes its fp32 master weights.
+    masters_elsewhere = args.deepspeed is not None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path,
+            revision=args.base_revision or "main",
+            dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
+            attn_implementation=args.attention[0],
+            quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
+            device_map={"": device} if args.use_qlora else None,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"--model_name_or_path {args.model_name_or_path}: its weights can't be read ({error}): "
+            "copy the checkpoint's files there again"
+        ) from None
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 its first evaluation repacks the weights for a kernel that has no backward pass.
@@ -259,11 +308,12 @@ def _freeze(model: Phi3VForCausalLM, args: argparse.Namespace) -> None:
 
 
 def _quantization_config(args: argparse.Namespace, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    num_layers = AutoConfig.from_pretrained(args.model_name_or_path).vision_config.num_hidden_layers
-    tower = "model.vision_embed_tokens.img_processor.vision_model.encoder.layers"
-    skip = ["lm_head", "img_projection", f"{tower}.{num_layers - 1}"]
+    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.base_revision or "main")
+    # Names count from their beginning to a dot, so they stand here in full. The tower's last layer is never run.
+    vision, last = "model.vision_embed_tokens", config.vision_config.num_hidden_layers - 1
+    skip = ["lm_head", f"{vision}.img_projection", f"{vision}.img_processor.vision_model.encoder.layers.{last}"]
     if args.freeze_vision_model:
-        skip.append("vision_embed_tokens")
+        skip.append(vision)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -290,12 +340,19 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         use_dora=args.use_dora,
         use_rslora=args.use_rslora,
         task_type="CAUSAL_LM",
-        revision=base_revision(args.model_name_or_path),
+        revision=args.base_revision,
     )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"--init_lora_weights {args.init_lora_weights}: PEFT refuses it ({error})") from error
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is no index of weights ({error!r}): copy the checkpoint's files there again") from None
 
 
 def _model_type(config: Path) -> str | None:

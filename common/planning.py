@@ -172,6 +172,8 @@ class PlannedBatches:
         tokens, views = samples * lengths.tokens.max(), samples * lengths.views.max()
         if self.max_tokens is not None:
             tokens = max(lengths.tokens.max(), min(tokens, self.max_tokens))
+            # Small samples are more at once than others: the bound is as many views as so many tokens can hold.
+            views = np.ceil(tokens * (lengths.views / lengths.tokens).max())
         return int(tokens), int(views)
 
     def bins(self, rows: np.ndarray, lengths: Lengths | None) -> list[list[int]]:

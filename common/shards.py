@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import load_dataset_builder
+from datasets import are_progress_bars_disabled, load_dataset_builder
 
 from .conversations import Conversation, check_conversation
+from .progress import track
 from .sources import parse_conversation
 from .streaming import Span, Stream
 
@@ -109,7 +110,8 @@ def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]
     """Pieces of all shards, from those of each one: position, first line or row, and number of rows."""
     spans, number = [], 0
     with ThreadPoolExecutor(READERS_OF_FOOTERS) as readers:
-        for shard, pieces in zip(shards, readers.map(index, shards), strict=True):
+        shown = track(shards, "Counting rows", "shards", bar=not are_progress_bars_disabled())  # as --no-tqdm says
+        for shard, pieces in zip(shown, readers.map(index, shards), strict=True):
             for position, first, rows in pieces:
                 spans.append(Span(shard, position, first, number, 0, rows))
                 number += rows

@@ -8,24 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch.distributed as dist
-from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
 from .conversations import Conversation, Picture, check_conversation, check_picture
-from .files import replacing
+from .files import first_on_main_process, replacing
 from .progress import Progress, say
-
-T = TypeVar("T")
 
 TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
 SCHEMA = pa.schema([("id", pa.string()), ("conversations", pa.list_(TURN))])
@@ -55,7 +52,7 @@ def load_hub(*name: str, **options: Any) -> Any:
                 f"the hub's data set {' '.join(name)} can't be loaded ({error}); on a machine without access use --data_dir"
             ) from None
 
-    return _first_on_main_process(load)
+    return first_on_main_process(load)
 
 
 def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,7 +138,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     ValueError
         Naming the file and line, or the picture, and the remedy.
     """
-    rows = Dataset.from_file(str(_first_on_main_process(lambda: _to_arrow(path))))
+    rows = Dataset.from_file(str(first_on_main_process(lambda: _to_arrow(path))))
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
@@ -258,13 +255,3 @@ def _explain(path: Path) -> None:
                 empty = False
     if empty:
         raise ValueError(f"{path} is empty: it must hold one conversation a line")
-
-
-def _first_on_main_process(load: Callable[[], T]) -> T:
-    """Call a function on each machine's first process, then on the others; an error of the first must not keep them waiting."""
-    with PartialState().local_main_process_first():
-        try:
-            return load()
-        except ValueError as error:
-            failure = error
-    raise failure

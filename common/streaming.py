@@ -178,9 +178,10 @@ class StreamedData(torch.utils.data.Dataset):
         try:
             for picture in pictures(conversation):
                 check_picture(picture)  # as is done beforehand with rows that are not streamed
-            return encode_conversation(conversation, self.processor)
+            sample = encode_conversation(conversation, self.processor)
         except ValueError as error:
             raise ValueError(f"{row.place}: {error}") from None
+        return sample | {"place": row.place}
 
 
 def _cut(spans: list[Span], begin: int, end: int) -> list[Span]:

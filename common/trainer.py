@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -18,26 +18,25 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from .adapter_base import find_snapshot, read_tensors, write_base_description
-from .checkpoints import MANIFEST, StopOnSignal, saving, write_manifest
+from .checkpoints import MANIFEST, EarlyStopping, StopOnSignal, Totals, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation
 from .flops import TrainingFlops, peak_flops
-from .generation import autocast
+from .generation import autocast, leave_process_group
 from .memory import least_recomputation, try_out, zero_stage
 from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor
-from .planning import PlannedBatches, accumulation_for_budget
+from .planning import Lengths, PlannedBatches, accumulation_for_budget
 from .progress import show_bars, track
 from .streaming import StreamedBatches, StreamedData
 from .summary import summarize
@@ -53,8 +52,7 @@ def build_trainer(
 ) -> FinetuningTrainer:
     """Plan the batches and set up the Trainer; prints what is going to happen. Parameters as for :func:`finetune`."""
     device = PartialState().device
-    lengths = train_data.sample_lengths()
-    batches = _plan_batches(args, train_data)
+    batches, lengths = _plan_batches(args, train_data)
     if zero_stage(args.deepspeed) == 3:
         base_model(model).keep_in_step()
     flops = TrainingFlops(base_model(model))
@@ -71,6 +69,7 @@ def build_trainer(
         batches=batches,
         flops=flops,
         evaluate_task=evaluate,
+        checkpointing=checkpointing,
         model=model,
         args=_training_arguments(args, batches.accumulation),
         train_dataset=train_data,
@@ -82,7 +81,10 @@ def build_trainer(
     return trainer
 
 
-def _plan_batches(args: argparse.Namespace, data: TrainingData | StreamedData) -> PlannedBatches | StreamedBatches:
+def _plan_batches(
+    args: argparse.Namespace, data: TrainingData | StreamedData
+) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
+    """Micro-batches of this process, and lengths to foretell their size by: of some samples, or of all if that is known."""
     state = PartialState()
     place = {"seed": args.seed, "rank": state.process_index, "world_size": state.num_processes}
     if args.streaming:
@@ -92,16 +94,19 @@ def _plan_batches(args: argparse.Namespace, data: TrainingData | StreamedData) -
         if args.resume_from_checkpoint:
             trainer_state = args.resume_from_checkpoint / "trainer_state.json"
             batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
-        return batches
+        return batches, data.sample_lengths()
     accumulation = args.batch_size // (state.num_processes * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
         steps_an_epoch = -(-len(data) // args.batch_size)
         epochs = -(-args.max_steps // steps_an_epoch) if args.max_steps > 0 else args.num_train_epochs
-        lengths = (data.lengths(epoch, args.tqdm) for epoch in range(epochs))
+        by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
+        lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
         accumulation = accumulation_for_budget(
-            lengths, args.batch_size, args.seed, state.num_processes, args.max_tokens_per_batch
+            by_epoch, args.batch_size, args.seed, state.num_processes, args.max_tokens_per_batch
         )
-    return PlannedBatches(
+    else:
+        lengths = data.sample_lengths()
+    batches = PlannedBatches(
         len(data),
         args.batch_size,
         **place,
@@ -109,6 +114,7 @@ def _plan_batches(args: argparse.Namespace, data: TrainingData | StreamedData) -
         measure=data.measure if args.packing else None,
         max_tokens=args.max_tokens_per_batch,
     )
+    return batches, lengths
 
 
 class FinetuningTrainer(Trainer):
@@ -122,6 +128,8 @@ class FinetuningTrainer(Trainer):
         Micro-batches of this process.
     evaluate_task : callable
         Scores a model on the task.
+    checkpointing : {"none", "selective", "full"}
+        Mode of recomputation, for whoever asks.
     """
 
     def __init__(
@@ -131,6 +139,7 @@ class FinetuningTrainer(Trainer):
         batches: PlannedBatches | StreamedBatches,
         flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
+        checkpointing: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -138,18 +147,22 @@ class FinetuningTrainer(Trainer):
         self.batches = batches
         self.flops = flops
         self.evaluate_task = evaluate_task
+        self.checkpointing = checkpointing
         # One bar or plain lines of our own, instead of a bar and a dict per log line.
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingProgress(flags.tqdm))
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)
         if flags.early_stopping_patience:
-            self.add_callback(EarlyStoppingCallback(flags.early_stopping_patience))
+            self.add_callback(EarlyStopping(flags.early_stopping_patience))
+        self.totals = Totals(self)
+        self.add_callback(self.totals)
         self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line
         self._counting_since: float | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.batches)
+        # The Trainer takes all micro-batches of a step before it begins with the first.
+        return self._loader(self.train_dataset, self.batches, ahead=self.batches.accumulation)
 
     def get_eval_dataloader(self, eval_dataset: TrainingData | None = None) -> DataLoader:
         state, size = PartialState(), self.flags.batch_size_per_gpu
@@ -161,7 +174,7 @@ class FinetuningTrainer(Trainer):
             batches += [batches[-1]] * (-len(batches) % state.num_processes)
         return self._loader(self.eval_dataset, batches[state.process_index :: state.num_processes])
 
-    def _loader(self, data: TrainingData | StreamedData, batches: Any) -> DataLoader:
+    def _loader(self, data: TrainingData | StreamedData, batches: Any, ahead: int = 0) -> DataLoader:
         workers = self.args.dataloader_num_workers
         return _PlannedLoader(
             data,
@@ -169,11 +182,11 @@ class FinetuningTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=workers,
             persistent_workers=workers > 0,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
             pin_memory=torch.cuda.is_available(),
             # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
             generator=torch.Generator(),
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=leave_process_group,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -188,6 +201,23 @@ class FinetuningTrainer(Trainer):
                     groups.append({**group, "params": members, "lr": rates.get(name) or group["lr"]})
         optimizer.param_groups[:] = groups
         return optimizer
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # as it says before the first step if a resumed run was done already
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        if self.stop_on_signal.stopped:
+            # The best checkpoint is for the end of the run; until then the last one is what it goes on from.
+            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        return super()._finalize_training(trial, num_train_samples, self.totals.began)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Copy a batch while the device still computes the last one; the model reads the pictures' sizes on the CPU."""
+        return {
+            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name != "image_sizes" else value
+            for name, value in inputs.items()
+        }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._counting_since is None:
@@ -261,15 +291,17 @@ class FinetuningTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with saving():
             super()._save_checkpoint(*args, **kwargs)
+            self.totals.save(directory)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.is_deepspeed_enabled and not (directory / "latest").exists():
+                    # DeepSpeed names the folder of its states on the first machine's disk alone.
+                    (directory / "latest").write_text(f"global_step{self.state.global_step}")
+                write_manifest(directory)
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.is_deepspeed_enabled and not (directory / "latest").exists():
-                # DeepSpeed names the folder of its states on the first machine's disk alone.
-                (directory / "latest").write_text(f"global_step{self.state.global_step}")
-            write_manifest(directory)
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -284,11 +316,12 @@ class FinetuningTrainer(Trainer):
             write_base_description(directory, model)
         elif directory == Path(self.args.output_dir):
             # The result has the base's dtype; checkpoints keep the training's, to go on exactly.
-            dtype = AutoConfig.from_pretrained(self.flags.model_name_or_path).dtype or model.dtype
+            base = find_snapshot(self.flags.model_name_or_path, self.flags.base_revision)
+            dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
             state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
             # DeepSpeed casts what is frozen, too, and fp16 has not all of bf16's values: what did not train is the base's.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-            state_dict |= read_tensors(find_snapshot(self.flags.model_name_or_path), frozen)
+            state_dict |= read_tensors(base, frozen)
             model.config.dtype = dtype
         # transformers lets nobody but the first process of all machines write; who saves has been decided above.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
@@ -337,11 +370,6 @@ class TrainingProgress(TrainerCallback):
         self.bar.close()
 
 
-def _leave_process_group(_: int) -> None:
-    # SIGTERM is sent to the whole group; the process that these workers serve saves first, and ends them itself.
-    os.setsid()
-
-
 class _PlannedLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
@@ -370,6 +398,8 @@ def _training_arguments(args: argparse.Namespace, accumulation: int) -> Training
         lr_scheduler_type="linear",
         warmup_steps=args.warmup_steps,
         logging_steps=args.logging_steps,
+        # It waits for the device at every micro-batch; only with fp16, whose scaler skips steps, may a loss be none for once.
+        logging_nan_inf_filter=on_gpu and not args.bf16,
         report_to=args.report_to,
         run_name=args.output_dir.name,
         disable_tqdm=True,  # FinetuningTrainer shows its own

@@ -18,17 +18,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
-from .adapter_base import base_revision
 from .arguments import check_arguments
 from .checkpoints import find_checkpoint, saving
 from .conversations import decode_picture, pictures
 from .data import TrainingData
 from .evaluation import Evaluation, write_evaluation
-from .model import check_checkpoint, choose_attention, training_precision
+from .files import first_on_main_process
+from .model import choose_attention, fetch_checkpoint, training_precision
 from .model_card import write_model_card, write_run
 from .phi3v import Phi3VProcessor
 from .progress import limit_library_bars
@@ -39,6 +39,7 @@ from .trainer import build_trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
+DESCRIBED_ELSEWHERE = ("task", "metric", "base_revision")  # flags that are none, in run.json
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 EXIT_AFTER_SIGTERM = 128 + 15
 
@@ -48,17 +49,22 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not raised_in.is_relative_to(REPOSITORY) or "site-packages" in raised_in.parts:
+        raised_in, message = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+        if message.startswith("Caught ValueError in DataLoader worker"):
+            # Torch hands on what a worker raised as the text of its traceback.
+            raised_in = re.findall(r'^  File "(.+)", line', message, re.MULTILINE)[-1]
+            message = message.rpartition("\nValueError: ")[2].strip()
+        path = Path(raised_in).resolve()
+        if not path.is_relative_to(REPOSITORY) or "site-packages" in path.parts:
             raise  # a library's complaint, whose traceback is worth seeing
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {message}")
 
 
 def start(args: argparse.Namespace) -> PartialState:
     """Check the flags, join the other processes, and settle what depends on the machine.
 
-    Sets ``args.attention`` (implementation and reason), ``args.packing``, ``args.deepspeed`` (path or None) and
-    ``args.resume_from_checkpoint`` (path or None).
+    Sets ``args.base_revision`` (commit of a hub model, or None), ``args.attention`` (implementation and reason),
+    ``args.packing``, ``args.deepspeed`` (path or None) and ``args.resume_from_checkpoint`` (path or None).
 
     Returns
     -------
@@ -71,12 +77,12 @@ def start(args: argparse.Namespace) -> PartialState:
         For flags that this machine or model can't follow.
     """
     check_arguments(args)
-    _check_names(args)
-    check_checkpoint(args.model_name_or_path)
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
     state = PartialState(cpu=not on_gpu)
     _quieten(args)
+    _check_names(args, on_cpu=not on_gpu)
+    args.base_revision = first_on_main_process(lambda: fetch_checkpoint(args.model_name_or_path))
     training_precision(args, state.device)
     args.attention = choose_attention(args, state.device)
     args.packing = _choose_packing(args)
@@ -87,8 +93,6 @@ def start(args: argparse.Namespace) -> PartialState:
     args.resume_from_checkpoint, torn = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     for checkpoint in torn:
         state.print(f"passing over {checkpoint}")
-    # All go on from the same one, also where machines have disks of their own.
-    args.resume_from_checkpoint = _of_main_process(args.resume_from_checkpoint)
     if args.resume_from_checkpoint:
         state.print(f"going on from {args.resume_from_checkpoint}")
     set_seed(args.seed)
@@ -124,10 +128,10 @@ def finetune(
         args.output_dir,
         task=args.task,
         base_model=args.model_name_or_path,
-        base_revision=base_revision(args.model_name_or_path),
+        base_revision=args.base_revision,
         method=method_name(args),
         data=f"{source}: {len(train_data)} rows train, {len(eval_data)} evaluate",
-        hyperparameters={name: value for name, value in vars(args).items() if name not in ("task", "metric")},
+        hyperparameters={name: value for name, value in vars(args).items() if name not in DESCRIBED_ELSEWHERE},
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
     before_path = args.output_dir / "eval_before.json"
@@ -145,6 +149,9 @@ def finetune(
         trainer.save_model(_internal_call=True)  # without pushing, which comes last
         trainer.save_metrics("train", result.metrics, combined=False)
         trainer.save_state()
+    if trainer.stop_on_signal.end():
+        state.print(f"stopped by SIGTERM after training; the result is in {args.output_dir}, but not evaluated")
+        sys.exit(EXIT_AFTER_SIGTERM)
 
     after = evaluate(trainer.model)
     write_evaluation(args.output_dir / "eval_after.json", after)
@@ -201,7 +208,9 @@ def _do_without_compiler() -> None:
 
 
 def _cores_of_process() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # macOS has no affinities.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _quieten(args: argparse.Namespace) -> None:
@@ -212,10 +221,15 @@ def _quieten(args: argparse.Namespace) -> None:
     limit_library_bars(args.tqdm)
 
 
-def _check_names(args: argparse.Namespace) -> None:
+def _check_names(args: argparse.Namespace, on_cpu: bool) -> None:
     names = [name.value for name in OptimizerNames]
     if args.optim not in names:
         raise ValueError(f"--optim {args.optim}: there is no such optimizer; take one of {', '.join(names)}")
+    try:
+        # Some come from packages that are not here, or need settings that the recipes don't have.
+        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(args.output_dir, optim=args.optim, use_cpu=on_cpu))
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"--optim {args.optim}: {error}") from None
     try:
         for callback in get_reporting_integration_callbacks([] if args.report_to == "none" else [args.report_to]):
             callback()

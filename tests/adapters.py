@@ -10,14 +10,14 @@ from PIL import Image
 
 from common.adapter_base import write_base_description
 from common.arguments import check_arguments, training_parser
-from common.model import load_model, load_processor
+from common.model import fetch_checkpoint, load_model, load_processor
 
 
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
     """Save an adapter that changes the answers, as the training scripts do."""
     command_line = ["--model_name_or_path", str(base), "--lora_rank", "8", "--num_crops", "2", *flags]
     args = check_arguments(training_parser("", task="test", metric="anls").parse_args(command_line))
-    args.attention, args.deepspeed = ("sdpa", ""), None
+    args.attention, args.deepspeed, args.base_revision = ("sdpa", ""), None, fetch_checkpoint(str(base))
     processor = load_processor(args)
     model = load_model(args, processor, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -75,6 +76,13 @@ def weights(output: Path) -> dict:
     """Tensors of the model or adapter that a run saved."""
     name = "adapter_model.safetensors" if (output / "adapter_config.json").exists() else "model.safetensors"
     return load_file(output / name)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def write_random_model(directory: Path) -> Path:

@@ -93,6 +93,25 @@ def test_pretraining_never_answers_with_a_held_out_string():
     assert not any(is_held_out(turn.answer) for turn in asked)
 
 
+def test_pretraining_quotes_no_held_out_string_in_a_sentence():
+    rng, quoted = np.random.default_rng(0), []
+    for page, asked in (documents.invoice(rng, 6) for _ in range(200)):
+        shown = [text for _, _, text in page.texts]
+        for turn in asked:
+            quoted += [text for text in shown if turn.answer[turn.quote_start :].startswith(text)]
+    assert len(quoted) > 900
+    assert not any(map(is_held_out, quoted))
+
+
+def test_pretraining_reads_no_line_that_is_a_held_out_value():
+    """Lines to read are random characters, not values of documents: no filter is needed to keep them apart."""
+    rng = np.random.default_rng(0)
+    read = {line for _ in range(1000) for turn in documents.reading(rng, 4)[1] for line in turn.answer.split("\n")}
+    held_out = {draw_value(kind, rng, held_out=True) for kind in VALUE_KINDS for _ in range(3000)}
+    assert len(read) > 3900 and len(held_out) > 15000
+    assert not read & held_out
+
+
 @pytest.mark.parametrize("pictures", [1, 2])
 def test_statements_of_the_pretraining_are_true_as_often_as_not(pictures):
     rng = np.random.default_rng(0)

@@ -1,17 +1,29 @@
 """Bad input ends a run before any training, with a message that names the file, row or flag and what to do."""
 
 import json
+import random
 import shutil
+import socket
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY, torchrun
+from conftest import ROOT, TINY
+from forked import be_process, server
 from PIL import Image
-from runs import SCRIPT, flags, write_docvqa
+from runs import SCRIPT, flags, write_docvqa, write_random_model
+from torch.utils.data import DataLoader
 
 import finetune_hf_trainer_docvqa as docvqa
+import finetune_hf_trainer_ucf101 as ucf101
+from common.collator import load_crops
+from common.training import run
 
 
 @pytest.fixture
@@ -38,6 +50,10 @@ def message(monkeypatch, data, output, **options):
         ({"use_flash_attention": True}, "--use_flash_attention: no flash kernel runs on a CPU"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn 2 is not installed"),
         ({"use_flash_attention": True, "attn_implementation": "eager"}, "contradict"),
+        (
+            {"use_flash_attention": True, "attn_implementation": "varlen"},
+            "--use_flash_attention: no flash kernel runs on a CPU",
+        ),
         ({"optim": "adam_of_mine"}, "--optim adam_of_mine: there is no such optimizer"),
         ({"report_to": "tensorbord"}, "--report_to tensorbord: "),
         ({"report_to": "wandb"}, "--report_to wandb: "),
@@ -53,7 +69,10 @@ def message(monkeypatch, data, output, **options):
         ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such directory"),
         ({"push_to_hub": True}, "--push_to_hub needs --hub_model_id"),
         ({"model_name_or_path": "/no/such/model"}, "there is no such directory"),
-        ({"model_name_or_path": "nobody/nothing"}, "the hub can't be reached, or has no such model"),
+        (
+            {"model_name_or_path": "nobody/nothing"},
+            "there is no such directory, and the hub can't be reached",
+        ),
         ({"data_dir": "/no/such/data"}, "--data_dir takes the folder of DocVQA's official files"),
         ({"data_dir": None}, "on a machine without access use --data_dir"),
     ],
@@ -81,6 +100,23 @@ def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
     assert "config.json is no JSON object" in said
+
+
+def test_damaged_checkpoints(monkeypatch, data, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert "its weights can't be read" in said and "copy the checkpoint's files" in said
+    (model / "model.safetensors.index.json").write_text("{}")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert "model.safetensors.index.json is no index of weights" in said
+
+
+def test_an_adapter_for_a_model(monkeypatch, data, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
+    assert "is an adapter: merge it into its base first (python -m tools.merge_lora" in said
 
 
 @pytest.mark.parametrize(
@@ -140,14 +176,14 @@ def break_missing(data):
 
 def break_no_picture(data):
     (data / "documents" / "train1.png").write_text("not a picture")
-    return "train1.png can't be read", "replace the file"
+    return "train1.png can't be read", "replace it"
 
 
 def break_cut_short(data):
     path = data / "documents" / "val0.png"
     Image.effect_noise((300, 300), 50).save(path)
     path.write_bytes(path.read_bytes()[:20_000])
-    return "val0.png can't be decoded", "replace the file"
+    return "val0.png can't be decoded", "replace it"
 
 
 def break_json(data):
@@ -183,18 +219,124 @@ def test_data(damage, monkeypatch, data, tmp_path):
     assert not (tmp_path / "out" / "eval_before.json").exists()
 
 
+def be_process_with_hub(mini: Path, *arguments: object) -> None:
+    """Be one process of a run whose hub has one data set, DocVQA's 1,200 examples, in a folder."""
+    datasets.config.HF_DATASETS_CACHE = mini / "cache"
+    docvqa.MINI = str(mini)
+    be_process(*arguments)
+
+
+def be_process_of_ucf101(cache: Path, *arguments: object) -> None:
+    """Be one process of a run of the script for UCF-101 and the general format."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    docvqa.main = ucf101.main  # what be_process runs
+    be_process(*arguments)
+
+
+def end(log, *words, processes=2, target=be_process, timeout=180):
+    """Exit codes of a run's processes, none of which is ended from outside, and all that they said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    members = [server().Process(target=target, args=(rank, processes, port, words, log)) for rank in range(processes)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(timeout)
+    codes = [member.exitcode for member in members]
+    for member in members:
+        member.kill()
+    return codes, log.read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_crops": 17}, {"use_flash_attention": True}, {"model_name_or_path": "/no/such/model"}]
+)
+def test_a_bad_flag_ends_every_process(options, data, tmp_path):
+    codes, said = end(tmp_path / "log", *flags(data, tmp_path / "out", **options))
+    assert codes == [1, 1], said
+    assert said.count("error: ") == 2 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("damage", [break_missing, break_no_picture, break_json, break_empty])
+def test_bad_data_ends_every_process(damage, data, tmp_path):
+    expected = damage(data)
+    codes, said = end(tmp_path / "log", *flags(data, tmp_path / "out"))
+    assert codes == [1, 1], said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and all(part in line for part in expected for line in lines)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ('{"conversations": [{"user": "Why?",', "train.jsonl, line 2: no JSON"),
+        ('{"conversations": [{"user": "Why?"}]}', 'train.jsonl, line 2, turn 1: "assistant" must be a text'),
+        (
+            '{"conversations": [{"user": "Why?", "assistant": "So.", "images": ["gone.png"]}]}',
+            "images/gone.png is missing: put the file there",
+        ),
+    ],
+)
+def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_path):
+    good = '{"conversations": [{"user": "Why?", "assistant": "So."}]}\n'
+    (tmp_path / "train.jsonl").write_text(f"{good}{row}\n")
+    (tmp_path / "val.jsonl").write_text(good)
+    words = flags(tmp_path, tmp_path / "out", train_file="train.jsonl", eval_file="val.jsonl")
+    codes, said = end(tmp_path / "log", *words, target=partial(be_process_of_ucf101, tmp_path / "cache"))
+    assert codes == [1, 1], said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and all(expected in line for line in lines) and "Traceback" not in said
+
+
 @pytest.mark.slow
-def test_every_process_says_it_and_ends(data, tmp_path):
-    (data / "documents" / "train2.png").unlink()
-    run = torchrun(SCRIPT, *flags(data, tmp_path / "out"), timeout=180)
-    assert run.returncode != 0
-    assert "error: picture" in run.stdout and f'{SCRIPT}", line' not in run.stdout
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("split", "place"), [("train", "training row 2"), ("test", "evaluation row 2")])
+def test_a_stored_picture_that_is_cut_short_is_named_by_its_row(split, place, workers, data, tmp_path):
+    (tmp_path / "mini").mkdir()
+    whole = (data / "documents/train0.png").read_bytes()
+    for part in ("train", "test"):
+        pictures = [whole, whole, whole[: len(whole) // 2] if part == split else whole]
+        rows = [{"image": {"bytes": picture, "path": None}, "query": {"en": "What?"}} for picture in pictures]
+        rows = [row | {"id": str(number), "answers": ["1"]} for number, row in enumerate(rows)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"mini/{part}-00000-of-00001.parquet")
+    options = {"data_dir": None, "deepspeed": "none", "dataloader_num_workers": workers, "batch_size": 3, "max_new_tokens": 1}
+    options |= {"batch_size_per_gpu": 1, "model_name_or_path": write_random_model(tmp_path / "model")}
+    codes, said = end(
+        tmp_path / "log",
+        *flags(data, tmp_path / "out", **options),
+        processes=1,
+        target=partial(be_process_with_hub, tmp_path / "mini"),
+    )
+    assert codes == [1], said
+    assert f"error: {place}: a picture stored in the data set can't be decoded" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_says_what_the_process_itself_would_say(workers):
+    def collate(rows):
+        return load_crops([{"bytes": b"no picture", "path": "a.png"}], 1, ["training row 5"])
+
+    loader = DataLoader([0], collate_fn=collate, num_workers=workers)
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: next(iter(loader)))
+    assert str(ended.value).startswith("error: training row 5: picture a.png can't be read (")
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_library_complains_of_keeps_its_traceback(workers):
+    loader = DataLoader([0], collate_fn=lambda rows: random.sample(rows, 2), num_workers=workers)
+    with pytest.raises(ValueError, match="Sample larger than population"):
+        run(lambda: next(iter(loader)))
 
 
 @pytest.mark.slow
 def test_without_torchrun_the_exit_code_is_one(data, tmp_path):
     (data / "train_v1.0_withQT.json").unlink()
     command = [sys.executable, SCRIPT, *flags(data, tmp_path / "out")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 1 and "train_v1.0_withQT.json is missing" in run.stderr
-    assert "Traceback" not in run.stderr
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 1 and "train_v1.0_withQT.json is missing" in ended.stderr
+    assert "Traceback" not in ended.stderr

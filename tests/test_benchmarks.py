@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from transformers import AutoProcessor
 
-from benchmarks import measure, table
-from benchmarks.inputs import plain_crops
-from benchmarks.pages import SHAPES, draw_pages
+from benchmarks import inputs, measure, table, train
+from benchmarks.pages import SHAPES, draw_pages, find_pages
+from common.data import TrainingData
 from common.phi3v import Phi3VImageProcessor
-from common.phi3v.image_processing import crop_grid_size, num_image_tokens, to_crop_grid
+from common.phi3v.image_processing import to_crop_grid
 
 
 def run(name, out, *flags):
@@ -30,6 +31,7 @@ def run(name, out, *flags):
     assert result["benchmark"] == name
     assert result["command"].startswith(f"python -m benchmarks.{name}")
     assert {"cpu", "cores", "threads"} <= result["hardware"].keys() and result["versions"]["torch"] == torch.__version__
+    assert result["versions"].get("cuda") == torch.version.cuda
     return result
 
 
@@ -47,18 +49,34 @@ def test_plain_pipeline_computes_the_same_pixels(tmp_path, mode, width, height):
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     path = tmp_path / "picture.png"
     Image.fromarray(noise).convert(mode).save(path)
-    pixels, size = plain_crops(path, num_crops=3)
+    pixels, size = inputs.plain_crops(path, num_crops=3)
     ours = Phi3VImageProcessor(num_crops=3)(Image.open(path))
     assert ours["image_sizes"].tolist() == [list(size)]
     assert torch.equal(pixels, ours["pixel_values"][0])
     assert (to_crop_grid(Image.open(path), 3).shape[2] == 1) == (mode in ("L", "1"))
 
 
-def test_pages_have_the_published_mean_of_tokens(tmp_path):
+def test_samples_have_the_published_mean_of_tokens(tmp_path):
     page, *_ = draw_pages(tmp_path, 1)
     assert Image.open(page).size == SHAPES[0] and Image.open(page).mode == "L"
-    tokens = [num_image_tokens(*crop_grid_size(*shape, 16)) for shape in SHAPES]
-    assert 2443 - 40 < sum(tokens) / len(tokens) < 2443 - 20
+    pages = []
+    for number, shape in enumerate(SHAPES):
+        pages.append(tmp_path / f"blank_{number}.png")
+        Image.new("L", shape).save(pages[-1])
+    processor = AutoProcessor.from_pretrained(train.TOKENIZER, num_crops=16)
+    rows = train.draw_rows(pages, 256, np.random.default_rng(0))
+    lengths = TrainingData(rows, lambda row, _: row, processor, seed=0).lengths(epoch=0)
+    assert lengths.tokens.mean() == pytest.approx(table.PUBLISHED_BATCH.tokens, abs=5)
+    assert lengths.views.mean() == pytest.approx(table.PUBLISHED_BATCH.views, abs=0.1)
+
+
+def test_only_pictures_of_a_folder_are_pages(tmp_path):
+    for name in ("b.PNG", "a.jpg", "notes.txt", "c.jpeg"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_pages(tmp_path)] == ["a.jpg", "b.PNG", "c.jpeg"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match=r"none holds no \.jpg or \.png files"):
+        find_pages(tmp_path / "none")
 
 
 @pytest.mark.slow
@@ -68,6 +86,25 @@ def test_inputs(tmp_path):
     assert (
         result["results"]["in colour"]["mib_a_picture"]["plain"] > 4 * result["results"]["in colour"]["mib_a_picture"]["ours"]
     )
+
+
+def test_a_folder_of_few_pictures_gives_each_once(tmp_path, monkeypatch):
+    taken = []
+
+    def measure_nothing(pictures, *_):
+        taken.append(pictures)
+        figures = measure.summarise([1.0])
+        return {"times_faster": figures, "milliseconds_a_picture": {"plain": figures, "ours": figures}}
+
+    monkeypatch.setattr(inputs, "measure", measure_nothing)
+    monkeypatch.setattr(inputs, "print", lambda *_: None, raising=False)
+    monkeypatch.setattr(inputs, "write_result", lambda *_: None)
+    for number in range(3):
+        Image.new("L", (30, 40)).save(tmp_path / f"{number}.png")
+    for wanted, expected in (("24", "012"), ("2", "01")):
+        monkeypatch.setattr(sys, "argv", ["inputs", "--image_dir", str(tmp_path), "--num_images", wanted])
+        inputs.main()
+        assert "".join(path.stem for path in taken[-2]) == expected
 
 
 @pytest.mark.slow
@@ -95,27 +132,55 @@ def test_memory(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "qlora"])
 def test_train_goes_through_the_real_path(tmp_path, method):
-    flags = ["--random_weights", "--config", "tiny", "--methods", method, "--packing", "on", "off", "--checkpointing", "none"]
+    flags = ["--random_weights", "--config", "tiny", "--methods", method, "--packing", "on", "off", "--checkpointing", "auto"]
     flags += ["--num_images", 2, "--num_crops", 2, "--batch_size", 2, "--samples_at_once", 2, "--warmup", 1, "--steps", 1]
     rows = run("train", tmp_path / "result.json", *flags)["rows"]
     assert [row.get("error") for row in rows] == [None, None]
+    assert [row["checkpointing"] for row in rows] == ["none", "none"]
     assert [row["packing"] for row in rows] == [True, False]
     assert all(row["images_per_second"] > 0 and row["tflops"] > 0 and row["mfu"] is None for row in rows)
     assert set(rows[0]["seconds_a_step"]) == {"data", "tower", "decoder forward", "backward", "optimizer", "all"}
 
 
-def test_train_reports_a_combination_that_fails(tmp_path, capsys):
-    row = {
-        "method": "full",
-        "attention": "varlen",
-        "packing": "on",
-        "checkpointing": "none",
-        "samples_at_once": 4,
-        "kernels": "plain",
-    }
-    from benchmarks.train import describe
+def wanted(monkeypatch, *flags):
+    """Method, recomputation and samples at once of each combination that flags ask for."""
+    monkeypatch.setattr(sys, "argv", ["train", "--random_weights", *flags])
+    return [(values[0], *values[3:5]) for values in train.combinations(train.parse_args())]
 
-    assert describe(row | {"error": "CUDA out of memory"}).endswith("failed: CUDA out of memory")
+
+def test_train_measures_what_the_bars_are_for(monkeypatch):
+    by_default = [(method, "auto", samples) for method in train.METHOD_FLAGS for samples in (1, 4)]
+    assert wanted(monkeypatch) == [*by_default, ("lora", "full", 1), ("qlora", "full", 1)]
+    assert wanted(monkeypatch, "--methods", "full", "--samples_at_once", "2") == [("full", "auto", 2)]
+    asked = ["--methods", "lora", "--checkpointing", "none", "full", "--samples_at_once", "4"]
+    assert wanted(monkeypatch, *asked) == [("lora", "none", 4), ("lora", "full", 4)]
+
+
+ROW = {"attention": "varlen", "packing": True, "kernels": "plain", "images_per_second": 5.0, "tokens_per_second": 12215.0}
+ROW |= {"tflops": 300.0, "mfu": 0.4, "peak_memory_gb": 15.25, "data_wait_share": 0.01}
+
+
+def test_train_reports_a_combination_that_fails():
+    row = ROW | {"method": "full", "checkpointing": "none", "samples_at_once": 4}
+    assert train.describe(row | {"error": "CUDA out of memory"}).endswith(
+        "4 at once, plain kernels: failed: CUDA out of memory"
+    )
+    assert "40.0 % MFU, 15.2 GB, 1.0 % waiting" in train.describe(row)
+
+
+def test_bars_stand_on_the_rows_they_are_for():
+    measured = [("lora", "full", 1), ("lora", "full", 4), ("lora", "none", 1)]
+    rows = [
+        ROW | {"method": method, "checkpointing": mode, "samples_at_once": samples, "optim": "adamw_torch_fused"}
+        for method, mode, samples in measured
+    ]
+    result = {"config": "real", "hardware": {"gpu": "H100"}, "date": "2026-01-02 03:04 UTC", "file": "train.json", "rows": rows}
+    shown = table.gpu_table({"train": [result]})
+    lines = [line for line in shown.splitlines() if line.startswith("| LoRA")]
+    assert [line.split(" | ")[10] for line in lines] == ["≤ 16", "–", "–"]
+    assert all("1 at once, plain kernels, adamw_torch_fused | full" in line or "≤ 16" not in line for line in lines)
+    assert "| 15.2 |" in lines[0] and "peak GB" in shown
+    assert table.gpu_table({"train": [result | {"config": "tiny"}]}) == table.gpu_table({})
 
 
 def test_document_shows_the_results():

@@ -1,11 +1,13 @@
 """Conversations to tokens and labels: several turns, several pictures, and what is refused."""
 
+import io
+
 import pytest
 from conftest import GOLDEN, TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.conversations import check_conversation, encode_conversation, encode_prompt, prompt_text
+from common.conversations import check_conversation, check_picture, encode_conversation, encode_prompt, prompt_text
 
 TOKENIZERS = [
     pytest.param(TINY, id="tiny"),
@@ -118,3 +120,24 @@ def test_what_is_no_conversation_is_refused_by_name(content, message):
     with pytest.raises(ValueError, match=r"data\.jsonl, line 3") as raised:
         check_conversation(content, "data.jsonl, line 3")
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_stored_picture_that_is_cut_short_is_found_before_it_is_asked_about(processor, kind):
+    file = io.BytesIO()
+    Image.effect_noise((300, 200), 50).save(file, kind)
+    whole = file.getvalue()
+    asked = {"conversations": [turn("What?", "Noise.", {"bytes": whole, "path": None})]}
+    assert check_picture({"bytes": whole, "path": None}) == (300, 200)
+    assert encode_prompt(asked, processor)["images"] == [{"bytes": whole, "path": None}]
+    cut = {"bytes": whole[: len(whole) // 2], "path": "a.png"}
+    with pytest.raises(ValueError, match="picture a.png can't be decoded"):
+        check_picture(cut)
+    with pytest.raises(ValueError, match="picture a.png can't be decoded"):
+        encode_prompt({"conversations": [turn("What?", "Noise.", cut)]}, processor)
+
+
+def test_a_whole_picture_with_something_after_its_end_is_no_mistake():
+    file = io.BytesIO()
+    Image.effect_noise((300, 200), 50).save(file, "JPEG")
+    assert check_picture({"bytes": file.getvalue() + bytes(1000), "path": None}) == (300, 200)

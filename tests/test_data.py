@@ -1,5 +1,7 @@
 """Training samples: planned by lengths that are exactly those of what is trained on, measured no more often than needed."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,9 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.collator import load_crops
+from common.collator import Collator, load_crops
 from common.data import TrainingData
+from common.streaming import Row, StreamedData
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +101,23 @@ def test_a_row_that_can_not_be_measured_is_named(rows, processor, tmp_path):
     gone = {"conversations": [{"images": [str(tmp_path / "gone.png")], "user": "See?", "assistant": "No."}]}
     with pytest.raises(ValueError, match=r"training row 2: picture .*gone\.png is missing"):
         TrainingData([*rows[:2], gone], as_it_is, processor, seed=0).lengths(0)
+
+
+def test_a_stored_picture_that_can_not_be_decoded_is_named_by_its_row(processor):
+    """Damaged where only decoding finds it: in training and evaluation rows, and in streamed ones."""
+    file = io.BytesIO()
+    Image.effect_noise((300, 200), 50).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    turn = {"images": [{"bytes": bytes(content), "path": None}], "user": "See?", "assistant": "No."}
+    text = {"conversations": [turn | {"images": []}]}
+    damaged = {"conversations": [turn]}
+    kinds = {
+        "training row 1": lambda: TrainingData([text, damaged], as_it_is, processor, 0)[0, 1],
+        "evaluation row 1": lambda: TrainingData([text, damaged], as_it_is, processor, 0, name="evaluation row")[0, 1],
+        "a.parquet, row 8": lambda: StreamedData(None, as_it_is, processor, 0)[Row(0, 1, "a.parquet, row 8", damaged)],
+    }
+    for place, sample in kinds.items():
+        good = TrainingData([text], as_it_is, processor, 0)[0, 0]
+        with pytest.raises(ValueError, match=f"^{place}: a picture stored in the data set can't be decoded"):
+            Collator(processor)([good, sample()])

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +66,13 @@ def internet():
             proxy.accept()
 
 
-@pytest.fixture(scope="module")
-def address(adapter, internet, tmp_path_factory):
+@contextmanager
+def running(uploads: Path, proxy: str, *flags: str):
     """The demo, running; its address as it prints it."""
-    command = [sys.executable, "-u", "-m", "tools.demo", "--model", adapter, "--max_new_tokens", str(NEW_TOKENS)]
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), internet)
+    command = [sys.executable, "-u", "-m", "tools.demo", *flags, "--max_new_tokens", str(NEW_TOKENS)]
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy)
     no_proxy = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
-    environment = os.environ | proxies | no_proxy | {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads"))}
+    environment = os.environ | proxies | no_proxy | {"GRADIO_TEMP_DIR": str(uploads)}
     server = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -87,6 +88,13 @@ def address(adapter, internet, tmp_path_factory):
     finally:
         server.terminate()
         server.communicate()
+
+
+@pytest.fixture(scope="module")
+def address(adapter, internet, tmp_path_factory):
+    """The demo of an adapter and its base."""
+    with running(tmp_path_factory.mktemp("uploads"), internet, "--model", str(adapter)) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +142,19 @@ def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, addr
         streamed = page.evaluate("[...window.seen]")
         assert len(streamed) > 1, "the answer did not stream in"
         assert all(answers[0].startswith(piece) for piece in streamed)
+
+
+def test_a_model_alone_answers_with_its_text(browser, internet, documents, tmp_path):
+    models, processor = load_models(str(TINY))
+    picture, question = documents[0]
+    expected = list(stream_answer(models[0], processor, question, [picture], NEW_TOKENS))[-1]
+    alone = running(tmp_path, internet, "--model", str(TINY), "--base", "none")
+    with alone as address, watched(browser, 1400, allowed=address) as page:
+        page.goto(address)
+        ask(page, question, [picture])
+        page.get_by_role("button", name="Answer", exact=True).click()
+        expect(page.get_by_label(f"Finetuned: {TINY}")).to_have_value(expected, timeout=30_000)
+        expect(page.locator(".answer")).to_have_count(1)
 
 
 def test_pictures_are_reached_by_keyboard(browser, address):

@@ -3,10 +3,12 @@
 import argparse
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -97,3 +99,34 @@ def test_pictures_that_prompts_share_pass_the_tower_once(conversations, processo
 def test_prompts_that_begin_alike_come_together():
     order = [index for batch in share_by_length([5, 9, 7, 9, 6], 2, 0, 1, beginnings=list("abcab")) for index in batch]
     assert order == [3, 0, 1, 4, 2]
+
+
+GROUP_IS_TOLD_TO_END = """
+import argparse, os, signal
+os.setsid()
+import common
+from transformers import AutoModelForCausalLM, AutoProcessor
+from common.generation import generate_answers
+
+received, reader = [], os.getpid()
+signal.signal(signal.SIGTERM, lambda *_: received.append(os.getpid()))
+
+class Conversations(list):
+    def __getitem__(self, index):
+        if os.getpid() != reader:
+            os.killpg(reader, signal.SIGTERM)
+        return super().__getitem__(index)
+
+model = AutoModelForCausalLM.from_pretrained("assets/tiny_phi3v").eval()
+processor = AutoProcessor.from_pretrained("assets/tiny_phi3v")
+flags = argparse.Namespace(eval_batch_size=1, max_new_tokens=2, dataloader_num_workers=1, bf16=False, tqdm=False)
+conversations = Conversations({"conversations": [{"user": f"Say {number}."}]} for number in range(4))
+print(len(generate_answers(model, processor, conversations, flags)), set(received) == {reader})
+"""
+
+
+def test_workers_outlive_the_sigterm_that_comes_to_their_whole_group():
+    """As torchrun and Slurm send it: the process itself takes note and goes on, to save at the end of its step."""
+    command = [sys.executable, "-c", GROUP_IS_TOLD_TO_END]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["4", "True"], result.stderr

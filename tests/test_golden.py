@@ -16,8 +16,6 @@ from common.phi3v.image_processing import crop_grid_size, num_image_tokens
 pytestmark = needs_golden
 CHECKPOINT = GOLDEN / "tiny_checkpoint"
 CASES = json.loads((GOLDEN / "model_cases.json").read_text()) if GOLDEN.is_dir() else {}
-# The published code gives pictures to placeholders by position; here they go by number, tested below.
-SAME_AS_PUBLISHED = [name for name in CASES if name != "d_swapped"]
 
 
 def load_case(name, attention="eager", **options):
@@ -36,18 +34,32 @@ def pictures(case, processor, images):
     return {key: batch[key] for key in ("pixel_values", "image_sizes") if key in batch}
 
 
+def number_by_position(input_ids, image_tokens):
+    """Number placeholders in the order of the pictures: as they are, but in `d_swapped`.
+
+    There the published code fills the second picture's placeholders with the first one's features. Here features go by number,
+    which is tested below.
+    """
+    input_ids = input_ids.clone()
+    for row, counts in zip(input_ids, image_tokens, strict=True):
+        numbers = [-number for number, count in enumerate(counts, start=1) for _ in range(count)]
+        row[row < 0] = torch.tensor(numbers, dtype=row.dtype)
+    return input_ids
+
+
 def expand(run_lengths):
     return [token for token, count in run_lengths for _ in range(count)]
 
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [(name, "eager") for name in SAME_AS_PUBLISHED]
+    [(name, "eager") for name in CASES]
     + [(name, "sdpa") for name in ("a_text", "b_one", "d_two", "f_batch", "f_batch_with_text_only", "g_long")],
 )
 def test_logits_loss_and_gradients(name, attention):
     case, tensors, model, processor, images = load_case(name, attention)
-    inputs = {"input_ids": tensors["input_ids"], "attention_mask": tensors["attention_mask"]}
+    input_ids = number_by_position(tensors["input_ids"], case["num_img_tokens"])
+    inputs = {"input_ids": input_ids, "attention_mask": tensors["attention_mask"]}
     outputs = model(**inputs, **pictures(case, processor, images), labels=tensors["labels"])
     ends = torch.tensor(case["lengths"]) - 1
     logits = outputs.logits[torch.arange(len(ends)), ends]
@@ -62,13 +74,14 @@ def test_logits_loss_and_gradients(name, attention):
         assert norm == pytest.approx(case["grad_norms"].get(name) or 0.0, rel=1e-4, abs=tolerance), name
 
 
-@pytest.mark.parametrize("name", SAME_AS_PUBLISHED)
+@pytest.mark.parametrize("name", CASES)
 def test_prompt_ids_and_greedy_tokens(name):
     case, tensors, model, processor, images = load_case(name)
     for index, (sample, expected) in enumerate(zip(case["samples"], case["greedy"], strict=True)):
         inputs = processor(sample["prompt"], images[index])
         length = case["prompt_lengths"][index]
         assert inputs["input_ids"][0].tolist() == expand(case["input_ids_rle"][index])[:length]
+        inputs["input_ids"] = number_by_position(inputs["input_ids"], [case["num_img_tokens"][index]])
         tokens = model.generate(**inputs, max_new_tokens=len(expected["new_tokens"]), do_sample=False, eos_token_id=None)
         assert tokens[0, length:].tolist() == expected["new_tokens"]
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import save_adapter
-from conftest import TINY
+from conftest import ROOT, TINY
+from runs import SCRIPT, flags, write_docvqa
 from safetensors.torch import load_file, save_file
 
-from common.adapter_base import base_revision
+from common.adapter_base import base_revision, fingerprint
 from common.inference import load_for_inference
 from tools.merge_lora import merge
 
@@ -70,6 +75,37 @@ def test_base_on_the_hub_is_found_at_its_revision(hub_cache, tmp_path, receipts)
     edit_json(adapter / "adapter_config.json", revision=40 * "b")
     with pytest.raises(ValueError, match="needs its base model, someone/tiny, which can't be loaded"):
         load_for_inference(adapter, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_that_changes_on_the_hub_is_the_one_that_was_loaded(method, hub_cache, tmp_path):
+    output, repository = tmp_path / "run", hub_cache.parents[1]
+    lora = {"use_lora": True, "lora_rank": 4} if method == "lora" else {}
+    data = write_docvqa(tmp_path / "docvqa", train=4, val=1)
+    command = flags(data, output, model_name_or_path="someone/tiny", max_steps=1, **lora)
+    run = subprocess.Popen(
+        [sys.executable, SCRIPT, *command],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_CACHE": str(repository.parent), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (output / "eval_before.json").exists() and run.poll() is None:
+        time.sleep(0.05)
+    # What another program leaves that looks the model up after a new commit.
+    (repository / "snapshots" / (40 * "b")).mkdir()
+    shutil.copy(hub_cache / "config.json", repository / "snapshots" / (40 * "b"))
+    (repository / "refs" / "main").write_text(40 * "b")
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert json.loads((output / "run.json").read_text())["base_revision"] == hub_cache.name
+    if method == "lora":
+        assert json.loads((output / "adapter_config.json").read_text())["revision"] == hub_cache.name
+        assert json.loads((output / "base_model.json").read_text())["weights"] == fingerprint(hub_cache)
+    else:
+        assert (output / "model.safetensors").is_file()
 
 
 def test_another_configuration_is_refused(moved_base):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.table import PUBLISHED_BATCH
 from common.flops import TrainingFlops
 from common.memory import MODES, Footprint, Trial, kept_bytes, least_recomputation, state_bytes, step_bytes, try_out
-from common.model import count_parameters, set_gradient_checkpointing
+from common.model import _add_lora, count_parameters, set_gradient_checkpointing
+from common.phi3v import Phi3VConfig
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
 from common.planning import Lengths, PlannedBatches
 from common.summary import duration, summarize
 
-MODEL = Path(__file__).resolve().parents[1] / "assets" / "tiny_phi3v"
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "assets" / "tiny_phi3v"
 CPU = torch.device("cpu")
 
 
 def flags(**changes):
-    values = {"bf16": False, "packing": True, "deepspeed": None, "optim": "adamw_torch", "gradient_checkpointing": "auto"}
+    values = {"bf16": False, "packing": True, "deepspeed": None, "optim": "adamw_torch_fused", "gradient_checkpointing": "auto"}
     values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None}
     values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
     values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
@@ -103,6 +107,86 @@ def test_states_by_optimizer_and_sharding(tmp_path):
     assert state_bytes(model, flags(deepspeed=str(zero), bf16=True, optim="paged_adamw_8bit")) == (2 + 4) * count + 2 * 2 * 10
     assert step_bytes(model, flags(deepspeed=str(zero), bf16=True)) == 4 * count
     assert step_bytes(model, flags(bf16=True)) == step_bytes(model, flags(deepspeed=str(zero))) == 0
+
+
+def published_model(args):
+    """The published model as one GPU trains it in bf16 without DeepSpeed, on no device, and the bytes of its weights."""
+    with torch.device("meta"):
+        dtype = torch.bfloat16 if args.use_lora else torch.float32
+        model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=dtype)
+        model = _add_lora(model, args) if args.use_lora else model
+    loaded = 0
+    for name, parameter in model.named_parameters():
+        # All that has adapters but head and projector: half a byte a weight, a byte of scale for 64, four of theirs for 256.
+        quantized = args.use_qlora and ".base_layer.weight" in name and not re.search("lm_head|img_projection", name)
+        loaded += parameter.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)) if quantized else parameter.nbytes
+    return model, loaded
+
+
+FULL = {"optim": "adamw_torch_fused"}
+LORA = FULL | {"use_lora": True, "init_lora_weights": "gaussian", "use_dora": False, "use_rslora": False, "base_revision": None}
+QLORA = LORA | {"use_qlora": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("full, DDP (`--deepspeed none`)", FULL),
+        ("full, DDP, `--optim adamw_bnb_8bit`", FULL | {"optim": "adamw_bnb_8bit"}),
+        ("LoRA, DDP", LORA),
+        ("QLoRA, DDP", QLORA),
+    ],
+)
+def test_states_of_the_published_model_are_those_of_the_document(name, changes, monkeypatch):
+    args = flags(bf16=True, **changes)
+    model, loaded = published_model(args)
+    found = [loaded + state_bytes(model, args)]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    found.append(loaded + state_bytes(model, args))
+    document = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    row = next(line for line in document.splitlines() if line.startswith(f"| {name} |"))
+    assert row.split(" | ")[2:4] == [f"{size / 1e9:.1f} GB" for size in found]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bar"),
+    [(FULL | {"optim": "adamw_bnb_8bit"}, 80), (LORA | {"lora_rank": 32}, 16), (QLORA | {"lora_rank": 32}, 10)],
+)
+def test_the_published_model_keeps_to_the_bars_on_paper(changes, bar):
+    """With full recomputation and one sample of the published mean at once, as docs/methods.md reckons activations."""
+    args = flags(bf16=True, **changes)
+    model, loaded = published_model(args)
+    config, bytes_each = model.config, 2 if args.use_lora else 4
+    inputs = PUBLISHED_BATCH.tokens * config.hidden_size * config.num_hidden_layers * bytes_each
+    vision = config.vision_config
+    inputs += PUBLISHED_BATCH.views * 577 * vision.hidden_size * (vision.num_hidden_layers - 1) * bytes_each
+    # While it is recomputed, a decoder layer keeps about ten times its input and four times what its MLP is wide.
+    layer = PUBLISHED_BATCH.tokens * (10 * config.hidden_size + 4 * config.intermediate_size) * 4
+    assert 0.9 < inputs / 1e9 < 2 and 0.5 < layer / 1e9 < 0.7
+    assert (loaded + state_bytes(model, args) + inputs + layer) / 1e9 < 0.75 * bar  # the rest is for buffers and fragments
+
+
+@pytest.mark.parametrize("recomputation", ["none", "full"])
+def test_the_tower_in_chunks_is_the_tower_at_once(recomputation):
+    """Loss and gradients of nine views, in chunks of two and as by default."""
+    found = []
+    for crops_per_chunk in (2, load().model.vision_embed_tokens.crops_per_chunk):
+        model = load().train()
+        set_gradient_checkpointing(model, recomputation)
+        model.model.vision_embed_tokens.crops_per_chunk = crops_per_chunk
+        inputs = batch([40, 50, 60], packing=True)
+        inputs["pixel_values"] = torch.randint(
+            256, (6, 3, CROP_SIZE, CROP_SIZE), generator=torch.Generator().manual_seed(0)
+        ).byte()
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (expected_loss, expected) = found
+    torch.testing.assert_close(loss, expected_loss)
+    assert gradients.keys() == expected.keys() and any("vision_model" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_dozen_lines_say_what_the_run_is_going_to_do():

@@ -20,6 +20,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, TINY, torchrun
 from forked import finetune_forked
 from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
@@ -27,9 +28,10 @@ from transformers import AutoProcessor
 
 import finetune_hf_trainer_docvqa as docvqa
 from assets.draw_samples import draw_samples
+from common.arguments import check_arguments
 from common.collator import Collator
 from common.data import TrainingData
-from common.model import load_model, set_gradient_checkpointing
+from common.model import base_model, load_model, set_gradient_checkpointing
 
 CURVES = Path(__file__).with_name("curves.json")
 # Kernels for other CPUs add up in another order: with those for SSE4 or AVX2 instead of AVX-512 (ATEN_CPU_CAPABILITY,
@@ -188,6 +190,34 @@ def test_frozen_vision_has_no_optimizer_state(train, course, tmp_path):
     assert all(state["exp_avg"].any() for state in states.values())
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_qlora_quantizes_what_it_should(frozen, bf16, model, data, tmp_path, monkeypatch):
+    options = {"use_qlora": True, "freeze_vision_model": frozen or None, "bf16": bf16 or None}
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, **options)])
+    args = check_arguments(docvqa.parse_args())
+    args.attention, args.deepspeed = ("varlen", ""), None
+    loaded = base_model(load_model(args, AutoProcessor.from_pretrained(model, num_crops=1), torch.device("cpu")))
+    linears = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
+    names = {name.removeprefix("model.").replace(".base_layer", "") for name in linears}
+    config = loaded.config
+    expected = {
+        f"layers.{layer}.{name}"
+        for layer in range(config.num_hidden_layers)
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    }
+    if not frozen:
+        expected |= {
+            f"vision_embed_tokens.img_processor.vision_model.encoder.layers.{layer}.{name}"
+            for layer in range(config.vision_config.num_hidden_layers - 1)  # the last one is never run
+            for name in (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+        }
+    assert names == expected
+    for linear in linears.values():
+        assert linear.weight.quant_type == "nf4" and linear.weight.compress_statistics
+        assert linear.compute_dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 def test_frozen_tower_runs_without_a_graph(recomputation, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, freeze_vision_model=True)])
@@ -256,6 +286,9 @@ def test_optimizers(optim, name, dtype, train, tmp_path):
     ("options", "expected"),
     [
         ({"optim": "adam_w"}, "--optim adam_w: there is no such optimizer; take one of adamw_torch, "),
+        ({"optim": "galore_adamw"}, "--optim galore_adamw: .*galore_torch"),
+        ({"use_lora": True, "lora_dropout": 1.5}, "--lora_dropout must be below 1, not 1.5"),
+        ({"use_lora": True, "lora_rank": 1, "lora_alpha_ratio": 0.4}, "--lora_rank 1 × --lora_alpha_ratio 0.4 must give"),
         ({"use_lora": True, "init_lora_weights": "magic"}, "--init_lora_weights magic"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import math
 import random
-from argparse import Namespace
 
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -35,9 +34,19 @@ def test_anls(prediction, answers, score):
     assert anls(prediction, answers) == pytest.approx(score)
 
 
-def test_anls_in_the_published_recipes_form_sees_case():
-    assert anls("June", ["june"], case_sensitive=True) == pytest.approx(1 - 1 / 4)
-    assert anls("JUNE", ["june"], case_sensitive=True) == 0
+@pytest.mark.parametrize(
+    ("prediction", "answer", "score"),
+    [
+        ("June", "june", 1 - 1 / 4),
+        ("JUNE", "june", 0),
+        ("June  3", "June 3", 1 - 1 / 7),  # inner white space counts
+        (" SDN. BHD.\n", "SDN. BHD", 1),  # at the ends neither it nor full stops, on both sides
+        ("$5", "$5.", 1),
+        ("", "June", 0),
+    ],
+)
+def test_anls_in_the_published_recipes_form(prediction, answer, score):
+    assert anls(prediction, ["Neither", answer], case_sensitive=True) == pytest.approx(score)
 
 
 def test_accuracy():
@@ -77,10 +86,17 @@ def test_consistency():
     assert consistency(sentences, [1] * 6) == 1
 
 
-@pytest.mark.parametrize(("full_train", "answer", "score"), [(False, "SDN. BHD.", 1), (False, "$5.", 2 / 3), (True, "$5.", 1)])
-def test_docvqa_takes_off_only_the_full_stop_that_its_training_data_adds(full_train, answer, score, monkeypatch):
-    monkeypatch.setattr(docvqa, "generate_answers", lambda *_: [f" {answer}\n"])
-    truth = "SDN. BHD." if "SDN" in answer else "$5"
-    rows = [{"id": 1, "question": "What?", "image": "a.png", "answers": [truth]}]
-    values = docvqa.evaluate(None, None, rows, Namespace(full_train=full_train)).values
-    assert values["anls"] == pytest.approx(score)
+@pytest.mark.parametrize(
+    ("full_train", "answer", "truth", "score"),
+    [(False, "SDN. BHD.", "SDN. BHD.", 1), (False, "$5.", "$5", 2 / 3), (True, "$5.", "$5", 1)],
+)
+def test_docvqa_takes_off_only_the_full_stop_that_its_training_data_adds(full_train, answer, truth, score):
+    row = {"id": 1, "question": "What?", "image": "a.png", "answers": [truth]}
+    entry = docvqa.score(row, f" {answer}\n", full_train)
+    assert entry["score"] == pytest.approx(score)
+    assert entry["score_case_sensitive"] == 1
+    assert (entry["id"], entry["question"], entry["prediction"]) == (
+        "1",
+        "What?",
+        answer.removesuffix(".") if full_train else answer,
+    )

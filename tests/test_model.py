@@ -1,6 +1,7 @@
 """The model's invariants on the tiny checkpoint: layouts of a batch, precisions, recomputation, files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -106,11 +107,11 @@ def test_attention_implementations_agree(processor, samples, attention):
 
 
 @pytest.mark.parametrize("mode", ["bf16 weights", "bf16 autocast", "fp16 autocast"])
-@pytest.mark.parametrize("packing", [True, False])
-def test_half_precisions(processor, samples, mode, packing):
+@pytest.mark.parametrize(("attention", "packing"), [("varlen", True), ("varlen", False), ("eager", False), ("sdpa", False)])
+def test_half_precisions(processor, samples, mode, attention, packing):
     batch = Collator(processor, packing=packing)(samples)
     expected, _ = loss_and_gradients(load(), batch)
-    model = load(dtype=torch.bfloat16 if mode == "bf16 weights" else torch.float32)
+    model = load(attention, dtype=torch.bfloat16 if mode == "bf16 weights" else torch.float32)
     dtype = torch.float16 if mode == "fp16 autocast" else torch.bfloat16
     with torch.autocast("cpu", dtype=dtype, enabled="autocast" in mode):
         loss, gradients = loss_and_gradients(model, batch)
@@ -195,6 +196,32 @@ def test_saved_config_is_what_other_readers_expect(tmp_path):
     code = "microsoft/Phi-3.5-vision-instruct--"
     assert config["auto_map"]["AutoConfig"] == f"{code}configuration_phi3_v.Phi3VConfig"
     assert config["auto_map"]["AutoModelForCausalLM"] == f"{code}modeling_phi3_v.Phi3VForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("directory", "published_as", "owner"),
+    [
+        ("base", "Phi-3-vision-128k-instruct", "microsoft/Phi-3-vision-128k-instruct"),
+        ("base", "Phi-3.5-vision-instruct", "microsoft/Phi-3.5-vision-instruct"),
+        ("phi-3-vision", "Phi-3.5-vision-instruct", "microsoft/Phi-3.5-vision-instruct"),
+        ("Phi-3-vision-128k-instruct", "", "microsoft/Phi-3-vision-128k-instruct"),
+        ("base", "", "microsoft/Phi-3.5-vision-instruct"),
+    ],
+)
+def test_what_is_saved_points_at_the_code_of_the_model_that_it_came_from(directory, published_as, owner, tmp_path):
+    """Files of a download name their code without its repository, whatever the directory that they lie in."""
+    shutil.copytree(TINY, tmp_path / directory)
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        text = (tmp_path / directory / name).read_text(encoding="utf-8")
+        content = json.loads(text.replace("microsoft/Phi-3.5-vision-instruct--", ""))
+        if name == "config.json":
+            content["_name_or_path"] = published_as
+        (tmp_path / directory / name).write_text(json.dumps(content), encoding="utf-8")
+    AutoModelForCausalLM.from_pretrained(tmp_path / directory).save_pretrained(tmp_path / "saved")
+    AutoProcessor.from_pretrained(tmp_path / directory).save_pretrained(tmp_path / "saved")
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        for code in json.loads((tmp_path / "saved" / name).read_text(encoding="utf-8"))["auto_map"].values():
+            assert code.startswith(f"{owner}--")
 
 
 def test_code_of_a_checkpoint_is_never_run(tmp_path):

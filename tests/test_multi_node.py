@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from forked import finetune_forked
-from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
+from runs import SCRIPT, flags, free_port, steps, weights, write_docvqa, write_random_model
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +38,6 @@ path = Path(sys.argv[1])
 rows = load_conversations(path, path.parent)
 print(f"process {state.process_index} of {state.num_processes}: {len(rows)} rows")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def published_form(node: int, port: int) -> list[str]:
@@ -128,10 +122,14 @@ def test_rendezvous_form_with_a_disk_each(options, one_node, tmp_path):
     first, second = map(weights, outputs)
     assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
     for node, output in enumerate(outputs):
-        assert (output / "checkpoint-2" / "complete.json").is_file()
-        shutil.copytree(output / "checkpoint-2", tmp_path / "resumed" / f"node{node}" / "run" / "checkpoint-2")
+        for name in ("checkpoint-2", "checkpoint-4"):
+            assert (output / name / "complete.json").is_file()
+            shutil.copytree(output / name, tmp_path / "resumed" / f"node{node}" / "run" / name)
+    # One machine was cut off just before it declared its part of the last checkpoint complete.
+    (tmp_path / "resumed" / "node1" / "run" / "checkpoint-4" / "complete.json").unlink()
     printed = run_nodes(rendezvous_form, [ROOT / SCRIPT, *words], 1, tmp_path / "resumed")
-    assert all("going on from run/checkpoint-2" in text for text in printed)
+    for text in printed:
+        assert "passing over checkpoint-4 (saving it was cut short)\ngoing on from run/checkpoint-2" in text
     resumed = tmp_path / "resumed" / "node0" / "run"
     assert steps(resumed) == log
     assert all(tensor.equal(first[name]) for name, tensor in weights(resumed).items())
@@ -149,5 +147,5 @@ def test_one_process_a_node_prepares_data(tmp_path):
         environment=lambda node: {"HF_DATASETS_CACHE": str(tmp_path / f"cache{node}")},
     )
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["0 0", "1 0"]
-    lines = {line for text in printed for line in text.splitlines() if line.startswith("process")}
-    assert lines == {f"process {rank} of 4: 3 rows" for rank in range(4)}
+    # Processes share a log, where one may begin in the middle of another's line.
+    assert sorted(re.findall(r"process (\d) of 4: 3 rows", "".join(printed))) == ["0", "1", "2", "3"]

@@ -1,8 +1,13 @@
 """Plans: every row once an epoch, exact batches, balanced bins, the same on all processes."""
 
+import argparse
+
 import numpy as np
 import pytest
+import torch
+from accelerate import PartialState
 
+from common.data import TrainingData
 from common.generation import share_by_length
 from common.planning import (
     Lengths,
@@ -12,11 +17,21 @@ from common.planning import (
     epoch_steps,
     fill_bins,
 )
+from common.streaming import Span, Stream, StreamedBatches
+from common.trainer import FinetuningTrainer, _plan_batches
 
 
 def lengths(rows, seed=0):
     random = np.random.default_rng(seed)
     return Lengths(tokens=random.integers(300, 3000, rows), views=random.integers(2, 18, rows))
+
+
+def mixed_lengths(rows, seed):
+    """Pictures of 1 to 16 crops with some text, and text alone."""
+    random = np.random.default_rng(seed)
+    crops, text = random.integers(1, 17, rows), random.integers(20, 200, rows)
+    pictures = random.random(rows) < 0.7
+    return Lengths(tokens=np.where(pictures, 144 * (crops + 1) + text, 5 * text), views=np.where(pictures, crops + 1, 0))
 
 
 def part(measured, rows):
@@ -91,6 +106,66 @@ def test_the_token_budget_holds(budget, seed):
             batches = [[row for _, row in batch] for own in processes for batch in own]
             assert sum(map(len, batches)) == 32 and all(batches)
             assert all(measured.tokens[batch].sum() <= budget or len(batch) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize("packing, budget", [(False, None), (True, None), (True, 2000), (True, 4096), (True, 20_000)])
+@pytest.mark.parametrize("seed", range(3))
+def test_no_micro_batch_is_larger_than_foretold(packing, budget, seed):
+    measured = mixed_lengths(320, seed)
+    accumulation = accumulation_for_budget([measured], 32, 7, 4, budget) if budget else 4
+    batches = PlannedBatches(320, 32, 7, 0, 4, accumulation, max_tokens=budget)
+    tokens, views = batches.largest(measured)
+    planned = plan(320, 32, 4, accumulation, measured=measured if packing else None, max_tokens=budget)
+    bins = [[row for _, row in batch] for step in planned for own in step for batch in own]
+    largest = max(measured.tokens[rows].sum() for rows in bins), max(measured.views[rows].sum() for rows in bins)
+    assert largest[0] <= tokens <= 2 * largest[0]
+    assert largest[1] <= views <= 2.5 * largest[1]
+    if budget:
+        assert tokens <= max(budget, measured.tokens.max())
+
+
+def test_streamed_micro_batches_are_as_large_as_the_largest_samples():
+    stream = Stream([Span("shard", 0, 0, 0, 0, 64)], read=lambda span: iter(()))
+    measured = Lengths(tokens=np.array([300, 900, 500]), views=np.array([9, 2, 3]))
+    assert StreamedBatches(stream, 16, 4, seed=0).largest(measured) == (3600, 36)
+
+
+class Texts(TrainingData):
+    """Rows of so many tokens, one of them, which a look at some rows misses, longer than all others."""
+
+    def __init__(self, rows):
+        super().__init__(range(rows), None, None, seed=0)
+
+    def _measure(self, epoch, rows, count_done=None):
+        tokens = np.where(rows == 1, 1000, 100 + rows % 7) + epoch
+        return np.stack([tokens, np.ones_like(tokens)], axis=1), np.ones(len(rows), dtype=bool)
+
+
+@pytest.mark.parametrize("budget, longest", [(None, 106), (3000, 1001)])
+def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
+    PartialState(cpu=True)
+    flags = {"batch_size": 16, "batch_size_per_gpu": 4, "max_tokens_per_batch": budget, "num_train_epochs": 2}
+    flags |= {"max_steps": -1, "seed": 0, "packing": True, "streaming": False, "tqdm": False}
+    batches, measured = _plan_batches(argparse.Namespace(**flags), Texts(1024))
+    assert measured.tokens.max() == longest
+    assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)
+    assert batches.accumulation == (1 if budget else 4)
+
+
+@pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])
+def test_all_micro_batches_of_a_step_are_read_ahead(workers, accumulation, expected):
+    """The Trainer takes them all before it begins with the first."""
+    trainer = argparse.Namespace(args=argparse.Namespace(dataloader_num_workers=workers), data_collator=list)
+    loader = FinetuningTrainer._loader(trainer, [1, 2], [[0], [1]], ahead=accumulation)
+    assert loader.prefetch_factor == expected
+
+
+def test_sizes_of_pictures_stay_where_the_model_reads_them():
+    batch = {"input_ids": torch.ones(1, 2), "image_sizes": torch.ones(1, 2), "max_length_q": 2}
+    trainer = argparse.Namespace(args=argparse.Namespace(device=torch.device("meta")))
+    moved = FinetuningTrainer._prepare_inputs(trainer, batch)
+    assert moved["input_ids"].device.type == "meta" and moved["image_sizes"].device.type == "cpu"
+    assert moved["max_length_q"] == 2
 
 
 def test_a_sample_over_the_budget_is_alone():

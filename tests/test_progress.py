@@ -1,12 +1,18 @@
 """Progress: one bar on a terminal, sparse plain lines elsewhere, and nothing from any process but the first."""
 
 import io
+import os
 import sys
 
 import pytest
+from transformers import TrainerState
 
 import common.progress
+import common.shards
+import common.trainer
 from common.progress import Progress, limit_library_bars, show_bars, track
+from common.shards import stream_conversations
+from common.trainer import TrainingProgress
 
 
 class Screen(io.StringIO):
@@ -39,7 +45,8 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(common.progress, "time", clock)
+    for module in (common.progress, common.trainer):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -101,3 +108,65 @@ def test_bars_of_libraries_follow_the_same_rule(screen, monkeypatch, terminal, w
     limit_library_bars(wanted)
     assert show_bars(wanted) == bars
     assert switched_off == ([] if bars else ["transformers", "datasets"])
+
+
+@pytest.mark.parametrize("no_tqdm", [False, True])
+def test_counting_the_rows_of_shards_is_shown(screen, tmp_path, monkeypatch, no_tqdm):
+    shown = screen(terminal=True)
+    monkeypatch.setattr(common.shards, "are_progress_bars_disabled", lambda: no_tqdm)
+    for number in range(2):
+        (tmp_path / f"{number}.jsonl").write_text('{"conversations": [{"user": "a", "assistant": "b"}]}\n' * 3)
+    assert len(stream_conversations(tmp_path / "*.jsonl", tmp_path)) == 6
+    line = "Counting rows: 100%, 2 of 2 shards, 00:00 gone, 00:00 left\n"
+    assert shown.getvalue() == line if no_tqdm else "\rCounting rows: 100%" in shown.getvalue()
+
+
+LOGS = {"loss": 1.5, "grad_norm": 0.25, "learning_rate": 2e-5, "images_per_second": 8.657, "tokens_per_second": 21151.2}
+FIGURES = "loss 1.5000, gradient 0.25, rate 2.00e-05, 8.66 images/s, 21,151 tokens/s"
+
+
+def train(clock, bar=True, **logs):
+    """The second half of a run of 20 steps, three seconds each, with two log lines and an evaluation."""
+    state = TrainerState(global_step=10, max_steps=20, is_world_process_zero="RANK" not in os.environ)
+    progress = TrainingProgress(bar)
+    progress.on_train_begin(None, state, None)
+    for step in range(11, 21):
+        clock.now += 3
+        state.global_step = step
+        progress.on_step_end(None, state, None)
+        if step % 5 == 0:
+            progress.on_log(None, state, None, logs=LOGS | logs)
+    progress.on_log(None, state, None, logs={"eval_loss": 1.25, "epoch": 2.0})
+    progress.on_log(None, state, None, logs={"train_runtime": 30.0})
+    progress.on_train_end(None, state, None)
+
+
+@pytest.mark.parametrize("logs, figures", [({}, FIGURES), ({"mfu": 0.412}, f"{FIGURES}, MFU 41%")])
+def test_training_on_a_terminal_shows_a_bar(screen, clock, capsys, logs, figures):
+    shown = screen(terminal=True)
+    train(clock, **logs)
+    bar = shown.getvalue()
+    assert "\rTraining:  50%" in bar and "10/20" in bar and "20/20" in bar
+    assert figures in bar and "evaluation loss 1.2500" in bar
+    assert ("MFU" in bar) == bool(logs) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("terminal, bar", [(False, True), (True, False)])
+@pytest.mark.parametrize("logs, figures", [({}, FIGURES), ({"mfu": 0.412}, f"{FIGURES}, MFU 41%")])
+def test_training_without_a_bar_writes_plain_lines(screen, clock, capsys, terminal, bar, logs, figures):
+    shown = screen(terminal)
+    train(clock, bar, **logs)
+    assert capsys.readouterr().out.splitlines() == [
+        f"step 15 of 20, 00:15 left: {figures}",
+        f"step 20 of 20, 00:00 left: {figures}",
+        "step 20 of 20, 00:00 left: evaluation loss 1.2500",
+    ]
+    assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_other_processes_show_nothing_of_training(screen, clock, capsys, monkeypatch, terminal):
+    shown = screen(terminal)
+    monkeypatch.setenv("RANK", "1")
+    train(clock)
+    assert shown.getvalue() == capsys.readouterr().out == ""

@@ -7,19 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, torchrun
+from forked import finetune_forked
 from PIL import Image
-from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa
+from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa, write_random_model
 from safetensors.torch import load_file
-from transformers import Trainer
 
-from common.checkpoints import what_is_torn, write_manifest
-from common.trainer import FinetuningTrainer
+from common.checkpoints import what_is_torn
 
 pytestmark = pytest.mark.slow
 
@@ -116,7 +114,8 @@ def test_adapters_are_plain_and_move_everywhere(method, straight):
 
 def test_two_processes_are_one_run(data, tmp_path):
     """Batch 1 × 8 accumulation ≡ batch 8 × 1 ≡ two processes × 4, packed or padded."""
-    common = {"batch_size": 8, "max_steps": 2, "deepspeed": "none"}
+    common = {"model_name_or_path": write_random_model(tmp_path / "model"), "dataloader_num_workers": 0}
+    common |= {"batch_size": 8, "max_steps": 2, "deepspeed": "none"}
     runs = {
         "8 at once": dict(processes=1, batch_size_per_gpu=8),
         "one at a time": dict(processes=1, batch_size_per_gpu=1),
@@ -124,7 +123,7 @@ def test_two_processes_are_one_run(data, tmp_path):
         "padded": dict(processes=2, batch_size_per_gpu=2, **{"no-packing": True}),
         "budget": dict(processes=2, max_tokens_per_batch=900),
     }
-    logs = {name: finetune(data, tmp_path / name, **common, **options) for name, options in runs.items()}
+    logs = {name: finetune_forked(data, tmp_path / name, **common, **options) for name, options in runs.items()}
     for name, log in logs.items():
         assert_same_course(log, logs["8 at once"]), name
 
@@ -238,35 +237,18 @@ def test_sigterm_saves_and_ends_as_no_success(data, tmp_path):
 
 
 def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path):
-    """A limit on the size of files stands in for a full disk."""
+    """A limit on the size of files stands in for a full disk; the checkpoint that was being written over is torn."""
     output = tmp_path / "run"
-    options = METHODS["ddp"] | {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    options = METHODS["ddp"] | {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     finetune(data, output, **options)
+    assert what_is_torn(output / "checkpoint-3") is None
     kept = {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")}
     command = ["bash", "-c", f'ulimit -f 4000; exec {sys.executable} {SCRIPT} "$@"', "bash"]
-    words = flags(data, output, **(options | {"max_steps": 4, "resume_from_checkpoint": "auto"}))
+    words = flags(data, output, **(options | {"resume_from_checkpoint": output / "checkpoint-2"}))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1
     assert "saving failed" in run.stderr and "resume_from_checkpoint auto" in run.stderr, run.stderr[-3000:]
     assert {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")} == kept
-    assert not (output / "checkpoint-3" / "complete.json").exists()
-
-
-def test_a_checkpoint_written_over_is_torn_until_it_is_complete_again(tmp_path, monkeypatch):
-    directory = tmp_path / "checkpoint-3"
-    directory.mkdir()
-    write_manifest(directory)
-    assert what_is_torn(directory) is None
-    trainer = object.__new__(FinetuningTrainer)
-    trainer.args = Namespace(output_dir=str(tmp_path), should_save=True, save_total_limit=None)
-    trainer.state, trainer.accelerator = Namespace(global_step=3), Namespace(wait_for_everyone=lambda: None)
-    trainer._counting_since = None
-
-    def cut_short(*args):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Trainer, "_save_checkpoint", cut_short)
-    with pytest.raises(ValueError, match="saving failed"):
-        trainer._save_checkpoint(None, None)
-    assert what_is_torn(directory) == "saving it was cut short"
+    assert what_is_torn(output / "checkpoint-2") is None
+    assert what_is_torn(output / "checkpoint-3") == "saving it was cut short"

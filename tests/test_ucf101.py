@@ -132,10 +132,10 @@ def test_two_processes_learn_three_clips(data_dir, tmp_path):
     assert ids(after["predictions"]) == ["train-0000000000", "train-0000000001", "train-0000000002"]
 
 
-def test_predictions_have_ids_of_their_own(monkeypatch):
+def test_predictions_have_ids_of_their_own():
     rows = [
         {"id": name, "conversations": [{"images": [], "user": "What?", "assistant": "This."}]} for name in ("a", "a", None, "b")
     ]
-    monkeypatch.setattr(script, "generate_answers", lambda model, processor, rows, args: ["This"] * len(rows))
-    evaluation = script.evaluate(None, None, rows, None)
-    assert [entry["id"] for entry in evaluation.predictions] == ["a", "a#1", "2", "b"]
+    predictions = script.score(rows, ["This", " THIS. ", "That", "This is"])
+    assert ids(predictions) == ["a", "a#1", "2", "b"]
+    assert [entry["score"] for entry in predictions] == [1, 1, 0, 0]

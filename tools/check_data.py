@@ -30,7 +30,7 @@ import numpy as np
 
 from common.arguments import DEFAULT_MODEL
 from common.conversations import Conversation, count_tokens, decode_picture, open_picture, pictures
-from common.model import check_checkpoint, load_processor
+from common.model import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
 from common.progress import Progress, limit_library_bars
@@ -276,7 +276,7 @@ def main() -> None:
     limit_library_bars(args.tqdm)
     try:
         check_checkpoint(args.model_name_or_path)
-        processor = load_processor(args)
+        processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     checker = Checker(processor, args.max_length, args.quick)

@@ -189,20 +189,24 @@ def stream_answer(
 def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_tokens: int) -> gr.Blocks:
     """Build the page: pictures and a question on one side, each model's answer on the other."""
 
-    def answer(pictures: list[tuple[str, str | None]] | None, question: str) -> Iterator[list[str]]:
+    def answer(pictures: list[tuple[str, str | None]] | None, question: str) -> Iterator[str | list[str]]:
         if not question.strip():
             raise gr.Error("Type a question first.", print_exception=False)
         files = [file for file, _ in pictures or []]
         answers = [""] * len(models)
-        yield answers
+
+        def shown() -> str | list[str]:
+            return answers[0] if len(models) == 1 else list(answers)  # Gradio shows a list of one as a list
+
+        yield shown()
         for index, model in enumerate(models):
             try:
                 for answers[index] in stream_answer(model, processor, question.strip(), files, max_new_tokens):
-                    yield answers
+                    yield shown()
             except ValueError as error:
                 raise gr.Error(str(error), print_exception=False) from error
             answers[index] = answers[index] or "(no answer)"
-            yield answers
+            yield shown()
 
     with gr.Blocks(title="Ask a finetuned model", analytics_enabled=False, delete_cache=(ONE_HOUR, ONE_HOUR)) as page:
         gr.Markdown(

@@ -26,12 +26,12 @@ PROCESSES = 2
 ALL_TASKS = {"num_crops": 1, "batch_size": 16, "batch_size_per_gpu": 8, "warmup_steps": 10, "logging_steps": 5}
 ALL_TASKS |= {"max_new_tokens": 16}
 SETTINGS = {
-    "docvqa": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}},
-    "hateful_memes": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 2e-3, "qlora": 2e-3}},
-    "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 2e-3, "qlora": 2e-3}}
+    "docvqa": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 7e-4, "qlora": 7e-4}},
+    "hateful_memes": {"num_train_epochs": 1, "learning_rate": {"full": 5e-4, "frozen": 5e-4, "lora": 7e-4, "qlora": 7e-4}},
+    "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 7e-4, "qlora": 7e-4}}
     | {"vision_learning_rate": 3e-5, "projector_learning_rate": 3e-5}
     | {"batch_size": 8, "batch_size_per_gpu": 4, "warmup_steps": 15, "logging_steps": 10},
-    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 4e-4, "frozen": 4e-4, "lora": 2e-3, "qlora": 2e-3}}
+    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 4e-4, "frozen": 4e-4, "lora": 7e-4, "qlora": 7e-4}}
     | {"vision_learning_rate": 4e-5, "projector_learning_rate": 4e-5}
     | {"batch_size": 4, "batch_size_per_gpu": 2, "logging_steps": 10},
 }

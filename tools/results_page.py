@@ -26,7 +26,7 @@ task's whole table, going on where it was interrupted; `--list` prints all rows,
 ## Speed
 
 Published for DocVQA: {mean_tokens:,} tokens a sample on average, {num_crops} crops, batch {batch_size}. Peak memory is that of
-one GPU. What was measured on other hardware stands in [docs/performance.md](../docs/performance.md).
+one GPU. What was measured here, on other hardware, stands in [docs/performance.md](../docs/performance.md).
 
 {speed}
 
@@ -134,9 +134,9 @@ def _speed(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         method = METHOD_TITLES[row["method"]] + (" + flash attention" if row["flash_attention"] else "")
         figures = [f"{row['images_per_second']:.3f}", f"~{row['peak_memory_gb']}"]
-        lines.append([row["hardware"], row["nodes"], method, *figures, NOT_MEASURED])
+        lines.append([row["hardware"], row["nodes"], method, *figures])
     titles = ["hardware of a node", "nodes", "method", "images / s, published upstream", "peak GB, published upstream"]
-    return markdown_table([*titles, "measured here"], lines)
+    return markdown_table(titles, lines)
 
 
 def _measured_alone(records: dict[str, dict[str, Any]]) -> str:

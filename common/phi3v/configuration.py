@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import CLIPVisionConfig, Phi3Config
@@ -132,9 +134,16 @@ class Phi3VConfig(Phi3Config):
 
 
 def hub_repository(name_or_path: str) -> str:
-    """Return the published hub repository that a model's name or path points at (Phi-3.5-vision by default)."""
-    name = str(name_or_path).lower()
-    return HUB_REPOSITORIES["phi-3-vision" if "phi-3-vision" in name else "phi-3.5-vision"]
+    """Return the published hub repository that a model's name or directory points at (Phi-3.5-vision by default)."""
+    names, config = [str(name_or_path)], Path(name_or_path) / "config.json"
+    if config.is_file():
+        # A download may lie in a directory of any name; the published file says which model it is.
+        names.insert(0, json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", ""))
+    for name in names:
+        for model, repository in HUB_REPOSITORIES.items():
+            if model in name.lower():
+                return repository
+    return HUB_REPOSITORIES["phi-3.5-vision"]
 
 
 def _to_longrope(scaling: dict[str, Any]) -> dict[str, Any]:

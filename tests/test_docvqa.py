@@ -1,0 +1,153 @@
+"""finetune_hf_trainer_docvqa.py on what the hub has: rows, splits, what is drawn of them, and evaluation."""
+
+import argparse
+import io
+import random
+import sys
+from collections import Counter
+from statistics import fmean
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+import finetune_hf_trainer_docvqa as script
+from common.data import TrainingData
+from common.metrics import anls
+
+FLAGS = argparse.Namespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, bf16=False, tqdm=False)
+
+
+def picture(number):
+    file = io.BytesIO()
+    Image.new("RGB", (60 + 9 * number, 80), (40 * number % 256, 9, 200)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch):
+    """Both data sets in the hub's layout: the 1,200 examples, here 7 and 3, and pages with several questions, here 5."""
+    for split, count in (("train", 7), ("test", 3)):
+        rows = [
+            {
+                "id": f"{split}_{number}",
+                "image": picture(number),
+                "query": {"de": f"Was ist {number}?", "en": f"What is {number}?"},
+                "answers": [str(number), f"{number}.", f"Number {number}"][: 1 + number % 3],
+                "words": ["Number", str(number)],
+                "bounding_boxes": [[0.0, 0.1, 0.2, 0.3]] * 2,
+                "answer": None,
+            }
+            for number in range(count)
+        ]
+        (tmp_path / "mini").mkdir(exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"mini/{split}-00000-of-00001.parquet")
+    rows = []
+    for number in range(5):
+        texts = [
+            {"user": f"Question {number}.{text}?\nAnswer briefly.", "assistant": f"{number}.{text}.", "source": "docvqa"}
+            for text in range(number + 1)
+        ]
+        rows.append({"images": [picture(number)], "texts": texts})
+    (tmp_path / "full").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "full/train-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(script, "MINI", str(tmp_path / "mini"))
+    monkeypatch.setattr(script, "FULL", (str(tmp_path / "full"),))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    def load_rows(*arguments):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        return script.load_rows(script.parse_args())
+
+    return load_rows
+
+
+def test_mini_trains_and_evaluates_on_its_own_splits(load):
+    train_rows, eval_rows = load()
+    assert train_rows["id"] == [f"train_{number}" for number in range(7)]
+    assert eval_rows["id"] == [f"test_{number}" for number in range(3)]
+    assert train_rows[4] == {
+        "id": "train_4",
+        "image": picture(4),  # not decoded before it is needed
+        "query": {"de": "Was ist 4?", "en": "What is 4?"},
+        "answers": ["4", "4."],
+    }
+    turn = {"images": [picture(3)], "user": "What is 3?\nAnswer briefly.", "assistant": "3"}
+    assert script.to_conversation(train_rows[3], random.Random(0)) == {"conversations": [turn]}
+    assert [len(rows) for rows in load("--max_train_samples", 2, "--max_eval_samples", 1)] == [2, 1]
+    assert [len(rows) for rows in load("--max_train_samples", 200, "--max_eval_samples", 100)] == [7, 3]
+
+
+def test_full_train_trains_on_every_page_and_evaluates_on_mini(load):
+    train_rows, eval_rows = load("--full_train")
+    assert [len(texts) for texts in train_rows["texts"]] == [1, 2, 3, 4, 5]
+    assert eval_rows["id"] == ["test_0", "test_1", "test_2"]
+    turn = {"images": [picture(0)], "user": "Question 0.0?\nAnswer briefly.", "assistant": "0.0."}
+    assert script.to_conversation(train_rows[0], random.Random(0)) == {"conversations": [turn]}
+    assert [len(rows) for rows in load("--full_train", "--max_train_samples", 2, "--max_eval_samples", 1)] == [2, 1]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--full_train",)])
+def test_streamed_rows_are_the_same(load, arguments):
+    train_rows, eval_rows = load(*arguments)
+    streamed, same_eval_rows = load(*arguments, "--streaming")
+    rows = sorted(streamed.rows(0, 0), key=lambda row: row.number)
+    assert [row.content for row in rows] == list(train_rows)
+    assert list(same_eval_rows) == list(eval_rows)
+
+
+@pytest.mark.parametrize(("arguments", "row"), [((), 5), (("--full_train",), 4)])
+def test_what_is_drawn_is_a_function_of_seed_epoch_and_row(load, arguments, row):
+    """One of several accepted answers, or one question of a page, anew each epoch; over the epochs every one of them."""
+    data = TrainingData(load(*arguments)[0], script.to_conversation, processor=None, seed=3)
+    again = TrainingData(load(*arguments)[0], script.to_conversation, processor=None, seed=3)
+    other = TrainingData(load(*arguments)[0], script.to_conversation, processor=None, seed=4)
+    turns = [data.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
+    assert turns == [again.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
+    assert turns != [other.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
+    content = data.rows[row]
+    if "texts" in content:
+        possible = [(text["user"], text["assistant"]) for text in content["texts"]]
+    else:
+        possible = [("What is 5?\nAnswer briefly.", answer) for answer in ("5", "5.", "Number 5")]
+    drawn = Counter((turn["user"], turn["assistant"]) for turn in turns)
+    assert set(drawn) == set(possible)
+    assert max(drawn.values()) < 40
+
+
+@pytest.mark.parametrize("full_train", [False, True])
+def test_evaluation(load, full_train):
+    eval_rows = load()[1]
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
+    args = argparse.Namespace(**vars(FLAGS), full_train=full_train)
+    found = script.evaluate(model, processor, eval_rows, args)
+    assert found.metric == "anls"
+    assert [entry["id"] for entry in found.predictions] == ["test_0", "test_1", "test_2"]
+    assert [entry["question"] for entry in found.predictions] == ["What is 0?", "What is 1?", "What is 2?"]
+    assert [entry["answers"] for entry in found.predictions] == [["0"], ["1", "1."], ["2", "2.", "Number 2"]]
+    assert all(entry["prediction"] for entry in found.predictions)
+    assert_scored(found)
+    # What it said, in other letters, as the accepted answer: it says the same again, and now that is right but for their case.
+    said = [entry["prediction"] for entry in found.predictions]
+    rows = eval_rows.map(lambda row, number: {"answers": ["-", said[number].swapcase()]}, with_indices=True)
+    found = script.evaluate(model, processor, rows, args)
+    assert [entry["prediction"] for entry in found.predictions] == said
+    assert_scored(found)
+    assert found.values["anls"] == 1 > found.values["anls_case_sensitive"]
+
+
+def assert_scored(found):
+    assert list(found.values) == ["anls", "anls_case_sensitive"]
+    scores = [anls(entry["prediction"], entry["answers"]) for entry in found.predictions]
+    assert [entry["score"] for entry in found.predictions] == scores
+    assert found.values["anls"] == pytest.approx(fmean(scores))
+    assert found.values["anls_case_sensitive"] == fmean(entry["score_case_sensitive"] for entry in found.predictions)

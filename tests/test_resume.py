@@ -1,0 +1,270 @@
+"""Runs that are stopped by SIGTERM, or killed, and go on: they end as if nothing had happened."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+import transformers.trainer
+from conftest import TINY
+from forked import be_process, finetune_forked, server
+from runs import flags, free_port, steps, weights, write_docvqa, write_random_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import TrainerCallback
+
+from common.arguments import check_arguments, training_parser
+from common.checkpoints import find_checkpoint, saving, what_is_torn, write_manifest
+
+
+class Interrupt(TrainerCallback):
+    """Sends the process SIGTERM in a step, or at the end of training, as a machine that is taken back would."""
+
+    def __init__(self, when):
+        self.when = when
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.when:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.when == "end":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def be_interrupted(when, rank, *arguments):
+    if rank == 1:  # the other one has to hear of it
+        transformers.trainer.DEFAULT_CALLBACKS.append(Interrupt(when))
+    be_process(rank, *arguments)
+
+
+def interrupt(when, output, **options):
+    """Run on two processes until the second one gets SIGTERM, and return what was printed."""
+    log = output.with_name(f"{output.name}.log")
+    arguments = (2, free_port(), flags(options["data_dir"], output, **options), log)
+    members = [server().Process(target=be_interrupted, args=(when, rank, *arguments)) for rank in range(2)]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(timeout=300)
+        member.kill()
+    printed = log.read_text()
+    log.unlink()
+    assert [member.exitcode for member in members] == [128 + signal.SIGTERM] * 2, printed[-6000:]
+    return printed
+
+
+def go_on(output, **options):
+    return finetune_forked(options["data_dir"], output, resume_from_checkpoint="auto", **options)
+
+
+def read(output, name="trainer_state"):
+    return json.loads((output / f"{name}.json").read_text())
+
+
+def evaluations(output):
+    """Step and figures of every evaluation on the way, but for those of speed."""
+    history = [entry for entry in read(output)["log_history"] if "eval_loss" in entry]
+    return [{key: entry[key] for key in ("step", "eval_loss", "eval_anls") if key in entry} for entry in history]
+
+
+def assert_same_result(output, expected):
+    assert read(output, "train_results")["train_loss"] == read(expected, "train_results")["train_loss"]
+    for name in ("global_step", "best_metric", "best_global_step"):
+        assert read(output)[name] == read(expected)[name], name
+    found, wanted = weights(output), weights(expected)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Four steps an epoch."""
+    return {
+        "model_name_or_path": write_random_model(tmp_path_factory.mktemp("model") / "random"),
+        "data_dir": write_docvqa(tmp_path_factory.mktemp("docvqa"), val=2),
+        "dataloader_num_workers": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(options, tmp_path_factory):
+    """Ten steps with ZeRO-2, the last one in the middle of an epoch: a log line every four, a checkpoint after eight."""
+    output = tmp_path_factory.mktemp("straight") / "run"
+    options = options | {"max_steps": 10, "logging_steps": 4, "save_strategy": "steps", "save_steps": 8}
+    return output, finetune_forked(options["data_dir"], output, **options), options
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_as_the_uninterrupted_one(straight, tmp_path):
+    """Its log lines are means over as many steps, and its closing figures those of the whole run."""
+    expected, log, options = straight
+    output = tmp_path / "run"
+    assert "stopped by SIGTERM after step 3;" in interrupt(3, output, **options)
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-3"}
+    assert not (output / "eval_after.json").exists()
+    assert "stopped by SIGTERM after step 6;" in interrupt(6, output, resume_from_checkpoint="auto", **options)
+    trained = read(output / "checkpoint-6", "totals")["seconds"]
+    assert trained > read(output / "checkpoint-3", "totals")["seconds"]
+    assert go_on(output, **options) == log
+    assert [entry["step"] for entry in log] == [4, 8]
+    assert_same_result(output, expected)
+    assert read(output, "train_results")["train_runtime"] > trained
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_after_training_is_only_evaluated(straight, tmp_path):
+    expected, log, options = straight
+    output = tmp_path / "run"
+    shutil.copytree(expected / "checkpoint-8", output / "checkpoint-8")
+    assert "stopped by SIGTERM after training" in interrupt("end", output, resume_from_checkpoint="auto", **options)
+    assert steps(output) == log and not (output / "eval_after.json").exists()
+    assert_same_result(output, expected)
+    shutil.rmtree(output / "checkpoint-8")
+    assert go_on(output, **options) == log
+    assert f"going on from {output / 'checkpoint-10'}" in (tmp_path / "run.log").read_text()
+    assert_same_result(output, expected)
+    assert read(output, "eval_after") == read(expected, "eval_after")
+
+
+@pytest.mark.slow
+def test_patience_outlives_a_stop(options, tmp_path):
+    """Stopped when an evaluation was due, between two that were no better: it is made up for, and counts.
+
+    The last checkpoint stays beside the best one, though only one is to be kept in the end.
+    """
+    options = options | {"max_steps": 8, "learning_rate": 1e-9, "deepspeed": "none", "save_strategy": "steps", "save_steps": 1}
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1, "save_total_limit": 1}
+    options |= {"load_best_model_at_end": True, "early_stopping_patience": 3}
+    finetune_forked(options["data_dir"], tmp_path / "straight", **options)
+    output = tmp_path / "run"
+    interrupt(3, output, **options)
+    assert {path.parent.name for path in output.glob("checkpoint-*/complete.json")} == {"checkpoint-1", "checkpoint-3"}
+    go_on(output, **options)
+    assert [entry["step"] for entry in evaluations(output)] == [1, 2, 3, 4]
+    assert evaluations(output) == evaluations(tmp_path / "straight")
+    assert_same_result(output, tmp_path / "straight")
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1"}
+
+
+@pytest.mark.parametrize("save_steps", ["200", "50"])
+def test_the_best_model_needs_a_checkpoint_of_every_evaluation(save_steps):
+    words = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "steps"]
+    args = training_parser("", task="test", metric="none").parse_args([*words, "--save_steps", save_steps])
+    with pytest.raises(ValueError, match=f"set --save_steps .{save_steps}. to --eval_steps .100."):
+        check_arguments(args)
+
+
+@pytest.mark.slow
+def test_a_stop_leaves_out_what_is_due_at_the_epochs_end(options, tmp_path):
+    """In the middle of an epoch, and in its last step: the one evaluation is not due, and the other one is made up for."""
+    options = options | {"num_train_epochs": 2, "max_steps": None, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    options |= {"load_best_model_at_end": True}
+    log = finetune_forked(options["data_dir"], tmp_path / "straight", **options)
+    output = tmp_path / "run"
+    assert "evaluation loss" not in interrupt(2, output, **options)
+    assert "evaluation loss" not in interrupt(4, output, resume_from_checkpoint="auto", **options)
+    for step in (2, 4):
+        assert what_is_torn(output / f"checkpoint-{step}") is None
+        assert not evaluations(output / f"checkpoint-{step}")
+    assert go_on(output, **options) == log
+    assert [entry["step"] for entry in evaluations(output)] == [4, 8]
+    assert evaluations(output) == evaluations(tmp_path / "straight")
+    assert_same_result(output, tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
+    """The flags count, not the checkpoint's."""
+    expected, _, options = straight
+    others = options | {"logging_steps": 1, "save_steps": 9, "resume_from_checkpoint": expected / "checkpoint-8"}
+    log = finetune_forked(options["data_dir"], tmp_path / "run", **others)
+    assert [entry["step"] for entry in log] == [4, 8, 9, 10]
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
+    assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(tmp_path / "run").items())
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    directory = tmp_path / "checkpoint-3"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(bytes(100))
+    write_manifest(directory)
+    assert what_is_torn(directory) is None
+    return directory
+
+
+def damage(checkpoint, how):
+    manifest, model = checkpoint / "complete.json", checkpoint / "model.safetensors"
+    match how:
+        case "no manifest":
+            manifest.unlink()
+        case "a truncated manifest":
+            manifest.write_text(manifest.read_text()[:-5])
+        case "a damaged manifest":
+            manifest.write_bytes(b"\xff" + manifest.read_bytes()[1:])
+        case "no model":
+            model.unlink()
+        case "a truncated model":
+            model.write_bytes(bytes(99))
+        case "nothing":
+            shutil.rmtree(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("no manifest", "saving it was cut short"),
+        ("a truncated manifest", "complete.json is damaged"),
+        ("a damaged manifest", "complete.json is damaged"),
+        ("no model", "model.safetensors is missing"),
+        ("a truncated model", "model.safetensors has 99 bytes instead of 100"),
+        ("nothing", "there is no such directory"),
+    ],
+)
+def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
+    assert find_checkpoint("auto", checkpoint.parent) == find_checkpoint(str(checkpoint), checkpoint.parent)
+    damage(checkpoint, how)
+    assert what_is_torn(checkpoint) == reason
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .{reason}.; use auto"):
+        find_checkpoint(str(checkpoint), checkpoint.parent)
+    passed_over = [] if how == "nothing" else [f"checkpoint-3 ({reason})"]
+    assert find_checkpoint("auto", checkpoint.parent) == (None, passed_over)
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path):
+    for step in (9, 10, 11):
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11" / "complete.json").unlink()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert find_checkpoint("auto", tmp_path) == (tmp_path / "checkpoint-10", ["checkpoint-11 (saving it was cut short)"])
+    assert find_checkpoint(None, tmp_path) == (None, [])
+
+
+WRITERS = {
+    "Python": lambda path: path.write_bytes(bytes(9000)),
+    "torch": lambda path: torch.save(torch.zeros(9000), path),
+    "DeepSpeed": lambda path: torch.save(torch.zeros(9000), path, _use_new_zipfile_serialization=False),
+    "safetensors": lambda path: save_file({"weight": torch.zeros(9000)}, path),
+    "tokenizers": lambda path: Tokenizer.from_file(str(TINY / "tokenizer.json")).save(str(path)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_writer_says_that_the_disk_is_full(writer, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(ValueError, match="saving failed .*make room on the disk"), saving():
+            WRITERS[writer](tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_else_goes_wrong_while_saving_is_not_blamed_on_the_disk():
+    for error in (RuntimeError("Connection closed by peer"), FileNotFoundError(2, "No such file or directory")):
+        with pytest.raises(type(error)), saving():
+            raise error
