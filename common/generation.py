@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collator import load_crops
@@ -23,6 +22,7 @@ from .model import base_model, stop_token_ids
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.processing import pad_rows
 from .progress import track
+from .workers import WorkerLoader
 
 T = TypeVar("T")
 
@@ -287,21 +287,15 @@ def _prompt_batches(
     in_step = is_deepspeed_zero3_enabled()
     batches = share_by_length(lengths, args.eval_batch_size, rank, world_size, in_step, beginnings)
     limit = 0 if in_step else base_model(model).model.rotary_emb.limit - most_new_tokens
-    loader = DataLoader(
+    loader = WorkerLoader(
         prompts,
         batch_sampler=batches,
         collate_fn=_PromptCollator(processor, limit),
         num_workers=min(args.dataloader_num_workers, len(batches)),
-        worker_init_fn=leave_process_group,
     )
     device = base_model(model).device
     for indices, batch in zip(batches, track(loader, "Evaluating", "batches", args.tqdm), strict=True):
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def leave_process_group(_: int) -> None:
-    """Keep a loader's worker from the SIGTERM that is sent to the whole group: the process that it serves saves first."""
-    os.setsid()
 
 
 def _gather_results(results: dict[int, T]) -> list[T]:

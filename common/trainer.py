@@ -32,7 +32,7 @@ from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation
 from .flops import TrainingFlops, peak_flops
-from .generation import autocast, leave_process_group
+from .generation import autocast
 from .memory import least_recomputation, try_out, zero_stage
 from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor
@@ -40,6 +40,7 @@ from .planning import Lengths, PlannedBatches, accumulation_for_budget
 from .progress import show_bars, track
 from .streaming import StreamedBatches, StreamedData
 from .summary import summarize
+from .workers import WorkerLoader
 
 
 def build_trainer(
@@ -186,7 +187,6 @@ class FinetuningTrainer(Trainer):
             pin_memory=torch.cuda.is_available(),
             # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
             generator=torch.Generator(),
-            worker_init_fn=leave_process_group,
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -370,7 +370,7 @@ class TrainingProgress(TrainerCallback):
         self.bar.close()
 
 
-class _PlannedLoader(DataLoader):
+class _PlannedLoader(WorkerLoader):
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
 

@@ -285,6 +285,17 @@ def test_the_matrix_keeps_figures_by_task_and_method(tmp_path):
     assert page.count("not run") == 2 * 15
 
 
+@pytest.mark.parametrize(("task", "bar"), [("docvqa", 0.75), ("hateful_memes", 0.9), ("nlvr2", 0.85), ("ucf101", 0.9)])
+def test_what_is_recorded_of_the_embedded_samples_is_what_they_are_for(task, bar):
+    records = json.loads((ROOT / "results/embedded.json").read_text())[task]
+    metric = {"docvqa": "anls", "hateful_memes": "auroc"}.get(task, "accuracy")
+    assert records["full"]["before"][metric] < bar - 0.3 and records["full"]["after"][metric] > bar
+    if task == "docvqa":
+        assert records["full"]["before"]["anls"] < 0.3
+        for method in ("lora", "qlora"):
+            assert abs(records[method]["after"]["anls"] - records["full"]["after"]["anls"]) < 0.1
+
+
 def test_settings_name_every_task_and_method():
     for task in runs.TASKS:
         for method in runs.METHOD_FLAGS:

@@ -63,7 +63,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method, data, straight, tmp_path
     shutil.rmtree(tmp_path / "checkpoint-6")
     (tmp_path / "trainer_state.json").unlink()
     options = METHODS[method] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    resumed = finetune(data, tmp_path, resume_from_checkpoint="auto", **options)
+    resumed = finetune_forked(data, tmp_path, resume_from_checkpoint="auto", **options)
     assert resumed == log
     before, after = weights(output), weights(tmp_path)
     assert before.keys() == after.keys()
