@@ -289,11 +289,12 @@ def test_the_matrix_keeps_figures_by_task_and_method(tmp_path):
 def test_what_is_recorded_of_the_embedded_samples_is_what_they_are_for(task, bar):
     records = json.loads((ROOT / "results/embedded.json").read_text())[task]
     metric = {"docvqa": "anls", "hateful_memes": "auroc"}.get(task, "accuracy")
-    assert records["full"]["before"][metric] < bar - 0.3 and records["full"]["after"][metric] > bar
+    before, after = (records["full"][when][metric] for when in ("before", "after"))
+    assert after > bar and after - before > 0.25
     if task == "docvqa":
-        assert records["full"]["before"]["anls"] < 0.3
+        assert before < 0.3
         for method in ("lora", "qlora"):
-            assert abs(records[method]["after"]["anls"] - records["full"]["after"]["anls"]) < 0.1
+            assert abs(records[method]["after"]["anls"] - after) < 0.1
 
 
 def test_settings_name_every_task_and_method():
