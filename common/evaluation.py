@@ -29,8 +29,13 @@ class Evaluation:
     values: dict[str, Any]
     predictions: list[dict[str, Any]]
 
+    @property
+    def logs(self) -> dict[str, float]:
+        """Its single figures, named as the Trainer names those of an evaluation: ``eval_anls``, say."""
+        return {f"eval_{name}": value for name, value in self.values.items() if isinstance(value, float)}
+
     def __str__(self) -> str:
-        figures = (f"{name} {value:.4f}" for name, value in self.values.items() if isinstance(value, float))
+        figures = (f"{name.removeprefix('eval_')} {value:.4f}" for name, value in self.logs.items())
         return f"{', '.join(figures)} on {len(self.predictions)} samples"
 
 

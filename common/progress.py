@@ -6,10 +6,11 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 from tqdm import tqdm
+from transformers import TrainerCallback, TrainerState
 from transformers.utils import logging
 
 T = TypeVar("T")
@@ -86,6 +87,41 @@ def track(items: Collection[T], description: str, unit: str, bar: bool = True) -
         for item in items:
             yield item
             progress.update()
+
+
+class TrainingProgress(TrainerCallback):
+    """Steps done, time left and the last log line's figures: one bar on a terminal, plain lines elsewhere."""
+
+    FIGURES = {"loss": "loss {:.4f}", "eval_loss": "evaluation loss {:.4f}", "grad_norm": "gradient {:.3g}"}
+    FIGURES |= {"learning_rate": "rate {:.2e}", "images_per_second": "{:.3g} images/s"}
+    FIGURES |= {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}"}
+
+    def __init__(self, bar: bool) -> None:
+        self.show_bar = show_bars(bar)
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        begun = state.global_step
+        self.bar = tqdm(
+            desc="Training", unit=" steps", total=state.max_steps, initial=begun, disable=not self.show_bar, dynamic_ncols=True
+        )
+        self.begun, self.began_at = begun, time.monotonic()
+
+    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        figures = ", ".join(form.format(logs[name]) for name, form in self.FIGURES.items() if name in logs)
+        if not figures or not state.is_world_process_zero:
+            return
+        step, last = state.global_step, state.max_steps
+        left = (time.monotonic() - self.began_at) / max(1, step - self.begun) * (last - step)
+        if self.show_bar:
+            self.bar.set_postfix_str(figures)
+        else:
+            print(f"step {step} of {last}, {tqdm.format_interval(left)} left: {figures}", flush=True)
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
 
 def _is_first_process() -> bool:

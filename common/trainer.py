@@ -15,7 +15,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import (
     AutoConfig,
     PrinterCallback,
@@ -37,7 +36,7 @@ from .memory import least_recomputation, try_out, zero_stage
 from .model import base_model, part_of, set_gradient_checkpointing
 from .phi3v import Phi3VProcessor
 from .planning import Lengths, PlannedBatches, accumulation_for_budget
-from .progress import show_bars, track
+from .progress import TrainingProgress, track
 from .streaming import StreamedBatches, StreamedData
 from .summary import summarize
 from .workers import WorkerLoader
@@ -202,6 +201,10 @@ class FinetuningTrainer(Trainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
+    def log_at_beginning(self, evaluation: Evaluation) -> None:
+        """Log an evaluation at step 0, once those that ``--report_to`` names listen."""
+        self.add_callback(_LogAtBeginning(self, evaluation.logs))
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # as it says before the first step if a resumed run was done already
             super()._run_epoch(*args, **kwargs)
@@ -241,9 +244,7 @@ class FinetuningTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
-    def evaluation_loop(
-        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Loss by supervised token over all processes and, every ``--eval_metric_steps``, the task's metric."""
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
@@ -256,13 +257,10 @@ class FinetuningTrainer(Trainer):
         totals = totals.float().to(self.args.device)
         if dist.is_initialized():
             dist.all_reduce(totals)
-        metrics = {f"{metric_key_prefix}_loss": (totals[0] / totals[1]).item()}
+        metrics = {"eval_loss": (totals[0] / totals[1]).item()}
         every = self.flags.eval_metric_steps
         if every and (self.state.global_step % every == 0 or self.state.global_step >= self.state.max_steps):
-            evaluation = self.evaluate_task(self.model)
-            metrics |= {
-                f"{metric_key_prefix}_{name}": value for name, value in evaluation.values.items() if not isinstance(value, dict)
-            }
+            metrics |= self.evaluate_task(self.model).logs
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -335,39 +333,13 @@ class FinetuningTrainer(Trainer):
         """Leave the card to :mod:`common.model_card`, which the end of a run writes."""
 
 
-class TrainingProgress(TrainerCallback):
-    """Steps done, time left and the last log line's figures: one bar on a terminal, plain lines elsewhere."""
-
-    FIGURES = {"loss": "loss {:.4f}", "eval_loss": "evaluation loss {:.4f}", "grad_norm": "gradient {:.3g}"}
-    FIGURES |= {"learning_rate": "rate {:.2e}", "images_per_second": "{:.3g} images/s"}
-    FIGURES |= {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}"}
-
-    def __init__(self, bar: bool) -> None:
-        self.show_bar = show_bars(bar)
+class _LogAtBeginning(TrainerCallback):
+    def __init__(self, trainer: Trainer, logs: dict[str, float]) -> None:
+        self.trainer, self.logs = trainer, logs
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        begun = state.global_step
-        self.bar = tqdm(
-            desc="Training", unit=" steps", total=state.max_steps, initial=begun, disable=not self.show_bar, dynamic_ncols=True
-        )
-        self.begun, self.began_at = begun, time.monotonic()
-
-    def on_step_end(self, *_: Any, **kwargs: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        figures = ", ".join(form.format(logs[name]) for name, form in self.FIGURES.items() if name in logs)
-        if not figures or not state.is_world_process_zero:
-            return
-        step, last = state.global_step, state.max_steps
-        left = (time.monotonic() - self.began_at) / max(1, step - self.begun) * (last - step)
-        if self.show_bar:
-            self.bar.set_postfix_str(figures)
-        else:
-            print(f"step {step} of {last}, {tqdm.format_interval(left)} left: {figures}", flush=True)
-
-    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        if state.global_step == 0:
+            self.trainer.log(self.logs)
 
 
 class _PlannedLoader(WorkerLoader):

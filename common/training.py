@@ -134,13 +134,15 @@ def finetune(
         hyperparameters={name: value for name, value in vars(args).items() if name not in DESCRIBED_ELSEWHERE},
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
-    before_path = args.output_dir / "eval_before.json"
+    before, before_path = None, args.output_dir / "eval_before.json"
     if not _of_main_process(args.resume_from_checkpoint is not None and before_path.is_file()):
         before = evaluate(model)
         write_evaluation(before_path, before)
         state.print(f"before finetuning: {before}")
 
     trainer = build_trainer(args, model, processor, train_data, eval_data, evaluate)
+    if before:
+        trainer.log_at_beginning(before)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stop_on_signal.stopped:
         state.print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on")
@@ -155,6 +157,7 @@ def finetune(
 
     after = evaluate(trainer.model)
     write_evaluation(args.output_dir / "eval_after.json", after)
+    trainer.log(after.logs)
     state.print(f"after finetuning: {after}; results are in {args.output_dir}")
     if state.is_main_process:
         write_model_card(args.output_dir, name=args.hub_model_id)

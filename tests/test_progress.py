@@ -10,9 +10,8 @@ from transformers import TrainerState
 import common.progress
 import common.shards
 import common.trainer
-from common.progress import Progress, limit_library_bars, show_bars, track
+from common.progress import Progress, TrainingProgress, limit_library_bars, show_bars, track
 from common.shards import stream_conversations
-from common.trainer import TrainingProgress
 
 
 class Screen(io.StringIO):

@@ -13,16 +13,17 @@ FIGURES = ("loss", "learning_rate", "grad_norm", "images_per_second", "tokens_pe
 
 
 def train(tmp_path, report_to):
-    """Train for two steps and return the run's folder and what it logged."""
+    """Train for two steps and return the run's folder, what it logged, and its ANLS before and after."""
     output = tmp_path / "run"
     finetune(write_docvqa(tmp_path, train=8), output, processes=1, max_steps=2, deepspeed="none", report_to=report_to)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return output, [entry for entry in history if "loss" in entry]
+    scores = [json.loads((output / f"eval_{when}.json").read_text())["anls"] for when in ("before", "after")]
+    return output, [entry for entry in history if "loss" in entry], scores
 
 
 def test_trackio_gets_the_figures_of_the_log(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    _, logged = train(tmp_path, "trackio")
+    _, logged, scores = train(tmp_path, "trackio")
     [database] = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT run_name, metrics FROM metrics ORDER BY step").fetchall()
@@ -30,14 +31,18 @@ def test_trackio_gets_the_figures_of_the_log(tmp_path, monkeypatch):
     for name in FIGURES:
         values = [metrics[f"train/{name}"] for metrics in shown if f"train/{name}" in metrics]
         assert values == pytest.approx([entry[name] for entry in logged], rel=1e-5), name
+    evaluated = [(metrics["train/global_step"], metrics["eval/anls"]) for metrics in shown if "eval/anls" in metrics]
+    assert evaluated == list(zip((0, 2), scores, strict=True))
 
 
 def test_tensorboard_gets_the_figures_of_the_log(tmp_path):
-    output, logged = train(tmp_path, "tensorboard")
-    [file] = output.rglob("events.out.tfevents.*")
-    events = EventAccumulator(str(file.parent))
+    output, logged, scores = train(tmp_path, "tensorboard")
+    [folder] = {file.parent for file in output.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder))
     events.Reload()
     for name in FIGURES:
         shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert [step for step, _ in shown] == [1, 2]
         assert [value for _, value in shown] == pytest.approx([entry[name] for entry in logged], rel=1e-5), name
+    evaluated = [(event.step, event.value) for event in events.Scalars("eval/anls")]
+    assert evaluated == [(step, pytest.approx(score)) for step, score in zip((0, 2), scores, strict=True)]
