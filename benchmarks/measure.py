@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from common.files import write_file
+from common.machine import cpu_name, versions
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "pillow", "liger-kernel", "flash-attn")
 
 
 def interleave(
@@ -61,7 +58,7 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
 def hardware() -> dict[str, Any]:
     """Processor, its cores that this process may use, memory in GiB, and the GPU."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -69,17 +66,6 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of CUDA as torch was built for it, and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
     return found
 
 
@@ -93,14 +79,3 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
         **content,
     }
     write_file(path, result)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {key.strip(): value.strip() for key, value in fields.items()}
-    name = names.get("model name", platform.machine())
-    return f"{name}, family {names['cpu family']} model {names['model']}" if "cpu family" in names else name

@@ -12,14 +12,13 @@ from common.files import write_file
 from common.flops import BatchSizes, TrainingFlops
 from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
 from common.phi3v import Phi3VConfig
+from tools.results_page import METHOD_TITLES, load_published, markdown_table
 
 from .measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
-PUBLISHED = ROOT / "results" / "published.json"
 BEGIN, END = "<!-- make bench-table: begin -->", "<!-- make bench-table: end -->"
-NAMES = {"full": "full", "frozen": "full, frozen vision", "lora": "LoRA", "qlora": "QLoRA"}
 PEAK = {"8×A100-80GB": 312e12, "8×V100-32GB": 125e12}
 # Mean of the published run: 2,443 tokens, 30 of them text; the others are those of 15.33 crops and a global view.
 PUBLISHED_BATCH = BatchSizes(tokens=2443, pairs=2443 * 2444 // 2, views=16.33, image_tokens=2413, supervised=8)
@@ -30,7 +29,7 @@ GPU_BARS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora"
 def sample_flops() -> dict[str, float]:
     """Model FLOPs of a sample of the published mean, by method, at LoRA rank 32."""
     found = {}
-    for method in NAMES:
+    for method in METHOD_TITLES:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(Phi3VConfig())
             if method == "frozen":
@@ -51,11 +50,6 @@ def read_results() -> dict[str, list[dict]]:
         result = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
         found.setdefault(result["benchmark"], []).append(result)
     return found
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def spread(ratio: dict[str, float]) -> str:
@@ -105,7 +99,7 @@ def any_machine(results: dict[str, list[dict]]) -> str:
         "memory": ("peak memory of head and loss", "≤ 1/20"),
     }
     rows += [[*bars[name], "not measured", "–", "–"] for name in bars if name not in results]
-    return table(["measure", "bar", "measured", "figures", "on"], rows)
+    return markdown_table(["measure", "bar", "measured", "figures", "on"], rows)
 
 
 def gpu_table(results: dict[str, list[dict]]) -> str:
@@ -119,7 +113,7 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
             if row["method"] == method and "gpu" in result["hardware"] and result["config"] != "tiny"
         ]
         if not measured:
-            rows.append([NAMES[method], "–", "–", *["not measured"] * 6, mfu_bar, memory_bar, "–"])
+            rows.append([METHOD_TITLES[method], "–", "–", *["not measured"] * 6, mfu_bar, memory_bar, "–"])
         for result, row in measured:
             packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
             how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} at once, {row['kernels']} kernels"
@@ -132,9 +126,9 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
                 figures += ["unknown" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"]
                 figures += [f"{row['peak_memory_gb']:.1f}", f"{100 * row['data_wait_share']:.1f} %"]
             bars = [mfu_bar, memory_bar if alone else "–"]
-            rows.append([NAMES[method], how, row["checkpointing"], *figures, *bars, where(result)])
+            rows.append([METHOD_TITLES[method], how, row["checkpointing"], *figures, *bars, where(result)])
     header = "method|how|recomputation|images / s|tokens / s|TFLOP/s|MFU|peak GB|data wait|bar: MFU|bar: peak GB|on"
-    return table(header.split("|"), rows)
+    return markdown_table(header.split("|"), rows)
 
 
 def published_table(published: dict) -> str:
@@ -144,17 +138,17 @@ def published_table(published: dict) -> str:
     for row in published["rows"]:
         gpus = 8 * row["nodes"]
         mfu = row["images_per_second"] * flops[row["method"]] / (gpus * PEAK[row["hardware"]])
-        method = NAMES[row["method"]] + (" + flash attention" if row["flash_attention"] else "")
+        method = METHOD_TITLES[row["method"]] + (" + flash attention" if row["flash_attention"] else "")
         speed = [f"{row['images_per_second']:.3f}", f"~{row['peak_memory_gb']}", f"{100 * mfu:.1f} %"]
         rows.append([row["hardware"], str(row["nodes"]), method, *speed])
     header = "hardware of a node|nodes|method|images / s, published|peak GB, published|MFU that follows"
-    return table(header.split("|"), rows)
+    return markdown_table(header.split("|"), rows)
 
 
 def render() -> str:
     """All tables."""
     results = read_results()
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["speed"]
+    published = load_published()["speed"]
     return "\n\n".join(
         [
             "### On any machine",

@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .files import write_file
+from .machine import hardware, versions
 
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets", "flash-attn")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 CARD = """\
@@ -161,27 +158,6 @@ def launch_command() -> str:
     processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     nodes = f"--nnodes={world_size // processes} " if world_size > processes else ""
     return f"torchrun --nproc_per_node={processes} {nodes}{script}"
-
-
-def hardware() -> str:
-    """What the run is computed on, over all processes: ``8 × NVIDIA A100-SXM4-80GB``, say."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if torch.cuda.is_available():
-        return f"{world_size} × {torch.cuda.get_device_name()}"
-    return f"{world_size} CPU process(es), {os.cpu_count()} cores a machine ({platform.machine()})"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the libraries that a run's figures may depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def _front_matter(run: dict[str, Any], after: dict[str, Any], name: str, is_adapter: bool, licence: str) -> ModelCardData:

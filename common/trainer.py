@@ -307,7 +307,7 @@ class FinetuningTrainer(Trainer):
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        options: dict[str, Any] = {}
+        options, dtype = {}, None
         if hasattr(model, "peft_config"):
             # An adapter on lm_head makes PEFT store the base's whole head beside it unless told not to.
             options["save_embedding_layers"] = False
@@ -320,10 +320,13 @@ class FinetuningTrainer(Trainer):
             # DeepSpeed casts what is frozen, too, and fp16 has not all of bf16's values: what did not train is the base's.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             state_dict |= read_tensors(base, frozen)
-            model.config.dtype = dtype
         # transformers lets nobody but the first process of all machines write; who saves has been decided above.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(directory, state_dict=state_dict, **options)
+        if dtype:
+            # transformers has written that of the model that trained.
+            model.config.dtype = dtype
+            model.config.save_pretrained(directory)
         for path in directory.glob("*.safetensors"):
             path.chmod(0o644)  # safetensors lets the owner alone read its files
         self.processing_class.save_pretrained(directory)

@@ -31,7 +31,7 @@ from assets.draw_samples import draw_samples
 from common.arguments import check_arguments
 from common.collator import Collator
 from common.data import TrainingData
-from common.model import base_model, load_model, set_gradient_checkpointing
+from common.model import base_model, load_model, part_of, set_gradient_checkpointing
 
 CURVES = Path(__file__).with_name("curves.json")
 # Kernels for other CPUs add up in another order: with those for SSE4 or AVX2 instead of AVX-512 (ATEN_CPU_CAPABILITY,
@@ -124,6 +124,20 @@ def test_zero_stages_are_one_and_resume_exactly(stage, train, course, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("method", "stage"), [("lora", "zero2"), ("lora", "zero3"), ("qlora", "zero2")])
+def test_adapters_take_the_same_steps_under_zero(method, stage, train, course, tmp_path):
+    """As under plain DDP, their default; what is saved is the same adapter."""
+    log = train(tmp_path, deepspeed=zero(stage), **METHODS[method])
+    reference_output, reference = course(method)
+    for entry, expected in zip(log, reference, strict=True):
+        assert entry == pytest.approx(expected, rel=1e-5)
+    saved, expected = weights(tmp_path), weights(reference_output)
+    assert saved.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(saved[name], expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_generation_keeps_in_step_under_zero3(train, tmp_path):
     """Processes with more or fewer prompts and longer or shorter answers: each answer, and the loss, is that of ZeRO-2."""
     answers, losses = {}, {}
@@ -188,6 +202,14 @@ def test_frozen_vision_has_no_optimizer_state(train, course, tmp_path):
     states = optimizer_states(tmp_path)
     assert len(states) == sum("vision_embed_tokens" not in name for name in weights(tmp_path))
     assert all(state["exp_avg"].any() for state in states.values())
+
+
+@pytest.mark.slow
+def test_only_named_parts_move_under_zero2(train, model, tmp_path):
+    train(tmp_path, max_steps=2, train_only="vision,projector")
+    before, after = weights(model), weights(tmp_path)
+    moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"vision", "projector"}
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,6 +15,7 @@ from adapters import logits
 from conftest import TINY
 from huggingface_hub import metadata_load
 
+from common.machine import cpu_name
 from common.model_card import launch_command, write_model_card, write_run
 from tools.merge_lora import merge
 
@@ -46,6 +48,8 @@ def test_run_json(tmp_path, monkeypatch):
     assert run["command"] == "python finetune.py --output_dir 'my output'"
     assert torch.__version__.startswith(run["versions"]["torch"])
     assert run["hyperparameters"]["output_dir"] == str(tmp_path)
+    if not torch.cuda.is_available():
+        assert run["hardware"] == f"1 CPU process on {os.cpu_count()} cores of {cpu_name()}" and cpu_name()
     described = {"task", "base_model", "base_revision", "method", "data", "datasets", "hyperparameters"}
     assert run.keys() == described | {"command", "date", "hardware", "versions"}
 

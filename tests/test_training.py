@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TINY, torchrun
+from conftest import GOLDEN, ROOT, TINY, needs_golden, torchrun
 from forked import finetune_forked
 from PIL import Image
 from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa, write_random_model
@@ -92,6 +93,18 @@ def test_saved_model_has_the_bases_layout(straight):
     saved, base = weights(straight("ddp")[0]), load_file(TINY / "model.safetensors")
     assert {name: (t.shape, t.dtype) for name, t in saved.items()} == {name: (t.shape, t.dtype) for name, t in base.items()}
     assert sum(not torch.equal(saved[name], base[name]) for name in base) > 50
+
+
+@needs_golden
+@pytest.mark.parametrize("method", ["zero2", "ddp"])
+def test_saved_model_is_what_other_loaders_expect(method, straight):
+    output, _ = straight(method)
+    published = json.loads((GOLDEN / "param_names.json").read_text())["real_hub_index"]["name_patterns"]
+    assert {re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in weights(output)} == set(published)
+    config, base = (json.loads((directory / "config.json").read_text()) for directory in (output, TINY))
+    described = ("architectures", "auto_map", "model_type", "rope_scaling", "torch_dtype", "vision_config", "vocab_size")
+    assert {key: config.get(key) for key in described} == {key: base.get(key) for key in described}
+    assert config["rope_scaling"]["type"] == "su"
 
 
 @pytest.mark.parametrize("method", ["zero2", "ddp"])
