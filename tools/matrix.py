@@ -54,7 +54,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
     metric = record["metric"]
     scores = [f"{record[when][metric]:.3f}" for when in ("before", "after")]
     where = f"{record['hardware']}, {record['date'][:10]}"
-    seconds = [f"{record['train_seconds']:.0f}", f"{record['run_seconds']:.0f}"]
+    seconds = [f"{record[name]:.0f}" if name in record else "–" for name in ("train_seconds", "run_seconds")]
     return [metric, *scores, *seconds, f"{record['peak_memory_gb']:.2f}", where]
 
 
