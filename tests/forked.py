@@ -1,4 +1,4 @@
-"""Runs of the DocVQA script without torchrun's start: processes forked from one that has imported everything already.
+"""Runs of a script without torchrun's start: processes forked from one that has imported everything already.
 
 Starting Python and its libraries anew takes some ten times as long as a run of five steps. Runs through torchrun itself are in
 test_training.py and test_multi_node.py.
@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from functools import cache
+from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -39,9 +40,8 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def be_process(rank: int, processes: int, port: int, words: list[str], log: Path) -> None:
+def be_process(rank: int, processes: int, port: int, script: str, words: list[str], log: Path) -> None:
     """Be one process of a run, as torchrun would have started it."""
-    import finetune_hf_trainer_docvqa as docvqa
     from common.training import run
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -50,17 +50,21 @@ def be_process(rank: int, processes: int, port: int, words: list[str], log: Path
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(ROOT)
-    sys.argv = [SCRIPT, *words]
-    run(docvqa.main)
+    sys.argv = [script, *words]
+    run(import_module(script.removesuffix(".py")).main)
 
 
-def finetune_forked(data: Path, output: Path, processes: int = 2, timeout: float = 600, **options: object) -> list[dict]:
+def finetune_forked(
+    data: Path, output: Path, processes: int = 2, script: str = SCRIPT, timeout: float = 600, **options: object
+) -> list[dict]:
     """As :func:`runs.finetune`, some ten seconds faster."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = output.with_name(f"{output.name}.log")
-    arguments = (processes, port, flags(data, output, **options), log)
+    # Workers would be started as these processes are, which takes longer than such a run.
+    words = flags(data, output, **({"dataloader_num_workers": 0} | options))
+    arguments = (processes, port, script, words, log)
     members = [server().Process(target=be_process, args=(rank, *arguments)) for rank in range(processes)]
     for member in members:
         member.start()

@@ -151,8 +151,8 @@ def test_a_process_without_pictures_keeps_in_step(deepspeed, tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"ucf101_{split}.jsonl").write_text("\n".join(lines) + "\n")
     options = {"script": "finetune_hf_trainer_ucf101.py", "batch_size": 2, "max_steps": 2, "deepspeed": deepspeed}
-    apart = finetune(tmp_path, tmp_path / "apart", batch_size_per_gpu=1, **options)
-    together = finetune(tmp_path, tmp_path / "together", processes=1, **options)
+    apart = finetune_forked(tmp_path, tmp_path / "apart", batch_size_per_gpu=1, **options)
+    together = finetune_forked(tmp_path, tmp_path / "together", processes=1, **options)
     assert_same_course(apart, together)
 
 
@@ -165,7 +165,7 @@ def test_a_process_without_pictures_keeps_in_step(deepspeed, tmp_path):
     ],
 )
 def test_only_the_chosen_parts_move(flag, moves, data, tmp_path):
-    finetune(data, tmp_path, max_steps=3, deepspeed="none", gradient_checkpointing="full", **flag)
+    finetune_forked(data, tmp_path, max_steps=3, deepspeed="none", gradient_checkpointing="full", **flag)
     before, after = load_file(TINY / "model.safetensors"), weights(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     tower = {name for name in before if ".img_processor." in name}
@@ -181,7 +181,7 @@ def test_only_the_chosen_parts_move(flag, moves, data, tmp_path):
 
 def test_learning_rates_by_part(data, tmp_path):
     """A part whose rate is next to nothing stays where it was."""
-    finetune(data, tmp_path, max_steps=3, vision_learning_rate=1e-12, projector_learning_rate=1e-12, wd=0)
+    finetune_forked(data, tmp_path, max_steps=3, vision_learning_rate=1e-12, projector_learning_rate=1e-12, wd=0)
     before, after = load_file(TINY / "model.safetensors"), weights(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any("vision_embed_tokens" in name for name in changed)
