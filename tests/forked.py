@@ -40,7 +40,7 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def be_process(rank: int, processes: int, port: int, script: str, words: list[str], log: Path) -> None:
+def be_process(rank: int, processes: int, port: int, words: list[str], log: Path, script: str = SCRIPT) -> None:
     """Be one process of a run, as torchrun would have started it."""
     from common.training import run
 
@@ -64,7 +64,7 @@ def finetune_forked(
     log = output.with_name(f"{output.name}.log")
     # Workers would be started as these processes are, which takes longer than such a run.
     words = flags(data, output, **({"dataloader_num_workers": 0} | options))
-    arguments = (processes, port, script, words, log)
+    arguments = (processes, port, words, log, script)
     members = [server().Process(target=be_process, args=(rank, *arguments)) for rank in range(processes)]
     for member in members:
         member.start()
