@@ -34,11 +34,12 @@ def processor():
     return AutoProcessor.from_pretrained(TINY, num_crops=2)
 
 
-@pytest.fixture
-def conversations(tmp_path):
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
     """Questions on three sets of pictures (files, bytes, none), in mixed order; crops there are 2, 1 + 2, and none."""
     noise = torch.randint(0, 256, (300, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    wide, square, upright = tmp_path / "wide.png", tmp_path / "square.png", tmp_path / "upright.png"
+    folder = tmp_path_factory.mktemp("pictures")
+    wide, square, upright = folder / "wide.png", folder / "square.png", folder / "upright.png"
     Image.fromarray(noise).save(wide)
     Image.fromarray(noise[:, :300]).save(square)
     Image.fromarray(noise.transpose(1, 0, 2)).save(upright)
@@ -79,11 +80,16 @@ def open_bytes(image):
 
 # Prompts have about 20, 480 and 1,100 tokens: with a limit of 490 some answers take a prompt over it, where LongRoPE's
 # factors change, and longer prompts are beyond it from the start.
-@pytest.mark.parametrize("limit", [4096, 490])
+@pytest.fixture(scope="module", params=[4096, 490])
+def alone_at_a_limit(request, conversations, processor):
+    """A model with this limit, and what it answers to each prompt alone."""
+    model = load(original_max_position_embeddings=request.param, max_position_embeddings=32 * request.param)
+    return model, [alone(model, processor, conversation) for conversation in conversations]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
-def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, limit):
-    model = load(original_max_position_embeddings=limit, max_position_embeddings=32 * limit)
-    expected = [alone(model, processor, conversation) for conversation in conversations]
+def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, alone_at_a_limit):
+    model, expected = alone_at_a_limit
     assert generate_answers(model, processor, conversations, flags(batch_size)) == [answer for answer, _ in expected]
     found = answer_log_probabilities(model, processor, conversations, ANSWERS, flags(batch_size))
     torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
