@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from browser import chromium, overflow, watched
 from conftest import ROOT
 
 from common.arguments import check_arguments
@@ -262,14 +263,29 @@ def test_an_interrupted_row_goes_on_and_a_finished_one_is_recorded(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "method"), [("ucf101", "lora"), ("hateful_memes", "full")])
+@pytest.mark.parametrize(
+    ("task", "method"), [("docvqa", "full"), ("hateful_memes", "full"), ("nlvr2", "full"), ("ucf101", "lora")]
+)
 def test_a_task_runs_on_the_embedded_samples(task, method, tmp_path):
     result = run_tool("embedded", task, "--method", method, "--smoke", "--output_dir", tmp_path / "demo")
     assert result.returncode == 0, result.stdout
     what_happened = result.stdout.partition("Finetuned the tiny checkpoint")[2]
-    assert re.search(r"(accuracy|auroc) 0\.\d{4} -> 0\.\d{4} on \d+ samples", what_happened)
+    assert re.search(r"(anls|accuracy|auroc) 0\.\d{4} -> 0\.\d{4} on \d+ samples", what_happened)
     assert f"{tmp_path}/demo/report.html" in what_happened and (tmp_path / "demo" / "report.html").is_file()
     assert f"torchrun --nproc_per_node=8 finetune_hf_trainer_{task}.py" in what_happened
+    if task == "nlvr2":
+        look_at_report(tmp_path / "demo" / "report.html", "Accuracy")
+
+
+def look_at_report(path, metric):
+    """The report of a real run, as a browser shows it: its metric, curves, and samples with their pictures."""
+    with chromium() as browser, watched(browser, 1400) as page:
+        page.goto(path.as_uri())
+        assert metric in page.locator("main").inner_text()
+        assert page.locator("figure svg").count() > 3 and page.locator("article").count() > 0
+        broken = "pictures => pictures.filter(picture => !picture.complete || !picture.naturalWidth).length"
+        assert page.locator("article img").count() > 0 and page.locator("article img").evaluate_all(broken) == 0
+        assert overflow(page) == 0
 
 
 @pytest.mark.slow
@@ -292,9 +308,16 @@ def test_what_is_recorded_of_the_embedded_samples_is_what_they_are_for(task, bar
     metric = {"docvqa": "anls", "hateful_memes": "auroc"}.get(task, "accuracy")
     before, after = (records["full"][when][metric] for when in ("before", "after"))
     assert after > bar and after - before > 0.25
+    assert records["full"]["run_seconds"] < 240
     if task == "docvqa":
+        assert records["full"]["samples"] >= 200
         assert before < 0.3
         assert all(abs(records[method]["after"]["anls"] - after) < 0.1 for method in ("lora", "qlora"))
+
+
+def test_the_matrix_in_the_repository_is_what_was_recorded():
+    records = json.loads((ROOT / "results/embedded.json").read_text())
+    assert (ROOT / "results/embedded.md").read_text() == matrix.render(records)
 
 
 def test_settings_name_every_task_and_method():

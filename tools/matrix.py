@@ -16,7 +16,7 @@ from typing import Any
 
 from common.files import write_file
 
-from .embedded import MODEL, PROCESSES, add_smoke_flag, embedded_command, prepare_data
+from .embedded import MODEL, PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, markdown_table
 from .runs import METHOD_FLAGS, TASKS, RunFailed, read_results, run_on_cpu
 
@@ -54,7 +54,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
     metric = record["metric"]
     scores = [f"{record[when][metric]:.3f}" for when in ("before", "after")]
     where = f"{record['hardware']}, {record['date'][:10]}"
-    seconds = [f"{record[name]:.0f}" if name in record else "–" for name in ("train_seconds", "run_seconds")]
+    seconds = [f"{record[name]:.0f}" for name in ("train_seconds", "run_seconds")]
     return [metric, *scores, *seconds, f"{record['peak_memory_gb']:.2f}", where]
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="(default: all)")
     parser.add_argument("--methods", nargs="+", choices=METHOD_FLAGS, default=list(METHOD_FLAGS), help="(default: all)")
-    add_smoke_flag(parser)
+    add_run_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("output/matrix"), help="of the runs (default: %(default)s)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="(default: %(default)s)")
     args = parser.parse_args()
@@ -73,7 +73,8 @@ def main() -> None:
             output_dir = args.output_dir / f"{task}-{method}"
             try:
                 prepare_data(task, output_dir, args.smoke)
-                usage = run_on_cpu(embedded_command(task, method, output_dir, METHOD_FLAGS[method], args.smoke))
+                flags = [*METHOD_FLAGS[method], *args.run_flags]
+                usage = run_on_cpu(embedded_command(task, method, output_dir, flags, args.smoke))
             except RunFailed as error:
                 sys.exit(f"error: {task}, {method}: {error}")
             record = read_results(output_dir)

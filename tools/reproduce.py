@@ -24,7 +24,7 @@ import torch
 
 from common.files import write_file
 
-from .embedded import PROCESSES, add_smoke_flag, embedded_command, prepare_data
+from .embedded import PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, compares, load_published, percent, render_page, scientific
 from .runs import METHOD_FLAGS, RunFailed, read_results, run_command, run_on_cpu, torchrun_command
 
@@ -46,7 +46,7 @@ def parse_args(published: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="another model than the published row's; its figure is listed apart")
     parser.add_argument("--nproc_per_node", type=int, help="processes (default: as many of the GPUs as divide the batch)")
     parser.add_argument("--embedded", action="store_true", help="on the tiny checkpoint and drawn samples, on a CPU")
-    add_smoke_flag(parser)
+    add_run_flags(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("output/reproduce"), help="of the runs (default: %(default)s)")
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="(default: %(default)s)")
     args = parser.parse_args()
@@ -107,7 +107,7 @@ def row_command(task: str, table: dict[str, Any], row: dict[str, Any], output_di
     """
     # The last checkpoint is kept, and gone on from when the row is started again.
     saving = ["--save_strategy", "steps", "--save_steps", str(10 if args.embedded else SAVE_STEPS), "--save_total_limit", "1"]
-    flags = [*method_flags(row), *saving, "--resume_from_checkpoint", "auto"]
+    flags = [*method_flags(row), *saving, "--resume_from_checkpoint", "auto", *args.run_flags]
     if args.embedded:
         return embedded_command(task, row["method"], output_dir, flags, args.smoke)
     model = args.model_name_or_path or table["model"]
