@@ -39,6 +39,7 @@ from tqdm import tqdm
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
 JPEG_QUALITY = 95
+JPEG_END = b"\xff\xd9"  # what a picture that is cut short lacks
 COMMENT_START = "convert_ucf101:"
 
 
@@ -272,7 +273,11 @@ def convert_clip(video: bytes, paths: list[Path]) -> bool:
     """Write a clip's pictures unless they are there already; return whether they had to be written."""
     made_from = f"of {len(paths)}, quality {JPEG_QUALITY}, clip sha256 {hashlib.sha256(video).hexdigest()}"
     comments = [f"{COMMENT_START} picture {i} {made_from}" for i in range(len(paths))]
-    if all(read_comment(path) == comment for path, comment in zip(paths, comments, strict=True)):
+    there = (
+        read_comment(path) == comment and path.read_bytes().endswith(JPEG_END)
+        for path, comment in zip(paths, comments, strict=True)
+    )
+    if all(there):
         return False
     pictures = sample_frames(video, len(paths))
     paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -398,6 +403,7 @@ def convert(args: argparse.Namespace) -> None:
             "or leave them out with --skip_broken"
         )
     splits = {split: [clip for clip in found if clip not in broken] for split, found in splits.items()}
+    classes = sorted({clip.parent.name for clip in clips - broken})
     for split, found in splits.items():
         if not found:
             raise SourceError(f"--source {source}: no clip of split {split!r} can be decoded")

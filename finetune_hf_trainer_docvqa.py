@@ -17,13 +17,14 @@ from statistics import fmean
 from datasets import Dataset, Image
 
 from common.arguments import training_parser
+from common.conversations import check_conversation
 from common.data import TrainingData
 from common.evaluation import Evaluation
 from common.generation import generate_answers
-from common.metrics import anls, normalise_answer
+from common.metrics import anls
 from common.model import load_model, load_processor
 from common.shards import stream_hub
-from common.sources import check_pictures, load_hub
+from common.sources import check_pictures, check_rows, load_hub
 from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
@@ -66,15 +67,16 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
     rows = []
     for number, entry in enumerate(content["data"][:limit]):
         answers = entry.get("answers") if isinstance(entry, dict) else None
-        fields = isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)
+        fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
         if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
             raise ValueError(
                 f'{path}, entry {number} of "data": needs "question" and "image" (texts) and "answers" '
-                "(a list of at least one text)"
+                "(a list of at least one text, none empty)"
             )
         image = str(data_dir / entry["image"])
-        row = {"id": str(entry.get("questionId", number)), "question": entry["question"], "image": image}
-        rows.append(row | {"answers": answers})
+        row = {"id": str(entry.get("questionId", number)), "question": entry["question"], "image": image, "answers": answers}
+        check_conversation(to_conversation(row, random.Random(0)), f'{path}, entry {number} of "data"')
+        rows.append(row)
     if not rows:
         raise ValueError(f'{path} is empty: "data" holds no question')
     check_pictures(sorted({row["image"] for row in rows}), tqdm)
@@ -84,13 +86,19 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
 def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     if args.data_dir and args.streaming:
         raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
+    if args.data_dir and args.full_train:
+        raise ValueError("--full_train is for the hub's rows, --data_dir for the official release: leave one of them out")
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
         return train_rows, load_official(args.data_dir, "val", args.max_eval_samples, args.tqdm)
     train_rows, eval_rows = load_from_hub(args.full_train, args.streaming)
     limit = min(args.max_train_samples or len(train_rows), len(train_rows))
     train_rows = train_rows.select(0, limit) if args.streaming else train_rows.select(range(limit))
-    return train_rows, eval_rows.select(range(min(args.max_eval_samples or len(eval_rows), len(eval_rows))))
+    eval_rows = eval_rows.select(range(min(args.max_eval_samples or len(eval_rows), len(eval_rows))))
+    if not args.streaming:
+        check_rows(train_rows, all_conversations, "training row", args.tqdm)
+    check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm)
+    return train_rows, eval_rows
 
 
 def question(row: dict) -> str:
@@ -108,10 +116,16 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return {"conversations": [turn]}
 
 
+def all_conversations(row: dict) -> list[dict]:
+    """All that a row of the hub can become."""
+    choices = [("texts", text) for text in row["texts"]] if "texts" in row else [("answers", text) for text in row["answers"]]
+    return [to_conversation(row | {name: [choice]}, random.Random(0)) for name, choice in choices]
+
+
 def score(row: dict, answer: str, full_train: bool) -> dict:
     """ANLS of an answer as the benchmark defines it, and in the case-sensitive form of the published table."""
     # the_cauldron puts a full stop after every answer, which the benchmark's answers don't have.
-    prediction = normalise_answer(answer, lower=False) if full_train else answer.strip()
+    prediction = answer.strip().removesuffix(".").strip() if full_train else answer.strip()
     return {
         "id": str(row["id"]),
         "question": question(row),

@@ -19,11 +19,11 @@ from datasets import Dataset, Image
 from common.arguments import training_parser
 from common.data import TrainingData
 from common.evaluation import Evaluation
-from common.generation import answer_log_probabilities, generate_answers
+from common.generation import generate_and_compare
 from common.metrics import accuracy, auroc, normalise_answer
 from common.model import load_model, load_processor
 from common.shards import stream_hub
-from common.sources import check_pictures, load_hub, read_json_lines
+from common.sources import check_pictures, check_rows, load_hub, read_json_lines
 from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
@@ -82,6 +82,9 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     else:
         load = stream_hub_rows if args.streaming else load_hub_rows
         train_rows, eval_rows = load(args.max_train_samples, args.max_eval_samples)
+        if not args.streaming:
+            check_rows(train_rows, lambda row: [to_conversation(row)], "training row", args.tqdm)
+        check_rows(eval_rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm)
     if len({label(row) for row in eval_rows}) < 2:
         raise ValueError(
             f"AUROC needs memes of both labels, but all {len(eval_rows)} to evaluate on have the same: raise --max_eval_samples"
@@ -90,7 +93,12 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
 
 
 def label(row: dict) -> int:
-    return row["label"] if "label" in row else ANSWERS.index(row["texts"][0]["assistant"])
+    if "label" in row:
+        return row["label"]
+    answer = row["texts"][0]["assistant"]
+    if answer not in ANSWERS:
+        raise ValueError(f'the data set {HUB[0]}: answers must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}"')
+    return ANSWERS.index(answer)
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
@@ -101,12 +109,12 @@ def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
 def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
     """AUROC of P(yes) / (P(yes) + P(no)); accuracy of the generated answer, or of the likelier one."""
     conversations = [to_conversation(row) for row in rows]
-    log_p_no, log_p_yes = answer_log_probabilities(model, processor, conversations, ANSWERS, args).T
+    generate = not args.eval_by_likelihood
+    answers, log_probabilities = generate_and_compare(model, processor, conversations, ANSWERS, args, generate)
+    log_p_no, log_p_yes = log_probabilities.T
     p_yes = 1 / (1 + np.exp(log_p_no - log_p_yes))
-    if args.eval_by_likelihood:
-        accuracy_name, answers = "accuracy_by_likelihood", [ANSWERS[int(p > 0.5)] for p in p_yes]
-    else:
-        accuracy_name, answers = "accuracy", generate_answers(model, processor, conversations, args)
+    accuracy_name = "accuracy" if generate else "accuracy_by_likelihood"
+    answers = answers or [ANSWERS[int(p > 0.5)] for p in p_yes]
     predictions = []
     for number, (row, answer, p) in enumerate(zip(rows, answers, p_yes.tolist(), strict=True)):
         prediction, truth = normalise_answer(answer), ANSWERS[label(row)]

@@ -17,13 +17,14 @@ from pathlib import Path
 from datasets import Dataset, Image
 
 from common.arguments import training_parser
+from common.conversations import check_conversation
 from common.data import TrainingData
 from common.evaluation import Evaluation
 from common.generation import generate_answers
 from common.metrics import accuracy, consistency, normalise_answer
 from common.model import load_model, load_processor
 from common.shards import stream_hub
-from common.sources import check_pictures, load_hub, read_json_lines
+from common.sources import check_pictures, check_rows, load_hub, read_json_lines
 from common.streaming import Stream, StreamedData
 from common.training import finetune, run, start
 
@@ -101,6 +102,7 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
         images = [str(folder / f"{pair}-img{side}.png") for side in (0, 1)]
         question = QUESTION.format(sentence=sentence)
         rows.append({"id": identifier, "images": images, "question": question, "answer": ANSWERS[str(row["label"])]})
+        check_conversation(to_conversation(rows[-1]), place)
         if len(rows) == limit:
             break
     check_pictures(sorted({image for row in rows for image in row["images"]}), tqdm)
@@ -112,7 +114,11 @@ def load_rows(args) -> tuple[Sequence | Stream, Sequence]:
         raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if not args.data_dir:
         load = stream_hub_questions if args.streaming else load_hub_questions
-        return load(args.max_train_samples, args.max_eval_samples)
+        train_rows, eval_rows = load(args.max_train_samples, args.max_eval_samples)
+        if not args.streaming:
+            check_rows(train_rows, lambda row: [to_conversation(row)], "training row", args.tqdm)
+        check_rows(eval_rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm)
+        return train_rows, eval_rows
     train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
     return train_rows, load_official(args.data_dir, "dev", args.max_eval_samples, args.tqdm)
 

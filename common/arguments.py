@@ -58,7 +58,12 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout (default: %(default)s)")
     group.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA")
     group.add_argument("--use_rslora", action="store_true", help="rank-stabilized LoRA scaling")
-    group.add_argument("--init_lora_weights", default="gaussian", help="PEFT's initialization (default: %(default)s)")
+    group.add_argument(
+        "--init_lora_weights",
+        default="gaussian",
+        choices=("gaussian", "True", "False", "orthogonal", "pissa", "olora"),
+        help="PEFT's initialization by its name there (default: %(default)s)",
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="where results go (default: output)")
@@ -119,8 +124,9 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--load_best_model_at_end", action="store_true", help="end with the best checkpoint, not the last")
     group.add_argument("--early_stopping_patience", type=int, help="stop after so many evaluations without a better one")
     group.add_argument("--save_on_each_node", action="store_true", help="where nodes share no file system")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the result as --hub_model_id")
-    group.add_argument("--hub_model_id", help="hub repository to upload to")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result, but for the report with its pictures")
+    group.add_argument("--hub_model_id", help="hub repository to upload to (default: the name of --output_dir)")
+    group.add_argument("--hub_private_repo", action="store_true", help="make it a private one")
 
     group = parser.add_argument_group("data and evaluation")
     group.add_argument(
@@ -187,6 +193,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         raise ValueError("--max_tokens_per_batch plans batches by the lengths of all rows, which --streaming does not know")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
         raise ValueError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
+    if args.use_qlora and args.init_lora_weights in ("pissa", "olora"):
+        raise ValueError(
+            f"--init_lora_weights {args.init_lora_weights} takes the adapters out of the base's weights, which 4 bits can't "
+            "hold: choose another one with --use_qlora"
+        )
     args.use_lora = args.use_lora or args.use_qlora
     _check_parts(args)
     _check_evaluation(args)
@@ -224,5 +235,3 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise ValueError(
             "--load_best_model_at_end compares the metric at every evaluation: set --eval_metric_steps to --eval_steps"
         )
-    if args.push_to_hub and not args.hub_model_id:
-        raise ValueError("--push_to_hub needs --hub_model_id OWNER/NAME")

@@ -202,6 +202,7 @@ class Totals(TrainerCallback):
         totals = {
             "loss": trainer._total_loss_scalar,
             "running_loss": running_loss,  # of each process, since the last log line
+            "batch_size": trainer.flags.batch_size,
             "last_logged": trainer._globalstep_last_logged,
             "seconds": time.time() - self.began,
             "evaluation_due": trainer.stop_on_signal.evaluation_due,

@@ -11,6 +11,7 @@ Pictures are numbered through the whole conversation. A picture is a path, a dic
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
 Picture = str | Path | dict[str, Any] | Image.Image
 Conversation = dict[str, Any]
 
+CHAT_MARK = re.compile(r"<\|(?!image_\d+\|>)\w+\|>")  # as special tokens of the published tokenizers are spelled
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands in the last bytes of a file that is whole
 
 
@@ -51,9 +53,14 @@ def check_conversation(conversation: Any, name: str) -> None:
         for field in ("user", "assistant"):
             if not isinstance(turn.get(field), str) or not turn[field].strip():
                 raise ValueError(f'{name}, turn {number}: "{field}" must be a text that is not empty')
+            if mark := CHAT_MARK.search(turn[field]):
+                raise ValueError(
+                    f'{name}, turn {number}: "{field}" holds {mark[0]}, which divides turns for the model: '
+                    "leave it out, the chat template puts it where it belongs"
+                )
         images = turn.get("images") or []
-        if not isinstance(images, list):
-            raise ValueError(f'{name}, turn {number}: "images" must be a list')
+        if not isinstance(images, list) or not all(map(_is_picture, images)):
+            raise ValueError(f'{name}, turn {number}: "images" must be a list of names of files, or of pictures')
         if IMAGE_TAG.search(turn["assistant"]):
             raise ValueError(f'{name}, turn {number}: image tags belong into "user", not into an answer')
     num_images, tags = 0, []
@@ -246,6 +253,12 @@ def count_tokens(
 def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
     """Tokens that each picture becomes, from its size alone."""
     return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
+
+
+def _is_picture(entry: Any) -> bool:
+    if isinstance(entry, dict):
+        return entry.get("bytes") is not None or isinstance(entry.get("path"), str)
+    return isinstance(entry, str | Path | Image.Image)
 
 
 def _name(picture: Picture) -> str:

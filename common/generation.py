@@ -154,52 +154,63 @@ def generate_answers(
     list of str
         Answers without special tokens, in the order of ``conversations``, on every process.
     """
-    answers = {}
-    with _evaluating(model, args):
-        for indices, batch in _prompt_batches(model, processor, conversations, args, args.max_new_tokens):
-            generated = model.generate(
-                **_begin(base_model(model), batch),
-                max_new_tokens=args.max_new_tokens,
-                do_sample=False,
-                eos_token_id=stop_token_ids(processor),
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
-            texts = processor.tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers.update(zip(indices, texts, strict=True))
-    return _gather_results(answers)
+    answers, _ = generate_and_compare(model, processor, conversations, (), args)
+    return answers
 
 
-@torch.no_grad()
-def answer_log_probabilities(
+def generate_and_compare(
     model: nn.Module,
     processor: Phi3VProcessor,
     conversations: Sequence[Conversation],
-    answers: Sequence[str],
+    candidates: Sequence[str],
     args: argparse.Namespace,
-) -> np.ndarray:
-    """Log-probability of each of some whole answers to the last turn of each conversation, teacher-forced.
+    generate: bool = True,
+) -> tuple[list[str] | None, np.ndarray]:
+    """Answer the last turn of each conversation, and tell how likely each of some whole answers is, teacher-forced.
+
+    What a prompt's pictures become is computed once for all of this.
 
     Parameters
     ----------
     model, processor, conversations, args
         As for :func:`generate_answers`.
-    answers : sequence of str
+    candidates : sequence of str
         Answers to compare, the same for all conversations.
+    generate : bool
+        False to compare alone.
 
     Returns
     -------
-    numpy.ndarray
-        float64 (conversations, answers), sums over an answer's tokens, in the order of ``conversations``, on every process.
+    answers : list of str or None
+        As :func:`generate_answers` returns them.
+    log_probabilities : numpy.ndarray
+        float64 (conversations, candidates), sums over an answer's tokens, in the order of ``conversations``, on every process.
     """
-    answer_ids = [torch.tensor(ids) for ids in processor.tokenizer(list(answers), add_special_tokens=False).input_ids]
+    tokenize = processor.tokenizer
+    candidate_ids = [torch.tensor(tokenize(text, add_special_tokens=False).input_ids) for text in candidates]
+    most_new_tokens = max([args.max_new_tokens] * generate + [len(ids) for ids in candidate_ids])
     base = base_model(model)
     results = {}
     with _evaluating(model, args):
-        for indices, batch in _prompt_batches(model, processor, conversations, args, max(map(len, answer_ids))):
+        for indices, batch in _prompt_batches(model, processor, conversations, args, most_new_tokens):
             prompts = _begin(base, batch)
-            columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in answer_ids]
-            results.update(zip(indices, torch.stack(columns, dim=1).double().tolist(), strict=True))
-    return np.array(_gather_results(results))
+            columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
+            rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
+            texts = _generate(model, processor, prompts, args.max_new_tokens) if generate else [None] * len(indices)
+            results.update(zip(indices, zip(texts, rows, strict=True), strict=True))
+    answers, log_probabilities = zip(*_gather_results(results), strict=True)
+    return list(answers) if generate else None, np.array(log_probabilities)
+
+
+def _generate(model: nn.Module, processor: Phi3VProcessor, prompts: dict[str, Any], max_new_tokens: int) -> list[str]:
+    generated = model.generate(
+        **prompts,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop_token_ids(processor),
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    return processor.tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _answer_log_probabilities(base: Phi3VForCausalLM, prompts: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:

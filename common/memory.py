@@ -185,7 +185,7 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
 def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
     """Bytes that gradients, optimizer states and master weights add on this process's device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    count = sum(parameter.numel() for parameter in trained)
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps them elsewhere
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     moments = 2 if "8bit" in args.optim else 0 if args.optim in ("adafactor", "sgd") else 8
     if args.deepspeed is None:
@@ -200,7 +200,10 @@ def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
     gradients = (2 if halves else 4) * count
     stage, offloads = zero.get("stage", 0), "offload_optimizer" in zero
     partition = world_size if stage >= 1 else 1
-    buckets = 2 * (2 if halves else 4) * min(zero.get("reduce_bucket_size", 5e8), count)
+    bucket = zero.get("reduce_bucket_size", 5e8)
+    if bucket == "auto":
+        bucket = model.config.hidden_size**2  # as transformers fills it in
+    buckets = 2 * (2 if halves else 4) * min(bucket, count)
     return (0 if offloads else masters_and_moments / partition) + gradients / (world_size if stage >= 2 else 1) + buckets
 
 

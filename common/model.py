@@ -72,7 +72,12 @@ def check_checkpoint(name_or_path: str) -> None:
             raise ValueError(f"--model_name_or_path {name_or_path}: there is no such directory, and it is no hub id")
         say(f"Fetching {name_or_path} from the hub, or from its cache")
         try:
-            config = AutoConfig.from_pretrained(name_or_path)
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except ValueError as error:  # a model type that transformers doesn't know, or has from the checkpoint's own code
+            raise ValueError(
+                f"--model_name_or_path {name_or_path} is not a phi3_v checkpoint, which these recipes finetune "
+                f"(Phi-3-vision and Phi-3.5-vision): {_first_line(error)}"
+            ) from None
         except OSError as error:
             raise ValueError(
                 f"--model_name_or_path {name_or_path}: there is no such directory, and the hub can't be reached, or has no "
@@ -87,6 +92,8 @@ def check_checkpoint(name_or_path: str) -> None:
     else:
         needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
         missing = [name for name in needed if not (directory / name).is_file()]
+        if "tokenizer_config.json" not in missing and not _has_chat_template(directory):
+            missing.append("chat_template.jinja")
         if "config.json" not in missing:
             model_type = _model_type(directory / "config.json")
         index = directory / "model.safetensors.index.json"
@@ -208,7 +215,7 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     -------
     torch.nn.Module
         A ``Phi3VForCausalLM``, or a ``PeftModel`` around one. Weights that train are fp32 unless DeepSpeed keeps fp32
-        master weights of its own; weights that stay are in the training precision.
+        master weights of its own; a base under adapters is in the training precision.
 
     Raises
     ------
@@ -330,21 +337,21 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         used = range(model.config.vision_config.num_hidden_layers - 1)
         layers = "|".join(map(str, used))
         targets += rf"|{TOWER}\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
-    config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
-        lora_dropout=args.lora_dropout,
-        target_modules=targets,
-        # PEFT's own choices by name are texts, but for its default (True) and none at all (False).
-        init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
-        use_dora=args.use_dora,
-        use_rslora=args.use_rslora,
-        task_type="CAUSAL_LM",
-        revision=args.base_revision,
-    )
     try:
+        config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
+            lora_dropout=args.lora_dropout,
+            target_modules=targets,
+            # PEFT's own choices by name are texts, but for its default (True) and none at all (False).
+            init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
+            use_dora=args.use_dora,
+            use_rslora=args.use_rslora,
+            task_type="CAUSAL_LM",
+            revision=args.base_revision,
+        )
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ValueError(f"--init_lora_weights {args.init_lora_weights}: PEFT refuses it ({error})") from error
 
 
@@ -353,6 +360,17 @@ def _shards(index: Path) -> list[str]:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is no index of weights ({error!r}): copy the checkpoint's files there again") from None
+
+
+def _has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer has one, in a file of its own or, as published, in its configuration."""
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    config = directory / "tokenizer_config.json"
+    try:
+        return "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON object ({error}): copy the checkpoint's files there again") from None
 
 
 def _model_type(config: Path) -> str | None:

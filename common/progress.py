@@ -95,6 +95,8 @@ class TrainingProgress(TrainerCallback):
     FIGURES = {"loss": "loss {:.4f}", "eval_loss": "evaluation loss {:.4f}", "grad_norm": "gradient {:.3g}"}
     FIGURES |= {"learning_rate": "rate {:.2e}", "images_per_second": "{:.3g} images/s"}
     FIGURES |= {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.0%}"}
+    # The task's metrics have names of their own; these are the Trainer's.
+    NO_METRICS = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
     def __init__(self, bar: bool) -> None:
         self.show_bar = show_bars(bar)
@@ -110,7 +112,9 @@ class TrainingProgress(TrainerCallback):
         self.bar.update()
 
     def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        figures = ", ".join(form.format(logs[name]) for name, form in self.FIGURES.items() if name in logs)
+        parts = [form.format(logs[name]) for name, form in self.FIGURES.items() if name in logs]
+        metrics = [name for name in logs if name.startswith("eval_") and name not in self.NO_METRICS]
+        figures = ", ".join(parts + [f"{name.removeprefix('eval_')} {logs[name]:.4f}" for name in metrics])
         if not figures or not state.is_world_process_zero:
             return
         step, last = state.global_step, state.max_steps

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import pyarrow as pa
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
-from .conversations import Conversation, Picture, check_conversation, check_picture
+from .conversations import Conversation, Picture, check_conversation, check_picture, pictures
 from .files import first_on_main_process, replacing
 from .progress import Progress, say
+
+T = TypeVar("T")
 
 TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
 SCHEMA = pa.schema([("id", pa.string()), ("conversations", pa.list_(TURN))])
@@ -101,9 +104,11 @@ def parse_conversation(line: bytes, place: str) -> Conversation:
     ValueError
         Naming the place, what is wrong, and what belongs there.
     """
+    if len(line) > BLOCK_SIZE:
+        raise ValueError(f"{place}: longer than {BLOCK_SIZE:,} bytes: split the conversation")
     conversation = _parse_object(line, place)
     check_conversation(conversation, place)
-    if not isinstance(conversation.get("id", ""), str):
+    if not isinstance(conversation.get("id") or "", str):
         raise ValueError(f'{place}: "id" must be a text: put it in quotes')
     names = [name for turn in conversation["conversations"] for name in turn.get("images") or []]
     if not all(isinstance(name, str) for name in names):
@@ -153,12 +158,12 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     return rows.with_transform(with_paths)
 
 
-def check_pictures(pictures: Iterable[Picture], bar: bool = True, count: int | None = None) -> None:
+def check_pictures(images: Iterable[Picture], bar: bool = True, count: int | None = None) -> None:
     """Check that pictures are there and not cut short, each process a share of them.
 
     Parameters
     ----------
-    pictures : iterable
+    images : iterable
     bar : bool
         False for ``--no-tqdm``.
     count : int, optional
@@ -169,14 +174,54 @@ def check_pictures(pictures: Iterable[Picture], bar: bool = True, count: int | N
     ValueError
         Naming the first picture that is not.
     """
+    _check_all("pictures", images, check_picture, len(images) if count is None else count, bar)
+
+
+def check_rows(
+    rows: Sequence[Any], conversations: Callable[[Any], Iterable[Conversation]], name: str, bar: bool = True
+) -> None:
+    """Check rows that hold their pictures: texts, tags, and that pictures are not cut short; each process a share of them.
+
+    Parameters
+    ----------
+    rows : sequence
+    conversations : callable
+        All conversations that a row can become.
+    name : str
+        What messages call a row.
+    bar : bool
+        False for ``--no-tqdm``.
+
+    Raises
+    ------
+    ValueError
+        Naming a row, and what is wrong with it.
+    """
+
+    def check(number: int) -> None:
+        checked: list[Picture] = []
+        for conversation in conversations(rows[number]):
+            check_conversation(conversation, f"{name} {number}")
+            try:
+                for picture in pictures(conversation):
+                    if not any(picture is other for other in checked):
+                        check_picture(picture)
+                        checked.append(picture)
+            except ValueError as error:
+                raise ValueError(f"{name} {number}: {error}") from None
+
+    _check_all(f"{name}s", range(len(rows)), check, len(rows), bar)
+
+
+def _check_all(what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool) -> None:
+    """Check items, each process a share; an error that one of them finds is raised by all."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share, count = islice(pictures, rank, None, world_size), len(pictures) if count is None else count
     problems: list[str | None] = [None] * world_size
     problem = None
     try:
-        with Progress("Checking pictures", "pictures", len(range(rank, count, world_size)), bar) as progress:
-            for picture in share:
-                check_picture(picture)
+        with Progress(f"Checking {what}", what, len(range(rank, count, world_size)), bar) as progress:
+            for item in islice(items, rank, None, world_size):
+                check(item)
                 progress.update()
     except ValueError as error:
         problem = str(error)
@@ -191,13 +236,21 @@ def check_pictures(pictures: Iterable[Picture], bar: bool = True, count: int | N
 
 def _parse_object(line: bytes, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_without_repeats)
         json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters
     except ValueError as error:
         raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, not {type(row).__name__}: write one object a line")
     return row
+
+
+def _without_repeats(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose fields may stand there once."""
+    if len(found := dict(fields)) < len(fields):
+        [(name, _)] = Counter(name for name, _ in fields).most_common(1)
+        raise ValueError(f'"{name}" is there twice')
+    return found
 
 
 def _to_arrow(path: Path) -> Path:
@@ -220,9 +273,14 @@ def _to_arrow(path: Path) -> Path:
             ) as batches,
             pa.ipc.new_stream(str(temporary), SCHEMA) as writer,
         ):
+            num_rows = 0
             for batch in batches:
                 _check_batch(batch)
                 writer.write_batch(batch)
+                num_rows += len(batch)
+            with path.open("rb") as file:
+                if num_rows != sum(1 for line in file if line.strip()):
+                    raise ValueError("it must hold one conversation a line")  # Arrow takes several, or one over several lines
     except ValueError as error:
         _explain(path)
         raise ValueError(f"{path} can't be read: {error}") from None
@@ -239,7 +297,7 @@ def _check_batch(batch: pa.RecordBatch) -> None:
     empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
     if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
         raise ValueError("a row is not in the general format")
-    tagged = pc.or_(*(pc.match_substring(pc.struct_field(turns, field), "<|image_") for field in ("user", "assistant")))
+    tagged = pc.or_(*(pc.match_substring(pc.struct_field(turns, field), "<|") for field in ("user", "assistant")))
     rows = pc.list_parent_indices(conversations).filter(tagged).unique()
     for conversation in batch.take(rows).to_pylist():
         check_conversation(conversation, "a row")

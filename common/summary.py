@@ -12,7 +12,7 @@ from torch import nn
 
 from .arguments import PARTS
 from .flops import BatchSizes, TrainingFlops
-from .memory import Trial, zero_stage
+from .memory import Trial, state_bytes, zero_stage
 from .model import count_parameters, training_precision
 from .planning import Lengths, PlannedBatches
 from .streaming import StreamedBatches
@@ -90,9 +90,14 @@ def summarize(
         flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, checkpointing)
         seconds = flops_a_process / trial.flops_per_second
         lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
+    elif zero_stage(args.deepspeed) == 3:
+        bytes_of_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
+        weights = bytes_of_weight * sum(total for _, total in counts.values()) / world_size
+        needed = (weights + state_bytes(model, args)) / GIB
+        lines["memory"] = f"about {needed:.1f} GiB a process for weights and states; the rest can't be tried out under ZeRO-3"
+        lines["time"] = "not estimated, for the same reason"
     else:
-        why = "ZeRO-3 has no whole layers to try" if zero_stage(args.deepspeed) == 3 else "not even a small batch fits"
-        lines["memory"] = lines["time"] = f"not estimated, {why}"
+        lines["memory"] = lines["time"] = "not estimated, not even a small batch fits"
     return "\n".join(f"{name + ':':13}{text}" for name, text in lines.items())
 
 

@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
 DESCRIBED_ELSEWHERE = ("task", "metric", "base_revision")  # flags that are none, in run.json
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+TIMEOUT = timedelta(hours=3)  # that others wait while one process fetches the model and the data, on a slow line too
 EXIT_AFTER_SIGTERM = 128 + 15
 
 
@@ -79,7 +82,7 @@ def start(args: argparse.Namespace) -> PartialState:
     check_arguments(args)
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
-    state = PartialState(cpu=not on_gpu)
+    state = PartialState(cpu=not on_gpu, timeout=TIMEOUT)
     _quieten(args)
     _check_names(args, on_cpu=not on_gpu)
     args.base_revision = first_on_main_process(lambda: fetch_checkpoint(args.model_name_or_path))
@@ -134,6 +137,9 @@ def finetune(
         hyperparameters={name: value for name, value in vars(args).items() if name not in DESCRIBED_ELSEWHERE},
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
+    if args.push_to_hub and state.is_main_process:
+        # What is pushed holds no report: its pictures are the data set's, which not every licence lets pass on.
+        _remove_report(args.output_dir)
     before, before_path = None, args.output_dir / "eval_before.json"
     if not _of_main_process(args.resume_from_checkpoint is not None and before_path.is_file()):
         before = evaluate(model)
@@ -161,9 +167,12 @@ def finetune(
     state.print(f"after finetuning: {after}; results are in {args.output_dir}")
     if state.is_main_process:
         write_model_card(args.output_dir, name=args.hub_model_id)
-        _report(args.output_dir, eval_data)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    try:
+        if args.push_to_hub:
+            trainer.push_to_hub()
+    finally:
+        if state.is_main_process:
+            _report(args.output_dir, eval_data)
 
 
 def _report(output_dir: Path, eval_data: TrainingData) -> None:
@@ -171,7 +180,9 @@ def _report(output_dir: Path, eval_data: TrainingData) -> None:
         before, after = (
             json.loads((output_dir / f"eval_{when}.json").read_text(encoding="utf-8")) for when in ("before", "after")
         )
-        rows = {entry["id"]: row for row, entry in enumerate(after["predictions"])}
+        rows: dict[str, int] = {}
+        for row, entry in enumerate(after["predictions"]):
+            rows.setdefault(entry["id"], row)  # of rows of the same id the report shows the first, too
 
         def pictures_of(key: str) -> list[Any]:
             return [decode_picture(picture) for picture in pictures(eval_data.conversation(0, rows[key]))]
@@ -181,6 +192,11 @@ def _report(output_dir: Path, eval_data: TrainingData) -> None:
         print(f"report: {write_report(output_dir)}")
     except Exception as error:  # the model is saved and scored; a report can be made again
         print(f"warning: no report.html ({error!r}); python -m tools.report {output_dir} makes it", file=sys.stderr)
+
+
+def _remove_report(output_dir: Path) -> None:
+    (output_dir / "report.html").unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "gallery", ignore_errors=True)
 
 
 def _of_main_process(value: Any) -> Any:
@@ -196,7 +212,8 @@ def _prepare_environment(on_gpu: bool) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     # torchrun sets OMP_NUM_THREADS to 1, on which DeepSpeed's optimizer for offloaded states would run, too.
-    torch.set_num_threads(_cores_of_process())
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(_cores_of_process())
     # DeepSpeed calls ninja by its name, which stands beside Python where the environment is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not on_gpu:
@@ -263,6 +280,11 @@ def _choose_deepspeed(args: argparse.Namespace) -> str | None:
         raise ValueError(f"--deepspeed {path}: there is no such file; give one of {shipped}, or none for plain DDP") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"--deepspeed {path} is no valid JSON ({error})") from None
+    if "optimizer" in config:
+        raise ValueError(
+            f"--deepspeed {path} has an optimizer of its own, for which --optim, --learning_rate and the parts' rates "
+            "would not count: take that section out"
+        )
     if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError(f"--deepspeed {path} is ZeRO-3, which can't shard a 4-bit base; use ZeRO-2 or none with --use_qlora")
     return str(path)

@@ -27,8 +27,13 @@ class WorkerLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         if self.num_workers > 0:
-            time.sleep(0.05)
+            wait_until_quiet()
         return super().__iter__()
+
+
+def wait_until_quiet() -> None:
+    """Wait until communication threads have given back what they held, before workers are forked."""
+    time.sleep(0.05)
 
 
 def _leave_process_group(_: int) -> None:

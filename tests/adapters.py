@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from conftest import TINY
+from forked import finetune_forked
 from PIL import Image
+from runs import weights, write_random_model
+from transformers import AutoModelForCausalLM
 
 from common.adapter_base import write_base_description
 from common.arguments import check_arguments, training_parser
 from common.model import fetch_checkpoint, load_model, load_processor
+from tools.merge_lora import merge
 
 
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
@@ -35,3 +40,17 @@ def logits(model: torch.nn.Module, processor, receipts: list[Path]) -> torch.Ten
     images = [Image.open(path) for path in receipts[:2]]
     inputs = processor("<|user|>\n<|image_1|><|image_2|>\nWhat is the total?<|end|>\n<|assistant|>\n", images)
     return model(**inputs).logits
+
+
+def assert_adapter_goes_all_the_way(script: str, data: Path, directory: Path, method: str) -> None:
+    """Train an adapter for two steps on two processes, go on from the first one, merge it, and load that."""
+    options = {"script": script, "model_name_or_path": write_random_model(directory / "model"), method: True, "lora_rank": 4}
+    options |= {"batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    log = finetune_forked(data, directory / "straight", **options)
+    shutil.copytree(directory / "straight/checkpoint-1", directory / "resumed/checkpoint-1")
+    assert finetune_forked(data, directory / "resumed", resume_from_checkpoint="auto", **options) == log
+    straight, resumed = weights(directory / "straight"), weights(directory / "resumed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    merge(str(directory / "straight"), directory / "merged")
+    merged, base = (AutoModelForCausalLM.from_pretrained(directory / name).state_dict() for name in ("merged", "model"))
+    assert any(not torch.equal(merged[name], base[name]) for name in base)

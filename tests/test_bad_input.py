@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, TINY
+import transformers
+from conftest import ROOT, TINY, torchrun
 from forked import be_process, server
 from PIL import Image
 from runs import SCRIPT, flags, write_docvqa, write_random_model
@@ -59,6 +61,7 @@ def message(monkeypatch, data, output, **options):
         ({"report_to": "wandb"}, "--report_to wandb: "),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
         ({"streaming": True}, "--streaming"),
+        ({"full_train": True}, "--full_train is for the hub's rows, --data_dir for the official release"),
         ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: there is no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
@@ -67,7 +70,6 @@ def message(monkeypatch, data, output, **options):
         ({"load_best_model_at_end": True}, "--load_best_model_at_end needs"),
         ({"early_stopping_patience": 2}, "--early_stopping_patience needs --load_best_model_at_end"),
         ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such directory"),
-        ({"push_to_hub": True}, "--push_to_hub needs --hub_model_id"),
         ({"model_name_or_path": "/no/such/model"}, "there is no such directory"),
         (
             {"model_name_or_path": "nobody/nothing"},
@@ -81,7 +83,9 @@ def test_flags(options, expected, monkeypatch, data, tmp_path):
     assert expected in message(monkeypatch, data, tmp_path / "out", **options)
 
 
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+)
 def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / name).unlink()
@@ -100,6 +104,20 @@ def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     (tmp_path / "model" / "config.json").write_text("{")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
     assert "config.json is no JSON object" in said
+
+
+def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data, tmp_path):
+    snapshot = tmp_path / "hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    config = {"model_type": "phi9_v", "auto_map": {"AutoConfig": "configuration_phi9.Config"}}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot / "configuration_phi9.py").write_text("raise RuntimeError('code of a checkpoint was run')")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path="some/model")
+    assert said.startswith("--model_name_or_path some/model is not a phi3_v checkpoint, which these recipes finetune")
 
 
 def test_damaged_checkpoints(monkeypatch, data, tmp_path):
@@ -204,13 +222,40 @@ def break_entry(data):
     return 'entry 3 of "data"', '"answers"'
 
 
+def break_answer(data):
+    path = data / "train_v1.0_withQT.json"
+    content = json.loads(path.read_text())
+    content["data"][2]["answers"] = ["1", " "]
+    path.write_text(json.dumps(content))
+    return 'entry 2 of "data"', "none empty"
+
+
+def break_tags(data):
+    path = data / "train_v1.0_withQT.json"
+    content = json.loads(path.read_text())
+    content["data"][1]["question"] = "<|image_1|> or <|image_2|>?"
+    path.write_text(json.dumps(content))
+    return 'entry 1 of "data": the text', "match its 1 picture"
+
+
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
     return "val_v1.0_withQT.json is empty", "no question"
 
 
 @pytest.mark.parametrize(
-    "damage", [break_missing, break_no_picture, break_cut_short, break_json, break_schema, break_entry, break_empty]
+    "damage",
+    [
+        break_missing,
+        break_no_picture,
+        break_cut_short,
+        break_json,
+        break_schema,
+        break_entry,
+        break_answer,
+        break_tags,
+        break_empty,
+    ],
 )
 def test_data(damage, monkeypatch, data, tmp_path):
     expected = damage(data)
@@ -291,17 +336,26 @@ def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("split", "place"), [("train", "training row 2"), ("test", "evaluation row 2")])
-def test_a_stored_picture_that_is_cut_short_is_named_by_its_row(split, place, workers, data, tmp_path):
+@pytest.mark.parametrize(
+    ("split", "place", "how"),
+    [
+        ("train", "training row 2", "cut short"),
+        ("test", "evaluation row 2", "cut short"),
+        ("train", "training row 2", "damaged before its end"),
+    ],
+)
+def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how, data, tmp_path):
+    """Before anything is computed, or by the worker that decodes it."""
     (tmp_path / "mini").mkdir()
     whole = (data / "documents/train0.png").read_bytes()
+    half = len(whole) // 2
+    damaged = whole[:half] if how == "cut short" else whole[:half] + bytes(len(whole) - half - 64) + whole[-64:]
     for part in ("train", "test"):
-        pictures = [whole, whole, whole[: len(whole) // 2] if part == split else whole]
+        pictures = [whole, whole, damaged if part == split else whole]
         rows = [{"image": {"bytes": picture, "path": None}, "query": {"en": "What?"}} for picture in pictures]
         rows = [row | {"id": str(number), "answers": ["1"]} for number, row in enumerate(rows)]
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"mini/{part}-00000-of-00001.parquet")
-    options = {"data_dir": None, "deepspeed": "none", "dataloader_num_workers": workers, "batch_size": 3, "max_new_tokens": 1}
+    options = {"data_dir": None, "deepspeed": "none", "dataloader_num_workers": 1, "batch_size": 3, "max_new_tokens": 1}
     options |= {"batch_size_per_gpu": 1, "model_name_or_path": write_random_model(tmp_path / "model")}
     codes, said = end(
         tmp_path / "log",
@@ -312,6 +366,7 @@ def test_a_stored_picture_that_is_cut_short_is_named_by_its_row(split, place, wo
     assert codes == [1], said
     assert f"error: {place}: a picture stored in the data set can't be decoded" in said
     assert "Traceback" not in said
+    assert (tmp_path / "out/eval_before.json").exists() == (how != "cut short")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -331,6 +386,16 @@ def test_what_a_library_complains_of_keeps_its_traceback(workers):
     loader = DataLoader([0], collate_fn=lambda rows: random.sample(rows, 2), num_workers=workers)
     with pytest.raises(ValueError, match="Sample larger than population"):
         run(lambda: next(iter(loader)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["flag", "data"])
+def test_under_torchrun_it_ends_at_once(wrong, data, tmp_path):
+    options = {"num_crops": 17} if wrong == "flag" else {}
+    if wrong == "data":
+        break_empty(data)
+    ended = torchrun(SCRIPT, *flags(data, tmp_path / "out", **options), timeout=120)
+    assert ended.returncode == 1 and "error: " in ended.stdout, ended.stdout
 
 
 @pytest.mark.slow

@@ -118,7 +118,7 @@ def test_all_problems_in_one_report(folder):
         ("invalid row", 'line 3: "conversations" must be a list'),
         ("invalid row", 'line 4, turn 1: "user" must be'),
         ("invalid row", "line 5: the text's image tags"),
-        ("invalid row", 'line 6: "images" must hold names of files'),
+        ("invalid row", 'line 6, turn 1: "images" must be a list of names of files'),
         ("unusable picture", f"line 7: picture {folder}/gone.jpg is missing"),
         ("unusable picture", f"line 7: picture {folder}/text.jpg can't be read"),
         ("unusable picture", "line 8: picture"),

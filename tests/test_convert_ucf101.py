@@ -287,7 +287,9 @@ def test_lost_and_damaged_pictures_are_made_again(source, tmp_path):
     before = contents(out)
     (out / "images/train/Run/a.3.jpg").unlink()
     (out / "images/train/Run/b.0.jpg").write_bytes(b"")
-    assert "(2 converted now, 2 there before)" in convert(out, "--source", source).stdout
+    cut = out / "images/val/Jump/c.7.jpg"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    assert "(3 converted now, 1 there before)" in convert(out, "--source", source).stdout
     assert contents(out) == before
 
 
@@ -352,6 +354,7 @@ def test_skip_broken_leaves_out_and_counts(source, tmp_path):
         "test-0000000002",
     ]
     assert len(contents(out)) == 3 * 8 + 3
+    assert all("Walk" not in row["conversations"][0]["user"] for row in rows(out, "train"))  # no clip of it is left
 
 
 def test_skip_broken_needs_one_good_clip_a_split(source, tmp_path):

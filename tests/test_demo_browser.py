@@ -127,6 +127,8 @@ def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, addr
         page.goto(address)
         ask(page, documents[0][1], [picture for picture, _ in documents])
         finetuned, before = page.get_by_label(f"Finetuned: {adapter}"), page.get_by_label("Before finetuning:")
+        left, right = finetuned.bounding_box(), before.bounding_box()
+        assert left["x"] + left["width"] <= right["x"] and abs(left["y"] - right["y"]) < 30, "they stand side by side"
         finetuned.evaluate("""area => {
           window.seen = new Set();
           setInterval(() => window.seen.add(area.value), 1);

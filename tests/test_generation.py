@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.conversations import pictures, prompt_text
-from common.generation import answer_log_probabilities, generate_answers, share_by_length
+from common.generation import generate_and_compare, generate_answers, share_by_length
 from common.model import stop_token_ids
 from common.phi3v import Phi3VConfig
 
@@ -90,8 +90,8 @@ def alone_at_a_limit(request, conversations, processor):
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
 def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, alone_at_a_limit):
     model, expected = alone_at_a_limit
-    assert generate_answers(model, processor, conversations, flags(batch_size)) == [answer for answer, _ in expected]
-    found = answer_log_probabilities(model, processor, conversations, ANSWERS, flags(batch_size))
+    answers, found = generate_and_compare(model, processor, conversations, ANSWERS, flags(batch_size))
+    assert answers == [answer for answer, _ in expected]
     torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from common.conversations import encode_conversation
 from common.phi3v import Phi3VConfig, Phi3VImageProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens
 
@@ -84,6 +85,21 @@ def test_prompt_ids_and_greedy_tokens(name):
         inputs["input_ids"] = number_by_position(inputs["input_ids"], [case["num_img_tokens"][index]])
         tokens = model.generate(**inputs, max_new_tokens=len(expected["new_tokens"]), do_sample=False, eos_token_id=None)
         assert tokens[0, length:].tolist() == expected["new_tokens"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_ids_and_labels(name):
+    """A conversation as it trains is the published prompt, answer and end, with labels on what follows the prompt."""
+    case, tensors, _, processor, images = load_case(name)
+    for row, sample in enumerate(case["samples"]):
+        user = sample["prompt"].removeprefix("<|user|>\n").removesuffix("<|end|>\n<|assistant|>\n")
+        turn = {"images": images[row], "user": user, "assistant": sample["answer"]}
+        encoded = encode_conversation({"conversations": [turn]}, processor)
+        real = tensors["attention_mask"][row].bool()
+        expected = expand(case["input_ids_rle"][row])[: case["lengths"][row]]
+        found = number_by_position(torch.tensor([encoded["input_ids"]]), [case["num_img_tokens"][row]])[0].tolist()
+        assert found == number_by_position(torch.tensor([expected]), [case["num_img_tokens"][row]])[0].tolist()
+        assert encoded["labels"] == tensors["labels"][row][real].tolist()
 
 
 @pytest.mark.parametrize("name", ["f_batch", "f_batch_with_text_only"])

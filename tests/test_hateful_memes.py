@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from adapters import assert_adapter_goes_all_the_way
 from conftest import TINY, torchrun
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
@@ -14,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as script
+from common import generation
 from common.conversations import encode_prompt
-from common.generation import answer_log_probabilities
 
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
 
@@ -71,7 +72,7 @@ def test_official_rows(release, monkeypatch):
     assert [len(rows) for rows in script.load_rows(limited)] == [2, 3]
 
 
-def test_hub_rows(tmp_path, monkeypatch):
+def test_hub_rows(tmp_path, monkeypatch, model, processor):
     rows = [
         {
             "images": [PillowImage.new("RGB", (50 + number, 40))],
@@ -92,6 +93,14 @@ def test_hub_rows(tmp_path, monkeypatch):
     assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
     limited = flags(monkeypatch, "--max_train_samples", 1)
     assert [len(rows) for rows in script.load_rows(limited)] == [1, 2]
+    found = script.evaluate(model, processor, eval_rows, argparse.Namespace(**vars(limited) | vars(FLAGS)))
+    assert [(entry["id"], entry["label"]) for entry in found.predictions] == [("0", 1), ("1", 0)]
+
+    rows[1]["texts"][0]["assistant"] = "Maybe."
+    Dataset.from_list(rows, features).to_parquet(tmp_path / "other/train-0.parquet")
+    monkeypatch.setattr(script, "HUB", (str(tmp_path / "other"),))
+    with pytest.raises(ValueError, match=r'answers must be "No." or "Yes.", not "Maybe."'):
+        script.load_rows(flags(monkeypatch))
 
 
 def test_probabilities_of_whole_answers_do_not_depend_on_the_batch(release, model, processor, monkeypatch):
@@ -99,7 +108,7 @@ def test_probabilities_of_whole_answers_do_not_depend_on_the_batch(release, mode
     conversations = [script.to_conversation(row) for row in rows]
     conversations[2]["conversations"][0] |= {"images": [], "user": "No picture."}
     answers = ["Yes.", "No.", "Neither of them"]
-    found = answer_log_probabilities(model, processor, conversations, answers, FLAGS)
+    _, found = generation.generate_and_compare(model, processor, conversations, answers, FLAGS, generate=False)
     assert found.shape == (5, 3)
     for row, conversation in enumerate(conversations):
         prompt = encode_prompt(conversation, processor)
@@ -120,13 +129,18 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
     args = flags(monkeypatch, "--data_dir", release, *["--eval_by_likelihood"] * by_likelihood)
     rows = script.load_rows(args)[1]
     args.__dict__.update(vars(FLAGS))
+    if by_likelihood:
+        monkeypatch.delattr(generation, "_generate")  # what takes the time, and what this flag is to spare
     found = script.evaluate(model, processor, rows, args)
     predictions = found.predictions
     labels, p_yes = [entry["label"] for entry in predictions], [entry["p_yes"] for entry in predictions]
     assert labels == [1, 0, 0, 1, 1]
     assert [entry["id"] for entry in predictions] == ["1000", "1001", "1002", "1003", "1004"]
     conversations = [script.to_conversation(row) for row in rows]
-    p_answers = np.exp(answer_log_probabilities(model, processor, conversations, ("No.", "Yes."), FLAGS))
+    _, log_probabilities = generation.generate_and_compare(
+        model, processor, conversations, ("No.", "Yes."), FLAGS, generate=False
+    )
+    p_answers = np.exp(log_probabilities)
     assert p_yes == pytest.approx(p_answers[:, 1] / p_answers.sum(1), rel=1e-5)
     assert found.metric == "auroc"
     assert found.values["auroc"] == roc_auc_score(labels, p_yes)
@@ -193,3 +207,9 @@ def test_two_processes_finetune_and_evaluate_as_one(release, tmp_path, monkeypat
     for entry, expected in zip(after["predictions"], alone.predictions, strict=True):
         assert entry["id"] == expected["id"]
         assert entry["p_yes"] == pytest.approx(expected["p_yes"], rel=0.1)  # weights are saved in the base's dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["use_lora", "use_qlora"])
+def test_adapters_train_resume_and_merge(release, tmp_path, method):
+    assert_adapter_goes_all_the_way("finetune_hf_trainer_hateful_memes.py", release, tmp_path, method)

@@ -72,11 +72,14 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
     for texts in ([40, 40], [300, 300, 300]):
         inputs = batch(texts, packing)
         sizes = flops.sizes(inputs)
-        for mode, footprint in (("none", trial.keeping), ("full", trial.recomputing)):
+        kept = {}
+        for mode in MODES:
             set_gradient_checkpointing(model, mode)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                kept = kept_bytes(model, inputs)
-            assert footprint.bytes(sizes.tokens, sizes.views) == pytest.approx(kept, rel=0.03)
+                kept[mode] = kept_bytes(model, inputs)
+        for mode, footprint in (("none", trial.keeping), ("full", trial.recomputing)):
+            assert footprint.bytes(sizes.tokens, sizes.views) == pytest.approx(kept[mode], rel=0.03)
+        assert kept["full"] < kept["selective"] < kept["none"]
     assert trial.recomputing.per_token < 0.2 * trial.keeping.per_token
     assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower keeps nothing
     assert trial.flops_per_second > 0
@@ -106,6 +109,10 @@ def test_states_by_optimizer_and_sharding(tmp_path):
     assert state_bytes(model, flags(deepspeed=str(zero), bf16=True)) == (2 + 4 + 8) * count + 2 * 2 * 10
     assert state_bytes(model, flags(deepspeed=str(zero), bf16=True, optim="paged_adamw_8bit")) == (2 + 4) * count + 2 * 2 * 10
     assert step_bytes(model, flags(deepspeed=str(zero), bf16=True)) == 4 * count
+    zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}')
+    bucket = min(model.config.hidden_size**2, count)
+    assert state_bytes(model, flags(deepspeed=str(zero), bf16=True)) == (2 + 4 + 8) * count + 2 * 2 * bucket
+    zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
     assert step_bytes(model, flags(bf16=True)) == step_bytes(model, flags(deepspeed=str(zero))) == 0
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import pty
 import re
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import logits, save_adapter
-from conftest import GOLDEN, TINY, needs_golden, run_tool
+from conftest import GOLDEN, ROOT, TINY, needs_golden, run_tool
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -48,6 +52,20 @@ def test_merged_equals_adapter(flags, tmp_path, receipts):
     merged = logits(*load_for_inference(tmp_path / "merged", "cpu", torch.float32), receipts)
     assert (merged - expected).abs().max() <= 1e-4
     assert (merged - base).abs().max() > 0.1, "the adapter changes nothing, so that nothing is tested"
+
+
+@pytest.mark.parametrize("flags, bar", [((), True), (("--no-tqdm",), False)])
+def test_progress_on_a_terminal(lora, tmp_path, flags, bar):
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (24, 100))
+    command = [sys.executable, "-m", "tools.merge_lora", "--adapter", lora, "--output_dir", tmp_path / "merged", *flags]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=its_end, cwd=ROOT)
+    os.write(its_end, b"end")
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    os.close(its_end)
+    assert f"Loading the base of {lora}" in shown and "Merging the adapter into it" in shown
+    assert ("Unloading and merging model" in shown) == bar
 
 
 def test_merged_checkpoint_has_the_base_s_layout(lora, tmp_path):

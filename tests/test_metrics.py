@@ -49,6 +49,13 @@ def test_anls_in_the_published_recipes_form(prediction, answer, score):
     assert anls(prediction, ["Neither", answer], case_sensitive=True) == pytest.approx(score)
 
 
+@pytest.mark.parametrize(("answer", "prediction"), [("9.50.\n", "9.50"), (".75.", ".75"), ("BHD..", "BHD."), ("No", "No")])
+def test_docvqa_takes_the_full_stop_off_that_the_whole_set_adds(answer, prediction):
+    row = {"id": "1", "question": "What?", "answers": [prediction]}
+    scored = docvqa.score(row, answer, full_train=True)
+    assert (scored["prediction"], scored["score"]) == (prediction, 1)
+
+
 def test_accuracy():
     assert accuracy([True, False, True, True]) == 0.75
     classes = ["Surfing", "Archery", "Surfing", "Archery", "Archery"]

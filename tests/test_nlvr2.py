@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from adapters import assert_adapter_goes_all_the_way
 from conftest import SHARED, TINY, needs_data, torchrun
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
@@ -98,6 +99,11 @@ def test_hub_rows(tmp_path, monkeypatch):
     assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
     limited = flags(monkeypatch, "--max_train_samples", 4, "--max_eval_samples", 1)
     assert [len(rows) for rows in script.load_rows(limited)] == [4, 1]
+    args = flags(monkeypatch, "--max_new_tokens", 4, "--dataloader_num_workers", 0, "--no-tqdm")
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    found = script.evaluate(model, AutoProcessor.from_pretrained(TINY, num_crops=1), eval_rows, args)
+    assert list(found.values) == ["accuracy"]  # the hub's rows don't say which are of one statement
+    assert [entry["id"] for entry in found.predictions] == ["0-0", "1-0"]
 
 
 def test_consistency_by_the_official_definition():
@@ -164,3 +170,9 @@ def test_two_processes_finetune_and_evaluate(release, tmp_path):
     assert {"accuracy", "consistency"} <= set(after)
     expected = [f"dev-7-{pair}-{sentence}" for pair in range(3) for sentence in range(2)]
     assert [entry["id"] for entry in after["predictions"]] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["use_lora", "use_qlora"])
+def test_adapters_train_resume_and_merge(release, tmp_path, method):
+    assert_adapter_goes_all_the_way("finetune_hf_trainer_nlvr2.py", release, tmp_path, method)

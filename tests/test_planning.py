@@ -95,6 +95,31 @@ def test_work_is_balanced_over_processes():
     assert np.mean(packed) < 1.05 < np.mean(plain)
 
 
+@pytest.mark.parametrize("budget", [None, 9000])
+def test_tokens_and_crops_are_balanced(budget):
+    """Each by itself too, on samples of which some are all pictures and some all text."""
+    measured = mixed_lengths(640, 3)
+    accumulation = accumulation_for_budget([measured], 64, 7, 8, budget) if budget else 2
+    for sizes, most in ((measured.tokens, 1.2), (measured.views, 1.3)):
+        ratios = {}
+        for lengths_or_none in (measured, None):
+            ratios[lengths_or_none is not None] = np.mean(
+                [
+                    max(sum(sizes[row] for batch in own for _, row in batch) for own in processes)
+                    * 8
+                    / sum(sizes[row] for own in processes for batch in own for _, row in batch)
+                    for processes in plan(640, 64, 8, accumulation, measured=lengths_or_none, max_tokens=budget)
+                ]
+            )
+        assert ratios[True] < most and ratios[True] < ratios[False]
+
+
+def test_a_crop_counts_less_where_the_tower_is_frozen():
+    measured = Lengths(tokens=np.array([100, 200]), views=np.array([2, 0]))
+    assert measured.work().tolist() == [190, 200]
+    assert measured.work(vision_trains=False).tolist() == [130, 200]
+
+
 @pytest.mark.parametrize("budget", [2000, 3100, 4096, 8192])
 @pytest.mark.parametrize("seed", range(8))
 def test_the_token_budget_holds(budget, seed):
@@ -146,6 +171,7 @@ def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
     PartialState(cpu=True)
     flags = {"batch_size": 16, "batch_size_per_gpu": 4, "max_tokens_per_batch": budget, "num_train_epochs": 2}
     flags |= {"max_steps": -1, "seed": 0, "packing": True, "streaming": False, "tqdm": False}
+    flags |= {"freeze_vision_model": False, "train_only": None}
     batches, measured = _plan_batches(argparse.Namespace(**flags), Texts(1024))
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)

@@ -55,7 +55,7 @@ def test_predictions_do_not_depend_on_the_batch(lora, receipts, predict, tmp_pat
         ('{"conversations": [{"user": " "}]}', 'line 2, turn 1: "user" must be'),
         ('{"conversations": [{"user": "a"}, {"user": "b"}]}', 'line 2, turn 1: "assistant" must be'),
         ('{"conversations": [{"user": "a", "images": ["no.png"]}]}', "line 2: picture .*no.png is missing"),
-        ('{"conversations": [{"user": "a", "images": [7]}]}', 'line 2: "images" must hold names'),
+        ('{"conversations": [{"user": "a", "images": [7]}]}', 'line 2, turn 1: "images" must be a list of names'),
         ('{"conversations": [{"user": "<|image_2|>", "images": ["no.png"]}]}', "line 2: the text's image tags"),
     ],
 )
@@ -63,7 +63,7 @@ def test_bad_rows_are_named(row, message, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f'{{"conversations": [{{"user": "fine"}}]}}\n{row}\n')
     with pytest.raises(ValueError, match=message):
-        tools.predict.read_rows(path, tmp_path)
+        tools.predict.read_rows(path, tmp_path, bar=False)
 
 
 @pytest.mark.parametrize(

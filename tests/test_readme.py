@@ -2,7 +2,8 @@
 
 Every command of the README's bash blocks is run, with only model, data and number of processes replaced by what is embedded.
 A process a machine is enough: what several add is tested elsewhere. For time there are limits on top: one step of two samples,
-one crop a picture, a few tokens. `--use_flash_attention` is left out, since it insists on a GPU.
+one crop a picture, a few tokens. `--use_flash_attention` is left out, since it insists on a GPU, and
+`--full_train`, which is of the hub's data.
 """
 
 import argparse
@@ -45,6 +46,7 @@ PROGRAMS = ["convert_ucf101", "assets.draw_samples"] + [
 DRAWN = {"docvqa": (3, 1), "hateful_memes": (4, 2), "nlvr2": (2, 1), "ucf101": (1, 1)}
 LIMITS = ["--max_steps", "1", "--batch_size", "2", "--max_eval_samples", "2", "--max_new_tokens", "4", "--num_crops", "1"]
 LIMITS += ["--dataloader_num_workers", "0"]
+ELSEWHERE = ("--use_flash_attention", "--full_train")  # on a GPU; from the hub
 SECONDS = 600
 
 
@@ -127,7 +129,7 @@ def train(command: str, checkout: Path) -> None:
     lines = []
     for node in range(nodes):
         words = shlex.split(string.Template(command).substitute(variables, NODE_RANK=node))
-        words = [re.sub(r"(--nproc_per_node)=\d+", r"\1=1", word) for word in words if word != "--use_flash_attention"]
+        words = [re.sub(r"(--nproc_per_node)=\d+", r"\1=1", word) for word in words if word not in ELSEWHERE]
         lines.append([words[0], *(["--standalone"] if nodes == 1 else []), *words[1:], *flags])
     with ThreadPoolExecutor(nodes) as pool:
         list(pool.map(lambda line: call(line, checkout), lines))

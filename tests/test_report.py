@@ -337,6 +337,19 @@ def test_the_tool_puts_runs_side_by_side(tmp_path):
     assert "2 runs side by side" in Page(tmp_path / "both.html").text
 
 
+def test_a_name_in_two_groups_of_settings_is_told_apart(tmp_path):
+    """The version of DeepSpeed, and the file that --deepspeed names."""
+    runs = [make_run(tmp_path / name, "NLVR2", samples=8, steps=8) for name in ("a", "b")]
+    for version, run in zip(("0.19.0", "0.19.1"), runs, strict=True):
+        described = json.loads((run / "run.json").read_text())
+        described["versions"]["deepspeed"] = version
+        described["hyperparameters"]["deepspeed"] = "zero2.json"
+        (run / "run.json").write_text(json.dumps(described))
+    text = Page(write_comparison(runs, tmp_path / "both.html")).text
+    differs, _, common = text.partition("What all have in common")
+    assert "deepspeed (versions) 0.19.0 0.19.1" in differs and "deepspeed (hyperparameters) zero2.json" in common
+
+
 def test_the_tool_says_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text("{")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])

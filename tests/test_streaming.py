@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY, torchrun
+from forked import finetune_forked
 from PIL import Image
 from runs import finetune, flags, weights, write_random_model
 from torch.utils.data import DataLoader, Dataset
@@ -24,8 +25,11 @@ from common import shards, streaming
 from common.collator import Collator
 from common.shards import stream_conversations, stream_hub
 from common.streaming import StreamedBatches, StreamedData
+from common.trainer import _check_stream_goes_on
 
 SCRIPT = "finetune_hf_trainer_ucf101.py"
+# The smallest GIF: a picture of one pixel.
+PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
 
 
 @pytest.fixture
@@ -237,7 +241,7 @@ def test_shards_that_are_not_there_or_empty_or_no_parquet(tmp_path):
 def hub(tmp_path, monkeypatch):
     """Two Parquet shards in the layout of the_cauldron, two questions a row, in the hub's place."""
     (tmp_path / "hub").mkdir()
-    row = {"images": [{"bytes": b"picture", "path": None}]}
+    row = {"images": [{"bytes": PICTURE, "path": None}]}
     texts = [
         [{"user": f"{number}.{text}?", "assistant": ("Yes.", "No.")[number % 2]} for text in (0, 1)] for number in range(510)
     ]
@@ -260,7 +264,7 @@ def test_hateful_memes_from_the_hub(hub, monkeypatch):
     monkeypatch.setattr(hateful_memes, "HUB", (hub,))
     train_rows, eval_rows = load(hateful_memes, monkeypatch, "--streaming")
     assert len(train_rows) == 10 and questions(train_rows)[0] == "500.0?" and len(eval_rows) == 500
-    turn = {"images": [{"bytes": b"picture", "path": None}], "user": hateful_memes.QUESTION, "assistant": "No."}
+    turn = {"images": [{"bytes": PICTURE, "path": None}], "user": hateful_memes.QUESTION, "assistant": "No."}
     assert hateful_memes.to_conversation(eval_rows[1]) == {"conversations": [turn]}
     assert [len(rows) for rows in load(hateful_memes, monkeypatch, "--streaming", "--max_train_samples", 3)] == [3, 500]
 
@@ -279,7 +283,7 @@ def test_docvqa_from_the_hub(hub, monkeypatch, tmp_path):
     """Both data sets: all of DocVQA, several questions a page, and the 1,200 examples, whose test split evaluates."""
     (tmp_path / "mini").mkdir()
     for split, count in (("train", 7), ("test", 3)):
-        row = {"image": {"bytes": b"picture", "path": None}, "words": ["?"], "answers": ["1", "one"]}
+        row = {"image": {"bytes": PICTURE, "path": None}, "words": ["?"], "answers": ["1", "one"]}
         rows = [row | {"id": f"{split}-{number}", "query": {"en": f"{number}?"}} for number in range(count)]
         write_table(tmp_path / f"mini/{split}-00000-of-00001.parquet", rows)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -292,7 +296,7 @@ def test_docvqa_from_the_hub(hub, monkeypatch, tmp_path):
     row = next(row for row in mini.rows(0, 0) if row.number == 5)
     turn = docvqa.to_conversation(row.content, random.Random(0))["conversations"][0]
     assert len(mini) == 7 and turn["user"] == "5?\nAnswer briefly." and turn["assistant"] in ("1", "one")
-    assert turn["images"] == [{"bytes": b"picture", "path": None}] and "words" not in row.content
+    assert turn["images"] == [{"bytes": PICTURE, "path": None}] and "words" not in row.content
 
 
 @pytest.mark.parametrize("script", [docvqa, hateful_memes, nlvr2])
@@ -358,12 +362,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(data, model, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(("batch_size", "processes"), [(8, 2), (4, 1)])
+def test_other_steps_or_processes_cannot_go_on_with_a_stream(batch_size, processes, tmp_path):
+    (tmp_path / "totals.json").write_text('{"batch_size": 4, "running_loss": [0.0, 0.0]}')
+    _check_stream_goes_on(tmp_path, 4, 2)
+    with pytest.raises(ValueError, match=f"that it began with, 4 and 2, not {batch_size} and {processes}"):
+        _check_stream_goes_on(tmp_path, batch_size, processes)
+
+
 @pytest.mark.slow
 def test_fillers_leave_loss_and_gradient_alone(data, model, tmp_path):
     """Three rows in steps of four: two processes, one of which has a filler, are one process with all three."""
     options = OPTIONS | {"script": SCRIPT, "model_name_or_path": model, "max_train_samples": 3, "num_train_epochs": 2}
-    apart = finetune(data, tmp_path / "apart", processes=2, batch_size_per_gpu=1, **options)
-    together = finetune(data, tmp_path / "together", processes=1, batch_size_per_gpu=4, **options)
+    apart = finetune_forked(data, tmp_path / "apart", processes=2, batch_size_per_gpu=1, **options)
+    together = finetune_forked(data, tmp_path / "together", processes=1, batch_size_per_gpu=4, **options)
     for one, other in zip(apart, together, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)

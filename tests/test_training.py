@@ -19,6 +19,7 @@ from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa, write_ra
 from safetensors.torch import load_file
 
 from common.checkpoints import what_is_torn
+from common.planning import epoch_steps
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +143,8 @@ def test_two_processes_are_one_run(data, tmp_path):
 
 
 @pytest.mark.parametrize("deepspeed", ["none", "auto"])
-def test_a_process_without_pictures_keeps_in_step(deepspeed, tmp_path):
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_process_without_pictures_keeps_in_step(without, deepspeed, tmp_path):
     """One process has text alone, the other a picture: same loss and gradient as one process with both."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (50, 60), "navy").save(tmp_path / "images" / "a.png")
@@ -150,7 +152,10 @@ def test_a_process_without_pictures_keeps_in_step(deepspeed, tmp_path):
     lines = [json.dumps({"id": str(number), "conversations": [turn]}) for number, turn in enumerate(turns)]
     for split in ("train", "val"):
         (tmp_path / f"ucf101_{split}.jsonl").write_text("\n".join(lines) + "\n")
-    options = {"script": "finetune_hf_trainer_ucf101.py", "batch_size": 2, "max_steps": 2, "deepspeed": deepspeed}
+    # Packed, the larger sample comes first; unpacked, as the seed has it.
+    text_first = (s for s in range(99) if all(epoch_steps(2, 2, s, epoch)[0].tolist() == [0, 1] for epoch in (0, 1)))
+    layout = {"no-packing": True, "seed": next(text_first)} if without == 0 else {}
+    options = {"script": "finetune_hf_trainer_ucf101.py", "batch_size": 2, "max_steps": 2, "deepspeed": deepspeed} | layout
     apart = finetune_forked(tmp_path, tmp_path / "apart", batch_size_per_gpu=1, **options)
     together = finetune_forked(tmp_path, tmp_path / "together", processes=1, **options)
     assert_same_course(apart, together)
@@ -161,6 +166,7 @@ def test_a_process_without_pictures_keeps_in_step(deepspeed, tmp_path):
     [
         ({"freeze_vision_model": True}, "decoder"),
         ({"train_only": "vision,projector"}, "vision"),
+        ({"train_only": "vision"}, "tower"),
         ({"train_only": "projector"}, "projector"),
     ],
 )
@@ -171,7 +177,7 @@ def test_only_the_chosen_parts_move(flag, moves, data, tmp_path):
     tower = {name for name in before if ".img_processor." in name}
     projector = {name for name in before if "vision_embed_tokens" in name} - tower
     decoder = before.keys() - tower - projector
-    expected = {"decoder": decoder, "vision": tower | projector, "projector": projector}[moves]
+    expected = {"decoder": decoder, "vision": tower | projector, "tower": tower, "projector": projector}[moves]
     assert changed <= expected
     if moves == "decoder":
         layers = {name.split(".")[2] for name in before if name.startswith("model.layers.")}
@@ -190,7 +196,7 @@ def test_learning_rates_by_part(data, tmp_path):
 def test_best_checkpoint_and_early_stopping(data, tmp_path):
     run = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1}
     best = {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_total_limit": 2}
-    finetune(data, tmp_path, max_steps=8, learning_rate=1e-9, deepspeed="none", **run, **best)
+    finetune_forked(data, tmp_path, max_steps=8, learning_rate=1e-9, deepspeed="none", **run, **best)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 3, "nothing gets better at this learning rate, so patience ends after two more"
     assert state["best_model_checkpoint"].endswith("checkpoint-1")
@@ -231,7 +237,18 @@ def test_sigkill_while_saving_loses_nothing(data, straight, tmp_path):
     run = torchrun(SCRIPT, *flags(data, output, resume_from_checkpoint="auto", **options))
     assert run.returncode == 0, run.stdout[-4000:]
     assert "passing over checkpoint-6" in run.stdout and f"going on from {output / 'checkpoint-3'}" in run.stdout
-    assert steps(output) == straight("ddp")[1]
+    expected, log = straight("ddp")
+    assert steps(output) == log
+    found, wanted = weights(output), weights(expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_by_name(attention, data, straight, tmp_path):
+    """As the default that packs, and the log says which it is and why."""
+    log = finetune_forked(data, tmp_path / "run", max_steps=6, attn_implementation=attention, **METHODS["ddp"])
+    assert_same_course(log, straight("ddp")[1])
+    assert re.search(rf"^attention: +{attention} \(.+\), packing off$", (tmp_path / "run.log").read_text(), re.MULTILINE)
 
 
 def test_sigterm_saves_and_ends_as_no_success(data, tmp_path):
@@ -253,7 +270,7 @@ def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path
     """A limit on the size of files stands in for a full disk; the checkpoint that was being written over is torn."""
     output = tmp_path / "run"
     options = METHODS["ddp"] | {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
-    finetune(data, output, **options)
+    finetune_forked(data, output, **options)
     assert what_is_torn(output / "checkpoint-3") is None
     kept = {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")}
     command = ["bash", "-c", f'ulimit -f 4000; exec {sys.executable} {SCRIPT} "$@"', "bash"]

@@ -6,6 +6,7 @@ import sys
 import datasets
 import pytest
 import torch
+from adapters import assert_adapter_goes_all_the_way
 from conftest import TINY, torchrun
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -139,3 +140,9 @@ def test_predictions_have_ids_of_their_own():
     predictions = script.score(rows, ["This", " THIS. ", "That", "This is"])
     assert ids(predictions) == ["a", "a#1", "2", "b"]
     assert [entry["score"] for entry in predictions] == [1, 1, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["use_lora", "use_qlora"])
+def test_adapters_train_resume_and_merge(data_dir, tmp_path, method):
+    assert_adapter_goes_all_the_way("finetune_hf_trainer_ucf101.py", data_dir, tmp_path, method)

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.collator import Collator
 from common.conversations import encode_prompt
-from common.inference import find_adapter, load_for_inference
+from common.inference import find_adapter, load_for_inference, load_full
 from common.phi3v import Phi3VProcessor
 from common.progress import limit_library_bars
 
@@ -96,11 +96,13 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     if is_adapter:
         base = network.get_base_model().name_or_path
         return [*models, Model("Before finetuning", base, network, network.disable_adapter)], processor
-    run = Path(name) / "run.json"
-    base = base or (json.loads(run.read_text(encoding="utf-8")).get("base_model") if run.is_file() else None)
+    revision = None
+    if base is None and (run := Path(name) / "run.json").is_file():
+        described = json.loads(run.read_text(encoding="utf-8"))
+        base, revision = described.get("base_model"), described.get("base_revision")
     if base:
         try:
-            models.append(Model("Before finetuning", base, load_for_inference(base, device)[0]))
+            models.append(Model("Before finetuning", base, load_full(base, device, revision=revision)))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{error}\n{name} was finetuned from {base}: give its directory by --base, or leave it out by --base none"
@@ -231,7 +233,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
                     max_lines=8,
                 )
                 ask = gr.Button("Answer", variant="primary")
-            with gr.Column():
+            with gr.Column(), gr.Row():
                 answers = [
                     gr.Textbox(
                         label=f"{model.title}: {model.name}",

@@ -25,7 +25,7 @@ from common.generation import generate_answers
 from common.inference import load_for_inference
 from common.model import base_model
 from common.phi3v.image_processing import MAX_CROPS
-from common.progress import limit_library_bars
+from common.progress import limit_library_bars, track
 from common.sources import read_json_lines
 
 
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_rows(path: Path, image_dir: Path) -> list[tuple[dict[str, Any], Conversation]]:
+def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, Any], Conversation]]:
     """Read rows of the general format, and as conversations with whole picture paths, every picture checked.
 
     Raises
@@ -85,12 +85,14 @@ def read_rows(path: Path, image_dir: Path) -> list[tuple[dict[str, Any], Convers
     ValueError
         Naming file and line.
     """
-    rows = []
+    rows, places = [], []
     for place, row in read_json_lines(path):
         conversation = to_prompt(row, image_dir)
         check_conversation(conversation, place)
-        check_pictures(conversation, place)
         rows.append((row, conversation))
+        places.append(place)
+    for place, (_, conversation) in zip(places, track(rows, "Checking pictures", "rows", bar), strict=True):
+        check_pictures(conversation, place)
     return rows
 
 
@@ -128,7 +130,7 @@ def check_pictures(conversation: Conversation, place: str) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Answer what the flags ask, and print or write the answers."""
     if args.data_file:
-        rows = read_rows(args.data_file, args.image_dir or args.data_file.parent)
+        rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
     else:
         turn = {"images": [Path(image) for image in args.images], "user": args.prompt, "assistant": "?"}
         rows = [({}, {"conversations": [turn]})]

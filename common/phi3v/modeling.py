@@ -407,7 +407,8 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         supervised = targets != -100
         targets = targets[supervised]
         logits = self.lm_head(hidden_states[:, :-1][supervised]).float()
-        loss = self.cross_entropy(logits, targets)
+        # A batch may have no answer to learn, which not every kernel takes.
+        loss = self.cross_entropy(logits, targets) if len(targets) else logits.sum()
         if num_items is None:
             num_items = max(1, len(targets))
         elif torch.is_tensor(num_items):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -90,7 +91,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
     """
     runs = [read_run(directory) for directory in directories]
     names = _names(runs)
-    settings = _rows([{key: value for group in _settings(run).values() for key, value in group.items()} for run in runs])
+    settings = _rows([_flat(_settings(run)) for run in runs])
     page = (
         _environment()
         .get_template("comparison.html.j2")
@@ -137,6 +138,16 @@ def _settings(run: Run) -> dict[str, dict[str, str]]:
         elif key not in ("command", "date"):
             groups["Run"][name] = _text(value)
     return {name: group for name, group in groups.items() if group}
+
+
+def _flat(groups: dict[str, dict[str, str]]) -> dict[str, str]:
+    """Return the settings of all groups; one whose name another group has too says which it is of."""
+    times = Counter(key for group in groups.values() for key in group)
+    return {
+        key if times[key] == 1 else f"{key} ({name.lower()})": value
+        for name, group in groups.items()
+        for key, value in group.items()
+    }
 
 
 def _text(value: object) -> str:
