@@ -20,11 +20,14 @@ from .collator import load_crops
 from .conversations import Conversation, Picture, encode_prompt
 from .model import base_model, stop_token_ids
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from .phi3v.cache import new_cache
 from .phi3v.processing import pad_rows
 from .progress import track
 from .workers import WorkerLoader
 
 T = TypeVar("T")
+
+TOKENS_A_ROUND = 8  # after which answers that have ended leave the batch
 
 
 class _Prompts(Dataset):
@@ -203,14 +206,28 @@ def generate_and_compare(
 
 
 def _generate(model: nn.Module, processor: Phi3VProcessor, prompts: dict[str, Any], max_new_tokens: int) -> list[str]:
-    generated = model.generate(
-        **prompts,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=stop_token_ids(processor),
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    return processor.tokenizer.batch_decode(generated[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    """Answer some prompts; where their beginnings are in a cache, answers that have ended leave the batch from time to time."""
+    stops = stop_token_ids(processor)
+    options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
+    ids, mask, cache = (prompts.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+    answers: list[list[int]] = [[] for _ in ids]
+    if cache is None:
+        whole = model.generate(**prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options)
+        answers, max_new_tokens = whole[:, ids.shape[1] :].tolist(), 0
+    going = torch.arange(len(ids), device=ids.device)
+    while max_new_tokens and len(going):
+        whole = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=min(TOKENS_A_ROUND, max_new_tokens), **options
+        )
+        new = whole[:, ids.shape[1] :]
+        for row, tokens in zip(going.tolist(), new.tolist(), strict=True):
+            answers[row] += tokens
+        kept = (~torch.isin(new, torch.tensor(stops, device=new.device)).any(1)).nonzero()[:, 0]
+        going, ids, mask = going[kept], whole[kept], torch.cat([mask, torch.ones_like(new)], dim=1)[kept]
+        if len(kept) < len(new):
+            cache.batch_select_indices(kept)
+        max_new_tokens -= new.shape[1]
+    return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 def _answer_log_probabilities(base: Phi3VForCausalLM, prompts: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:

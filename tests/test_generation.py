@@ -12,10 +12,11 @@ from conftest import ROOT, TINY
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from common import generation
 from common.conversations import pictures, prompt_text
 from common.generation import generate_and_compare, generate_answers, share_by_length
 from common.model import stop_token_ids
-from common.phi3v import Phi3VConfig
+from common.phi3v import Phi3VConfig, cache
 
 ANSWERS = ("Yes.", "No, neither of them")
 
@@ -87,8 +88,12 @@ def alone_at_a_limit(request, conversations, processor):
     return model, [alone(model, processor, conversation) for conversation in conversations]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 8])
-def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, alone_at_a_limit):
+@pytest.mark.parametrize(("batch_size", "tokens_a_round", "room"), [(1, 64, 64), (4, 3, 5), (8, 5, 1)])
+def test_answers_are_those_of_each_prompt_alone(
+    conversations, processor, batch_size, tokens_a_round, room, alone_at_a_limit, monkeypatch
+):
+    monkeypatch.setattr(generation, "TOKENS_A_ROUND", tokens_a_round)
+    monkeypatch.setattr(cache, "ROOM", room)
     model, expected = alone_at_a_limit
     answers, found = generate_and_compare(model, processor, conversations, ANSWERS, flags(batch_size))
     assert answers == [answer for answer, _ in expected]

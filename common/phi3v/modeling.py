@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, DynamicCache, Phi3ForCausalLM, Phi3Model
+from transformers import CLIPVisionConfig, Phi3ForCausalLM, Phi3Model
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -24,6 +24,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.utils.output_capturing import capture_outputs
 
 from . import attention as attention  # registers the implementation `varlen`
+from .cache import new_cache
 from .configuration import Phi3VConfig
 from .image_processing import CROP_SIZE, normalise_with_global_view, num_views
 
@@ -260,7 +261,7 @@ class Phi3VModel(Phi3Model):
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            past_key_values = new_cache()
 
         if cu_seq_lens_q is not None:
             sample_lengths = cu_seq_lens_q.diff().long()

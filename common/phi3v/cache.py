@@ -1,0 +1,52 @@
+"""A key-value cache that new tokens are written into, instead of being copied with all that came before at every token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM = 64  # tokens that a layer makes room for at once
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer, (batch, heads, tokens, head size), at the beginning of tensors with room for more.
+
+    What :meth:`update` returned before is written over by the next one after a :meth:`crop`; with gradients, which that would
+    spoil, it copies as its base does.
+    """
+
+    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        begun = self.get_seq_length()
+        if begun == 0 or torch.is_grad_enabled():
+            return super().update(key_states, value_states, *args, **kwargs)
+        end = begun + key_states.shape[-2]
+        if not self._fits(end):
+            self._rooms = tuple(_with_room(states, end + ROOM) for states in (self.keys, self.values))
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., begun:end, :] = states
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def _fits(self, end: int) -> bool:
+        """Whether keys and values still lie in the rooms, as they don't once rows were chosen, and there is room left."""
+        if self._rooms is None:
+            return False
+        return all(
+            room.shape[-2] >= end and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
+            for room, states in zip(self._rooms, (self.keys, self.values), strict=True)
+        )
+
+
+def new_cache() -> Cache:
+    """An empty cache."""
+    return Cache(layer_class_to_replicate=RoomyLayer)
+
+
+def _with_room(states: torch.Tensor, tokens: int) -> torch.Tensor:
+    room = states.new_empty((*states.shape[:-2], tokens, states.shape[-1]))
+    room[..., : states.shape[-2], :] = states
+    return room
