@@ -93,6 +93,12 @@ def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path)
     assert "lacks" in said and name in said and "copy the checkpoint's files" in said
 
 
+def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_path):
+    (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
+    said = message(monkeypatch, data, tmp_path / "out", deepspeed=tmp_path / "zero.json")
+    assert "zero.json has an optimizer of its own" in said and "take that section out" in said
+
+
 def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     config = json.loads((TINY / "config.json").read_text()) | {"model_type": "llama"}
