@@ -183,6 +183,23 @@ class EarlyStopping(EarlyStoppingCallback):
         return control
 
 
+def check_stream_goes_on(checkpoint: Path, batch_size: int, num_processes: int) -> None:
+    """Check that a checkpoint's run went through its stream in such steps: others would repeat rows and leave some out.
+
+    Raises
+    ------
+    ValueError
+        Naming what it began with.
+    """
+    totals = json.loads((checkpoint / TOTALS).read_text())
+    batch_size_then, processes_then = totals["batch_size"], len(totals["running_loss"])
+    if (batch_size_then, processes_then) != (batch_size, num_processes):
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint}: with --streaming a run goes on with the --batch_size and the number of "
+            f"processes that it began with, {batch_size_then} and {processes_then}, not {batch_size} and {num_processes}"
+        )
+
+
 class Totals(TrainerCallback):
     """What the Trainer counts anew in every session, kept with the checkpoints: figures of a resumed run are the whole run's.
 

@@ -189,9 +189,10 @@ def generate_and_compare(
     log_probabilities : numpy.ndarray
         float64 (conversations, candidates), sums over an answer's tokens, in the order of ``conversations``, on every process.
     """
-    tokenize = processor.tokenizer
-    candidate_ids = [torch.tensor(tokenize(text, add_special_tokens=False).input_ids) for text in candidates]
-    most_new_tokens = max([args.max_new_tokens] * generate + [len(ids) for ids in candidate_ids])
+    candidate_ids = [
+        torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
+    ]
+    most_new_tokens = max([args.max_new_tokens if generate else 0, *map(len, candidate_ids)])
     base = base_model(model)
     results = {}
     with _evaluating(model, args):

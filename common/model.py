@@ -95,7 +95,7 @@ def check_checkpoint(name_or_path: str) -> None:
         if "tokenizer_config.json" not in missing and not _has_chat_template(directory):
             missing.append("chat_template.jinja")
         if "config.json" not in missing:
-            model_type = _model_type(directory / "config.json")
+            model_type = _read_object(directory / "config.json").get("model_type")
         index = directory / "model.safetensors.index.json"
         if index.is_file():
             shards = _shards(index)
@@ -364,20 +364,17 @@ def _shards(index: Path) -> list[str]:
 
 def _has_chat_template(directory: Path) -> bool:
     """Whether the tokenizer has one, in a file of its own or, as published, in its configuration."""
-    if (directory / "chat_template.jinja").is_file():
-        return True
-    config = directory / "tokenizer_config.json"
+    return (directory / "chat_template.jinja").is_file() or "chat_template" in _read_object(directory / "tokenizer_config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{config} is no JSON object ({error}): copy the checkpoint's files there again") from None
-
-
-def _model_type(config: Path) -> str | None:
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config} is no JSON object ({error}): copy the checkpoint's files there again") from None
+        raise ValueError(f"{path} is no JSON object ({error}): copy the checkpoint's files there again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object, but a {type(content).__name__}: copy the checkpoint's files there again")
+    return content
 
 
 def _first_line(error: Any) -> str:

@@ -113,8 +113,10 @@ class TrainingProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         parts = [form.format(logs[name]) for name, form in self.FIGURES.items() if name in logs]
-        metrics = [name for name in logs if name.startswith("eval_") and name not in self.NO_METRICS]
-        figures = ", ".join(parts + [f"{name.removeprefix('eval_')} {logs[name]:.4f}" for name in metrics])
+        if "eval_loss" in logs:  # what is evaluated before and after training is printed by itself
+            metrics = [name for name in logs if name.startswith("eval_") and name not in self.NO_METRICS]
+            parts += [f"{name.removeprefix('eval_')} {logs[name]:.4f}" for name in metrics]
+        figures = ", ".join(parts)
         if not figures or not state.is_world_process_zero:
             return
         step, last = state.global_step, state.max_steps

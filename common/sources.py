@@ -186,7 +186,7 @@ def check_rows(
     ----------
     rows : sequence
     conversations : callable
-        All conversations that a row can become.
+        All conversations that a row can become, on the same pictures.
     name : str
         What messages call a row.
     bar : bool
@@ -199,16 +199,16 @@ def check_rows(
     """
 
     def check(number: int) -> None:
-        checked: list[Picture] = []
-        for conversation in conversations(rows[number]):
+        found = list(conversations(rows[number]))
+        if not found:
+            raise ValueError(f"{name} {number}: nothing is asked: take the row out")
+        for conversation in found:
             check_conversation(conversation, f"{name} {number}")
-            try:
-                for picture in pictures(conversation):
-                    if not any(picture is other for other in checked):
-                        check_picture(picture)
-                        checked.append(picture)
-            except ValueError as error:
-                raise ValueError(f"{name} {number}: {error}") from None
+        try:
+            for picture in pictures(found[0]):
+                check_picture(picture)
+        except ValueError as error:
+            raise ValueError(f"{name} {number}: {error}") from None
 
     _check_all(f"{name}s", range(len(rows)), check, len(rows), bar)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,18 +15,11 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoConfig,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from .adapter_base import find_snapshot, read_tensors, write_base_description
-from .checkpoints import MANIFEST, TOTALS, EarlyStopping, StopOnSignal, Totals, saving, write_manifest
+from .checkpoints import MANIFEST, EarlyStopping, StopOnSignal, Totals, check_stream_goes_on, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation
@@ -93,7 +85,7 @@ def _plan_batches(
             raise ValueError("--streaming: this script reads its data as a whole; leave the flag out")
         batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
         if args.resume_from_checkpoint:
-            _check_stream_goes_on(args.resume_from_checkpoint, args.batch_size, state.num_processes)
+            check_stream_goes_on(args.resume_from_checkpoint, args.batch_size, state.num_processes)
             trainer_state = args.resume_from_checkpoint / "trainer_state.json"
             batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return batches, data.sample_lengths()
@@ -118,17 +110,6 @@ def _plan_batches(
         vision_trains=not args.freeze_vision_model and (not args.train_only or "vision" in args.train_only),
     )
     return batches, lengths
-
-
-def _check_stream_goes_on(checkpoint: Path, batch_size: int, num_processes: int) -> None:
-    """Check that as many processes go through the stream in as large steps: others would repeat rows and leave some out."""
-    totals = json.loads((checkpoint / TOTALS).read_text())
-    batch_size_then, processes_then = totals["batch_size"], len(totals["running_loss"])
-    if (batch_size_then, processes_then) != (batch_size, num_processes):
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: with --streaming a run goes on with the --batch_size and the number of "
-            f"processes that it began with, {batch_size_then} and {processes_then}, not {batch_size} and {num_processes}"
-        )
 
 
 class FinetuningTrainer(Trainer):
@@ -221,7 +202,8 @@ class FinetuningTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # as it says before the first step if a resumed run was done already
-            wait_until_quiet()  # a resumed epoch's loader is accelerate's own, which does not
+            if self.args.dataloader_num_workers:
+                wait_until_quiet()  # a resumed epoch's loader is accelerate's own, which does not
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
+from common import training
 from common.collator import load_crops
 from common.training import run
 
@@ -93,6 +94,17 @@ def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path)
     assert "lacks" in said and name in said and "copy the checkpoint's files" in said
 
 
+@pytest.mark.parametrize(("exported", "threads"), [("1", None), ("3", 3)])
+def test_threads_are_those_that_were_asked_for(exported, threads, monkeypatch):
+    """torchrun sets 1 itself, which nobody asked for."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", exported)
+    monkeypatch.setenv("RANK", "0")
+    training._prepare_environment(on_gpu=False)
+    assert chosen == ([] if threads else [training._cores_of_process()])
+
+
 def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_path):
     (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
     said = message(monkeypatch, data, tmp_path / "out", deepspeed=tmp_path / "zero.json")
@@ -141,56 +153,6 @@ def test_an_adapter_for_a_model(monkeypatch, data, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
     assert "is an adapter: merge it into its base first (python -m tools.merge_lora" in said
-
-
-@pytest.mark.parametrize(
-    ("capability", "installed", "options", "expected"),
-    [
-        ((8, 0), (), {}, "varlen"),
-        ((9, 0), (2, 3), {}, "varlen"),
-        ((9, 0), (), {"use_flash_attention": True}, "varlen"),
-        ((8, 0), (2, 3), {"use_flash_attention": True}, "flash_attention_2"),
-        ((9, 0), (2, 3), {"use_flash_attention": True}, "flash_attention_3"),
-        ((9, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_4"),
-        ((12, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_2"),
-        ((8, 0), (2,), {"attn_implementation": "sdpa"}, "sdpa"),
-        ((7, 5), (2,), {}, "varlen"),
-        ((7, 0), (2,), {"use_flash_attention": True}, "no flash kernel runs on Some GPU"),
-        ((7, 0), (2,), {"attn_implementation": "flash_attention_2"}, "finds no GPU that it runs on"),
-        ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "finds no GPU that it runs on"),
-    ],
-)
-def test_attention_by_gpu_and_what_is_installed(capability, installed, options, expected, monkeypatch):
-    from argparse import Namespace
-
-    from common import model
-    from common.phi3v.attention import has_varlen_kernel
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    for number in (2, 3, 4):
-        monkeypatch.setattr(model, f"is_flash_attn_{number}_available", lambda number=number: number in installed)
-    has_varlen_kernel.cache_clear()
-    args = Namespace(**{"use_flash_attention": False, "attn_implementation": None} | options)
-    try:
-        chosen = model.choose_attention(args, torch.device("cuda"))[0]
-    except ValueError as error:
-        chosen = str(error)
-    finally:
-        has_varlen_kernel.cache_clear()
-    assert expected in chosen
-
-
-def test_bf16_on_a_gpu_without_it(monkeypatch):
-    from argparse import Namespace
-
-    from common.model import training_precision
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    with pytest.raises(ValueError, match="--bf16: Tesla V100 has no bf16"):
-        training_precision(Namespace(bf16=True), torch.device("cuda"))
-    assert training_precision(Namespace(bf16=True), torch.device("cpu")) == "bf16"
 
 
 def break_missing(data):

@@ -1,12 +1,10 @@
 """convert_ucf101.py, run as its users run it."""
 
 import io
-import json
 import os
 import pty
 import signal
 import subprocess
-import sys
 import tarfile
 import termios
 import time
@@ -15,69 +13,17 @@ import av
 import numpy as np
 import psutil
 import pytest
-from clips import frame_number, truncate, write_clip
-from conftest import ROOT, SHARED, needs_data
+from clips import truncate, write_clip
+from conftest import SHARED, needs_data
+from converter import SCRIPT, contents, convert, many_clips, refuse, rows, shown, write_source
 from PIL import Image
 
 REAL_ARCHIVE = SHARED / "data/ucf101/UCF101_subset.tar.gz"
-SCRIPT = [sys.executable, str(ROOT / "convert_ucf101.py"), "--num_workers", "2"]
-
-
-def run(out_dir, *flags, env=None):
-    command = [*SCRIPT, "--out_dir", out_dir, *flags]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=120)
-
-
-def convert(out_dir, *flags, env=None):
-    """Run the script; it must succeed."""
-    result = run(out_dir, *flags, env=env)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def refuse(out_dir, *flags, env=None):
-    """Run the script; it must fail with one message, which is returned, and list no pictures."""
-    result = run(out_dir, *flags, env=env)
-    assert result.returncode not in (0, -signal.SIGKILL)
-    assert "Traceback" not in result.stderr
-    assert not list(out_dir.glob("*.jsonl"))
-    return result.stderr
-
-
-def rows(out_dir, split):
-    return [json.loads(line) for line in (out_dir / f"ucf101_{split}.jsonl").read_text("utf-8").splitlines()]
-
-
-def contents(out_dir):
-    """Every file below a folder, by its path there."""
-    return {str(path.relative_to(out_dir)): path.read_bytes() for path in out_dir.rglob("*") if path.is_file()}
-
-
-def shown(out_dir, clip, num_frames=8):
-    """Which frames a clip's pictures show."""
-    return [frame_number(out_dir / f"images/{clip}.{i}.jpg") for i in range(num_frames)]
-
-
-def make_tar(path, members):
-    """Write an archive; `members` maps names to bytes, or to a TarInfo that needs none."""
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in members.items():
-            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if isinstance(content, bytes):
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-            else:
-                archive.addfile(info)
-    return path
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Two classes, four clips."""
-    folder = tmp_path / "source"
-    for clip, num_frames in {"train/Run/b": 30, "train/Run/a": 20, "val/Jump/c": 16, "test/Run/d": 9}.items():
-        write_clip(folder / f"{clip}.avi", num_frames)
-    return folder
+    return write_source(tmp_path / "source")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -219,18 +165,6 @@ def test_real_clips(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def many_clips(folder):
-    """60 clips to convert, a few seconds' work."""
-    write_clip(folder / "val/Class0/v.avi", 75)
-    for split, count in {"train": 40, "val": 10, "test": 10}.items():
-        for i in range(count):
-            path = folder / f"{split}/Class{i % 4}/clip{i:02d}.avi"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((folder / "val/Class0/v.avi").read_bytes())
-    (folder / "val/Class0/v.avi").unlink()
-    return folder
-
-
 def kill_when(condition, *flags):
     """Start the script, SIGKILL it as soon as `condition` holds, and wait until its workers are gone too."""
     process = subprocess.Popen([*SCRIPT, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -322,133 +256,6 @@ def test_lines_are_withdrawn_before_pictures_change(source, tmp_path):
     convert(out, "--source", source)
     (source / "val/Jump/c.avi").write_bytes(b"broken")
     refuse(out, "--source", source)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Bad input
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def test_broken_clips_are_all_named(source, tmp_path):
-    (source / "train/Run/a.avi").write_bytes(b"no video at all")
-    truncate(source / "test/Run/d.avi", 0.1)
-    message = refuse(tmp_path / "out", "--source", source)
-    assert "Broken clip: train/Run/a.avi" in message
-    assert "Broken clip: test/Run/d.avi" in message
-    assert "2 of 4 clips can't be decoded" in message
-    assert "--skip_broken" in message
-
-
-def test_skip_broken_leaves_out_and_counts(source, tmp_path):
-    out = tmp_path / "out"
-    convert(out, "--source", source)
-    write_clip(source / "train/Walk/w.avi", 10)
-    truncate(source / "train/Walk/w.avi", 0.1)
-    (source / "train/Run/a.avi").write_bytes(b"")
-    result = convert(out, "--source", source, "--skip_broken")
-    assert "Broken clip: train/Run/a.avi" in result.stderr
-    assert "Left out 2 broken clips" in result.stdout
-    assert [row["id"] for split in ("train", "val", "test") for row in rows(out, split)] == [
-        "train-0000000000",
-        "val-0000000001",
-        "test-0000000002",
-    ]
-    assert len(contents(out)) == 3 * 8 + 3
-    assert all("Walk" not in row["conversations"][0]["user"] for row in rows(out, "train"))  # no clip of it is left
-
-
-def test_skip_broken_needs_one_good_clip_a_split(source, tmp_path):
-    (source / "val/Jump/c.avi").write_bytes(b"")
-    message = refuse(tmp_path / "out", "--source", source, "--skip_broken")
-    assert "no clip of split 'val' can be decoded" in message
-
-
-def link(name, target, kind=tarfile.SYMTYPE):
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
-@pytest.mark.parametrize(
-    "name, member",
-    [
-        ("UCF101_subset/train/../../../evil.avi", b"x"),
-        ("../train/Run/evil.avi", b"x"),
-        ("/train/Run/evil.avi", b"x"),
-        ("train/../evil.avi", b"x"),
-        ("train/Evil", link("train/Evil", "/etc")),
-        ("train/Evil", link("train/Evil", "../../..")),
-        ("train/Run/e.avi", link("train/Run/e.avi", "../../etc/passwd", tarfile.LNKTYPE)),
-    ],
-)
-def test_archive_member_outside_the_target_is_refused(source, tmp_path, name, member):
-    clips = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
-    before = set(contents(tmp_path))
-    archive = make_tar(tmp_path / "bad.tar.gz", {**clips, name: member})
-    message = refuse(tmp_path / "out", "--source", archive)
-    assert f"its member {name!r} would land outside" in message
-    assert set(contents(tmp_path)) == before | {"bad.tar.gz"}
-
-
-def test_damaged_archives(source, tmp_path):
-    whole = make_tar(
-        tmp_path / "whole.tar.gz", {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
-    ).read_bytes()
-    half, garbled, text = tmp_path / "half.tar.gz", tmp_path / "garbled.tar.gz", tmp_path / "text.txt"
-    half.write_bytes(whole[: len(whole) // 2])
-    garbled.write_bytes(whole[:200] + b"\xff" * 200 + whole[400:])
-    text.write_text("hello")
-    for archive in (half, garbled, text):
-        message = refuse(tmp_path / "out", "--source", archive)
-        assert f"--source {archive}: no tar archive, or a damaged one" in message
-
-
-def test_unusable_sources(source, tmp_path):
-    out = tmp_path / "out"
-    assert "no such file or folder" in refuse(out, "--source", tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "no clips; expected {train,val,test}/<class>/*.avi" in refuse(out, "--source", tmp_path / "empty")
-    assert "no clips" in refuse(out, "--source", make_tar(tmp_path / "empty.tar.gz", {}))
-    assert "no clips" in refuse(out, "--source", source / "train")
-    write_clip(tmp_path / "parent/one/train/Run/a.avi", 5)
-    write_clip(tmp_path / "parent/two/train/Run/a.avi", 5)
-    assert "more than one data set (one and two)" in refuse(out, "--source", tmp_path / "parent")
-    (source / "val/Jump/c.avi").rename(source / "val/c.avi")
-    assert "split 'val' is missing" in refuse(out, "--source", source)
-    (source / "val/c.avi").rename(source / "val/Jump/c.avi")
-    write_clip(source / "test/Run/d.AVI", 5)
-    assert "test/Run/d.AVI and test/Run/d.avi would share their pictures" in refuse(out, "--source", source)
-    assert not out.exists()
-
-
-def test_hub_out_of_reach(tmp_path):
-    message = refuse(tmp_path / "out", env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")})
-    assert "UCF101_subset.tar.gz of sayakpaul/ucf101-subset can't be fetched from the hub" in message
-    assert "--source" in message
-
-
-@pytest.mark.parametrize("flag", ["--num_frames", "--num_workers"])
-def test_counts_below_one(source, tmp_path, flag):
-    assert f"argument {flag}: must be at least 1" in refuse(tmp_path / "out", "--source", source, flag, "0")
-
-
-def test_out_dir_that_is_a_file(source, tmp_path):
-    (tmp_path / "out").write_text("in the way")
-    assert str(tmp_path / "out") in refuse(tmp_path / "out", "--source", source)
-
-
-def test_killed_worker_ends_the_run(tmp_path):
-    source, out = many_clips(tmp_path / "source"), tmp_path / "out"
-    command = [*SCRIPT, "--source", str(source), "--out_dir", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(out.glob("images/*/*/*.jpg")):
-        time.sleep(0.001)
-    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-    workers[0].kill()
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 1
-    assert "a decoding process died" in message
-    assert "Traceback" not in message
 
 
 # --------------------------------------------------------------------------------------------------------------------

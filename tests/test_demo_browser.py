@@ -48,6 +48,16 @@ def adapter(tmp_path_factory) -> Path:
     return directory
 
 
+def test_a_full_model_stands_beside_the_commit_that_it_was_finetuned_from(tmp_path, monkeypatch):
+    shutil.copytree(TINY, tmp_path / "finetuned")
+    (tmp_path / "finetuned/run.json").write_text(json.dumps({"base_model": str(TINY), "base_revision": "0123abc"}))
+    asked = []
+    monkeypatch.setattr(tools.demo, "load_full", lambda base, device, revision: asked.append((base, revision)))
+    assert [model.name for model in load_models(str(tmp_path / "finetuned"))[0]] == [str(tmp_path / "finetuned"), str(TINY)]
+    load_models(str(tmp_path / "finetuned"), base=str(tmp_path / "finetuned"))
+    assert asked == [(str(TINY), "0123abc"), (str(tmp_path / "finetuned"), None)]
+
+
 @pytest.fixture(scope="module")
 def answers(adapter, documents) -> list[str]:
     """What the adapter and its base answer about both pictures."""

@@ -176,6 +176,9 @@ def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)
     assert batches.accumulation == (1 if budget else 4)
+    assert batches.vision_trains
+    for frozen in ({"freeze_vision_model": True}, {"train_only": ["decoder", "projector"]}):
+        assert not _plan_batches(argparse.Namespace(**flags | frozen), Texts(1024))[0].vision_trains
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])

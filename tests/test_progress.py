@@ -135,7 +135,8 @@ def train(clock, bar=True, **logs):
         progress.on_step_end(None, state, None)
         if step % 5 == 0:
             progress.on_log(None, state, None, logs=LOGS | logs)
-    progress.on_log(None, state, None, logs={"eval_loss": 1.25, "epoch": 2.0})
+    progress.on_log(None, state, None, logs={"eval_loss": 1.25, "eval_anls": 0.5, "eval_runtime": 3.0, "epoch": 2.0})
+    progress.on_log(None, state, None, logs={"eval_anls": 0.5})
     progress.on_log(None, state, None, logs={"train_runtime": 30.0})
     progress.on_train_end(None, state, None)
 
@@ -146,7 +147,7 @@ def test_training_on_a_terminal_shows_a_bar(screen, clock, capsys, logs, figures
     train(clock, **logs)
     bar = shown.getvalue()
     assert "\rTraining:  50%" in bar and "10/20" in bar and "20/20" in bar
-    assert figures in bar and "evaluation loss 1.2500" in bar
+    assert figures in bar and "evaluation loss 1.2500, anls 0.5000" in bar
     assert ("MFU" in bar) == bool(logs) and not capsys.readouterr().out
 
 
@@ -158,7 +159,7 @@ def test_training_without_a_bar_writes_plain_lines(screen, clock, capsys, termin
     assert capsys.readouterr().out.splitlines() == [
         f"step 15 of 20, 00:15 left: {figures}",
         f"step 20 of 20, 00:00 left: {figures}",
-        "step 20 of 20, 00:00 left: evaluation loss 1.2500",
+        "step 20 of 20, 00:00 left: evaluation loss 1.2500, anls 0.5000",
     ]
     assert shown.getvalue() == ""
 

@@ -15,6 +15,7 @@ from PIL import Image
 from report_runs import TASKS, make_run, write_json
 
 import tools.report
+from common import training
 from common.report import FILES, save_gallery_images, select_gallery, write_comparison, write_report
 from common.report.charts import confusion_chart, curve_charts, number, roc_chart, score_chart, transition_chart
 
@@ -348,6 +349,24 @@ def test_a_name_in_two_groups_of_settings_is_told_apart(tmp_path):
     text = Page(write_comparison(runs, tmp_path / "both.html")).text
     differs, _, common = text.partition("What all have in common")
     assert "deepspeed (versions) 0.19.0 0.19.1" in differs and "deepspeed (hyperparameters) zero2.json" in common
+
+
+def test_of_rows_with_one_id_the_gallery_shows_the_first(tmp_path):
+    """As it does of their answers."""
+    run, asked = make_run(tmp_path / "run", "DocVQA", samples=4, steps=4), []
+    for name in ("eval_before.json", "eval_after.json"):
+        evaluation = json.loads((run / name).read_text())
+        for entry in evaluation["predictions"]:
+            entry |= {"id": "the same", "score": float(name == "eval_after.json")}
+        (run / name).write_text(json.dumps(evaluation))
+
+    class Rows:
+        def conversation(self, epoch, row):
+            asked.append(row)
+            return {"conversations": [{"images": [], "user": "What?", "assistant": "This."}]}
+
+    training._report(run, Rows())
+    assert set(asked) == {0}
 
 
 def test_the_tool_says_what_is_wrong(tmp_path, monkeypatch):

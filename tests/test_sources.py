@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from common.data import TrainingData
-from common.sources import check_pictures, load_conversations, load_hub
+from common.sources import check_pictures, check_rows, load_conversations, load_hub
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +123,23 @@ def test_pictures_are_checked_one_by_one(image_dir):
     check_pictures([image_dir / "a/left.png", str(image_dir / "a/right.jpg")])
     with pytest.raises(ValueError, match="no.png is missing"):
         check_pictures([image_dir / "a/left.png", image_dir / "no.png"])
+
+
+def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
+    whole = (image_dir / "a/left.png").read_bytes()
+
+    def conversations(row):
+        return [{"conversations": [turn(user, images=[{"bytes": row["picture"], "path": None}])]} for user in row["asked"]]
+
+    good = {"picture": whole, "asked": ["What?", "Which is <|image_1|>?"]}
+    check_rows([good, good], conversations, "training row")
+    for wrong, message in (
+        ({"picture": whole[: len(whole) // 2]}, "a picture stored in the data set can't be (read|decoded)"),
+        ({"asked": ["What?", "<|image_2|>?"]}, "the text's image tags"),
+        ({"asked": []}, "nothing is asked"),
+    ):
+        with pytest.raises(ValueError, match=f"^training row 1: {message}"):
+            check_rows([good, good | wrong], conversations, "training row")
 
 
 def test_a_hub_without_access_is_named():

@@ -36,7 +36,7 @@ class RoomyLayer(DynamicLayer):
         if self._rooms is None:
             return False
         return all(
-            room.shape[-2] >= end and states.data_ptr() == room.data_ptr() and states.stride() == room.stride()
+            room.shape[-2] >= end and states.data_ptr() == room.data_ptr()
             for room, states in zip(self._rooms, (self.keys, self.values), strict=True)
         )
 

@@ -1,0 +1,105 @@
+"""From crops to image tokens: CLIP's tower, and what makes tokens of its features."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
+
+from .configuration import Phi3VConfig
+from .image_processing import CROP_SIZE, normalise_with_global_view, num_views
+
+
+class CLIPTower(nn.Module):
+    """CLIP's vision tower up to the features of its last layer but one, under the published parameter names."""
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__()
+        self.embeddings = CLIPVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = CLIPEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def unused_modules(self) -> list[nn.Module]:
+        """Modules that checkpoints hold and nothing runs: the last layer and the final norm."""
+        return [self.encoder.layers[-1], self.post_layernorm]
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features of crops: (crops, 3, 336, 336) to (crops, 576, hidden size), without the class token."""
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.encoder.layers[:-1]:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states[:, 1:]
+
+
+class Phi3VImageEmbedding(nn.Module):
+    """Crops to image tokens: tower, 2×2 merge, separators, projection."""
+
+    # Bounds the tower's memory.
+    crops_per_chunk = 64
+
+    def __init__(self, config: Phi3VConfig) -> None:
+        super().__init__()
+        self.side = config.tokens_per_crop_side
+        merged_size = 4 * config.vision_config.hidden_size
+        self.img_processor = nn.Module()
+        self.img_processor.vision_model = CLIPTower(config.vision_config)
+        self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged_size))
+        self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged_size))
+        self.img_projection = nn.Sequential(
+            nn.Linear(merged_size, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+
+    @property
+    def tower(self) -> CLIPTower:
+        """The CLIP tower, ``img_processor.vision_model``."""
+        return self.img_processor.vision_model
+
+    def views(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """Real views of all pictures, (views, 3, 336, 336): per picture the global view, then its crops, each once.
+
+        Parameters
+        ----------
+        pixel_values : torch.Tensor
+            Floating point, (pictures, crops + 1, 3, 336, 336), as the processor gives them, blank crops included; or
+            uint8, (all crops of all pictures, 3, 336, 336), to be normalised here.
+        image_sizes : list of (int, int)
+            Height and width of each picture.
+        """
+        if pixel_values.dtype == torch.uint8:
+            return normalise_with_global_view(pixel_values, image_sizes)
+        real = [picture[: num_views(*size)] for picture, size in zip(pixel_values, image_sizes, strict=True)]
+        return torch.cat(real)
+
+    def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+        """Tokens of all pictures one after the other, (image tokens, decoder's hidden size)."""
+        views = self.views(pixel_values, image_sizes).to(self.glb_GN.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())):
+            features = torch.cat([self.tower(chunk) for chunk in views.split(self.crops_per_chunk)])
+        # Four neighbouring patches become one token of four times the width.
+        side, width = self.side, features.shape[-1]
+        features = features.reshape(-1, side, 2, side, 2, width).transpose(2, 3)
+        features = features.reshape(-1, side, side, 4 * width)
+        row_end, view_end = self.sub_GN.to(features.dtype)[0], self.glb_GN.to(features.dtype)[0]
+
+        tokens, start = [], 0
+        for height, width in image_sizes:
+            rows, columns = height // CROP_SIZE, width // CROP_SIZE
+            views = features[start : start + num_views(height, width)]
+            start += len(views)
+            whole, crops = views[0], views[-rows * columns :]
+            crops = crops.reshape(rows, columns, side, side, -1).transpose(1, 2)
+            crops = crops.reshape(rows * side, columns * side, -1)
+            tokens += [
+                torch.cat([crops, row_end.expand(rows * side, 1, -1)], dim=1).flatten(0, 1),
+                view_end,
+                torch.cat([whole, row_end.expand(side, 1, -1)], dim=1).flatten(0, 1),
+            ]
+        return self.img_projection(torch.cat(tokens))
+
+    def num_tokens(self, image_sizes: list[tuple[int, int]]) -> list[int]:
+        """Tokens of each picture."""
+        side = self.side
+        grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
+        return [(rows * columns + 1) * side**2 + 1 + (rows + 1) * side for rows, columns in grids]

@@ -1,0 +1,50 @@
+"""Which attention and which precision a GPU gets, by what it is and what is installed."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from common import model
+from common.phi3v.attention import has_varlen_kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "options", "expected"),
+    [
+        ((8, 0), (), {}, "varlen"),
+        ((9, 0), (2, 3), {}, "varlen"),
+        ((9, 0), (), {"use_flash_attention": True}, "varlen"),
+        ((8, 0), (2, 3), {"use_flash_attention": True}, "flash_attention_2"),
+        ((9, 0), (2, 3), {"use_flash_attention": True}, "flash_attention_3"),
+        ((9, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_4"),
+        ((12, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_2"),
+        ((8, 0), (2,), {"attn_implementation": "sdpa"}, "sdpa"),
+        ((7, 5), (2,), {}, "varlen"),
+        ((7, 0), (2,), {"use_flash_attention": True}, "no flash kernel runs on Some GPU"),
+        ((7, 0), (2,), {"attn_implementation": "flash_attention_2"}, "finds no GPU that it runs on"),
+        ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "finds no GPU that it runs on"),
+    ],
+)
+def test_attention_by_gpu_and_what_is_installed(capability, installed, options, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    for number in (2, 3, 4):
+        monkeypatch.setattr(model, f"is_flash_attn_{number}_available", lambda number=number: number in installed)
+    has_varlen_kernel.cache_clear()
+    args = Namespace(**{"use_flash_attention": False, "attn_implementation": None} | options)
+    try:
+        chosen = model.choose_attention(args, torch.device("cuda"))[0]
+    except ValueError as error:
+        chosen = str(error)
+    finally:
+        has_varlen_kernel.cache_clear()
+    assert expected in chosen
+
+
+def test_bf16_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(ValueError, match="--bf16: Tesla V100 has no bf16"):
+        model.training_precision(Namespace(bf16=True), torch.device("cuda"))
+    assert model.training_precision(Namespace(bf16=True), torch.device("cpu")) == "bf16"
