@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,7 +148,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
-    check_pictures((image_dir / name.as_py() for name in names), bar, len(names))
+    check_pictures((image_dir / name.as_py() for name in names), bar, len(names), whole=False)
 
     def with_paths(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for turns in batch["conversations"]:
@@ -158,8 +159,8 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     return rows.with_transform(with_paths)
 
 
-def check_pictures(images: Iterable[Picture], bar: bool = True, count: int | None = None) -> None:
-    """Check that pictures are there and not cut short, each process a share of them.
+def check_pictures(images: Iterable[Picture], bar: bool = True, count: int | None = None, whole: bool = True) -> None:
+    """Check that pictures are there and can be decoded, each process a share of them.
 
     Parameters
     ----------
@@ -168,19 +169,21 @@ def check_pictures(images: Iterable[Picture], bar: bool = True, count: int | Non
         False for ``--no-tqdm``.
     count : int, optional
         How many pictures there are, where they don't know it themselves.
+    whole : bool
+        As :func:`~common.conversations.check_picture` takes it.
 
     Raises
     ------
     ValueError
         Naming the first picture that is not.
     """
-    _check_all("pictures", images, check_picture, len(images) if count is None else count, bar)
+    _check_all("pictures", images, partial(check_picture, whole=whole), len(images) if count is None else count, bar)
 
 
 def check_rows(
     rows: Sequence[Any], conversations: Callable[[Any], Iterable[Conversation]], name: str, bar: bool = True
 ) -> None:
-    """Check rows that hold their pictures: texts, tags, and that pictures are not cut short; each process a share of them.
+    """Check rows that hold their pictures: texts, tags, and that pictures can be decoded; each process a share of them.
 
     Parameters
     ----------

@@ -1,5 +1,6 @@
 """Bad input ends a run before any training, with a message that names the file, row or flag and what to do."""
 
+import io
 import json
 import random
 import shutil
@@ -310,14 +311,19 @@ def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_p
         ("train", "training row 2", "cut short"),
         ("test", "evaluation row 2", "cut short"),
         ("train", "training row 2", "damaged before its end"),
+        ("train", "training row 2", "damaged without checksums"),
     ],
 )
 def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how, data, tmp_path):
-    """Before anything is computed, or by the worker that decodes it."""
+    """Before anything is computed; a JPEG, which has no checksums, by the worker that decodes it."""
     (tmp_path / "mini").mkdir()
     whole = (data / "documents/train0.png").read_bytes()
     half = len(whole) // 2
-    damaged = whole[:half] if how == "cut short" else whole[:half] + bytes(len(whole) - half - 64) + whole[-64:]
+    damaged = whole[:half] + bytes(len(whole) - half - 64) + whole[-64:]
+    if how == "cut short":
+        damaged = whole[:half]
+    elif how == "damaged without checksums":
+        damaged = as_damaged_jpeg(whole)
     for part in ("train", "test"):
         pictures = [whole, whole, damaged if part == split else whole]
         rows = [{"image": {"bytes": picture, "path": None}, "query": {"en": "What?"}} for picture in pictures]
@@ -334,7 +340,22 @@ def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how,
     assert codes == [1], said
     assert f"error: {place}: a picture stored in the data set can't be decoded" in said
     assert "Traceback" not in said
-    assert (tmp_path / "out/eval_before.json").exists() == (how != "cut short")
+    assert (tmp_path / "out/eval_before.json").exists() == (how == "damaged without checksums")
+
+
+def as_damaged_jpeg(picture):
+    """A JPEG file whose ends are as they should, with a frame's begin in its middle."""
+    file = io.BytesIO()
+    Image.open(io.BytesIO(picture)).convert("RGB").save(file, "JPEG")
+    content, half = file.getvalue(), len(file.getvalue()) // 2
+    return content[:half] + b"\xff\xc0" + content[half + 2 :]
+
+
+def test_a_page_of_the_release_that_is_damaged_before_its_end_is_named_before_training(monkeypatch, data, tmp_path):
+    page = data / "documents/train0.png"
+    whole = page.read_bytes()
+    page.write_bytes(whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :])
+    assert f"{page} can't be decoded" in message(monkeypatch, data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

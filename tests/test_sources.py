@@ -125,6 +125,19 @@ def test_pictures_are_checked_one_by_one(image_dir):
         check_pictures([image_dir / "a/left.png", image_dir / "no.png"])
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_damage_before_a_files_end_is_found_where_the_whole_file_is_asked_for(kind, tmp_path):
+    path = tmp_path / f"page.{kind.lower()}"
+    Image.effect_noise((300, 200), 50).save(path, kind)
+    check_pictures([path])
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    path.write_bytes(whole[:half] + b"\xff\xc0" + bytes(100) + whole[half + 102 :])
+    check_pictures([path], whole=False)
+    with pytest.raises(ValueError, match=f"{path.name} can't be decoded"):
+        check_pictures([path])
+
+
 def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
     whole = (image_dir / "a/left.png").read_bytes()
 
