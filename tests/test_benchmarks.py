@@ -17,6 +17,7 @@ from benchmarks.pages import SHAPES, draw_pages, find_pages
 from common.data import TrainingData
 from common.phi3v import Phi3VImageProcessor
 from common.phi3v.image_processing import to_crop_grid
+from tools.results_page import load_published
 
 
 def run(name, out, *flags):
@@ -168,13 +169,29 @@ def test_train_reports_a_combination_that_fails():
     assert "40.0 % MFU, 15.2 GB, 1.0 % waiting" in train.describe(row)
 
 
-def test_bars_stand_on_the_rows_they_are_for():
-    measured = [("lora", "full", 1), ("lora", "full", 4), ("lora", "none", 1)]
+def of_a_gpu(*measured, **more):
+    """A result as a GPU would give it: method, recomputation and samples at once of each row."""
     rows = [
-        ROW | {"method": method, "checkpointing": mode, "samples_at_once": samples, "optim": "adamw_torch_fused"}
+        ROW | {"method": method, "checkpointing": mode, "samples_at_once": samples, "optim": "adamw_torch_fused"} | more
         for method, mode, samples in measured
     ]
-    result = {"config": "real", "hardware": {"gpu": "H100"}, "date": "2026-01-02 03:04 UTC", "file": "train.json", "rows": rows}
+    return {"config": "real", "hardware": {"gpu": "H100"}, "date": "2026-01-02 03:04 UTC", "file": "train.json", "rows": rows}
+
+
+def test_the_published_table_shows_the_fastest_measured_row_of_each_method():
+    slow, fast = of_a_gpu(("lora", "full", 1)), of_a_gpu(("lora", "none", 4), images_per_second=6.5, peak_memory_gb=30.0)
+    failed = of_a_gpu(("qlora", "none", 4), error="CUDA out of memory")
+    shown = table.published_table(load_published()["speed"], {"train": [slow, fast, failed]}).splitlines()
+    assert sum("published upstream" in line for line in shown) == 15
+    lora, qlora = (
+        next(line for line in shown if f"| 1 | {title} |" in line and "8×" not in line) for title in ("LoRA", "QLoRA")
+    )
+    assert lora.startswith("| 1×H100 | 1 | LoRA | 6.500 | 30.0 | 40.0 % | H100, 2026-01-02")
+    assert qlora == "| one GPU | 1 | QLoRA | not measured | not measured | not measured | – |"
+
+
+def test_bars_stand_on_the_rows_they_are_for():
+    result = of_a_gpu(("lora", "full", 1), ("lora", "full", 4), ("lora", "none", 1))
     shown = table.gpu_table({"train": [result]})
     lines = [line for line in shown.splitlines() if line.startswith("| LoRA")]
     assert [line.split(" | ")[10] for line in lines] == ["≤ 16", "–", "–"]
