@@ -168,8 +168,8 @@ def render() -> str:
             "also ≥ 5.1 images/s, and data wait ≤ 2 % of a step.",
             gpu_table(results),
             "### Beside the published table",
-            "Rows of 8 GPUs a node are published upstream, not measured here, and their MFU follows from them;\nbelow them, in the "
-            "same columns, the fastest that was measured here, on one GPU. Peak memory is that of one GPU.",
+            "Rows of 8 GPUs a node are published upstream, not measured here, and their MFU follows from them;\n"
+            "below them, in the same columns, the fastest that was measured here, on one GPU. Peak memory is that of one GPU.",
             published_table(published, results),
         ]
     )
