@@ -82,6 +82,7 @@ def start(args: argparse.Namespace) -> PartialState:
     check_arguments(args)
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
+    _check_gpus()
     state = PartialState(cpu=not on_gpu, timeout=TIMEOUT)
     _quieten(args)
     _check_names(args, on_cpu=not on_gpu)
@@ -218,6 +219,12 @@ def _prepare_environment(on_gpu: bool) -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _check_gpus() -> None:
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus > 0:
+        raise ValueError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
 
 
 def _do_without_compiler() -> None:

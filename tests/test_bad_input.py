@@ -106,6 +106,14 @@ def test_threads_are_those_that_were_asked_for(exported, threads, monkeypatch):
     assert chosen == ([] if threads else [training._cores_of_process()])
 
 
+def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    said = message(monkeypatch, data, tmp_path / "out")
+    assert said == "torchrun --nproc_per_node=2: this machine has 1 GPU(s), and each process takes one"
+
+
 def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_path):
     (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
     said = message(monkeypatch, data, tmp_path / "out", deepspeed=tmp_path / "zero.json")

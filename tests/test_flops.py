@@ -1,13 +1,16 @@
 """Model FLOPs against what torch counts while the tiny model runs, and the peak of devices by name."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, Trainer
 
+from common import trainer as trainer_module
 from common.collator import Collator
 from common.conversations import encode_conversation
 from common.flops import TrainingFlops, named_peak_flops, peak_flops
@@ -110,3 +113,33 @@ def test_peak_by_device_name(name, tflops):
 def test_no_peak_for_cpus_and_unknown_gpus():
     assert named_peak_flops("NVIDIA X9000") is None
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_a_log_line_tells_the_speed_of_all_processes_without_what_lies_between_steps(processor, samples, monkeypatch):
+    model = build("full")
+    batches = [Collator(processor)(samples[1:]), Collator(processor, packing=True)(samples[:1])]
+    now, logged = [100.0], []
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer_module, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(trainer_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(trainer_module.dist, "all_reduce", lambda done: done.mul_(2))  # the other process did as much
+    monkeypatch.setattr(Trainer, "training_step", lambda *_: torch.tensor(0.0))
+    monkeypatch.setattr(Trainer, "log", lambda _, logs: logged.append(logs))
+    trainer = trainer_module.FinetuningTrainer.__new__(trainer_module.FinetuningTrainer)
+    trainer.args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
+    trainer.flops = TrainingFlops(model)
+    trainer._done, trainer._counting_since = torch.zeros(3, dtype=torch.float64), None
+    for _ in range(2):
+        for batch in batches:
+            trainer.training_step(model, batch)
+        now[0] += 3
+        with trainer._not_counted():  # an evaluation, say
+            now[0] += 50
+        now[0] += 1
+        trainer.log({"loss": 1.0})
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    flops = sum(TrainingFlops(model)(batch) for batch in batches)
+    speed = {"images_per_second": 2 * 3 / 4, "tokens_per_second": round(2 * tokens / 4, 1), "mfu": round(flops / 4 / 1e12, 4)}
+    assert logged == [{"loss": 1.0} | speed] * 2
+    trainer.log({"eval_loss": 1.0})
+    assert logged[-1] == {"eval_loss": 1.0}

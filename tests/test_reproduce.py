@@ -110,7 +110,13 @@ def test_processes_fit_the_gpus_at_hand_and_the_batch(monkeypatch, capsys):
     assert "4 of 6 GPUs" in printed
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "--nproc_per_node=8 " in run_main(reproduce, monkeypatch, capsys, "docvqa", "--row", "full", "--dry_run")
-    for wrong, message in ((["--nproc_per_node", 3], "doesn't divide the published batch of 64"), ([], "no GPU is at hand")):
+    for gpus, wrong, message in (
+        (0, ["--nproc_per_node", 3], "doesn't divide the published batch of 64"),
+        (0, [], "no GPU is at hand"),
+        (0, ["--nproc_per_node", 2], "no GPU is at hand"),
+        (4, ["--nproc_per_node", 8], r"--nproc_per_node 8: 4 GPU\(s\) are at hand"),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         with pytest.raises(SystemExit, match=message):
             run_main(reproduce, monkeypatch, capsys, "docvqa", "--row", "full", *wrong)
 
@@ -193,6 +199,7 @@ def test_a_failed_row_does_not_keep_the_others_from_running(tmp_path, monkeypatc
         raise runs.RunFailed("the run ended with exit code 1")
 
     monkeypatch.setattr(reproduce, "run_command", fail)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(SystemExit, match="nlvr2: full, frozen failed; the same command goes on"):
         run_main(reproduce, monkeypatch, capsys, "nlvr2", "--all", "--nproc_per_node", 8, "--results_dir", tmp_path)
     assert len(tried) == 2 and not list(tmp_path.iterdir())

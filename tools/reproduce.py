@@ -68,13 +68,13 @@ def count_processes(wanted: int | None, batch_size: int, dry_run: bool) -> int:
     Raises
     ------
     ValueError
-        If there is no GPU, or the wanted number doesn't divide the batch.
+        If there are no GPUs, or fewer than wanted, or the wanted number doesn't divide the batch.
     """
-    if wanted is not None:
-        if wanted < 1 or batch_size % wanted:
-            raise ValueError(f"--nproc_per_node {wanted} doesn't divide the published batch of {batch_size}")
-        return wanted
     gpus = torch.cuda.device_count()
+    if wanted is not None and (wanted < 1 or batch_size % wanted):
+        raise ValueError(f"--nproc_per_node {wanted} doesn't divide the published batch of {batch_size}")
+    if wanted is not None and (dry_run or wanted <= gpus):
+        return wanted
     if gpus == 0 and dry_run:
         print(f"# no GPU is at hand: the command is the one for {PUBLISHED_GPUS}")
         return PUBLISHED_GPUS
@@ -83,6 +83,8 @@ def count_processes(wanted: int | None, batch_size: int, dry_run: bool) -> int:
             "no GPU is at hand, and a published row needs one: --dry_run prints its command, --embedded runs its course "
             "on a CPU with the tiny checkpoint"
         )
+    if wanted is not None:
+        raise ValueError(f"--nproc_per_node {wanted}: {gpus} GPU(s) are at hand; --dry_run prints the command for more")
     processes = max(count for count in range(1, gpus + 1) if batch_size % count == 0)
     if processes < gpus:
         print(f"# {processes} of {gpus} GPUs: the batch of {batch_size} can't be shared evenly by more")
