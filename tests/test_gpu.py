@@ -1,17 +1,22 @@
 """What only a GPU can show: flash kernels, fp16 with gradient scaling, bf16, optimizers that bitsandbytes keeps on the GPU."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, torchrun
+from conftest import ROOT, TINY, torchrun
 from PIL import Image
 from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
+from test_memory import flags as trial_flags
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.collator import Collator
 from common.conversations import encode_conversation
+from common.flops import TrainingFlops
+from common.memory import try_out
 from common.phi3v.attention import varlen_attention_forward
 
 ON_GPU = torch.cuda.is_available()
@@ -170,3 +175,27 @@ def test_optimizers_of_bitsandbytes(optim, dtype, places, tmp_path):
         places, tmp_path, bf16=HAS_FLASH or None, **(options | {"resume_from_checkpoint": "auto", "max_steps": 6})
     )
     assert len(resumed) == 6
+
+
+@needs_flash
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_the_trial_measures_the_gpu_and_leaves_its_memory_as_it_was(packing):
+    device = torch.device("cuda")
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").to(device)
+    args = trial_flags(packing=packing, bf16=True)
+    before = torch.cuda.memory_allocated()
+    trial = try_out(model, args, device, TrainingFlops(model))
+    assert torch.cuda.memory_allocated() == before
+    assert trial.flops_per_second > 0 and trial.choose(2000, 4) == "none"
+
+
+@needs_flash
+@pytest.mark.slow
+def test_the_benchmark_measures_memory_and_mfu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.train", "--random_weights", "--config", "tiny", "--bf16", "--num_images", "2"]
+    command += ["--methods", "full", "qlora", "--checkpointing", "auto", "--batch_size", "4", "--samples_at_once", "2"]
+    command += ["--num_crops", "2", "--warmup", "1", "--steps", "2", "--out", str(tmp_path / "train.json")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=900)
+    rows = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [(row["method"], row["attention"]) for row in rows] == [("full", "varlen"), ("qlora", "varlen")]
+    assert all(row["peak_memory_gb"] > 0 and 0 < row["mfu"] < 1 and 0 <= row["data_wait_share"] < 1 for row in rows)
