@@ -47,7 +47,7 @@ def answer_one_by_one(model, processor, conversations, max_new_tokens):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=16, help="documents, of four questions each (default: 16)")
+    parser.add_argument("--documents", type=int, default=55, help="documents of four questions (default: 55, the demo's)")
     parser.add_argument("--batch_size", type=int, default=32, help="prompts at once (default: 32)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: 64, as the scripts')")
     parser.add_argument("--repetitions", type=int, default=3, help="counted repetitions (default: 3)")

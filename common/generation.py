@@ -14,6 +14,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
+from transformers.cache_utils import Cache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .collator import load_crops
@@ -27,7 +28,7 @@ from .workers import WorkerLoader
 
 T = TypeVar("T")
 
-TOKENS_A_ROUND = 8  # after which answers that have ended leave the batch
+SHARE_LEFT = 0.5  # of a batch, at which answers that have ended leave it, since that copies the cache
 
 
 class _Prompts(Dataset):
@@ -200,35 +201,59 @@ def generate_and_compare(
             prompts = _begin(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
             rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
-            texts = _generate(model, processor, prompts, args.max_new_tokens) if generate else [None] * len(indices)
+            texts = _generate(base, processor, prompts, args.max_new_tokens) if generate else [None] * len(indices)
             results.update(zip(indices, zip(texts, rows, strict=True), strict=True))
     answers, log_probabilities = zip(*_gather_results(results), strict=True)
     return list(answers) if generate else None, np.array(log_probabilities)
 
 
-def _generate(model: nn.Module, processor: Phi3VProcessor, prompts: dict[str, Any], max_new_tokens: int) -> list[str]:
-    """Answer some prompts; where their beginnings are in a cache, answers that have ended leave the batch from time to time."""
+def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[str, Any], max_new_tokens: int) -> list[str]:
+    """Answer some prompts."""
     stops = stop_token_ids(processor)
-    options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
-    ids, mask, cache = (prompts.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
-    answers: list[list[int]] = [[] for _ in ids]
-    if cache is None:
-        whole = model.generate(**prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options)
-        answers, max_new_tokens = whole[:, ids.shape[1] :].tolist(), 0
-    going = torch.arange(len(ids), device=ids.device)
-    while max_new_tokens and len(going):
-        whole = model.generate(
-            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=min(TOKENS_A_ROUND, max_new_tokens), **options
-        )
-        new = whole[:, ids.shape[1] :]
-        for row, tokens in zip(going.tolist(), new.tolist(), strict=True):
-            answers[row] += tokens
-        kept = (~torch.isin(new, torch.tensor(stops, device=new.device)).any(1)).nonzero()[:, 0]
-        going, ids, mask = going[kept], whole[kept], torch.cat([mask, torch.ones_like(new)], dim=1)[kept]
-        if len(kept) < len(new):
-            cache.batch_select_indices(kept)
-        max_new_tokens -= new.shape[1]
+    if "past_key_values" in prompts:
+        answers = _go_on(base, **prompts, max_new_tokens=max_new_tokens, stops=stops)
+    else:
+        options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
+        whole = base.generate(**prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options)
+        answers = whole[:, prompts["input_ids"].shape[1] :].tolist()
     return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def _go_on(
+    base: Phi3VForCausalLM,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    past_key_values: Cache,
+    max_new_tokens: int,
+    stops: list[int],
+) -> list[list[int]]:
+    """Tokens of the answers to prompts whose beginnings are in a cache; answers that have ended leave the batch in time."""
+    answers: list[list[int]] = [[] for _ in input_ids]
+    going = list(range(len(answers)))
+    new = input_ids[:, past_key_values.get_seq_length() :]
+    for _ in range(max_new_tokens):
+        logits = base(
+            input_ids=new,
+            attention_mask=attention_mask,
+            position_ids=_positions(attention_mask)[:, -new.shape[1] :],
+            past_key_values=past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        new = logits[:, -1:].argmax(-1)
+        left = []
+        for place, (prompt, [token]) in enumerate(zip(going, new.tolist(), strict=True)):
+            if not answers[prompt] or answers[prompt][-1] not in stops:
+                answers[prompt].append(token)
+                left += [place] * (token not in stops)
+        if not left:
+            break
+        if len(left) <= SHARE_LEFT * len(going):
+            rows = torch.tensor(left, device=new.device)
+            past_key_values.batch_select_indices(rows)
+            new, attention_mask, going = new[rows], attention_mask[rows], [going[place] for place in left]
+        attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)
+    return answers
 
 
 def _answer_log_probabilities(base: Phi3VForCausalLM, prompts: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:

@@ -88,16 +88,26 @@ def alone_at_a_limit(request, conversations, processor):
     return model, [alone(model, processor, conversation) for conversation in conversations]
 
 
-@pytest.mark.parametrize(("batch_size", "tokens_a_round", "room"), [(1, 64, 64), (4, 3, 5), (8, 5, 1)])
-def test_answers_are_those_of_each_prompt_alone(
-    conversations, processor, batch_size, tokens_a_round, room, alone_at_a_limit, monkeypatch
-):
-    monkeypatch.setattr(generation, "TOKENS_A_ROUND", tokens_a_round)
+@pytest.mark.parametrize(("batch_size", "room"), [(1, 64), (4, 5), (8, 1)])
+def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, room, alone_at_a_limit, monkeypatch):
     monkeypatch.setattr(cache, "ROOM", room)
     model, expected = alone_at_a_limit
     answers, found = generate_and_compare(model, processor, conversations, ANSWERS, flags(batch_size))
     assert answers == [answer for answer, _ in expected]
     torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize(("share_left", "sizes"), [(0.5, [7, 3, 1]), (1.0, [7, 5, 3, 2, 1])])
+def test_answers_that_have_ended_leave_the_batch(conversations, processor, share_left, sizes, monkeypatch):
+    model, rows = load(), []
+    stops = [3, 11, 20, 51]  # after 1, 4, 4, 6, 9, 12 and 1 tokens of what the model says to these prompts
+    monkeypatch.setattr(sys.modules[__name__], "stop_token_ids", lambda _: stops)
+    monkeypatch.setattr(generation, "stop_token_ids", lambda _: stops)
+    monkeypatch.setattr(generation, "SHARE_LEFT", share_left)
+    expected = [alone(model, processor, conversation)[0] for conversation in conversations]
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    assert generate_answers(model, processor, conversations, flags(8)) == expected
+    assert list(dict.fromkeys(rows[1:])) == sizes
 
 
 def test_pictures_that_prompts_share_pass_the_tower_once(conversations, processor):

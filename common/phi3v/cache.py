@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 64  # tokens that a layer makes room for at once
+ROOM = 128  # tokens that a layer makes room for at once
 
 
 class RoomyLayer(DynamicLayer):
@@ -23,16 +23,28 @@ class RoomyLayer(DynamicLayer):
         begun = self.get_seq_length()
         if begun == 0 or torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
-        end = begun + key_states.shape[-2]
-        if not self._fits(end):
-            self._rooms = tuple(_with_room(states, end + ROOM) for states in (self.keys, self.values))
+        new_tokens = key_states.shape[-2]
+        if not self._fits(begun + new_tokens):
+            self._rooms = tuple(_with_room(states, new_tokens + ROOM) for states in (self.keys, self.values))
         for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., begun:end, :] = states
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+            room[..., begun : begun + new_tokens, :] = states
+        self._fill(begun + new_tokens)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the batch, int64 (rows,), or take some several times."""
+        tokens = self.get_seq_length()
+        if tokens == 0 or torch.is_grad_enabled():
+            super().batch_select_indices(indices)
+            return
+        self._rooms = tuple(_with_room(states, ROOM, indices) for states in (self.keys, self.values))
+        self._fill(tokens)
+
+    def _fill(self, tokens: int) -> None:
+        self.keys, self.values = (room[..., :tokens, :] for room in self._rooms)
+
     def _fits(self, end: int) -> bool:
-        """Whether keys and values still lie in the rooms, as they don't once rows were chosen, and there is room left."""
+        """Whether keys and values still lie in the rooms, as they don't once beams changed places, and there is room left."""
         if self._rooms is None:
             return False
         return all(
@@ -46,7 +58,12 @@ def new_cache() -> Cache:
     return Cache(layer_class_to_replicate=RoomyLayer)
 
 
-def _with_room(states: torch.Tensor, tokens: int) -> torch.Tensor:
-    room = states.new_empty((*states.shape[:-2], tokens, states.shape[-1]))
-    room[..., : states.shape[-2], :] = states
+def _with_room(states: torch.Tensor, more: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """Copy states, or some rows of them, into a tensor with room for more tokens."""
+    batch, heads, tokens, size = states.shape
+    room = states.new_empty((batch if rows is None else len(rows), heads, tokens + more, size))
+    if rows is None:
+        room[..., :tokens, :] = states
+    else:
+        torch.index_select(states, 0, rows, out=room[..., :tokens, :])
     return room
