@@ -212,6 +212,10 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     assert "GiB" in lines["memory"] and "about" in lines["time"]
     untried = summarize(args, model, 16, batches, lengths, "full", None, flops)
     assert untried.count("not estimated, not even a small batch fits") == 2 and untried.count("\n") == 11
+    zero3 = flags(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
+    sharded = summarize(zero3, model, 16, batches, lengths, "full", None, flops)
+    assert re.search(r"^memory: +about 0\.0 GiB a process for weights and states; the rest can't be tried out", sharded, re.M)
+    assert "not estimated, for the same reason" in sharded and "zero3.json" in sharded
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])

@@ -273,8 +273,9 @@ def validation_batch(data, processor):
         ({"use_dora": True}, {"use_dora": True, "init_lora_weights": "gaussian"}),
         ({"use_rslora": True, "init_lora_weights": "True"}, {"use_rslora": True, "init_lora_weights": True}),
         ({"init_lora_weights": "olora"}, {"init_lora_weights": "olora", "use_dora": False, "use_rslora": False}),
+        ({"freeze_vision_model": True}, {"use_dora": False, "init_lora_weights": "gaussian"}),
     ],
-    ids=["DoRA", "rsLoRA", "OLoRA"],
+    ids=["DoRA", "rsLoRA", "OLoRA", "frozen vision"],
 )
 def test_kinds_of_lora_train_and_load_elsewhere(options, expected, train, data, tmp_path):
     """PEFT gets the flags, the loss falls, and the adapter, loaded by PEFT, has the loss that training ended with."""
@@ -283,6 +284,7 @@ def test_kinds_of_lora_train_and_load_elsewhere(options, expected, train, data, 
     assert json.loads((tmp_path / "adapter_config.json").read_text()).items() >= expected.items()
     if "use_dora" in options:
         assert any("lora_magnitude_vector" in name for name in weights(tmp_path))
+    assert any("vision" in name for name in weights(tmp_path)) == ("freeze_vision_model" not in options)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     ended_with = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)

@@ -193,16 +193,20 @@ def test_learning_rates_by_part(data, tmp_path):
     assert changed and not any("vision_embed_tokens" in name for name in changed)
 
 
-def test_best_checkpoint_and_early_stopping(data, tmp_path):
+@pytest.mark.parametrize("method", ["zero2", "ddp", "lora"])
+def test_best_checkpoint_and_early_stopping(method, data, tmp_path):
     run = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1}
     best = {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_total_limit": 2}
-    finetune_forked(data, tmp_path, max_steps=8, learning_rate=1e-9, deepspeed="none", **run, **best)
+    finetune_forked(data, tmp_path, max_steps=8, learning_rate=1e-9, **run, **best, **METHODS[method])
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 3, "nothing gets better at this learning rate, so patience ends after two more"
     assert state["best_model_checkpoint"].endswith("checkpoint-1")
     evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
     assert all("eval_anls" in entry for entry in evaluations) and len(evaluations) == 3
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-3"}
+    final, best, last = (weights(tmp_path / place) for place in ("", "checkpoint-1", "checkpoint-3"))
+    assert all(torch.equal(tensor, best[name].to(tensor.dtype)) for name, tensor in final.items())
+    assert any(not torch.equal(tensor, best[name]) for name, tensor in last.items())
 
 
 def start_run(data, output, **options):
@@ -224,7 +228,7 @@ def wait_for(path, seconds=240):
 def test_sigkill_while_saving_loses_nothing(data, straight, tmp_path):
     """Killed in the middle of a checkpoint: the torn one is passed over, and the run ends as if nothing had happened."""
     output = tmp_path / "run"
-    options = METHODS["ddp"] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options = METHODS["zero2"] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     process = start_run(data, output, **options)
     wait_for(output / "checkpoint-6")
     launcher = psutil.Process(process.pid)
@@ -237,7 +241,7 @@ def test_sigkill_while_saving_loses_nothing(data, straight, tmp_path):
     run = torchrun(SCRIPT, *flags(data, output, resume_from_checkpoint="auto", **options))
     assert run.returncode == 0, run.stdout[-4000:]
     assert "passing over checkpoint-6" in run.stdout and f"going on from {output / 'checkpoint-3'}" in run.stdout
-    expected, log = straight("ddp")
+    expected, log = straight("zero2")
     assert steps(output) == log
     found, wanted = weights(output), weights(expected)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
