@@ -10,6 +10,8 @@ from .phi3v.image_processing import MAX_CROPS, check_num_crops
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 PARTS = ("decoder", "vision", "projector")
+LORA_DEFAULTS = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
+LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
 
 
 def training_parser(description: str, task: str, metric: str) -> argparse.ArgumentParser:
@@ -53,17 +55,18 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     )
     group.add_argument("--use_lora", action="store_true", help="train LoRA adapters instead of all weights")
     group.add_argument("--use_qlora", action="store_true", help="LoRA on a base quantized to 4 bits")
-    group.add_argument("--lora_rank", type=int, default=64, help="rank (default: %(default)s)")
-    group.add_argument("--lora_alpha_ratio", type=float, default=2.0, help="alpha / rank (default: %(default)s)")
-    group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout (default: %(default)s)")
+    group.add_argument("--lora_rank", type=int, help="rank (default: %(default)s)")
+    group.add_argument("--lora_alpha_ratio", type=float, help="alpha / rank (default: %(default)s)")
+    group.add_argument("--lora_dropout", type=float, help="dropout (default: %(default)s)")
     group.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA")
     group.add_argument("--use_rslora", action="store_true", help="rank-stabilized LoRA scaling")
     group.add_argument(
         "--init_lora_weights",
-        default="gaussian",
         choices=("gaussian", "True", "False", "orthogonal", "pissa", "olora"),
         help="PEFT's initialization by its name there (default: %(default)s)",
     )
+
+    parser.set_defaults(**LORA_DEFAULTS)
 
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="where results go (default: output)")
@@ -114,7 +117,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument(
         "--save_strategy", choices=("no", "steps", "epoch"), default="no", help="when (default: at the end only)"
     )
-    group.add_argument("--save_steps", type=int, default=500, help="with steps: how often (default: %(default)s)")
+    group.add_argument("--save_steps", type=int, help="with steps: how often (default: 500)")
     group.add_argument("--save_total_limit", type=int, help="keep the last so many checkpoints (default: all)")
     group.add_argument(
         "--resume_from_checkpoint",
@@ -200,11 +203,16 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
         )
     args.use_lora = args.use_lora or args.use_qlora
     _check_parts(args)
+    _check_idle(args)
     _check_evaluation(args)
     return args
 
 
 def _check_parts(args: argparse.Namespace) -> None:
+    trained = args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
+    for part in PARTS[1:]:
+        if getattr(args, f"{part}_learning_rate") is not None and part not in trained:
+            raise ValueError(f"--{part}_learning_rate: the {part} part doesn't train, only {', '.join(trained)}: leave it out")
     if args.train_only is None:
         return
     unknown = sorted(set(args.train_only) - set(PARTS))
@@ -214,6 +222,23 @@ def _check_parts(args: argparse.Namespace) -> None:
         raise ValueError("--freeze_vision_model leaves only the decoder to train; --train_only says otherwise")
     if args.use_lora:
         raise ValueError("--train_only chooses weights to train in full; leave it out with --use_lora or --use_qlora")
+
+
+def _check_idle(args: argparse.Namespace) -> None:
+    """Refuse flags that would do nothing without another one."""
+    for name, default in LORA_DEFAULTS.items():
+        if getattr(args, name) != default and not args.use_lora:
+            raise ValueError(f"--{name} needs --use_lora or --use_qlora: without them all weights train")
+    for name, needed, missing in (
+        ("save_steps", "--save_strategy steps", args.save_strategy != "steps"),
+        ("save_total_limit", "--save_strategy steps or epoch", args.save_strategy == "no"),
+        ("eval_steps", "--eval_strategy steps", args.eval_strategy != "steps"),
+        ("hub_model_id", "--push_to_hub", not args.push_to_hub),
+        ("hub_private_repo", "--push_to_hub", not args.push_to_hub),
+    ):
+        if getattr(args, name) and missing:
+            raise ValueError(f"--{name} needs {needed}")
+    args.save_steps = args.save_steps or 500
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
@@ -20,6 +21,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .files import replacing, write_file
+from .memory import zero_stage
+from .summary import method_name
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
@@ -183,21 +186,45 @@ class EarlyStopping(EarlyStoppingCallback):
         return control
 
 
-def check_stream_goes_on(checkpoint: Path, batch_size: int, num_processes: int) -> None:
-    """Check that a checkpoint's run went through its stream in such steps: others would repeat rows and leave some out.
+def run_settings(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
+    """What a run has to keep when it goes on from a checkpoint, by name: other weights, states or rows would not fit it."""
+    stage = zero_stage(args.deepspeed)
+    settings = {
+        "method": method_name(args),
+        "optimizer (--optim)": args.optim,
+        "sharding (--deepspeed)": "none" if args.deepspeed is None else f"ZeRO-{stage}",
+        "--batch_size": args.batch_size,
+    }
+    if args.use_lora:
+        settings["--lora_rank"] = args.lora_rank
+    if stage or args.streaming:  # each process has states, or a part of the stream, of its own
+        settings["number of processes"] = num_processes
+    return settings
+
+
+def check_goes_on(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Check that a run can go on from a checkpoint exactly.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A complete one.
+    settings : dict
+        The run's :func:`run_settings`.
 
     Raises
     ------
     ValueError
-        Naming what it began with.
+        Naming what the checkpoint's run had and this one has not.
     """
-    totals = json.loads((checkpoint / TOTALS).read_text())
-    batch_size_then, processes_then = totals["batch_size"], len(totals["running_loss"])
-    if (batch_size_then, processes_then) != (batch_size, num_processes):
-        raise ValueError(
-            f"--resume_from_checkpoint {checkpoint}: with --streaming a run goes on with the --batch_size and the number of "
-            f"processes that it began with, {batch_size_then} and {processes_then}, not {batch_size} and {num_processes}"
-        )
+    path = checkpoint / TOTALS
+    then = json.loads(path.read_text()).get("settings", settings) if path.is_file() else settings
+    for name in then | settings:
+        if then.get(name) != settings.get(name):
+            raise ValueError(
+                f"--resume_from_checkpoint {checkpoint}: {name} is {settings.get(name)}, and the checkpoint's run had "
+                f"{then.get(name)}: go on with the same, or begin anew in another --output_dir"
+            )
 
 
 class Totals(TrainerCallback):
@@ -219,7 +246,7 @@ class Totals(TrainerCallback):
         totals = {
             "loss": trainer._total_loss_scalar,
             "running_loss": running_loss,  # of each process, since the last log line
-            "batch_size": trainer.flags.batch_size,
+            "settings": run_settings(trainer.flags, trainer.args.world_size),
             "last_logged": trainer._globalstep_last_logged,
             "seconds": time.time() - self.began,
             "evaluation_due": trainer.stop_on_signal.evaluation_due,

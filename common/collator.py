@@ -10,6 +10,7 @@ import torch
 from .conversations import decode_picture
 from .phi3v import Phi3VProcessor
 from .phi3v.image_processing import grid_to_crops, to_crop_grid
+from .phi3v.last_layer import answer_spans
 from .phi3v.processing import pad_rows
 
 
@@ -62,8 +63,8 @@ class Collator:
     Called with a list of samples (see :func:`common.conversations.encode_conversation`) it returns a dict of
 
     - padded: ``input_ids``, ``attention_mask``, ``labels``, int64 (batch, longest sample);
-    - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int;
-      pictures are numbered through the whole row;
+    - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int,
+      ``answer_spans`` int64 (batch, 2); pictures are numbered through the whole row;
     - and, if there are pictures, ``pixel_values`` uint8 (all crops, 3, 336, 336) and ``image_sizes`` int64 (pictures, 2).
 
     A sample's ``place``, if it has one, names its row where a picture can't be decoded.
@@ -103,4 +104,5 @@ class Collator:
             "labels": torch.cat(labels)[None],
             "cu_seq_lens_q": cu_seq_lens,
             "max_length_q": int(cu_seq_lens.diff().max()),
+            "answer_spans": answer_spans(labels),
         }

@@ -1,9 +1,9 @@
 """Model FLOPs of a training step, and the share of the hardware's peak that they are (MFU).
 
 Counted are the matrix products of decoder, tower, projector and head that a step needs: causal attention only below its
-diagonal, real crops and real tokens only, the head at supervised positions only. Recomputation, padding, blank crops and
-element-wise work are not. A backward pass costs once the forward pass for the inputs' gradients, where anything before them
-trains, and once for the weights' gradients, where they train.
+diagonal, real crops and real tokens only, the head at supervised positions only, and in packed batches the last decoder layer
+where answers are. Recomputation, padding, blank crops and element-wise work are not. A backward pass costs once the forward
+pass for the inputs' gradients, where anything before them trains, and once for the weights' gradients, where they train.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class BatchSizes:
         Tokens that pictures became.
     supervised : int
         Positions at which a token is to be predicted.
+    answer_tokens, answer_pairs : int
+        Tokens whose output of the last decoder layer is computed, and pairs of such a one and one that it may attend to:
+        ``tokens`` and ``pairs`` in a padded batch.
     """
 
     tokens: int
@@ -73,6 +76,8 @@ class BatchSizes:
     views: int
     image_tokens: int
     supervised: int
+    answer_tokens: int
+    answer_pairs: int
 
 
 class TrainingFlops:
@@ -101,13 +106,16 @@ class TrainingFlops:
         """Sizes of a batch as the collator makes it, packed or padded; best before it moves to a GPU, to wait for nothing."""
         packed = "cu_seq_lens_q" in batch
         lengths = batch["cu_seq_lens_q"].diff().long() if packed else batch["attention_mask"].sum(-1)
+        answers = batch["answer_spans"].diff()[:, 0] if "answer_spans" in batch else lengths
         images = [tuple(size) for size in batch["image_sizes"].tolist()] if "image_sizes" in batch else []
         return BatchSizes(
             tokens=int(lengths.sum()),
-            pairs=int((lengths * (lengths + 1) // 2).sum()),
+            pairs=_pairs(lengths),
             views=sum(num_views(*size) for size in images),
             image_tokens=sum(self._vision.num_tokens(images)),
             supervised=int((batch["labels"][:, 1:] != -100).sum()),
+            answer_tokens=int(answers.sum()),
+            answer_pairs=_pairs(lengths) - _pairs(lengths - answers),
         )
 
     def count(self, sizes: BatchSizes) -> tuple[float, float]:
@@ -135,10 +143,12 @@ class TrainingFlops:
     def _decoder_forward(self, model: Phi3VForCausalLM) -> None:
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
+            last = layer is model.model.layers[-1]
             self._linear([attention.qkv_proj], "tokens")
-            self._attention(model.config.num_attention_heads * attention.head_dim, "pairs")
+            width = model.config.num_attention_heads * attention.head_dim
+            self._attention(width, "answer_pairs" if last else "pairs")
             for linear in (attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-                self._linear([linear], "tokens")
+                self._linear([linear], "answer_tokens" if last else "tokens")
         self._linear([model.lm_head], "supervised")
 
     def _linear(self, parallel: list[nn.Module], unit: str, rows: int = 1) -> None:
@@ -165,6 +175,10 @@ class TrainingFlops:
         # Two products, queries with keys and weights with values; each of their four inputs has its gradient.
         self.forward[unit] += 2 * 2 * multiplications
         self.backward[unit] += 2 * 2 * 2 * multiplications * self._gradient_flows
+
+
+def _pairs(lengths: torch.Tensor) -> int:
+    return int((lengths * (lengths + 1) // 2).sum())
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -48,8 +48,8 @@ def load_for_inference(
     Returns
     -------
     model : torch.nn.Module
-        ``Phi3VForCausalLM``, or a ``PeftModel`` around one (``model.disable_adapter()`` gives the base's answers); in
-        evaluation mode. An adapter trained on a quantized base gets it quantized likewise.
+        ``Phi3VForCausalLM``, or a ``PeftModel`` around one (``model.disable_adapter()`` gives the base's answers, but for
+        :func:`rewrites_base`); in evaluation mode. An adapter trained on a quantized base gets it quantized likewise.
     processor : Phi3VProcessor
         As saved with the model or adapter, else the base's.
 
@@ -205,6 +205,15 @@ def attach_adapter(model: Phi3VForCausalLM, adapter: Path) -> PeftModel:
             f"the base has {found}; give the model it was trained on with --base DIR"
         )
     return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def rewrites_base(model: PeftModel) -> bool:
+    """Whether an adapter's initialization took it out of the base's weights, so that without it they are not the base's."""
+    return any(
+        str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq"))
+        for config in model.peft_config.values()
+        if hasattr(config, "init_lora_weights")
+    )
 
 
 def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:

@@ -23,6 +23,7 @@ from .flops import TrainingFlops
 from .generation import autocast
 from .model import base_model, set_gradient_checkpointing
 from .phi3v.image_processing import CROP_SIZE
+from .phi3v.last_layer import answer_spans
 
 MODES = ("none", "selective", "full")
 # Share of the free memory that a plan may fill: the rest goes to temporary tensors, communication and fragmentation.
@@ -247,7 +248,8 @@ def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torc
     }
     if packing:
         boundaries = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
-        return batch | {"cu_seq_lens_q": boundaries, "max_length_q": len(ids)}
+        spans = answer_spans([labels[0].cpu()])
+        return batch | {"cu_seq_lens_q": boundaries, "max_length_q": len(ids), "answer_spans": spans}
     return batch | {"attention_mask": torch.ones_like(input_ids)}
 
 

@@ -66,7 +66,7 @@ def summarize(
     low, mean, high = lengths.tokens.min(), lengths.tokens.mean(), lengths.tokens.max()
     counts = count_parameters(model)
     parts = [f"{trained / 1e6:,.1f} of {total / 1e6:,.1f} M of {part}" for part, (trained, total) in counts.items()]
-    lora = f", rank {args.lora_rank}, alpha {args.lora_rank * args.lora_alpha_ratio:g}, dropout {args.lora_dropout:g}"
+    lora = f", rank {args.lora_rank}, alpha {round(args.lora_rank * args.lora_alpha_ratio)}, dropout {args.lora_dropout:g}"
     rates = [f"learning rate {args.learning_rate:g}"]
     rates += [f"{part} {rate:g}" for part in PARTS[1:] if (rate := getattr(args, f"{part}_learning_rate"))]
     kernels = [name for name, used in (("Liger", args.use_liger_kernel), ("torch.compile", args.torch_compile)) if used]
@@ -87,7 +87,7 @@ def summarize(
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         needed = loaded + trial.needed(checkpointing, *batches.largest(lengths))
         lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
-        flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, checkpointing)
+        flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, checkpointing, args.packing)
         seconds = flops_a_process / trial.flops_per_second
         lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
     elif zero_stage(args.deepspeed) == 3:
@@ -120,16 +120,19 @@ def _batch(args: argparse.Namespace, world_size: int, accumulation: int) -> str:
     return f"{args.batch_size} samples a step = {processes} × {args.batch_size_per_gpu} at once × {accumulation} accumulated"
 
 
-def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, checkpointing: str) -> float:
+def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, checkpointing: str, packing: bool) -> float:
     """Mean cost of a sample's forward and backward pass, what is recomputed included."""
     tokens = lengths.tokens.astype(np.float64)
     views = lengths.views.sum()
+    pairs = (tokens * (tokens + 1) / 2).sum()
     sizes = BatchSizes(
         tokens=tokens.sum(),
-        pairs=(tokens * (tokens + 1) / 2).sum(),
+        pairs=pairs,
         views=views,
         image_tokens=TOKENS_PER_VIEW * views,
         supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
+        answer_tokens=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens) if packing else tokens.sum(),
+        answer_pairs=SUPERVISED_TOKENS_PER_SAMPLE * tokens.sum() if packing else pairs,
     )
     forward, backward = flops.count(sizes)
     return (forward * {"none": 1, "selective": 1.5, "full": 2}[checkpointing] + backward) / len(tokens)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, 
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from .adapter_base import find_snapshot, read_tensors, write_base_description
-from .checkpoints import MANIFEST, EarlyStopping, StopOnSignal, Totals, check_stream_goes_on, saving, write_manifest
+from .checkpoints import MANIFEST, EarlyStopping, StopOnSignal, Totals, saving, write_manifest
 from .collator import Collator
 from .data import TrainingData
 from .evaluation import Evaluation
@@ -55,7 +55,7 @@ def build_trainer(
         checkpointing = least_recomputation(trial, *batches.largest(lengths))
     set_gradient_checkpointing(model, checkpointing)
     if args.torch_compile:
-        for layer in base_model(model).model.layers:
+        for layer in base_model(model).model.layers[:-1]:  # the last one's shapes are each batch's own
             layer.compile(dynamic=True)
     trainer = FinetuningTrainer(
         flags=args,
@@ -85,7 +85,6 @@ def _plan_batches(
             raise ValueError("--streaming: this script reads its data as a whole; leave the flag out")
         batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
         if args.resume_from_checkpoint:
-            check_stream_goes_on(args.resume_from_checkpoint, args.batch_size, state.num_processes)
             trainer_state = args.resume_from_checkpoint / "trainer_state.json"
             batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return batches, data.sample_lengths()
@@ -213,9 +212,10 @@ class FinetuningTrainer(Trainer):
         return super()._finalize_training(trial, num_train_samples, self.totals.began)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Copy a batch while the device still computes the last one; the model reads the pictures' sizes on the CPU."""
+        """Copy a batch while the device still computes the last one, but for what the model reads on the CPU."""
+        stay = ("image_sizes", "answer_spans")
         return {
-            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name != "image_sizes" else value
+            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name not in stay else value
             for name, value in inputs.items()
         }
 

@@ -25,7 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from .arguments import check_arguments
-from .checkpoints import find_checkpoint, saving
+from .checkpoints import check_goes_on, find_checkpoint, run_settings, saving
 from .conversations import decode_picture, pictures
 from .data import TrainingData
 from .evaluation import Evaluation, write_evaluation
@@ -98,6 +98,7 @@ def start(args: argparse.Namespace) -> PartialState:
     for checkpoint in torn:
         state.print(f"passing over {checkpoint}")
     if args.resume_from_checkpoint:
+        check_goes_on(args.resume_from_checkpoint, run_settings(args, state.num_processes))
         state.print(f"going on from {args.resume_from_checkpoint}")
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)

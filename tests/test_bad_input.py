@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
 from common import training
+from common.checkpoints import write_manifest
 from common.collator import load_crops
 from common.training import run
 
@@ -69,6 +70,14 @@ def message(monkeypatch, data, output, **options):
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
         ({"train_only": "decoder,head"}, "no part 'head'"),
         ({"train_only": "projector", "use_lora": True}, "leave it out with --use_lora"),
+        ({"lora_rank": 8}, "--lora_rank needs --use_lora or --use_qlora"),
+        ({"use_dora": True}, "--use_dora needs --use_lora or --use_qlora"),
+        ({"freeze_vision_model": True, "vision_learning_rate": 1e-5}, "the vision part doesn't train, only decoder"),
+        ({"train_only": "projector", "vision_learning_rate": 1e-5}, "the vision part doesn't train, only projector"),
+        ({"save_steps": 2}, "--save_steps needs --save_strategy steps"),
+        ({"save_total_limit": 2}, "--save_total_limit needs --save_strategy steps or epoch"),
+        ({"eval_steps": 2}, "--eval_steps needs --eval_strategy steps"),
+        ({"hub_model_id": "me/mine"}, "--hub_model_id needs --push_to_hub"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end needs"),
         ({"early_stopping_patience": 2}, "--early_stopping_patience needs --load_best_model_at_end"),
         ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such directory"),
@@ -112,6 +121,15 @@ def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
         monkeypatch.setenv(name, value)
     said = message(monkeypatch, data, tmp_path / "out")
     assert said == "torchrun --nproc_per_node=2: this machine has 1 GPU(s), and each process takes one"
+
+
+def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"method": "LoRA"}}))
+    write_manifest(checkpoint)
+    said = message(monkeypatch, data, tmp_path / "out", resume_from_checkpoint="auto")
+    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, and the checkpoint's run had LoRA: go on")
 
 
 def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_path):

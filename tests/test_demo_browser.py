@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adapters import logits, save_adapter
 from browser import chromium, low_contrast, overflow, watched
 from peft import LoraConfig, get_peft_model
 from playwright.sync_api import expect
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import tools.demo
 from assets.samples.docvqa import draw_split
+from common.inference import load_full
 from common.model import DECODER_LORA_MODULES
 from tools.demo import load_models, stream_answer
 
@@ -219,6 +221,18 @@ def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents
     (model / "run.json").write_text(json.dumps({"base_model": str(tmp_path / "moved")}))
     with pytest.raises(ValueError, match=r"moved: give its directory by --base, or leave it out by --base none"):
         load_models(str(model))
+
+
+@pytest.mark.parametrize("how", ["gaussian", "olora", "pissa"])
+def test_the_base_beside_an_adapter_is_the_one_it_was_trained_on(how, tmp_path, documents):
+    """Also where the adapter was taken out of the base's weights, so that it can't just be switched off."""
+    adapter = save_adapter(tmp_path, "--use_lora", "--init_lora_weights", how)
+    (_, before), processor = load_models(str(adapter))
+    assert (before.title, before.name) == ("Before finetuning", str(TINY))
+    pages = [picture for picture, _ in documents]
+    with before.context():
+        found = logits(before.network, processor, pages)
+    torch.testing.assert_close(found, logits(load_full(str(TINY), "cpu"), processor, pages), rtol=0, atol=1e-4)
 
 
 def test_an_answer_nobody_waits_for_is_not_finished(adapter, documents):

@@ -7,6 +7,7 @@ import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer
 
@@ -31,9 +32,9 @@ def samples(processor):
     ]
 
 
-def build(method):
+def build(method, attention="eager"):
     # Eager attention's products are all visible to torch's counter, on every device.
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation=attention)
     if "frozen vision" in method:
         model.model.vision_embed_tokens.requires_grad_(False)
     if method.startswith("LoRA"):
@@ -70,15 +71,38 @@ def test_formula_agrees_with_what_torch_counts(processor, samples, method):
         assert backward == pytest.approx(seen_backward - masked_half(base, batch, backward=True), rel=1e-9)
 
 
+@pytest.mark.parametrize("method", ["full", "LoRA, frozen vision"])
+def test_formula_agrees_with_what_torch_counts_of_a_packed_batch(processor, samples, method):
+    model = build(method, "varlen")
+    batch = Collator(processor, packing=True)(samples)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(**batch).loss
+        seen_forward = counter.get_total_flops()
+        loss.backward()
+    seen_backward = counter.get_total_flops() - seen_forward
+    base = base_model(model)
+    flops = TrainingFlops(base)
+    forward, backward = flops.count(flops.sizes(batch))
+    # SDPA computes whole squares, and of the last layer whole rows of them.
+    answers, lengths = batch["answer_spans"].diff()[:, 0], batch["cu_seq_lens_q"].diff().long()
+    pairs = (lengths * (lengths + 1) // 2).sum()
+    answer_pairs = pairs - ((lengths - answers) * (lengths - answers + 1) // 2).sum()
+    masked = (base.config.num_hidden_layers - 1) * ((lengths**2).sum() - pairs) + (answers * lengths).sum() - answer_pairs
+    masked = 4 * base.config.hidden_size * int(masked)
+    assert forward == pytest.approx(seen_forward - masked, rel=1e-9)
+    assert backward == pytest.approx(seen_backward - 2 * masked, rel=1e-9)
+
+
 def test_real_layout_costs_what_the_sizes_say(processor, samples):
     """Layout and padding change nothing; a frozen vision part costs its forward pass alone; recomputation is not counted."""
     model = build("full")
     flops = TrainingFlops(model)
-    packed = flops(Collator(processor, packing=True)(samples))
-    assert flops(Collator(processor)(samples)) == packed
-    assert sum(flops(Collator(processor)([sample])) for sample in samples) == packed
+    padded, packed = (flops(Collator(processor, packing=packing)(samples)) for packing in (False, True))
+    for packing, together in ((False, padded), (True, packed)):
+        assert sum(flops(Collator(processor, packing=packing)([sample])) for sample in samples) == together
+    assert 0.75 * padded < packed < padded  # most of one of four layers
     model.gradient_checkpointing_enable()
-    assert TrainingFlops(model)(Collator(processor)(samples)) == packed
+    assert TrainingFlops(model)(Collator(processor)(samples)) == padded
 
     frozen = TrainingFlops(build("full, frozen vision"))
     assert frozen.forward == flops.forward

@@ -139,14 +139,12 @@ def test_other_kernels_follow_the_saved_curve(package, method, options, places, 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"deepspeed": "none"}, {"use_lora": True}, {"use_qlora": True}],
+    [{}, {"deepspeed": "none"}, {"use_lora": True, "lora_rank": 4}, {"use_qlora": True, "lora_rank": 4}],
     ids=["full", "full, DDP", "LoRA", "QLoRA"],
 )
 def test_fp16_learns(options, places, tmp_path):
     """Without --bf16, with flash where there is one; the first steps may be skipped, until scaling has found its factor."""
-    log, printed = train(
-        places, tmp_path, max_steps=16, lora_rank=4, use_flash_attention=True if HAS_FLASH else None, **options
-    )
+    log, printed = train(places, tmp_path, max_steps=16, use_flash_attention=True if HAS_FLASH else None, **options)
     assert "fp16" in printed
     assert log[-1]["loss"] < log[0]["loss"] - 0.2
 

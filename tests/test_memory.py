@@ -16,6 +16,7 @@ from common.memory import MODES, Footprint, Trial, kept_bytes, least_recomputati
 from common.model import _add_lora, count_parameters, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
+from common.phi3v.last_layer import answer_spans
 from common.planning import Lengths, PlannedBatches
 from common.summary import duration, summarize
 
@@ -54,9 +55,14 @@ def batch(texts, packing):
         rows = [[-1] * image_tokens + [9] * text for text in texts]
         layout = {"attention_mask": torch.ones(len(texts), lengths[0], dtype=torch.long)}
     ids = torch.tensor(rows)
-    labels = torch.where(torch.arange(ids.shape[1]) >= ids.shape[1] - 16, 9, -100).expand_as(ids)
+    from_end = (
+        torch.cat([torch.arange(length, 0, -1) for length in lengths])[None] if packing else torch.arange(lengths[0], 0, -1)
+    )
+    labels = torch.where(from_end <= 16, 9, -100).expand_as(ids)
     crops = torch.zeros(2 * len(texts), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
     sizes = torch.tensor([[CROP_SIZE, 2 * CROP_SIZE]] * len(texts))
+    if packing:
+        layout["answer_spans"] = answer_spans(list(labels[0].split(lengths)))
     return {"input_ids": ids, "labels": labels, "pixel_values": crops, "image_sizes": sizes} | layout
 
 
@@ -212,6 +218,8 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     assert "GiB" in lines["memory"] and "about" in lines["time"]
     untried = summarize(args, model, 16, batches, lengths, "full", None, flops)
     assert untried.count("not estimated, not even a small batch fits") == 2 and untried.count("\n") == 11
+    lora = flags(use_lora=True, lora_rank=5, lora_alpha_ratio=0.3)
+    assert "LoRA, rank 5, alpha 2," in summarize(lora, model, 16, batches, lengths, "none", trial, flops)  # as PEFT gets it
     zero3 = flags(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
     sharded = summarize(zero3, model, 16, batches, lengths, "full", None, flops)
     assert re.search(r"^memory: +about 0\.0 GiB a process for weights and states; the rest can't be tried out", sharded, re.M)

@@ -16,8 +16,10 @@ import pytest
 import torch
 from adapters import logits, save_adapter
 from conftest import GOLDEN, ROOT, TINY, needs_golden, run_tool
+from peft import PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import tools.merge_lora
 import tools.predict
@@ -141,6 +143,14 @@ def test_full_disk_leaves_nothing_behind(lora, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"--output_dir {tmp_path / 'merged'} can't be written .*No space left"):
         tools.merge_lora.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_no_change_of_weights_is_refused(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ValueError, match="--adapter .*prompt is of the kind PROMPT_TUNING, which can't be merged into weights"):
+        merge(str(tmp_path / "prompt"), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_no_adapter_is_said_so(tmp_path):

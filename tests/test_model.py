@@ -89,6 +89,39 @@ def test_packed_padded_and_alone_are_one(processor, samples, limit):
     assert_equal_gradients(alone_gradients, padded_gradients, 1e-5)
 
 
+@pytest.mark.parametrize("key_heads", [6, 3], ids=["as many keys", "grouped keys"])
+def test_the_last_layer_runs_where_answers_are(processor, samples, key_heads):
+    """Loss and gradients are those of running it everywhere, with several turns, and with a sample that has no answer."""
+    turns = [{"images": [noise(300, 200)], "user": "What?", "assistant": "Noise."}, {"user": "Sure?", "assistant": "Quite."}]
+    several = encode_conversation({"conversations": turns}, processor)
+    silent = samples[1] | {"labels": [-100] * len(samples[1]["labels"])}
+    batch = Collator(processor, packing=True)([*samples, several, silent])
+    everywhere = {name: value for name, value in batch.items() if name != "answer_spans"}
+    torch.manual_seed(0)
+    model = load() if key_heads == 6 else grouped(key_heads)
+    seen = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
+    loss, gradients = loss_and_gradients(model, batch)
+    expected, expected_gradients = loss_and_gradients(model, everywhere)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_equal_gradients(expected_gradients, gradients, 1e-5)
+
+    from_first_answer = [
+        len(entry["labels"]) - next(i for i, label in enumerate(entry["labels"]) if label != -100) + 1
+        for entry in (*samples, several)
+    ]
+    assert seen == [sum(from_first_answer) + 1, batch["input_ids"].shape[1]]
+    model.eval()
+    with torch.no_grad():
+        assert model(**batch).logits.shape[:2] == batch["input_ids"].shape  # whoever asks for logits gets all of them
+        assert model(**batch, skip_logits=True).loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def grouped(key_heads):
+    config = json.loads((TINY / "config.json").read_text()) | {"num_key_value_heads": key_heads}
+    return AutoModelForCausalLM.from_config(Phi3VConfig.from_dict(config), dtype=torch.float32, attn_implementation="varlen")
+
+
 def test_long_factors_change_the_result(processor, samples):
     """The test above would pass if LongRoPE were ignored; this one says that it is not."""
     batch = Collator(processor)(samples[1:2])
@@ -185,6 +218,22 @@ def test_load_save_load_is_bit_identical(checkpoint, tmp_path):
     assert loaded.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
     assert loaded.tokenizer.chat_template == processor.tokenizer.chat_template
     assert loaded.image_processor.num_crops == 3
+
+
+def test_special_tokens_are_saved_under_the_name_that_earlier_versions_read(tmp_path):
+    """As the published tokenizers list them; transformers 4, vLLM's too, ends at a list under transformers 5's own name."""
+    shutil.copytree(TINY, tmp_path / "published")
+    path = tmp_path / "published/tokenizer_config.json"
+    special = ["<|system|>", "<|end|>", "<|user|>"]
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"additional_special_tokens": special}))
+    processor = AutoProcessor.from_pretrained(tmp_path / "published")
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["additional_special_tokens"] == special and not isinstance(saved.get("extra_special_tokens"), list)
+    again = AutoProcessor.from_pretrained(tmp_path / "saved").tokenizer
+    assert again.all_special_tokens == processor.tokenizer.all_special_tokens
+    text = "<|user|>\nWhat?<|end|>\n<|assistant|>\n"
+    assert again(text).input_ids == processor.tokenizer(text).input_ids
 
 
 def test_saved_config_is_what_other_readers_expect(tmp_path):
@@ -328,11 +377,11 @@ def test_several_answers_keep_each_rows_pictures(processor):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_compiled_layers_compute_the_same(checkpointing, samples, processor):
-    plain, compiled = load(num_hidden_layers=1), load(num_hidden_layers=1)
+    plain, compiled = load(num_hidden_layers=2), load(num_hidden_layers=2)
     batch = Collator(processor, packing=True)(samples)
     for model in (plain, compiled):
         set_gradient_checkpointing(model, checkpointing)
-    for layer in compiled.model.layers:
+    for layer in compiled.model.layers[:-1]:
         layer.compile(dynamic=True)
     loss, gradients = loss_and_gradients(plain, batch)
     compiled_loss, compiled_gradients = loss_and_gradients(compiled, batch)

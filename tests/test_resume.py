@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import TrainerCallback
 
 from common.arguments import check_arguments, training_parser
-from common.checkpoints import find_checkpoint, saving, what_is_torn, write_manifest
+from common.checkpoints import check_goes_on, find_checkpoint, run_settings, saving, what_is_torn, write_manifest
 
 
 class Interrupt(TrainerCallback):
@@ -241,6 +241,45 @@ def test_the_last_complete_checkpoint_is_found(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     assert find_checkpoint("auto", tmp_path) == (tmp_path / "checkpoint-10", ["checkpoint-11 (saving it was cut short)"])
     assert find_checkpoint(None, tmp_path) == (None, [])
+
+
+def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
+    args = check_arguments(training_parser("", task="test", metric="anls").parse_args(words))
+    args.deepspeed = deepspeed
+    return run_settings(args, processes)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "name"),
+    [
+        (("--use_lora",), {"deepspeed": None}, "method"),
+        (("--freeze_vision_model",), {}, "method"),
+        (("--optim", "adafactor"), {}, r"optimizer \(--optim\)"),
+        ((), {"deepspeed": None}, r"sharding \(--deepspeed\)"),
+        ((), {"deepspeed": "common/deepspeed/zero3_offload.json"}, r"sharding \(--deepspeed\)"),
+        ((), {"processes": 4}, "number of processes"),
+        (("--batch_size", "32"), {}, "--batch_size"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
+    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
+    check_goes_on(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"))
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, and the checkpoint's run had"):
+        check_goes_on(tmp_path, settings_of(*words, **changes))
+
+
+def test_what_does_not_matter_may_change(tmp_path):
+    """Under DDP also the number of processes: a step's samples are the same on any."""
+    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
+    check_goes_on(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4))
+    streaming = ("--use_lora", "--streaming")
+    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
+    with pytest.raises(ValueError, match="number of processes is 4, and the checkpoint's run had 2"):
+        check_goes_on(tmp_path, settings_of(*streaming, deepspeed=None, processes=4))
+    with pytest.raises(ValueError, match="--lora_rank is 8, and the checkpoint's run had 64"):
+        check_goes_on(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None))
+    (tmp_path / "totals.json").unlink()
+    check_goes_on(tmp_path, settings_of())
 
 
 WRITERS = {

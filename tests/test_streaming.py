@@ -22,7 +22,6 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from common import shards, streaming
-from common.checkpoints import check_stream_goes_on
 from common.collator import Collator
 from common.shards import stream_conversations, stream_hub
 from common.streaming import StreamedBatches, StreamedData
@@ -360,14 +359,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(data, model, tmp_path):
     assert finetune(data, tmp_path / "resumed", resume_from_checkpoint="auto", **options) == log
     before, after = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize(("batch_size", "processes"), [(8, 2), (4, 1)])
-def test_other_steps_or_processes_cannot_go_on_with_a_stream(batch_size, processes, tmp_path):
-    (tmp_path / "totals.json").write_text('{"batch_size": 4, "running_loss": [0.0, 0.0]}')
-    check_stream_goes_on(tmp_path, 4, 2)
-    with pytest.raises(ValueError, match=f"that it began with, 4 and 2, not {batch_size} and {processes}"):
-        check_stream_goes_on(tmp_path, batch_size, processes)
 
 
 @pytest.mark.slow

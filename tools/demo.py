@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from common.collator import Collator
 from common.conversations import encode_prompt
-from common.inference import find_adapter, load_for_inference, load_full
+from common.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
 from common.progress import limit_library_bars
 
@@ -61,7 +61,11 @@ def parse_args() -> argparse.Namespace:
         "--server_name", default="127.0.0.1", help="where to listen; 0.0.0.0 is everywhere (default: %(default)s)"
     )
     parser.add_argument("--server_port", type=int, help="port (default: the first free one from 7860)")
-    return parser.parse_args()
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars while models load")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens must be at least 1, not {args.max_new_tokens}")
+    return args
 
 
 def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VProcessor]:
@@ -77,7 +81,7 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     Returns
     -------
     models : list of Model
-        One or two, the finetuned one first. An adapter's base is the same network with the adapter off.
+        One or two, the finetuned one first. An adapter's base is the same network with the adapter off, where that is the base.
     processor : Phi3VProcessor
         The finetuned model's.
 
@@ -88,15 +92,17 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = base == "none"
-    is_adapter = find_adapter(name) is not None
-    network, processor = load_for_inference(name, device, base=base if is_adapter and not alone else None)
+    adapter = find_adapter(name)
+    network, processor = load_for_inference(name, device, base=base if adapter and not alone else None)
     models = [Model("Finetuned", name, network)]
     if alone:
         return models, processor
-    if is_adapter:
+    if adapter and not rewrites_base(network):
         base = network.get_base_model().name_or_path
         return [*models, Model("Before finetuning", base, network, network.disable_adapter)], processor
     revision = None
+    if adapter and base is None:
+        base, revision = find_base(adapter)
     if base is None and (run := Path(name) / "run.json").is_file():
         described = json.loads(run.read_text(encoding="utf-8"))
         base, revision = described.get("base_model"), described.get("base_revision")
@@ -281,7 +287,7 @@ def theme() -> gr.themes.Base:
 
 def main() -> None:
     args = parse_args()
-    limit_library_bars(True)
+    limit_library_bars(args.tqdm)
     try:
         page = build_page(*load_models(args.model, args.base), args.max_new_tokens)
         page.launch(

@@ -83,7 +83,11 @@ def merge(
         model = model.dequantize(dtype)
     processor = adapter_processor(adapter, model)
     say("Merging the adapter into it")
-    model = attach_adapter(model, adapter).merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
+    adapted = attach_adapter(model, adapter)
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise ValueError(f"--adapter {adapter_name} is of the kind {kind}, which can't be merged into weights: use it as it is")
+    model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
 
     say(f"Writing {output_dir}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@
 
 Parameter names in memory, on disk and in adapters are the published ones. What differs from the published code is
 deliberate: features go to the placeholders of their picture's number, LongRoPE follows each sample's own length, blank
-crops and the tower's unused last layer are not run, and in training the head runs at supervised positions only.
+crops and the tower's unused last layer are not run, and in training the head runs at supervised positions only, the last
+decoder layer where answers are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from . import attention as attention  # registers the implementation `varlen`
 from .cache import new_cache
 from .configuration import Phi3VConfig
 from .image_processing import CROP_SIZE
+from .last_layer import Phi3VLastLayer, span_positions
 from .vision import Phi3VImageEmbedding
 
 
@@ -76,11 +78,13 @@ class Phi3VModel(Phi3Model):
     """The decoder with its picture inputs, without the head."""
 
     config_class = Phi3VConfig
-    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["Phi3DecoderLayer", "Phi3VLastLayer", "CLIPEncoderLayer"]
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.in_step = False
+        for layer in self.layers[-1:]:
+            layer.__class__ = Phi3VLastLayer  # of the same modules: a second set would have to be drawn
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         self.post_init()
@@ -145,6 +149,7 @@ class Phi3VModel(Phi3Model):
         image_sizes: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
+        answer_spans: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -161,6 +166,9 @@ class Phi3VModel(Phi3Model):
             int32 (samples + 1,): the batch is one row of samples laid end to end, which begin at these tokens.
         max_length_q : int, optional
             Length of the longest of these samples.
+        answer_spans : torch.Tensor, optional
+            int64 (samples, 2), on the CPU: return the hidden states at these samples' answers alone, see
+            :func:`~common.phi3v.last_layer.answer_spans`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -203,6 +211,8 @@ class Phi3VModel(Phi3Model):
         position_embeddings = (cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype))
         hidden_states = inputs_embeds
         for layer in self.layers:
+            if answer_spans is not None and layer is self.layers[-1]:
+                kwargs["answer_spans"] = answer_spans
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -268,6 +278,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
+        answer_spans: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; see :meth:`Phi3VModel.forward` for the inputs.
@@ -281,7 +292,12 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             processes. By default those of this batch.
         skip_logits : bool, optional
             Leave ``logits`` None and run the head at supervised positions only. By default in training with labels.
+        answer_spans : torch.Tensor, optional
+            As for :meth:`Phi3VModel.forward`; taken only where ``logits`` are skipped.
         """
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        answer_spans = answer_spans if skip_logits else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -291,14 +307,16 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             pixel_values=pixel_values,
             image_sizes=image_sizes,
             use_cache=use_cache,
+            answer_spans=answer_spans,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
-            loss = self._answer_loss(hidden_states, labels, num_items_in_batch)
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            if answer_spans is not None:
+                targets = targets[:, span_positions(answer_spans, targets.device)]
+            loss = self._answer_loss(hidden_states, targets, num_items_in_batch)
         logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,
@@ -309,12 +327,11 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         )
 
     def _answer_loss(
-        self, hidden_states: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
-        targets = labels[:, 1:]
         supervised = targets != -100
         targets = targets[supervised]
-        logits = self.lm_head(hidden_states[:, :-1][supervised]).float()
+        logits = self.lm_head(hidden_states[supervised]).float()
         # A batch may have no answer to learn, which not every kernel takes.
         loss = self.cross_entropy(logits, targets) if len(targets) else logits.sum()
         if num_items is None:

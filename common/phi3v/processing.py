@@ -165,6 +165,9 @@ class Phi3VProcessor(ProcessorMixin):
         content = json.loads(tokenizer_config.read_text(encoding="utf-8"))
         for how_it_was_loaded in ("num_crops", "is_local", "local_files_only"):
             content.pop(how_it_was_loaded, None)
+        if isinstance(content.get("extra_special_tokens"), list):
+            # transformers 5's name for what it reads under the published one; earlier versions take a dict there, or fail.
+            content["additional_special_tokens"] = content.pop("extra_special_tokens")
         code = f"{self._hub_repository()}--processing_phi3_v"
         processor = {
             "processor_class": "Phi3VProcessor",
