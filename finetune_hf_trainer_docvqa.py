@@ -58,7 +58,8 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
     path = data_dir / f"{split}_v1.0_withQT.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        json.dumps(content, ensure_ascii=False).encode()  # escapes can spell half characters
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files") from None
     except ValueError as error:
         raise ValueError(f"{path} is no valid JSON ({error}): download it again") from None
@@ -75,7 +76,8 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
             )
         image = str(data_dir / entry["image"])
         row = {"id": str(entry.get("questionId", number)), "question": entry["question"], "image": image, "answers": answers}
-        check_conversation(to_conversation(row, random.Random(0)), f'{path}, entry {number} of "data"')
+        for conversation in all_conversations(row):
+            check_conversation(conversation, f'{path}, entry {number} of "data"')
         rows.append(row)
     if not rows:
         raise ValueError(f'{path} is empty: "data" holds no question')

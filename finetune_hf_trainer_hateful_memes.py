@@ -50,7 +50,7 @@ def load_hub_rows(train_limit: int | None, eval_limit: int | None) -> tuple[Data
     """The hub's training rows: the first 500 evaluate, as in the published recipe; pictures stay encoded."""
     rows = load_hub(*HUB, split="train").cast_column("images", [Image(decode=False)])
     eval_rows = rows.select(range(min(eval_limit or len(rows), HUB_EVAL_ROWS, len(rows))))
-    train_rows = rows.select(range(HUB_EVAL_ROWS, min(HUB_EVAL_ROWS + (train_limit or len(rows)), len(rows))))
+    train_rows = rows.select(list(range(HUB_EVAL_ROWS, min(HUB_EVAL_ROWS + (train_limit or len(rows)), len(rows)))))
     return train_rows, eval_rows
 
 
@@ -86,9 +86,9 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
             check_rows(train_rows, lambda row: [to_conversation(row)], "training row", args.tqdm)
         check_rows(eval_rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm)
     if len({label(row) for row in eval_rows}) < 2:
-        raise ValueError(
-            f"AUROC needs memes of both labels, but all {len(eval_rows)} to evaluate on have the same: raise --max_eval_samples"
-        )
+        where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
+        remedy = "raise --max_eval_samples" if args.max_eval_samples else "take a data set with both"
+        raise ValueError(f"{where}: AUROC needs memes of both labels, but all {len(eval_rows)} have the same: {remedy}")
     return train_rows, eval_rows
 
 
@@ -97,7 +97,7 @@ def label(row: dict) -> int:
         return row["label"]
     answer = row["texts"][0]["assistant"]
     if answer not in ANSWERS:
-        raise ValueError(f'the data set {HUB[0]}: answers must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}"')
+        raise ValueError(f'the answer must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}": take the row out')
     return ANSWERS.index(answer)
 
 

@@ -40,11 +40,16 @@ def parse_args():
     group.add_argument(
         "--data_dir", type=Path, required=True, help="what convert_ucf101.py wrote: ucf101_{train,val,test}.jsonl and images/"
     )
-    group.add_argument("--eval_split", choices=("val", "test"), default="val", help="split to evaluate on (default: val)")
+    group.add_argument(
+        "--eval_split",
+        choices=("val", "test"),
+        default="val",
+        help="split to evaluate on if there is no --eval_file (default: val)",
+    )
     group.add_argument(
         "--train_file",
         default="ucf101_train.jsonl",
-        help="file in --data_dir; with --streaming, or several by wildcards (default: %(default)s)",
+        help="file in --data_dir; with --streaming also several, by wildcards (default: %(default)s)",
     )
     group.add_argument("--eval_file", help="file in --data_dir (default: ucf101_{--eval_split}.jsonl)")
     return parser.parse_args()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from .phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
 Picture = str | Path | dict[str, Any] | Image.Image
 Conversation = dict[str, Any]
 
-CHAT_MARK = re.compile(r"<\|(?!image_\d+\|>)\w+\|>")  # as special tokens of the published tokenizers are spelled
+# Special tokens of the published tokenizers, but for tags of pictures.
+CHAT_MARK = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands in the last bytes of a file that is whole
 
 
@@ -42,27 +43,25 @@ def check_conversation(conversation: Any, name: str) -> None:
     Raises
     ------
     ValueError
-        Naming the row, what is wrong, and what belongs there.
+        Naming the row, what is wrong first, and what belongs there.
     """
+    for fault in conversation_faults(conversation, name):
+        raise ValueError(fault)
+
+
+def conversation_faults(conversation: Any, name: str) -> Iterator[str]:
+    """All that :func:`check_conversation` finds wrong, as messages."""
     turns = conversation.get("conversations") if isinstance(conversation, dict) else None
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f'{name}: "conversations" must be a list of at least one turn')
+        yield f'{name}: "conversations" must be a list of at least one turn'
+        return
+    whole = True
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict):
-            raise ValueError(f'{name}, turn {number}: a turn must be an object with "user" and "assistant"')
-        for field in ("user", "assistant"):
-            if not isinstance(turn.get(field), str) or not turn[field].strip():
-                raise ValueError(f'{name}, turn {number}: "{field}" must be a text that is not empty')
-            if mark := CHAT_MARK.search(turn[field]):
-                raise ValueError(
-                    f'{name}, turn {number}: "{field}" holds {mark[0]}, which divides turns for the model: '
-                    "leave it out, the chat template puts it where it belongs"
-                )
-        images = turn.get("images") or []
-        if not isinstance(images, list) or not all(map(_is_picture, images)):
-            raise ValueError(f'{name}, turn {number}: "images" must be a list of names of files, or of pictures')
-        if IMAGE_TAG.search(turn["assistant"]):
-            raise ValueError(f'{name}, turn {number}: image tags belong into "user", not into an answer')
+        for fault in _turn_faults(turn):
+            whole = False
+            yield f"{name}, turn {number}: {fault}"
+    if not whole:
+        return
     num_images, tags = 0, []
     for number, (turn, content) in enumerate(zip(turns, _user_contents(conversation), strict=True), start=1):
         # What stands before an answer is all that inference has at that turn.
@@ -71,7 +70,27 @@ def check_conversation(conversation: Any, name: str) -> None:
         try:
             check_image_numbers(tags, num_images)
         except ValueError as error:
-            raise ValueError(f"{name}, turn {number}: {error}" if len(turns) > 1 else f"{name}: {error}") from None
+            yield f"{name}, turn {number}: {error}" if len(turns) > 1 else f"{name}: {error}"
+            return
+
+
+def _turn_faults(turn: Any) -> Iterator[str]:
+    if not isinstance(turn, dict):
+        yield 'a turn must be an object with "user" and "assistant"'
+        return
+    for field in ("user", "assistant"):
+        if not isinstance(turn.get(field), str) or not turn[field].strip():
+            yield f'"{field}" must be a text that is not empty'
+        elif mark := CHAT_MARK.search(turn[field]):
+            yield (
+                f'"{field}" holds {mark[0]}, which is no text to the model, but divides turns or texts: '
+                "leave it out, the chat template puts such marks where they belong"
+            )
+    images = turn.get("images") or []
+    if not isinstance(images, list) or not all(map(_is_picture, images)):
+        yield '"images" must be a list of names of files, or of pictures'
+    if isinstance(turn.get("assistant"), str) and IMAGE_TAG.search(turn["assistant"]):
+        yield 'image tags belong into "user", not into an answer'
 
 
 def pictures(conversation: Conversation) -> list[Picture]:
@@ -96,7 +115,7 @@ def open_picture(picture: Picture) -> Image.Image:
         return Image.open(source)
     except FileNotFoundError:
         raise ValueError(f"{_name(picture)} is missing: put the file there, or take its row out of the data") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise ValueError(f"{_name(picture)} can't be read ({error}): replace it, or take its row out") from None
 
 
@@ -111,7 +130,7 @@ def decode_picture(picture: Picture) -> Image.Image:
     image = open_picture(picture)
     try:
         return convert_picture(image)
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except (Image.DecompressionBombError, NotImplementedError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{_name(picture)} can't be decoded ({error}): replace it, or take its row out") from None
 
 

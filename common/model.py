@@ -193,10 +193,22 @@ def training_precision(args: argparse.Namespace, device: torch.device) -> str:
 
 
 def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
-    """Load the processor with ``--num_crops``."""
-    return AutoProcessor.from_pretrained(
-        args.model_name_or_path, revision=args.base_revision or "main", num_crops=args.num_crops
-    )
+    """Load the processor with ``--num_crops``.
+
+    Raises
+    ------
+    ValueError
+        If one of its files can't be read.
+    """
+    try:
+        return AutoProcessor.from_pretrained(
+            args.model_name_or_path, revision=args.base_revision or "main", num_crops=args.num_crops
+        )
+    except Exception as error:  # tokenizers raises nothing more particular
+        raise ValueError(
+            f"--model_name_or_path {args.model_name_or_path}: the files of its tokenizer or image processor can't be read "
+            f"({_first_line(error)}): copy them there again"
+        ) from error
 
 
 def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torch.device) -> nn.Module:
@@ -220,7 +232,7 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     Raises
     ------
     ValueError
-        If the weights are damaged, or PEFT refuses the adapter.
+        If the weights are damaged, incomplete or of other shapes, or PEFT refuses the adapter.
     """
     precision = training_precision(args, device)
     compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -230,9 +242,11 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     # DeepSpeed casts what it is given before it makes its fp32 master weights.
     masters_elsewhere = args.deepspeed is not None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path,
             revision=args.base_revision or "main",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused by name below
             dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
             attn_implementation=args.attention[0],
             quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
@@ -243,6 +257,12 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
             f"--model_name_or_path {args.model_name_or_path}: its weights can't be read ({error}): "
             "copy the checkpoint's files there again"
         ) from None
+    misfits = [*sorted(loaded["missing_keys"]), *sorted(name for name, *_ in loaded["mismatched_keys"])]
+    if misfits:
+        raise ValueError(
+            f"--model_name_or_path {args.model_name_or_path}: its weights lack {misfits[0]}, or have it in another shape "
+            f"({len(misfits)} such): copy the checkpoint's files there again"
+        )
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 its first evaluation repacks the weights for a kernel that has no backward pass.

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
-from .conversations import Conversation, Picture, check_conversation, check_picture, pictures
+from .conversations import Conversation, Picture, check_conversation, check_picture, conversation_faults, pictures
 from .files import first_on_main_process, replacing
 from .progress import Progress, say
 
@@ -85,7 +85,7 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}, line {number}", _parse_object(line, f"{path}, line {number}")
+                yield f"{path}, line {number}", parse_object(line, f"{path}, line {number}")
                 empty = False
     if empty:
         raise ValueError(f"{path} is empty: it must hold one JSON object a line")
@@ -105,16 +105,26 @@ def parse_conversation(line: bytes, place: str) -> Conversation:
     ValueError
         Naming the place, what is wrong, and what belongs there.
     """
-    if len(line) > BLOCK_SIZE:
-        raise ValueError(f"{place}: longer than {BLOCK_SIZE:,} bytes: split the conversation")
-    conversation = _parse_object(line, place)
-    check_conversation(conversation, place)
-    if not isinstance(conversation.get("id") or "", str):
-        raise ValueError(f'{place}: "id" must be a text: put it in quotes')
-    names = [name for turn in conversation["conversations"] for name in turn.get("images") or []]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{place}: "images" must hold names of files')
+    conversation = parse_object(line, place)
+    for fault in row_faults(conversation, place):
+        raise ValueError(fault)
     return conversation
+
+
+def row_faults(row: dict[str, Any], place: str) -> Iterator[str]:
+    """All that is wrong with a row of the general format, as messages; of its pictures only their names."""
+    yield from conversation_faults(row, place)
+    if not isinstance(row.get("id") or "", str):
+        yield f'{place}: "id" must be a text: put it in quotes'
+    if any(isinstance(name, dict) for name in picture_names(row)):
+        yield f'{place}: "images" must hold names of files'
+
+
+def picture_names(row: dict[str, Any]) -> list[Any]:
+    """What stands where a row should name its pictures."""
+    turns = row.get("conversations")
+    found = [turn.get("images") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [name for images in found if isinstance(images, list) for name in images]
 
 
 def load_conversations(path: Path, image_dir: Path, limit: int | None = None, bar: bool = True) -> Dataset:
@@ -202,9 +212,14 @@ def check_rows(
     """
 
     def check(number: int) -> None:
-        found = list(conversations(rows[number]))
-        if not found:
-            raise ValueError(f"{name} {number}: nothing is asked: take the row out")
+        try:
+            found = list(conversations(rows[number]))
+            if not found:
+                raise ValueError("nothing is asked: take the row out")
+        except IndexError:
+            raise ValueError(f"{name} {number}: it lacks a picture or a text: take the row out") from None
+        except ValueError as error:
+            raise ValueError(f"{name} {number}: {error}") from None
         for conversation in found:
             check_conversation(conversation, f"{name} {number}")
         try:
@@ -213,6 +228,8 @@ def check_rows(
         except ValueError as error:
             raise ValueError(f"{name} {number}: {error}") from None
 
+    if not len(rows):
+        raise ValueError(f"no {name}s are left: the data set is smaller than what is asked of it")
     _check_all(f"{name}s", range(len(rows)), check, len(rows), bar)
 
 
@@ -237,11 +254,20 @@ def _check_all(what: str, items: Iterable[T], check: Callable[[T], Any], count: 
             raise ValueError(problem)
 
 
-def _parse_object(line: bytes, place: str) -> dict[str, Any]:
+def parse_object(line: bytes, place: str) -> dict[str, Any]:
+    """Read one line of a JSON-lines file.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON object; names the place.
+    """
+    if len(line) > BLOCK_SIZE:
+        raise ValueError(f"{place}: longer than {BLOCK_SIZE:,} bytes: split the conversation")
     try:
         row = json.loads(line, object_pairs_hook=_without_repeats)
         json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
     if not isinstance(row, dict):
         raise ValueError(f"{place}: must be a JSON object, not {type(row).__name__}: write one object a line")
@@ -259,7 +285,9 @@ def _without_repeats(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 def _to_arrow(path: Path) -> Path:
     """Convert a file of the general format to an Arrow file in the cache, unless that was done before."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: put the data's JSONL file there, or name another one")
+        raise ValueError(
+            f"{path} is missing: put the data's JSONL file there (convert_ucf101.py writes UCF-101's), or name another"
+        )
     state = path.stat()
     version = hashlib.sha256(f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}".encode()).hexdigest()
     arrow = Path(datasets.config.HF_DATASETS_CACHE) / "conversations" / f"{version[:32]}.arrow"
@@ -286,7 +314,9 @@ def _to_arrow(path: Path) -> Path:
                     raise ValueError("it must hold one conversation a line")  # Arrow takes several, or one over several lines
     except ValueError as error:
         _explain(path)
-        raise ValueError(f"{path} can't be read: {error}") from None
+        raise ValueError(
+            f"{path} can't be read ({error}): write one JSON object a line, with nothing but the format's fields"
+        ) from None
     return arrow
 
 
@@ -300,8 +330,8 @@ def _check_batch(batch: pa.RecordBatch) -> None:
     empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
     if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
         raise ValueError("a row is not in the general format")
-    tagged = pc.or_(*(pc.match_substring(pc.struct_field(turns, field), "<|") for field in ("user", "assistant")))
-    rows = pc.list_parent_indices(conversations).filter(tagged).unique()
+    marked = (pc.match_substring_regex(pc.struct_field(turns, field), r"<[|/su]") for field in ("user", "assistant"))
+    rows = pc.list_parent_indices(conversations).filter(pc.or_(*marked)).unique()
     for conversation in batch.take(rows).to_pylist():
         check_conversation(conversation, "a row")
 

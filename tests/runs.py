@@ -3,13 +3,16 @@
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import TINY, torchrun
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+import finetune_hf_trainer_docvqa as docvqa
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
 
@@ -113,3 +116,11 @@ def write_random_model(directory: Path) -> Path:
         torch.manual_seed(0)
         Phi3VForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def message(monkeypatch, data, output, **options):
+    """What the script says when it refuses to run, in this process."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, output, **options)])
+    with pytest.raises(ValueError) as error:
+        docvqa.main()
+    return str(error.value)

@@ -11,22 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import transformers
-from conftest import ROOT, TINY, torchrun
+from conftest import ROOT, torchrun
 from forked import be_process, server
 from PIL import Image
-from runs import SCRIPT, flags, write_docvqa, write_random_model
+from runs import SCRIPT, flags, message, write_docvqa, write_random_model
 from torch.utils.data import DataLoader
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
 from common import training
-from common.checkpoints import write_manifest
 from common.collator import load_crops
 from common.training import run
 
@@ -34,14 +31,6 @@ from common.training import run
 @pytest.fixture
 def data(tmp_path):
     return write_docvqa(tmp_path / "data", train=4, val=2)
-
-
-def message(monkeypatch, data, output, **options):
-    """What the script says when it refuses to run."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, output, **options)])
-    with pytest.raises(ValueError) as error:
-        docvqa.main()
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +83,6 @@ def test_flags(options, expected, monkeypatch, data, tmp_path):
     assert expected in message(monkeypatch, data, tmp_path / "out", **options)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
-)
-def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path):
-    shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "model" / name).unlink()
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    assert "lacks" in said and name in said and "copy the checkpoint's files" in said
-
-
 @pytest.mark.parametrize(("exported", "threads"), [("1", None), ("3", 3)])
 def test_threads_are_those_that_were_asked_for(exported, threads, monkeypatch):
     """torchrun sets 1 itself, which nobody asked for."""
@@ -123,63 +102,10 @@ def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
     assert said == "torchrun --nproc_per_node=2: this machine has 1 GPU(s), and each process takes one"
 
 
-def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
-    checkpoint = tmp_path / "out" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"method": "LoRA"}}))
-    write_manifest(checkpoint)
-    said = message(monkeypatch, data, tmp_path / "out", resume_from_checkpoint="auto")
-    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, and the checkpoint's run had LoRA: go on")
-
-
 def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_path):
     (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
     said = message(monkeypatch, data, tmp_path / "out", deepspeed=tmp_path / "zero.json")
     assert "zero.json has an optimizer of its own" in said and "take that section out" in said
-
-
-def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
-    shutil.copytree(TINY, tmp_path / "model")
-    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "llama"}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    assert "is a llama checkpoint" in said and "Phi-3-vision" in said
-    (tmp_path / "model" / "preprocessor_config.json").unlink()
-    assert said == message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text("{")
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    assert "config.json is no JSON object" in said
-
-
-def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data, tmp_path):
-    snapshot = tmp_path / "hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
-    snapshot.mkdir(parents=True)
-    config = {"model_type": "phi9_v", "auto_map": {"AutoConfig": "configuration_phi9.Config"}}
-    (snapshot / "config.json").write_text(json.dumps(config))
-    (snapshot / "configuration_phi9.py").write_text("raise RuntimeError('code of a checkpoint was run')")
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path="some/model")
-    assert said.startswith("--model_name_or_path some/model is not a phi3_v checkpoint, which these recipes finetune")
-
-
-def test_damaged_checkpoints(monkeypatch, data, tmp_path):
-    model = shutil.copytree(TINY, tmp_path / "model")
-    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert "its weights can't be read" in said and "copy the checkpoint's files" in said
-    (model / "model.safetensors.index.json").write_text("{}")
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert "model.safetensors.index.json is no index of weights" in said
-
-
-def test_an_adapter_for_a_model(monkeypatch, data, tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
-    assert "is an adapter: merge it into its base first (python -m tools.merge_lora" in said
 
 
 def break_missing(data):
@@ -233,6 +159,36 @@ def break_tags(data):
     return 'entry 1 of "data": the text', "match its 1 picture"
 
 
+def break_second_answer(data):
+    """Which of several is drawn depends on the epoch."""
+    path = data / "train_v1.0_withQT.json"
+    content = json.loads(path.read_text())
+    content["data"][3]["answers"] = ["1", "2<|end|>3"]
+    path.write_text(json.dumps(content))
+    return 'entry 3 of "data", turn 1: "assistant" holds <|end|>', "leave it out"
+
+
+def break_text(data):
+    """Which the published tokenizers take for the mark that begins a text."""
+    path = data / "train_v1.0_withQT.json"
+    content = json.loads(path.read_text())
+    content["data"][0]["question"] = "What is <s>struck</s> out?"
+    path.write_text(json.dumps(content))
+    return 'entry 0 of "data", turn 1: "user" holds <s>', "leave it out"
+
+
+def break_character(data):
+    path = data / "val_v1.0_withQT.json"
+    path.write_text(path.read_text().replace("Which", "\\ud800"))
+    return "val_v1.0_withQT.json is no valid JSON", "surrogates not allowed"
+
+
+def break_folder(data):
+    shutil.rmtree(data)
+    data.write_text("")
+    return "train_v1.0_withQT.json is missing", "--data_dir takes the folder"
+
+
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
     return "val_v1.0_withQT.json is empty", "no question"
@@ -249,6 +205,10 @@ def break_empty(data):
         break_entry,
         break_answer,
         break_tags,
+        break_second_answer,
+        break_text,
+        break_character,
+        break_folder,
         break_empty,
     ],
 )

@@ -108,6 +108,7 @@ def test_all_problems_in_one_report(folder):
             {**GOOD_ROWS[0], "id": "other"},  # 10
             '{"conversations": [{"user": "\\ud800", "assistant": "half a character"}]}\n',
             {**row(None, ("A number as", "Id.")), "id": 7},
+            {"conversations": [{"images": ["gone.jpg"], "user": "", "assistant": "One."}, {"user": "Two?"}], "id": 3},
         ],
     )
     code, output = check("--data_file", data, "--max_length", 2000)
@@ -126,11 +127,15 @@ def test_all_problems_in_one_report(folder):
         ("repeated row", f"line 10: the same pictures and texts as {data}, line 1"),
         ("invalid row", "line 11: no JSON"),
         ("invalid row", 'line 12: "id" must be a text: put it in quotes'),
+        ("invalid row", 'line 13, turn 1: "user" must be'),
+        ("invalid row", 'line 13, turn 2: "assistant" must be'),
+        ("invalid row", 'line 13: "id" must be a text'),
+        ("unusable picture", f"line 13: picture {folder}/gone.jpg is missing"),
     ]
     assert [kind for kind, _ in found] == [kind for kind, _ in expected]
     for (_, message), (_, start) in zip(found, expected, strict=True):
         assert message.startswith(f"{data}, {start}")
-    assert "12 problems: invalid row 7, unusable picture 3, row too long 1, repeated row 1" in output
+    assert "16 problems: invalid row 10, unusable picture 4, row too long 1, repeated row 1" in output
 
 
 def test_quick_sees_missing_pictures_but_decodes_none(folder):
@@ -157,6 +162,19 @@ def test_rows_that_occur_in_two_files_and_an_empty_one(folder):
     ]
     assert f"{train}: 5 rows" in output
     assert f"{val}: 3 rows" in output
+
+
+def test_a_picture_is_the_same_however_it_is_named(folder):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        write(
+            folder / name / "data.jsonl", [row(["../wide.jpg" if name == "a" else f"{folder}/wide.jpg"], ("What?", "Noise."))]
+        )
+    code, output = check("--data_file", folder / "a/data.jsonl", folder / "b/data.jsonl")
+    assert code == 1
+    assert problems(output) == [
+        ("row in two files", f"{folder}/b/data.jsonl, line 1: the same pictures and texts as {folder}/a/data.jsonl, line 1")
+    ]
 
 
 def test_many_rows_keep_their_order(folder):
@@ -191,6 +209,8 @@ def test_unusable_flags(folder, monkeypatch, capsys):
     assert refused("--data_file", data).startswith("error: --model_name_or_path microsoft/Phi-3.5-vision-instruct")
     assert refused("--data_file", data, "--num_crops", 17) == 2
     assert "argument --num_crops" in capsys.readouterr().err
+    assert refused("--data_file", data, folder / "." / data.name) == 2
+    assert "names a file twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, bar", [((), True), (("--no-tqdm",), False)])

@@ -99,7 +99,11 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     rows[1]["texts"][0]["assistant"] = "Maybe."
     Dataset.from_list(rows, features).to_parquet(tmp_path / "other/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "other"),))
-    with pytest.raises(ValueError, match=r'answers must be "No." or "Yes.", not "Maybe."'):
+    with pytest.raises(ValueError, match=r'evaluation row 1: the answer must be "No." or "Yes.", not "Maybe."'):
+        script.load_rows(flags(monkeypatch))
+    monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
+    monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
+    with pytest.raises(ValueError, match="no training rows are left: the data set is smaller than what is asked of it"):
         script.load_rows(flags(monkeypatch))
 
 
@@ -177,8 +181,11 @@ def test_a_bad_row_is_named(release, monkeypatch, line, message):
 def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypatch):
     args = flags(monkeypatch, "--data_dir", release)
     write_release(release, [1, 1], "dev_seen")
-    with pytest.raises(ValueError, match="AUROC needs memes of both labels, but all 2 .* raise --max_eval_samples"):
+    with pytest.raises(ValueError, match=r"dev_seen\.jsonl: AUROC needs memes of both labels, but all 2 .* take a data set"):
         script.load_rows(args)
+    write_release(release, [1, 0], "dev_seen")
+    with pytest.raises(ValueError, match=r"dev_seen\.jsonl: AUROC .* but all 1 have the same: raise --max_eval_samples"):
+        script.load_rows(flags(monkeypatch, "--data_dir", release, "--max_eval_samples", 1))
     (release / "dev_seen.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"dev_seen\.jsonl is empty"):
         script.load_rows(args)

@@ -82,7 +82,8 @@ def test_a_file_that_changed_is_read_anew(tmp_path, image_dir):
         ({"conversations": [turn(assistant=5)]}, 'turn 1: "assistant" must be a text that is not empty'),
         ({"conversations": [turn(images="a/left.png")]}, 'turn 1: "images" must be a list'),
         ({"conversations": [turn(images=[None])]}, '"images" must be a list of names of files'),
-        ({"conversations": [turn("What?<|end|>")]}, '"user" holds <|end|>, which divides turns for the model'),
+        ({"conversations": [turn("What?<|end|>")]}, '"user" holds <|end|>, which is no text to the model'),
+        ({"conversations": [turn("What is <s>struck</s> out?")]}, '"user" holds <s>'),
         ({"conversations": [turn(assistant="So.<|endoftext|>")]}, '"assistant" holds <|endoftext|>'),
         ('{"id": "1", "id": "2", "conversations": [{"user": "a", "assistant": "b"}]}', '"id" is there twice'),
         (f"{json.dumps({'conversations': [turn()]})} {json.dumps({'conversations': [turn()]})}", "no JSON (Extra data"),
@@ -116,6 +117,9 @@ def test_a_picture_that_is_missing_or_cut_short_is_named(tmp_path, image_dir):
     (image_dir / "b.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"images/b\.png can't be (read|decoded)"):
         load_conversations(path, image_dir)
+    unheard_of = write(tmp_path / "name.jsonl", {"conversations": [turn(images=["a\0.png"])]})
+    with pytest.raises(ValueError, match="a\0.png can't be read .embedded null byte.: replace it"):
+        load_conversations(unheard_of, image_dir)
     assert len(load_conversations(path, image_dir, limit=1)) == 1  # whose rows are not used is not asked for
 
 

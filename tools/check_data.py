@@ -29,12 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import DEFAULT_MODEL
-from common.conversations import Conversation, count_tokens, decode_picture, open_picture, pictures
+from common.conversations import Conversation, count_tokens, decode_picture, open_picture
 from common.model import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
 from common.progress import Progress, limit_library_bars
-from common.sources import parse_conversation
+from common.sources import parse_object, picture_names, row_faults
 
 LINES_AT_ONCE = 500
 PICTURES_REMEMBERED = 100_000
@@ -99,7 +99,10 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("running")
     group.add_argument("--quick", action="store_true", help="look for pictures and read their sizes, decode none")
     group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if len({path.resolve() for path in args.data_file}) < len(args.data_file):
+        parser.error("--data_file names a file twice, whose rows would all be in two files")
+    return args
 
 
 class Checker:
@@ -124,20 +127,19 @@ class Checker:
         rows, usable = [], []
         for place, line in lines:
             try:
-                conversation = parse_conversation(line, place)
+                conversation = parse_object(line, place)
             except ValueError as error:
                 rows.append(Row(place, problems=[("invalid row", str(error))]))
                 continue
-            for turn in conversation["conversations"]:
-                turn["images"] = [os.path.join(image_dir, name) for name in turn.get("images") or []]
-            images = pictures(conversation)
-            turns = [(turn["images"], turn["user"], turn["assistant"]) for turn in conversation["conversations"]]
-            content = hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
+            faults = list(row_faults(conversation, place))
+            images = [os.path.join(image_dir, name) for name in picture_names(conversation) if isinstance(name, str)]
             image_tokens = [self.count_picture_tokens(image) for image in images]
             errors = [error for error in image_tokens if isinstance(error, ValueError)]
-            problems = [("unusable picture", f"{place}: {error}") for error in errors]
+            problems = [("invalid row", fault) for fault in faults]
+            problems += [("unusable picture", f"{place}: {error}") for error in errors]
+            content = None if faults else row_content(conversation, image_dir)
             rows.append(Row(place, content, len(images), problems=problems))
-            if not errors:
+            if not problems:
                 usable.append((rows[-1], conversation, image_tokens))
         self._count_tokens(usable)
         return rows
@@ -158,6 +160,19 @@ class Checker:
                 return self.processor.image_processor.num_tokens(*picture.size)
         except ValueError as error:
             return error
+
+
+def row_content(conversation: Conversation, image_dir: Path) -> bytes:
+    """What tells a row from others: its texts, and its pictures' files wherever they are named from."""
+    turns = [
+        (
+            [os.path.realpath(os.path.join(image_dir, name)) for name in turn.get("images") or []],
+            turn["user"],
+            turn["assistant"],
+        )
+        for turn in conversation["conversations"]
+    ]
+    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
 
 
 _checker: Checker | None = None  # of a worker process

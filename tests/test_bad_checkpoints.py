@@ -1,0 +1,103 @@
+"""Models and checkpoints that can't be trained on are refused before any training, with what to do."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import transformers
+from conftest import TINY
+from runs import message, write_docvqa
+from safetensors.torch import load_file, save_file
+
+from common.checkpoints import write_manifest
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_docvqa(tmp_path / "data", train=4, val=2)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
+)
+def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / name).unlink()
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
+    assert "lacks" in said and name in said and "copy the checkpoint's files" in said
+
+
+def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((TINY / "config.json").read_text()) | {"model_type": "llama"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
+    assert "is a llama checkpoint" in said and "Phi-3-vision" in said
+    (tmp_path / "model" / "preprocessor_config.json").unlink()
+    assert said == message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
+    assert "config.json is no JSON object" in said
+
+
+def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data, tmp_path):
+    snapshot = tmp_path / "hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
+    snapshot.mkdir(parents=True)
+    config = {"model_type": "phi9_v", "auto_map": {"AutoConfig": "configuration_phi9.Config"}}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot / "configuration_phi9.py").write_text("raise RuntimeError('code of a checkpoint was run')")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path="some/model")
+    assert said.startswith("--model_name_or_path some/model is not a phi3_v checkpoint, which these recipes finetune")
+
+
+def test_damaged_checkpoints(monkeypatch, data, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert "its weights can't be read" in said and "copy the checkpoint's files" in said
+    (model / "model.safetensors.index.json").write_text("{}")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert "model.safetensors.index.json is no index of weights" in said
+
+
+def test_an_adapter_for_a_model(monkeypatch, data, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
+    assert "is an adapter: merge it into its base first (python -m tools.merge_lora" in said
+
+
+def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"method": "LoRA"}}))
+    write_manifest(checkpoint)
+    said = message(monkeypatch, data, tmp_path / "out", resume_from_checkpoint="auto")
+    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, and the checkpoint's run had LoRA: go on")
+
+
+@pytest.mark.parametrize("how", ["missing", "of another shape"])
+def test_weights_that_are_not_the_models(how, monkeypatch, data, tmp_path):
+    """Nothing is trained from random weights that a checkpoint did not give."""
+    model = shutil.copytree(TINY, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    whole = tensors.pop(name)
+    if how != "missing":
+        tensors[name] = whole[:-1].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert said.startswith(f"--model_name_or_path {model}: its weights lack {name}, or have it in another shape (1 such)")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_a_damaged_file_of_the_processor(name, monkeypatch, data, tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1")
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert f"--model_name_or_path {model}" in said and "copy" in said
