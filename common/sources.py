@@ -1,6 +1,6 @@
 """Where rows come from: the hub, JSON-lines files, and the general format as an Arrow file that is read where it lies on disk.
 
-Every function gives the same rows, or raises the same error, on all processes.
+Every function gives the same rows, or raises the same error, on all processes that find the same files.
 """
 
 from __future__ import annotations

@@ -173,3 +173,36 @@ def test_a_seed_draws_the_same_again(tmp_path, task):
     }
     assert contents["one"] == contents["two"]
     assert contents["one"] != contents["other"]
+
+
+@pytest.mark.parametrize(
+    ("task", "train", "evaluated", "files"),
+    [
+        ("hateful_memes", "train.jsonl", "dev_seen.jsonl", "img"),
+        ("nlvr2", "train.json", "dev.json", "images"),
+        ("ucf101", None, None, "UCF101_subset"),
+    ],
+)
+def test_what_evaluates_was_not_seen_in_training(tmp_path, task, train, evaluated, files):
+    """No file of the demo's evaluation is one of its training; ``make demo`` draws as many."""
+    draw_samples(task, tmp_path)
+    contents: dict[bool, set[bytes]] = {True: set(), False: set()}
+    trained_on = {row["id"] for row in read_json_lines(tmp_path / train)} if task == "hateful_memes" else None
+    for path in (tmp_path / files).rglob("*"):
+        if path.is_file():
+            trains = int(path.stem) in trained_on if trained_on else "train" in path.relative_to(tmp_path).parts
+            contents[trains].add(path.read_bytes())
+    if task == "nlvr2":  # a picture may come again, a pair with its sentence not
+        contents = {
+            split == train: {
+                tuple(
+                    (tmp_path / "images" / folder / f"{row['identifier'].rpartition('-')[0]}-img{side}.png").read_bytes()
+                    for side in (0, 1)
+                )
+                + (row["sentence"],)
+                for row in read_json_lines(tmp_path / split)
+                for folder in [f"train/{row['directory']}" if split == train else "dev"]
+            }
+            for split in (train, evaluated)
+        }
+    assert contents[True] and contents[False] and not contents[True] & contents[False]

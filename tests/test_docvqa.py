@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import random
 import sys
 from collections import Counter
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY
+from conftest import SHARED, TINY, needs_data
+from forked import finetune_forked
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -151,3 +153,15 @@ def assert_scored(found):
     assert [entry["score"] for entry in found.predictions] == scores
     assert found.values["anls"] == pytest.approx(fmean(scores))
     assert found.values["anls_case_sensitive"] == fmean(entry["score_case_sensitive"] for entry in found.predictions)
+
+
+@needs_data
+@pytest.mark.slow
+def test_real_scans_are_learned_from(tmp_path):
+    """Some of the pages, at four crops, for some steps."""
+    options = {"num_crops": 4, "batch_size": 8, "max_steps": 10, "learning_rate": 5e-4}
+    log = finetune_forked(SHARED / "data/docvqa", tmp_path / "out", max_train_samples=80, max_eval_samples=8, **options)
+    losses = [entry["loss"] for entry in log]
+    assert fmean(losses[-3:]) < fmean(losses[:3]) - 0.3
+    for when in ("before", "after"):
+        assert json.loads((tmp_path / f"out/eval_{when}.json").read_text())["samples"] == 8

@@ -9,6 +9,7 @@ import torch
 from adapters import assert_adapter_goes_all_the_way
 from conftest import SHARED, TINY, needs_data, torchrun
 from datasets import Dataset, Features, Image, List, Value
+from forked import finetune_forked
 from PIL import Image as PillowImage
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -73,6 +74,19 @@ def test_real_release(monkeypatch):
     for row in eval_rows:
         pairs[script.statement(row["id"])].add(row["id"])
     assert max(map(len, pairs.values())) > 1
+
+
+@needs_data
+@pytest.mark.slow
+def test_real_pairs_are_learned_from(tmp_path):
+    """A few steps: the published crops are more than a CPU takes in a test."""
+    options = {"num_crops": 1, "batch_size": 8, "batch_size_per_gpu": 4, "max_steps": 6, "learning_rate": 5e-4}
+    options |= {"max_train_samples": 48, "max_eval_samples": 8, "script": "finetune_hf_trainer_nlvr2.py"}
+    log = finetune_forked(SHARED / "data/nlvr2", tmp_path / "out", **options)
+    assert log[-1]["loss"] < log[0]["loss"]
+    for when in ("before", "after"):
+        evaluation = json.loads((tmp_path / f"out/eval_{when}.json").read_text())
+        assert evaluation["samples"] == 8 and {"accuracy", "consistency"} <= evaluation.keys()
 
 
 def test_hub_rows(tmp_path, monkeypatch):
