@@ -122,7 +122,7 @@ def test_two_processes_learn_three_clips(data_dir, tmp_path):
     out = tmp_path / "out"
     flags = ["--model_name_or_path", TINY, "--data_dir", data_dir, "--output_dir", out, "--num_crops", 1, "--no-tqdm"]
     result = torchrun(
-        "finetune_hf_trainer_ucf101.py", *flags, "--eval_file", "ucf101_train.jsonl", "--batch_size", 4, "--max_steps", 40,
+        "finetune_hf_trainer_ucf101.py", *flags, "--eval_file", "ucf101_train.jsonl", "--batch_size", 4, "--max_steps", 25,
         "--learning_rate", 2e-3, "--warmup_steps", 2, "--max_new_tokens", 12, "--dataloader_num_workers", 0,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
