@@ -286,7 +286,7 @@ def test_charts_say_what_they_show():
     chart = score_chart({"before": [0.0, 0.49, 0.5, 1.0], "after": [1.0, 1.0, 0.95, 0.0]})
     assert chart.caption == "Before: 2 of 4 below 0.5, 1 exact; after: 1 of 4 below 0.5, 2 exact."
     chart = transition_chart([0, 0, 1, 0.7], [1, 0.6, 0, 0.7])
-    assert chart.caption == "Above the diagonal the 2 answers that got better, below it the 1 that got worse."
+    assert chart.caption == "Answers that moved to a better class, above the diagonal: 2; to a worse one, below it: 1."
     chart = confusion_chart("after", ["cat", "dog"], ["cat", "dog", "dog"], ["cat", "cat", "dog"])
     assert chart.caption == "2 of 3 right: those on the diagonal."
     assert re.findall(r">(\d|cat|dog)</text>", chart.svg()).count("1") == 3

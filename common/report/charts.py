@@ -255,7 +255,7 @@ def transition_chart(before: Sequence[float], after: Sequence[float]) -> Chart:
     first, last = ([grades[(score >= 0.5) + (score >= 1)] for score in scores] for scores in (before, after))
     figure, counts = _matrix(grades, first, last, "before", "after")
     corrected, spoilt = np.triu(counts, 1).sum(), np.tril(counts, -1).sum()
-    caption = f"Above the diagonal the {corrected:,} answers that got better, below it the {spoilt:,} that got worse."
+    caption = f"Answers that moved to a better class, above the diagonal: {corrected:,}; to a worse one, below it: {spoilt:,}."
     return Chart("transitions", "What became of the answers", figure, caption)
 
 
