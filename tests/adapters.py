@@ -24,7 +24,9 @@ def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
     args = check_arguments(training_parser("", task="test", metric="anls").parse_args(command_line))
     args.attention, args.deepspeed, args.base_revision = ("sdpa", ""), None, fetch_checkpoint(str(base))
     processor = load_processor(args)
-    model = load_model(args, processor, torch.device("cpu"))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # draws the adapter's other half
+        model = load_model(args, processor, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

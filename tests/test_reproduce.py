@@ -269,10 +269,20 @@ def test_an_interrupted_row_goes_on_and_a_finished_one_is_recorded(tmp_path):
     assert "is there already" in run_tool("reproduce", *row).stdout
 
 
+@pytest.mark.parametrize("method", runs.METHOD_FLAGS)
+@pytest.mark.parametrize("task", runs.TASKS)
+def test_every_method_takes_a_tasks_settings(task, method, tmp_path, monkeypatch):
+    for smoke in (False, True):
+        command = embedded.embedded_command(task, method, tmp_path, runs.METHOD_FLAGS[method], smoke)
+        position = next(place for place, word in enumerate(command) if word.endswith(".py"))
+        monkeypatch.setattr(sys, "argv", command[position:])
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        check_arguments(importlib.import_module(command[position].removesuffix(".py")).parse_args())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "method"), [("docvqa", "full"), ("hateful_memes", "full"), ("nlvr2", "full"), ("ucf101", "lora")]
-)
+# The other two are run for the README's commands.
+@pytest.mark.parametrize(("task", "method"), [("hateful_memes", "full"), ("ucf101", "lora")])
 def test_a_task_runs_on_the_embedded_samples(task, method, tmp_path):
     result = run_tool("embedded", task, "--method", method, "--smoke", "--output_dir", tmp_path / "demo")
     assert result.returncode == 0, result.stdout

@@ -22,17 +22,17 @@ from .runs import METHOD_FLAGS, TASKS, RunFailed, read_results, run_on_cpu, torc
 MODEL = "assets/tiny_phi3v"
 PROCESSES = 2
 
-# Flags by task, over those for all; a value by method where methods need different ones.
+# Flags by task, over those for all; a value by method where methods need different ones, or have none.
 ALL_TASKS = {"num_crops": 1, "batch_size": 8, "batch_size_per_gpu": 4, "warmup_steps": 10, "logging_steps": 10}
 ALL_TASKS |= {"max_new_tokens": 16}
 SETTINGS = {
     "docvqa": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 5e-4, "qlora": 5e-4}},
     "hateful_memes": {"num_train_epochs": 1, "learning_rate": 5e-4},
     "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 7e-4, "qlora": 7e-4}}
-    | {"vision_learning_rate": 3e-5, "projector_learning_rate": 3e-5}
+    | {f"{part}_learning_rate": {"full": 3e-5, "lora": 3e-5, "qlora": 3e-5} for part in ("vision", "projector")}
     | {"warmup_steps": 15},
     "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 4e-4, "frozen": 4e-4, "lora": 7e-4, "qlora": 7e-4}}
-    | {"vision_learning_rate": 4e-5, "projector_learning_rate": 4e-5}
+    | {f"{part}_learning_rate": {"full": 4e-5, "lora": 4e-5, "qlora": 4e-5} for part in ("vision", "projector")}
     | {"batch_size": 4, "batch_size_per_gpu": 2},
 }
 NUM_FRAMES = 4  # of a clip: half of the default, to be done in minutes
@@ -82,7 +82,8 @@ def embedded_command(task: str, method: str, output_dir: Path, flags: list[str],
     places = ["--model_name_or_path", MODEL, "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
     settings = []
     for name, value in (ALL_TASKS | SETTINGS[task] | (SMOKE_SETTINGS if smoke else {})).items():
-        settings += [f"--{name}", str(value[method] if isinstance(value, dict) else value)]
+        value = value.get(method) if isinstance(value, dict) else value
+        settings += [f"--{name}", str(value)] if value is not None else []
     return torchrun_command(task, [*places, *flags, *settings], PROCESSES)
 
 
