@@ -115,7 +115,7 @@ def open_picture(picture: Picture) -> Image.Image:
         return Image.open(source)
     except FileNotFoundError:
         raise ValueError(f"{_name(picture)} is missing: put the file there, or take its row out of the data") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError, OSError, ValueError) as error:
         raise ValueError(f"{_name(picture)} can't be read ({error}): replace it, or take its row out") from None
 
 

@@ -257,12 +257,10 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
             f"--model_name_or_path {args.model_name_or_path}: its weights can't be read ({error}): "
             "copy the checkpoint's files there again"
         ) from None
-    misfits = [*sorted(loaded["missing_keys"]), *sorted(name for name, *_ in loaded["mismatched_keys"])]
+    misfits = sorted(loaded["missing_keys"]) + sorted(name for name, *_ in loaded["mismatched_keys"])
     if misfits:
-        raise ValueError(
-            f"--model_name_or_path {args.model_name_or_path}: its weights lack {misfits[0]}, or have it in another shape "
-            f"({len(misfits)} such): copy the checkpoint's files there again"
-        )
+        what = f"its weights lack {misfits[0]}, or have it in another shape ({len(misfits)} such)"
+        raise ValueError(f"--model_name_or_path {args.model_name_or_path}: {what}: copy the checkpoint's files there again")
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On CPUs with AVX512-BF16 its first evaluation repacks the weights for a kernel that has no backward pass.

@@ -143,37 +143,32 @@ def break_entry(data):
     return 'entry 3 of "data"', '"answers"'
 
 
-def break_answer(data):
+def change_entry(data, number, **fields):
     path = data / "train_v1.0_withQT.json"
     content = json.loads(path.read_text())
-    content["data"][2]["answers"] = ["1", " "]
+    content["data"][number] |= fields
     path.write_text(json.dumps(content))
+
+
+def break_answer(data):
+    change_entry(data, 2, answers=["1", " "])
     return 'entry 2 of "data"', "none empty"
 
 
 def break_tags(data):
-    path = data / "train_v1.0_withQT.json"
-    content = json.loads(path.read_text())
-    content["data"][1]["question"] = "<|image_1|> or <|image_2|>?"
-    path.write_text(json.dumps(content))
+    change_entry(data, 1, question="<|image_1|> or <|image_2|>?")
     return 'entry 1 of "data": the text', "match its 1 picture"
 
 
 def break_second_answer(data):
     """Which of several is drawn depends on the epoch."""
-    path = data / "train_v1.0_withQT.json"
-    content = json.loads(path.read_text())
-    content["data"][3]["answers"] = ["1", "2<|end|>3"]
-    path.write_text(json.dumps(content))
+    change_entry(data, 3, answers=["1", "2<|end|>3"])
     return 'entry 3 of "data", turn 1: "assistant" holds <|end|>', "leave it out"
 
 
 def break_text(data):
     """Which the published tokenizers take for the mark that begins a text."""
-    path = data / "train_v1.0_withQT.json"
-    content = json.loads(path.read_text())
-    content["data"][0]["question"] = "What is <s>struck</s> out?"
-    path.write_text(json.dumps(content))
+    change_entry(data, 0, question="What is <s>struck</s> out?")
     return 'entry 0 of "data", turn 1: "user" holds <s>', "leave it out"
 
 

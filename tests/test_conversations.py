@@ -1,6 +1,7 @@
 """Conversations to tokens and labels: several turns, several pictures, and what is refused."""
 
 import io
+import struct
 
 import pytest
 from conftest import GOLDEN, TINY
@@ -141,3 +142,10 @@ def test_a_whole_picture_with_something_after_its_end_is_no_mistake():
     file = io.BytesIO()
     Image.effect_noise((300, 200), 50).save(file, "JPEG")
     assert check_picture({"bytes": file.getvalue() + bytes(1000), "path": None}) == (300, 200)
+
+
+def test_a_picture_of_a_kind_that_nothing_decodes_is_named():
+    """As Pillow says of some DDS files, in its own way."""
+    fields = [124, 0x1007, 8, 8, 0, 0, 0, *[0] * 11, 32, 0x4, int.from_bytes(b"none", "little"), *[0] * 5, 0x1000, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="picture none.dds can't be (read|decoded)"):
+        check_picture({"bytes": b"DDS " + struct.pack("<31I", *fields) + bytes(64), "path": "none.dds"})

@@ -46,6 +46,15 @@ def build(method, attention="eager"):
     return model.train()
 
 
+def seen(model, batch):
+    """FLOPs that torch counts, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        loss = model(**batch).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops() - forward
+
+
 def masked_half(model, batch, backward):
     """What eager attention computes of a sample of n tokens beyond its n (n + 1) / 2 pairs, in FLOPs."""
     lengths = batch["attention_mask"].sum(-1).tolist()
@@ -59,11 +68,7 @@ def test_formula_agrees_with_what_torch_counts(processor, samples, method):
     model = build(method)
     for batch_samples in (samples[:1], samples[1:2]):
         batch = Collator(processor)(batch_samples)
-        with FlopCounterMode(display=False) as counter:
-            loss = model(**batch).loss
-            seen_forward = counter.get_total_flops()
-            loss.backward()
-        seen_backward = counter.get_total_flops() - seen_forward
+        seen_forward, seen_backward = seen(model, batch)
         base = base_model(model)
         flops = TrainingFlops(base)
         forward, backward = flops.count(flops.sizes(batch))
@@ -75,11 +80,8 @@ def test_formula_agrees_with_what_torch_counts(processor, samples, method):
 def test_formula_agrees_with_what_torch_counts_of_a_packed_batch(processor, samples, method):
     model = build(method, "varlen")
     batch = Collator(processor, packing=True)(samples)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = model(**batch).loss
-        seen_forward = counter.get_total_flops()
-        loss.backward()
-    seen_backward = counter.get_total_flops() - seen_forward
+    with sdpa_kernel(SDPBackend.MATH):
+        seen_forward, seen_backward = seen(model, batch)
     base = base_model(model)
     flops = TrainingFlops(base)
     forward, backward = flops.count(flops.sizes(batch))
