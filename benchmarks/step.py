@@ -1,11 +1,12 @@
 """A training step of a small configuration, packed, against the plain way: padded or one by one.
 
     python -m benchmarks.step
+    python -m benchmarks.step --bf16
     python -m benchmarks.step --config tiny --repetitions 1
 
 The plain way has float pixels with blank crops, runs the whole tower on them, pads, and runs the head at every position.
 One by one with eager attention it is the published way, which also recomputes all layers in its backward pass. All ways share
-one model's weights, and their losses and gradients are checked to be the same before anything is measured.
+one model's weights, and their losses and gradients are checked to be the same, in fp32, before anything is measured.
 
 Samples are packed into bins of --max_tokens_per_batch tokens, by default as many as the longest sample may have: what one
 core works on should stay in its caches. A GPU takes larger ones.
@@ -146,7 +147,7 @@ def plain_batch(samples):
 def plain_image_tokens(vision, pixel_values, sizes):
     """Tokens of each picture, the whole tower run on all crops, blank ones too."""
     tower, side = vision.tower, vision.side
-    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.flatten(0, 1)))
+    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.flatten(0, 1).to(vision.glb_GN.dtype)))
     states = [hidden]
     for layer in tower.encoder.layers:
         states.append(layer(states[-1], None))
@@ -225,8 +226,11 @@ def main() -> None:
     parser.add_argument(
         "--padded_samples", type=int, default=4, help="samples of a padded micro-batch (default: 4; all 8 at once take 21 GB)"
     )
+    parser.add_argument("--bf16", action="store_true", help="weights and computation in bf16 instead of fp32")
     parser.add_argument("--seed", type=int, default=0, help="draws weights and samples")
-    parser.add_argument("--out", type=Path, default=RESULTS / "step.json", help="where the result goes (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help="where the result goes (default: benchmarks/results/step.json or step_bf16.json)"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
@@ -253,6 +257,8 @@ def main() -> None:
         "one by one, eager, recomputing": partial(step, losses=alone_losses, attention="eager", recompute=True),
     }
     difference = check_equal(model, ways)
+    if args.bf16:
+        model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     timed = {name: partial(way, model, optimizer) for name, way in ways.items()}
     # The check was the round to warm up with.
@@ -280,14 +286,16 @@ def main() -> None:
     }
     content = {
         "benchmark": "step",
+        "precision": "bf16" if args.bf16 else "fp32",
         "config": {"name": args.config} | {key: value for key, value in config.items() if key != "samples"},
         "batch": batch,
         "largest_relative_difference_of_loss_and_gradients": difference,
         "seconds": {name: summarise(values) for name, values in seconds.items()},
         "times_faster": faster,
     }
-    write_result(args.out, content)
-    print(f"written to {args.out}")
+    out = args.out or RESULTS / ("step_bf16.json" if args.bf16 else "step.json")
+    write_result(out, content)
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def any_machine(results: dict[str, list[dict]]) -> str:
         bars = {plain: "≥ 1.5×", "one by one, eager": "≥ 4×"}
         for name, ratio in faster.items():
             figures = f"{seconds['packed']:.2f} s against {seconds[name]:.2f} s"
-            rows.append([f"training step, packed against {name}", bars.get(name, "–"), spread(ratio), figures, where(result)])
+            what = f"training step in {result['precision']}, packed against {name}"
+            rows.append([what, bars.get(name, "–"), spread(ratio), figures, where(result)])
     for result in results.get("evaluation", []):
         seconds = {name: value["median"] for name, value in result["seconds"].items()}
         figures = f"{seconds['batched']:.1f} s against {seconds['one by one']:.1f} s for {result['questions']} questions"

@@ -315,11 +315,16 @@ def autocast(model: nn.Module, args: argparse.Namespace) -> torch.autocast:
 
 @contextmanager
 def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
-    was_training = model.training
+    was_training, config = model.training, base_model(model).config
+    attention = config._attn_implementation
     model.eval()
+    if attention.startswith("flash_attention"):
+        # For each token it takes padding out of every layer's whole cache.
+        config._attn_implementation = "sdpa"
     # Compiled layers would be compiled anew for the cache's growing shapes.
     with autocast(model, args), torch.compiler.set_stance("force_eager"):
         yield
+    config._attn_implementation = attention
     model.train(was_training)
 
 

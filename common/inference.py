@@ -204,7 +204,8 @@ def attach_adapter(model: Phi3VForCausalLM, adapter: Path) -> PeftModel:
             f"adapter {adapter} doesn't fit {model.name_or_path}: its weights for {module} are for {expected} features, "
             f"the base has {found}; give the model it was trained on with --base DIR"
         )
-    return PeftModel.from_pretrained(model, adapter).eval()
+    # PEFT would read an adapter onto a GPU that it finds, whoever uses that.
+    return PeftModel.from_pretrained(model, adapter, torch_device=str(model.device)).eval()
 
 
 def rewrites_base(model: PeftModel) -> bool:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,10 @@ def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, fl
         return None
     footprints, training = {}, model.training
     model.train()
+    # DeepSpeed trains without autocast, on halves; adapters are still fp32 here.
+    precision = nullcontext() if args.deepspeed and not args.use_lora else autocast(model, args)
     # Dropout's draws must not move those of the run.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(model, args):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
             for mode in ("none", "full"):
                 set_gradient_checkpointing(model, mode)
@@ -191,8 +194,7 @@ def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
     moments = 2 if "8bit" in args.optim else 0 if args.optim in ("adafactor", "sgd") else 8
     if args.deepspeed is None:
         gradients = sum(parameter.nbytes for parameter in trained)
-        buckets = gradients if world_size > 1 else 0
-        return gradients + buckets + (0 if "paged" in args.optim else moments * count)
+        return gradients + (0 if "paged" in args.optim else moments * count)
     zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {})
     halves = args.bf16 or torch.cuda.is_available()
     if "paged" in args.optim:

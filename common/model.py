@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
@@ -250,7 +251,8 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
             dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
             attn_implementation=args.attention[0],
             quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
-            device_map={"": device} if args.use_qlora else None,
+            # A GPU's weights don't take the way through the machine's memory, of which every process would need as much.
+            device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
         )
     except SafetensorError as error:
         raise ValueError(
@@ -368,9 +370,14 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
             task_type="CAUSAL_LM",
             revision=args.base_revision,
         )
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:
         raise ValueError(f"--init_lora_weights {args.init_lora_weights}: PEFT refuses it ({error})") from error
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Adapters are fp32: PEFT would copy their inputs to fp32, and autocast back.
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def _shards(index: Path) -> list[str]:

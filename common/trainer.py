@@ -149,6 +149,9 @@ class FinetuningTrainer(Trainer):
         self.add_callback(self.stop_on_signal)
         if flags.early_stopping_patience:
             self.add_callback(EarlyStopping(flags.early_stopping_patience))
+        if self.accelerator.ddp_handler:
+            # Gradients lie in DDP's buckets instead of beside them.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.totals = Totals(self)
         self.add_callback(self.totals)
         self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line

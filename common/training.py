@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -61,6 +62,8 @@ def run(main: Callable[[], None]) -> None:
         if not path.is_relative_to(REPOSITORY) or "site-packages" in path.parts:
             raise  # a library's complaint, whose traceback is worth seeing
         sys.exit(f"error: {message}")
+    if dist.is_initialized():
+        dist.destroy_process_group()  # NCCL warns of groups that outlive their process
 
 
 def start(args: argparse.Namespace) -> PartialState:
@@ -218,6 +221,8 @@ def _prepare_environment(on_gpu: bool) -> None:
         torch.set_num_threads(_cores_of_process())
     # DeepSpeed calls ninja by its name, which stands beside Python where the environment is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # Else DDP moves to the GPU what the model reads on the CPU, and every forward pass waits for it.
+    os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -244,6 +249,7 @@ def _cores_of_process() -> int:
 def _quieten(args: argparse.Namespace) -> None:
     # Notes to developers of these libraries; what concerns a user of the recipes is said by the recipes.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     limit_library_bars(args.tqdm)
@@ -292,6 +298,11 @@ def _choose_deepspeed(args: argparse.Namespace) -> str | None:
         raise ValueError(
             f"--deepspeed {path} has an optimizer of its own, for which --optim, --learning_rate and the parts' rates "
             "would not count: take that section out"
+        )
+    if "offload_optimizer" in config.get("zero_optimization", {}) and not args.optim.startswith("adamw_torch"):
+        raise ValueError(
+            f"--deepspeed {path} offloads the optimizer, which DeepSpeed then computes by its own AdamW on the CPU, whatever "
+            f"--optim {args.optim} says: leave --optim out, or take a file without offload_optimizer"
         )
     if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
         raise ValueError(f"--deepspeed {path} is ZeRO-3, which can't shard a 4-bit base; use ZeRO-2 or none with --use_qlora")

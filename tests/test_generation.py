@@ -151,3 +151,15 @@ def test_workers_outlive_the_sigterm_that_comes_to_their_whole_group():
     command = [sys.executable, "-c", GROUP_IS_TOLD_TO_END]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["4", "True"], result.stderr
+
+
+def test_flash_attention_rests_while_answers_are_generated():
+    """It would take the padding of prompts out of the cache anew for every token."""
+    model, seen = load(), []
+    config = model.config
+    for chosen in ("flash_attention_2", "eager"):
+        config._attn_implementation = chosen
+        with generation._evaluating(model, flags(1)):
+            seen += [config._attn_implementation, config.vision_config._attn_implementation]
+        seen.append(config._attn_implementation)
+    assert seen == ["sdpa", "sdpa", "flash_attention_2", "eager", "eager", "eager"]

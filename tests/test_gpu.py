@@ -12,12 +12,14 @@ from PIL import Image
 from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
 from test_memory import flags as trial_flags
 from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from common.collator import Collator
 from common.conversations import encode_conversation
 from common.flops import TrainingFlops
 from common.memory import try_out
 from common.phi3v.attention import varlen_attention_forward
+from common.phi3v.layers import LeanLayerNorm, LeanRMSNorm
 
 ON_GPU = torch.cuda.is_available()
 HAS_FLASH = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
@@ -42,6 +44,25 @@ def test_flash_kernel_is_sdpa_sample_by_sample(dtype, key_heads):
     flash, _ = varlen_attention_forward(module, *(tensor.to(dtype) for tensor in states), **packed)
     assert flash.dtype == dtype and flash.shape == exact.shape
     torch.testing.assert_close(flash.float(), exact, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("plain", "lean"), [(Phi3RMSNorm, LeanRMSNorm), (torch.nn.LayerNorm, LeanLayerNorm)])
+def test_lean_norms_compute_the_same_in_the_dtype_of_their_weights(dtype, plain, lean):
+    """Output and gradients, with autocast too, which must not change the dtype."""
+    norms = [kind(3072, eps=1e-5).to("cuda", dtype) for kind in (plain, lean)]
+    states = 3 * torch.randn(1, 700, 3072, device="cuda", dtype=dtype)
+    found = []
+    for norm in norms:
+        inputs = states.clone().requires_grad_()
+        with torch.autocast("cuda", dtype=torch.float16, enabled=isinstance(norm, lean)):
+            output = norm(inputs)
+        output.backward(states)
+        found.append((output, inputs.grad, norm.weight.grad))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for expected, fused in zip(*found, strict=True):
+        assert fused.dtype == dtype
+        assert (fused.float() - expected.float()).norm() < tolerance * expected.float().norm()
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +202,7 @@ def test_the_trial_measures_the_gpu_and_leaves_its_memory_as_it_was(packing):
     device = torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").to(device)
     args = trial_flags(packing=packing, bf16=True)
+    model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first product of a process takes a workspace for good
     before = torch.cuda.memory_allocated()
     trial = try_out(model, args, device, TrainingFlops(model))
     assert torch.cuda.memory_allocated() == before

@@ -91,6 +91,20 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
     assert trial.flops_per_second > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "by_autocast"),
+    [({}, True), ({"deepspeed": str(ROOT / "common/deepspeed/zero2.json")}, False)],
+    ids=["fp32 weights", "DeepSpeed's, in bf16"],
+)
+def test_the_trial_has_the_precision_of_training(options, by_autocast):
+    model, args = load(), flags(bf16=True, **options)
+    model.to(torch.float32 if by_autocast else torch.bfloat16)
+    seen = set()
+    model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    try_out(model, args, CPU, TrainingFlops(model))
+    assert seen == {by_autocast}
+
+
 def test_as_little_is_recomputed_as_fits():
     trial = Trial(Footprint(0, 100, 10), Footprint(0, 4, 1), num_layers=4, states=1000, step=50, free=0, flops_per_second=1)
     needed = [trial.needed(mode, 100, 10) for mode in MODES]
@@ -159,7 +173,8 @@ def test_states_of_the_published_model_are_those_of_the_document(name, changes, 
     found.append(loaded + state_bytes(model, args))
     document = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     row = next(line for line in document.splitlines() if line.startswith(f"| {name} |"))
-    assert row.split(" | ")[2:4] == [f"{size / 1e9:.1f} GB" for size in found]
+    assert found[0] == found[1]  # DDP shares nothing out
+    assert row.split(" | ")[2:4] == [f"{found[0] / 1e9:.1f} GB", "the same"]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ RULES = [
     Rule(r"python -m tools.merge_lora ", 2, merge),
     Rule(r"python -m tools.demo ", 2, serve),
     Rule(r"make ", 0, make),
-    Rule(r"pip install ", 0, install),
+    Rule(r"(DS_IGNORE_CUDA_DETECTION=1 )?pip install ", 0, install),
     Rule(r"python3 -m venv ", 0, virtual_environment),
 ]
 COMMANDS = commands(README)
@@ -277,7 +277,7 @@ def test_a_command_of_the_readme_runs(command, outcomes):
 # ----------------------------------------------------------------------------------------------------------------------
 
 # What other programs' commands in the documents begin with; everything else is this repository's.
-OTHER_PROGRAMS = ("az ", "make ", "pip ", "python - ", "python3 -m venv ", "vllm ")
+OTHER_PROGRAMS = ("az ", "make ", "pip ", "DS_IGNORE_CUDA_DETECTION=1 pip ", "python - ", "python3 -m venv ", "vllm ")
 # Flags of other programs: torchrun's are read from its parser.
 OTHER_FLAGS = {
     "Azure": "--file --name --type --size --tier --min-instances --max-instances --resource-group --workspace-name",

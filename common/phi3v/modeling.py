@@ -27,6 +27,7 @@ from .cache import new_cache
 from .configuration import Phi3VConfig
 from .image_processing import CROP_SIZE
 from .last_layer import Phi3VLastLayer, span_positions
+from .layers import use_lean_layers
 from .rotary import Phi3VRotaryEmbedding
 from .vision import Phi3VImageEmbedding
 
@@ -44,6 +45,7 @@ class Phi3VModel(Phi3Model):
             layer.__class__ = Phi3VLastLayer  # of the same modules: a second set would have to be drawn
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
+        use_lean_layers(self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
