@@ -7,7 +7,8 @@
 
 Metrics: AUROC, the data set's own, from the probabilities of the whole answers `Yes.` and `No.`; accuracy of the generated one.
 
-Writes the model (or adapter), eval_before.json, eval_after.json, train_results.json and trainer_state.json to --output_dir.
+Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
+to --output_dir.
 """
 
 import random

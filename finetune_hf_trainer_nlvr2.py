@@ -7,7 +7,8 @@
 
 Metrics: accuracy and, with the official release, consistency: the share of statements that are right on all of their pairs.
 
-Writes the model (or adapter), eval_before.json, eval_after.json, train_results.json and trainer_state.json to --output_dir.
+Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
+to --output_dir.
 """
 
 import random

@@ -2,7 +2,7 @@
 
     python convert_ucf101.py --out_dir data/ucf101                                # once: clips to pictures and JSONL files
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_flash_attention \\
-        --batch_size 64 --learning_rate 4e-5 --num_train_epochs 2                 # all weights, DeepSpeed ZeRO-2
+        --learning_rate 4e-5 --warmup_steps 0.1 --num_train_epochs 2              # all weights, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir data/mine \\
         --train_file train.jsonl --eval_file val.jsonl                            # any data; see docs/custom_dataset.md
@@ -11,7 +11,8 @@
 
 Metrics: accuracy of the answer to the last turn, over all rows and per class, a class being all rows with the same answer.
 
-Writes the model (or adapter), eval_before.json, eval_after.json, train_results.json and trainer_state.json to --output_dir.
+Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
+to --output_dir.
 """
 
 import random

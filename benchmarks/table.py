@@ -25,8 +25,9 @@ PUBLISHED_BATCH = BatchSizes(
     **{"tokens": 2443, "pairs": 2443 * 2444 // 2, "views": 16.33, "image_tokens": 2413, "supervised": 8},
     **{"answer_tokens": 2443, "answer_pairs": 2443 * 2444 // 2},
 )
-# The memory bars are for full recomputation, one sample at once.
-GPU_BARS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}
+MODES = {"L": "grey", "RGB": "colour", "1": "black and white"}  # Pillow's names
+# The memory targets are for full recomputation, one sample at once.
+GPU_TARGETS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}
 
 
 def sample_flops() -> dict[str, float]:
@@ -68,24 +69,25 @@ def where(result: dict) -> str:
 
 
 def any_machine(results: dict[str, list[dict]]) -> str:
-    """Measures that need no GPU, against their bars."""
+    """Measures that need no GPU, against their targets."""
     rows = []
     for result in results.get("inputs", []):
-        for name, bar in (("as they are", "≥ 3×"), ("in colour", "–")):
+        for name, target in (("as they are", "≥ 3×"), ("in colour", "–")):
             measured = result["results"][name]
             times = {way: summary["median"] for way, summary in measured["milliseconds_a_picture"].items()}
-            modes = f"{result['pictures']['count']} pages {name} ({', '.join(result['pictures']['modes'])})"
+            names = [MODES.get(mode, mode) for mode in result["pictures"]["modes"]]
+            modes = f"{result['pictures']['count']} pages {name} ({', '.join(names)})"
             what = f"input path, {modes if name == 'as they are' else 'the same pages in colour'}"
             figures = f"{times['ours']:.1f} ms a page against {times['plain']:.1f} ms"
-            rows.append([what, bar, spread(measured["times_faster"]), figures, where(result)])
+            rows.append([what, target, spread(measured["times_faster"]), figures, where(result)])
     for result in results.get("step", []):
         faster, seconds = result["times_faster"], {name: value["median"] for name, value in result["seconds"].items()}
         plain = min((name for name in faster if "SDPA" in name), key=lambda name: faster[name]["median"])
-        bars = {plain: "≥ 1.5×", "one by one, eager": "≥ 4×"}
+        targets = {plain: "≥ 1.5×", "one by one, eager": "≥ 4×"}
         for name, ratio in faster.items():
             figures = f"{seconds['packed']:.2f} s against {seconds[name]:.2f} s"
             what = f"training step in {result['precision']}, packed against {name}"
-            rows.append([what, bars.get(name, "–"), spread(ratio), figures, where(result)])
+            rows.append([what, targets.get(name, "–"), spread(ratio), figures, where(result)])
     for result in results.get("evaluation", []):
         seconds = {name: value["median"] for name, value in result["seconds"].items()}
         figures = f"{seconds['batched']:.1f} s against {seconds['one by one']:.1f} s for {result['questions']} questions"
@@ -96,14 +98,14 @@ def any_machine(results: dict[str, list[dict]]) -> str:
         what = f"peak memory of head and loss at {result['batch']['samples']} × {result['batch']['tokens']:,} tokens"
         figures = f"{peak['answer']:,.0f} MiB against {peak['full']:,.0f} MiB"
         rows.append([what, "≤ 1/20", f"**1/{result['times_less']:.0f}**", figures, where(result)])
-    bars = {
+    targets = {
         "inputs": ("input path against the plain float pipeline", "≥ 3×"),
         "step": ("training step, packed against padded or one by one with SDPA", "≥ 1.5×"),
         "evaluation": ("evaluation, batched against one by one", "≥ 4×"),
         "memory": ("peak memory of head and loss", "≤ 1/20"),
     }
-    rows += [[*bars[name], "not measured", "–", "–"] for name in bars if name not in results]
-    return markdown_table(["measure", "bar", "measured", "figures", "on"], rows)
+    rows += [[*targets[name], "not measured", "–", "–"] for name in targets if name not in results]
+    return markdown_table(["measure", "target", "measured", "figures", "on"], rows)
 
 
 def gpu_rows(results: dict[str, list[dict]], method: str) -> list[tuple[dict, dict]]:
@@ -113,12 +115,12 @@ def gpu_rows(results: dict[str, list[dict]], method: str) -> list[tuple[dict, di
 
 
 def gpu_table(results: dict[str, list[dict]]) -> str:
-    """Training on one GPU, against the bars for an H100; cells that nobody measured say so."""
+    """Training on one GPU, against the targets for an H100; cells that nobody measured say so."""
     rows = []
-    for method, (mfu_bar, memory_bar) in GPU_BARS.items():
+    for method, (mfu_target, memory_target) in GPU_TARGETS.items():
         measured = gpu_rows(results, method)
         if not measured:
-            rows.append([METHOD_TITLES[method], "–", "–", *["not measured"] * 6, mfu_bar, memory_bar, "–"])
+            rows.append([METHOD_TITLES[method], "–", "–", *["not measured"] * 6, mfu_target, memory_target, "–"])
         for result, row in measured:
             packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
             how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} at once, {row['kernels']} kernels"
@@ -130,9 +132,9 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
                 figures = [f"{row['images_per_second']:.2f}", f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.0f}"]
                 figures += ["unknown" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"]
                 figures += [f"{row['peak_memory_gb']:.1f}", f"{100 * row['data_wait_share']:.1f} %"]
-            bars = [mfu_bar, memory_bar if alone else "–"]
-            rows.append([METHOD_TITLES[method], how, row["checkpointing"], *figures, *bars, where(result)])
-    header = "method|how|recomputation|images / s|tokens / s|TFLOP/s|MFU|peak GB|data wait|bar: MFU|bar: peak GB|on"
+            targets = [mfu_target, memory_target if alone else "–"]
+            rows.append([METHOD_TITLES[method], how, row["checkpointing"], *figures, *targets, where(result)])
+    header = "method|how|recomputation|images / s|tokens / s|TFLOP/s|MFU|peak GB|data wait|target: MFU|target: peak GB|on"
     return markdown_table(header.split("|"), rows)
 
 
@@ -166,9 +168,10 @@ def render() -> str:
     return "\n\n".join(
         [
             "### On any machine",
+            "Targets are this project's own; one that is missed stays in the table.",
             any_machine(results),
             "### On one GPU, real configuration",
-            "Bars are for one H100 80 GB, those of memory for full recomputation and one sample at once.\nFor full training "
+            "Targets are for one H100 80 GB, those of memory for full recomputation and one sample at once.\nFor full training "
             "also ≥ 5.1 images/s, and data wait ≤ 2 % of a step.",
             gpu_table(results),
             "### Beside the published table",

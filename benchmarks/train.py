@@ -190,11 +190,11 @@ class Watch(TrainerCallback):
 
 
 def combinations(args):
-    """All that is to be measured; by default also what the memory bars are for, LoRA and QLoRA recomputing everything."""
+    """All that is to be measured; by default also what the targets of memory are for, LoRA and QLoRA recomputing everything."""
     asked = vars(args) | {"checkpointing": args.checkpointing or ["auto"]}
     adapters = [method for method in args.methods if method in ("lora", "qlora")]
-    bars = asked | {"methods": adapters, "checkpointing": ["full"], "samples_at_once": [1]}
-    wanted = [asked] if args.checkpointing else [asked, bars]
+    memory = asked | {"methods": adapters, "checkpointing": ["full"], "samples_at_once": [1]}
+    wanted = [asked] if args.checkpointing else [asked, memory]
     return [values for each in wanted for values in itertools.product(*(each[name] for name in DIMENSIONS))]
 
 
@@ -229,7 +229,7 @@ def measure(args, values, directory):
         "method": method,
         "attention": flags.attention[0],
         "packing": flags.packing,
-        "checkpointing": trainer.checkpointing,
+        "checkpointing": trainer.recomputation,
         "samples_at_once": samples_at_once,
         "kernels": kernels,
         "optim": optim,

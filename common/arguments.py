@@ -63,15 +63,15 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument(
         "--init_lora_weights",
         choices=("gaussian", "True", "False", "orthogonal", "pissa", "olora"),
-        help="PEFT's initialization by its name there (default: %(default)s)",
+        help="how adapters start, by PEFT's name for it (default: %(default)s)",
     )
 
     parser.set_defaults(**LORA_DEFAULTS)
 
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="where results go (default: output)")
-    group.add_argument("--batch_size", type=int, default=16, help="samples a step over all processes (default: 16)")
-    group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples at once a process (default: 1)")
+    group.add_argument("--batch_size", type=int, default=16, help="samples per step, over all processes (default: 16)")
+    group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per process at once (default: 1)")
     group.add_argument("--num_train_epochs", type=int, default=1, help="epochs (default: %(default)s)")
     group.add_argument("--max_steps", type=int, default=-1, help="stop after so many steps (default: no limit)")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
@@ -81,7 +81,18 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         "--optim", default="adamw_torch_fused", help="optimizer, as TrainingArguments takes it (default: %(default)s)"
     )
     group.add_argument("--wd", type=float, default=0.01, help="weight decay (default: %(default)s)")
-    group.add_argument("--warmup_steps", type=int, default=50, help="steps of linear warm-up (default: %(default)s)")
+    group.add_argument(
+        "--lr_scheduler_type",
+        choices=("linear", "cosine", "constant_with_warmup"),
+        default="linear",
+        help="course of the learning rate after warm-up (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup_steps",
+        type=float,
+        default=50,
+        help="steps of linear warm-up or, below 1, their share of all steps (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=42, help="seed of every random choice (default: %(default)s)")
 
     group = parser.add_argument_group("speed and memory")
@@ -99,7 +110,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument(
         "--max_tokens_per_batch",
         type=int,
-        help="most tokens at once a process; with packing, instead of --batch_size_per_gpu",
+        help="most tokens per process at once; with packing, instead of --batch_size_per_gpu",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -110,14 +121,20 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--use_liger_kernel", action="store_true", help="Liger's fused kernels (requirements-gpu.txt)")
     group.add_argument("--torch_compile", action="store_true", help="compile the decoder's layers")
     group.add_argument(
-        "--dataloader_num_workers", type=int, default=4, help="workers a process, at most its share of the cores (default: 4)"
+        "--dataloader_num_workers",
+        type=int,
+        default=4,
+        help="DataLoader workers per process, at most its share of the cores (default: 4)",
     )
 
     group = parser.add_argument_group("checkpoints")
     group.add_argument(
-        "--save_strategy", choices=("no", "steps", "epoch"), default="no", help="when (default: at the end only)"
+        "--save_strategy",
+        choices=("no", "steps", "epoch"),
+        default="no",
+        help="when to save checkpoints (default: only the result, at the end)",
     )
-    group.add_argument("--save_steps", type=int, help="with steps: how often (default: 500)")
+    group.add_argument("--save_steps", type=int, help="steps between checkpoints, with --save_strategy steps (default: 500)")
     group.add_argument("--save_total_limit", type=int, help="keep the last so many checkpoints (default: all)")
     group.add_argument(
         "--resume_from_checkpoint",
@@ -126,10 +143,18 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     )
     group.add_argument("--load_best_model_at_end", action="store_true", help="end with the best checkpoint, not the last")
     group.add_argument("--early_stopping_patience", type=int, help="stop after so many evaluations without a better one")
-    group.add_argument("--save_on_each_node", action="store_true", help="where nodes share no file system")
-    group.add_argument("--push_to_hub", action="store_true", help="upload the result, but for the report with its pictures")
+    group.add_argument(
+        "--save_on_each_node",
+        action="store_true",
+        help="each node keeps its own checkpoints: for nodes without a shared file system",
+    )
+    group.add_argument(
+        "--push_to_hub",
+        action="store_true",
+        help="upload the result to the hub, with run.json and the evaluations' questions and answers, without the report",
+    )
     group.add_argument("--hub_model_id", help="hub repository to upload to (default: the name of --output_dir)")
-    group.add_argument("--hub_private_repo", action="store_true", help="make it a private one")
+    group.add_argument("--hub_private_repo", action="store_true", help="make the hub repository private (default: public)")
 
     group = parser.add_argument_group("data and evaluation")
     group.add_argument(
@@ -138,12 +163,14 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         help="read the hub's shards, or shards in the general format, as training goes on, each process its part of the rows",
     )
     group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to measure the loss")
-    group.add_argument("--eval_steps", type=int, help="with steps: how often (default: --logging_steps)")
+    group.add_argument(
+        "--eval_steps", type=int, help="steps between evaluations, with --eval_strategy steps (default: --logging_steps)"
+    )
     group.add_argument("--eval_metric_steps", type=int, help="measure the task's metric too, every so many steps")
     group.add_argument("--max_train_samples", type=int, help="train on the first so many rows")
     group.add_argument("--max_eval_samples", type=int, help="evaluate on the first so many rows")
-    group.add_argument("--eval_batch_size", type=int, default=8, help="prompts at once a process (default: 8)")
-    group.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: %(default)s)")
+    group.add_argument("--eval_batch_size", type=int, default=8, help="prompts per process at once (default: 8)")
+    group.add_argument("--max_new_tokens", type=int, default=64, help="most tokens of an answer (default: %(default)s)")
 
     group = parser.add_argument_group("logging")
     group.add_argument("--logging_steps", type=int, default=10, help="steps between log lines (default: %(default)s)")
@@ -175,6 +202,8 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must not be negative, not {getattr(args, name)}")
+    if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
+        raise ValueError(f"--warmup_steps must be a whole number of steps, or below 1 a share of all, not {args.warmup_steps}")
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora_dropout must be below 1, not {args.lora_dropout}")
     if round(args.lora_rank * args.lora_alpha_ratio) < 1:

@@ -195,8 +195,7 @@ def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
     if args.deepspeed is None:
         gradients = sum(parameter.nbytes for parameter in trained)
         return gradients + (0 if "paged" in args.optim else moments * count)
-    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {})
-    halves = args.bf16 or torch.cuda.is_available()
+    zero, halves = _zero_settings(args.deepspeed), _in_halves(args)
     if "paged" in args.optim:
         moments = 0
     masters_and_moments = (4 + moments if halves else moments) * count
@@ -212,10 +211,9 @@ def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
 
 def step_bytes(model: nn.Module, args: argparse.Namespace) -> float:
     """Bytes that an optimizer step takes for a while: DeepSpeed's fp32 copy of the gradients that a process owns."""
-    halves = args.bf16 or torch.cuda.is_available()
-    if args.deepspeed is None or not halves:
+    if args.deepspeed is None or not _in_halves(args):
         return 0
-    zero = json.loads(Path(args.deepspeed).read_text()).get("zero_optimization", {})
+    zero = _zero_settings(args.deepspeed)
     if zero.get("stage", 0) not in (1, 2) or "offload_optimizer" in zero:
         return 0
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -232,7 +230,16 @@ def free_bytes(device: torch.device) -> float:
 
 def zero_stage(deepspeed: str | None) -> int | None:
     """The ZeRO stage of a DeepSpeed configuration file, None without one."""
-    return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {}).get("stage", 0) if deepspeed else None
+    return _zero_settings(deepspeed).get("stage", 0) if deepspeed else None
+
+
+def _zero_settings(deepspeed: str) -> dict[str, Any]:
+    return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})
+
+
+def _in_halves(args: argparse.Namespace) -> bool:
+    """Whether DeepSpeed holds the weights in bf16 or fp16."""
+    return args.bf16 or torch.cuda.is_available()
 
 
 def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:

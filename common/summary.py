@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def summarize(
     num_rows: int,
     batches: PlannedBatches | StreamedBatches,
     lengths: Lengths,
-    checkpointing: str,
+    recomputation: str,
     trial: Trial | None,
     flops: TrainingFlops,
 ) -> str:
@@ -51,8 +52,8 @@ def summarize(
         As :func:`common.training.start` left them.
     lengths : Lengths
         Of some samples.
-    checkpointing : {"none", "selective", "full"}
-        Mode of recomputation.
+    recomputation : {"none", "selective", "full"}
+        What the backward pass computes again.
     trial : Trial, optional
         What memory and time are estimated from.
 
@@ -79,15 +80,15 @@ def summarize(
         "precision": ", ".join([f"{training_precision(args, device)} on {_device_name(device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
         "batch": _batch(args, world_size, batches.accumulation),
-        "steps": f"{steps:,} on {num_rows:,} rows",
+        "steps": f"{steps:,} on {num_rows:,} rows, {_warmup(args, steps)}",
         "samples": f"{low:,} to {high:,} tokens, {mean:,.0f} on average, and {lengths.views.mean():.1f} crops and global views",
-        "recomputing": RECOMPUTING[checkpointing] + ("" if args.gradient_checkpointing == "auto" else ", as asked for"),
+        "recomputing": RECOMPUTING[recomputation] + ("" if args.gradient_checkpointing == "auto" else ", as asked for"),
     }
     if trial is not None:
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        needed = loaded + trial.needed(checkpointing, *batches.largest(lengths))
+        needed = loaded + trial.needed(recomputation, *batches.largest(lengths))
         lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
-        flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, checkpointing, args.packing)
+        flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, recomputation, args.packing)
         seconds = flops_a_process / trial.flops_per_second
         lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
     elif zero_stage(args.deepspeed) == 3:
@@ -113,6 +114,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
+def _warmup(args: argparse.Namespace, steps: int) -> str:
+    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * steps)  # as TrainingArguments
+    if warmup < steps:
+        return f"the learning rate rises for {warmup:,}, then {args.lr_scheduler_type.replace('_', ' ')}"
+    return f"all within --warmup_steps {args.warmup_steps:g}: the learning rate never reaches its peak"
+
+
 def _batch(args: argparse.Namespace, world_size: int, accumulation: int) -> str:
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     if args.max_tokens_per_batch:
@@ -120,7 +128,7 @@ def _batch(args: argparse.Namespace, world_size: int, accumulation: int) -> str:
     return f"{args.batch_size} samples a step = {processes} × {args.batch_size_per_gpu} at once × {accumulation} accumulated"
 
 
-def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, checkpointing: str, packing: bool) -> float:
+def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str, packing: bool) -> float:
     """Mean cost of a sample's forward and backward pass, what is recomputed included."""
     tokens = lengths.tokens.astype(np.float64)
     views = lengths.views.sum()
@@ -135,7 +143,7 @@ def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, checkpointing: str
         answer_pairs=SUPERVISED_TOKENS_PER_SAMPLE * tokens.sum() if packing else pairs,
     )
     forward, backward = flops.count(sizes)
-    return (forward * {"none": 1, "selective": 1.5, "full": 2}[checkpointing] + backward) / len(tokens)
+    return (forward * {"none": 1, "selective": 1.5, "full": 2}[recomputation] + backward) / len(tokens)
 
 
 def _device_name(device: torch.device) -> str:

@@ -50,10 +50,10 @@ def build_trainer(
         base_model(model).keep_in_step()
     flops = TrainingFlops(base_model(model))
     trial = try_out(model, args, device, flops)
-    checkpointing = args.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = least_recomputation(trial, *batches.largest(lengths))
-    set_gradient_checkpointing(model, checkpointing)
+    recomputation = args.gradient_checkpointing
+    if recomputation == "auto":
+        recomputation = least_recomputation(trial, *batches.largest(lengths))
+    set_gradient_checkpointing(model, recomputation)
     if args.torch_compile:
         for layer in base_model(model).model.layers[:-1]:  # the last one's shapes are each batch's own
             layer.compile(dynamic=True)
@@ -62,7 +62,7 @@ def build_trainer(
         batches=batches,
         flops=flops,
         evaluate_task=evaluate,
-        checkpointing=checkpointing,
+        recomputation=recomputation,
         model=model,
         args=_training_arguments(args, batches.accumulation),
         train_dataset=train_data,
@@ -70,7 +70,7 @@ def build_trainer(
         data_collator=Collator(processor, packing=args.packing),
         processing_class=processor,
     )
-    PartialState().print(summarize(args, model, len(train_data), batches, lengths, checkpointing, trial, flops))
+    PartialState().print(summarize(args, model, len(train_data), batches, lengths, recomputation, trial, flops))
     return trainer
 
 
@@ -122,8 +122,10 @@ class FinetuningTrainer(Trainer):
         Micro-batches of this process.
     evaluate_task : callable
         Scores a model on the task.
-    checkpointing : {"none", "selective", "full"}
-        Mode of recomputation, for whoever asks.
+    flops : TrainingFlops
+        Counts what a batch costs.
+    recomputation : {"none", "selective", "full"}
+        What was chosen, for the benchmark to record.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class FinetuningTrainer(Trainer):
         batches: PlannedBatches | StreamedBatches,
         flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
-        checkpointing: str,
+        recomputation: str,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -141,7 +143,7 @@ class FinetuningTrainer(Trainer):
         self.batches = batches
         self.flops = flops
         self.evaluate_task = evaluate_task
-        self.checkpointing = checkpointing
+        self.recomputation = recomputation
         # One bar or plain lines of our own, instead of a bar and a dict per log line.
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingProgress(flags.tqdm))
@@ -370,7 +372,7 @@ def _training_arguments(args: argparse.Namespace, accumulation: int) -> Training
         learning_rate=args.learning_rate,
         weight_decay=args.wd,
         max_grad_norm=1.0,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         logging_steps=args.logging_steps,
         # It waits for the device at every micro-batch; only with fp16, whose scaler skips steps, may a loss be none for once.

@@ -1,4 +1,4 @@
-"""The course of a run: start, evaluate, train, save, evaluate, report."""
+"""The course of a run: start, plan, evaluate, train, save, evaluate, report."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ from .trainer import build_trainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
-DESCRIBED_ELSEWHERE = ("task", "metric", "base_revision")  # flags that are none, in run.json
+NO_FLAGS = ("task", "metric", "base_revision")  # in args, but set by no flag: run.json has them elsewhere
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+DEVICES = Path("/dev")
 TIMEOUT = timedelta(hours=3)  # that others wait while one process fetches the model and the data, on a slow line too
 EXIT_AFTER_SIGTERM = 128 + 15
 
@@ -117,7 +118,7 @@ def finetune(
     evaluate: Callable[[nn.Module], Evaluation],
     source: str,
 ) -> None:
-    """Evaluate, train, save, evaluate again and report.
+    """Say what is going to happen, evaluate, train, save, evaluate again and report.
 
     Writes to ``--output_dir``: the model (or adapter) and the processor, ``eval_before.json``, ``eval_after.json``,
     ``train_results.json``, ``trainer_state.json``, ``run.json``, ``README.md`` (the model card) and ``report.html``.
@@ -139,20 +140,18 @@ def finetune(
         base_revision=args.base_revision,
         method=method_name(args),
         data=f"{source}: {len(train_data)} rows train, {len(eval_data)} evaluate",
-        hyperparameters={name: value for name, value in vars(args).items() if name not in DESCRIBED_ELSEWHERE},
+        hyperparameters={name: value for name, value in vars(args).items() if name not in NO_FLAGS},
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
     if args.push_to_hub and state.is_main_process:
         # What is pushed holds no report: its pictures are the data set's, which not every licence lets pass on.
         _remove_report(args.output_dir)
-    before, before_path = None, args.output_dir / "eval_before.json"
+    trainer = build_trainer(args, model, processor, train_data, eval_data, evaluate)
+    before_path = args.output_dir / "eval_before.json"
     if not _of_main_process(args.resume_from_checkpoint is not None and before_path.is_file()):
         before = evaluate(model)
         write_evaluation(before_path, before)
         state.print(f"before finetuning: {before}")
-
-    trainer = build_trainer(args, model, processor, train_data, eval_data, evaluate)
-    if before:
         trainer.log_at_beginning(before)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stop_on_signal.stopped:
@@ -229,6 +228,13 @@ def _prepare_environment(on_gpu: bool) -> None:
 
 def _check_gpus() -> None:
     processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and not torch.cuda.is_available() and not hidden and any(DEVICES.glob("nvidia[0-9]*")):
+        raise ValueError(
+            f"this machine has a GPU that PyTorch, built for CUDA {torch.version.cuda}, can't use: nvidia-smi says whether the "
+            "driver works, and up to which CUDA; update it, or install PyTorch for an older CUDA. To train on the CPU all the "
+            "same, set CUDA_VISIBLE_DEVICES to nothing"
+        )
     if processes > gpus > 0:
         raise ValueError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
 

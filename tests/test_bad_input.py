@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def data(tmp_path):
         ({"use_dora": True}, "--use_dora needs --use_lora or --use_qlora"),
         ({"freeze_vision_model": True, "vision_learning_rate": 1e-5}, "the vision part doesn't train, only decoder"),
         ({"train_only": "projector", "vision_learning_rate": 1e-5}, "the vision part doesn't train, only projector"),
+        ({"warmup_steps": 2.5}, "--warmup_steps must be a whole number of steps, or below 1 a share of all, not 2.5"),
         ({"save_steps": 2}, "--save_steps needs --save_strategy steps"),
         ({"save_total_limit": 2}, "--save_total_limit needs --save_strategy steps or epoch"),
         ({"eval_steps": 2}, "--eval_steps needs --eval_strategy steps"),
@@ -100,6 +102,22 @@ def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
         monkeypatch.setenv(name, value)
     said = message(monkeypatch, data, tmp_path / "out")
     assert said == "torchrun --nproc_per_node=2: this machine has 1 GPU(s), and each process takes one"
+
+
+@pytest.mark.parametrize(("visible", "refused"), [(None, True), ("0", True), ("", False), ("-1", False)])
+def test_a_gpu_that_the_driver_keeps_from_pytorch(visible, refused, monkeypatch, tmp_path):
+    """It must not train on the CPU unasked."""
+    (tmp_path / "nvidia3").touch()
+    monkeypatch.setattr(training, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=r"built for CUDA 13\.0, can't use") if refused else nullcontext():
+        training._check_gpus()
 
 
 def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_path):

@@ -31,6 +31,7 @@ def flags(**changes):
     values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
     values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
     values |= {"model_name_or_path": str(MODEL), "attention": ("varlen", "on a CPU"), "max_tokens_per_batch": None}
+    values |= {"warmup_steps": 2, "lr_scheduler_type": "linear"}
     values |= {"batch_size": 8, "batch_size_per_gpu": 2, "max_steps": -1, "num_train_epochs": 3}
     return argparse.Namespace(**(values | changes))
 
@@ -227,7 +228,13 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     lines = dict(line.split(":", 1) for line in text.splitlines())
     assert len(lines) == 12 and all(len(line) < 130 for line in text.splitlines())
     assert lines["batch"].strip() == "8 samples a step = 1 process × 2 at once × 4 accumulated"
-    assert lines["steps"].strip() == "6 on 16 rows"
+    assert lines["steps"].strip() == "6 on 16 rows, the learning rate rises for 2, then linear"
+    for warmup, said in (
+        (0.5, "rises for 3, then cosine"),
+        (6, "all within --warmup_steps 6: the learning rate never reaches"),
+    ):
+        args = flags(warmup_steps=warmup, lr_scheduler_type="cosine")
+        assert said in summarize(args, model, 16, batches, lengths, "none", trial, flops)
     assert "learning rate 0.0001, vision 1e-05" in lines["optimizer"]
     assert lines["samples"].strip() == "300 to 500 tokens, 400 on average, and 2.5 crops and global views"
     assert "GiB" in lines["memory"] and "about" in lines["time"]
