@@ -33,7 +33,7 @@ def write_file(path: Path, content: str | dict[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def first_on_main_process(prepare: Callable[[], T]) -> T:
+def first_on_each_machine(prepare: Callable[[], T]) -> T:
     """Call a function on each machine's first process, then on the others; an error of the first must not keep them waiting."""
     with PartialState().local_main_process_first():
         try:

@@ -23,7 +23,7 @@ from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
 from .conversations import Conversation, Picture, check_conversation, check_picture, conversation_faults, pictures
-from .files import first_on_main_process, replacing
+from .files import first_on_each_machine, replacing
 from .progress import Progress, say
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ def load_hub(*name: str, **options: Any) -> Any:
                 f"the hub's data set {' '.join(name)} can't be loaded ({error}); on a machine without access use --data_dir"
             ) from None
 
-    return first_on_main_process(load)
+    return first_on_each_machine(load)
 
 
 def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,7 +154,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     ValueError
         Naming the file and line, or the picture, and the remedy.
     """
-    rows = Dataset.from_file(str(first_on_main_process(lambda: _to_arrow(path))))
+    rows = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path))))
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()

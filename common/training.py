@@ -30,7 +30,7 @@ from .checkpoints import check_goes_on, find_checkpoint, run_settings, saving
 from .conversations import decode_picture, pictures
 from .data import TrainingData
 from .evaluation import Evaluation, write_evaluation
-from .files import first_on_main_process
+from .files import first_on_each_machine
 from .model import choose_attention, fetch_checkpoint, training_precision
 from .model_card import write_model_card, write_run
 from .phi3v import Phi3VProcessor
@@ -90,7 +90,7 @@ def start(args: argparse.Namespace) -> PartialState:
     state = PartialState(cpu=not on_gpu, timeout=TIMEOUT)
     _quieten(args)
     _check_names(args, on_cpu=not on_gpu)
-    args.base_revision = first_on_main_process(lambda: fetch_checkpoint(args.model_name_or_path))
+    args.base_revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))
     training_precision(args, state.device)
     args.attention = choose_attention(args, state.device)
     args.packing = _choose_packing(args)

@@ -288,7 +288,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
     def _answer_loss(
         self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
-        supervised = targets != -100
+        supervised = (targets != -100).nonzero(as_tuple=True)  # a GPU is waited for once, not at every use of a mask
         targets = targets[supervised]
         logits = self.lm_head(hidden_states[supervised]).float()
         # A batch may have no answer to learn, which not every kernel takes.
