@@ -218,6 +218,20 @@ def test_the_tower_in_chunks_is_the_tower_at_once(recomputation):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
+def test_adapters_take_their_inputs_as_they_come():
+    """PEFT would copy them to the adapters' fp32, which autocast undoes."""
+    args = flags(bf16=True, **LORA)
+    model = _add_lora(load().to(torch.bfloat16), args).train()
+    seen = set()
+    for name, module in model.named_modules():
+        if name.endswith(".lora_A.default"):
+            assert module.weight.dtype == torch.float32
+            module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch([40], packing=True))
+    assert seen == {torch.bfloat16}
+
+
 def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     model, args = load(), flags()
     flops = TrainingFlops(model)

@@ -9,13 +9,11 @@ from conftest import GOLDEN, TINY, needs_golden
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
-from transformers.activations import ACT2FN
-from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from common.collator import Collator
 from common.conversations import encode_conversation
 from common.model import set_gradient_checkpointing
-from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor, layers
+from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.image_processing import cut_crops, join_crops, normalise_with_global_view, to_crop_grid
 
 
@@ -400,44 +398,3 @@ def test_a_batch_without_answers_asks_no_loss_kernel(processor, samples):
     batch["labels"] = torch.full_like(batch["labels"], -100)
     loss, gradients = loss_and_gradients(model, batch)
     assert loss == 0 and gradients and not any(gradient.any() for gradient in gradients.values())
-
-
-def saved_for_gradients(function, states):
-    """Bytes that a function keeps of its input for its gradient."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function(states)
-    return sum(kept.values())
-
-
-def test_the_towers_activation_is_clips_and_keeps_half_as_much():
-    states = torch.linspace(-30, 30, 1001, dtype=torch.float64, requires_grad=True)
-    tower = load().model.vision_embed_tokens.tower
-    activations = [layer.mlp.activation_fn for layer in tower.encoder.layers]
-    expected = ACT2FN["quick_gelu"](states)
-    slopes = torch.autograd.grad(expected.sum(), states)[0]
-    for activation in activations:
-        found = activation(states)
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), states)[0], slopes, rtol=1e-12, atol=1e-12)
-    assert 2 * saved_for_gradients(activations[0], states) == saved_for_gradients(ACT2FN["quick_gelu"], states)
-
-
-def test_a_gpus_norm_computes_what_transformers_does(monkeypatch):
-    """The kernel's name is enough here: without a GPU it is PyTorch's composition of the same."""
-    norms = [module for module in load().modules() if isinstance(module, Phi3RMSNorm)]
-    assert {type(norm) for norm in norms} == {layers.LeanRMSNorm} and len(norms) > 2
-    states = 3 * torch.randn(5, norms[0].weight.numel())
-    expected = norms[0](states)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
-    called = []
-    fused = layers.rms_norm
-    monkeypatch.setattr(layers, "rms_norm", lambda *args: called.append(args[0].dtype) or fused(*args))
-    torch.testing.assert_close(norms[0](states), expected, rtol=1e-6, atol=1e-6)
-    norms[0](states.bfloat16())  # of another dtype than the weights: as transformers
-    assert called == [torch.float32]
