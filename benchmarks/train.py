@@ -13,6 +13,7 @@ runs in a process of its own, and one that fails (for memory, say) is reported a
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -237,6 +238,12 @@ def measure(args, values, directory):
     }
 
 
+def find_error(output):
+    """The exception that ended a program, from what it printed; after it there may be warnings. None if there is none."""
+    errors = re.findall(r"^(?:\[rank\d+\]: )?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*", output, re.MULTILINE)
+    return errors[-1] if errors else None
+
+
 def measure_apart(args, values, checkpoint, out):
     """Measure one combination in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.train"]
@@ -247,7 +254,7 @@ def measure_apart(args, values, checkpoint, out):
         command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if run.returncode:
-        reason = run.stdout.strip().splitlines()[-1] if run.stdout.strip() else f"exit code {run.returncode}"
+        reason = find_error(run.stdout) or f"exit code {run.returncode}"
         return dict(zip(("method", *DIMENSIONS[1:]), values, strict=True)) | {"error": reason[:300]}
     return json.loads(out.read_text())["rows"][0]
 

@@ -103,7 +103,12 @@ class TrainingFlops:
         return sum(self.count(self.sizes(batch)))
 
     def sizes(self, batch: dict[str, Any]) -> BatchSizes:
-        """Sizes of a batch as the collator makes it, packed or padded; best before it moves to a GPU, to wait for nothing."""
+        """Sizes of a batch as the collator makes it, packed or padded.
+
+        Its tensors may be on any devices. Call this before they move to a GPU: reading values back waits for the GPU.
+        """
+        names = ("cu_seq_lens_q", "attention_mask", "answer_spans", "image_sizes", "labels")
+        batch = {name: batch[name].cpu() for name in names if name in batch}
         packed = "cu_seq_lens_q" in batch
         lengths = batch["cu_seq_lens_q"].diff().long() if packed else batch["attention_mask"].sum(-1)
         answers = batch["answer_spans"].diff()[:, 0] if "answer_spans" in batch else lengths

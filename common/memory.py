@@ -7,6 +7,7 @@ on precision, attention, adapters, kernels and recomputation, so that is not rec
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -158,6 +159,8 @@ def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, fl
             return None
         finally:
             model.train(training)
+            # torch.utils.checkpoint leaves reference cycles that hold what recomputed layers were given.
+            gc.collect()
     return Trial(
         footprints["none"],
         footprints["full"],
@@ -178,7 +181,9 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
         storage = tensor.untyped_storage()
         if tensor.device == batch["input_ids"].device and storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor  # kept alive by the graph, so that no other takes its address
+        # The graph keeps the storage alive, so that no other takes its address. Without detach, an operation that saves its own
+        # output would keep itself alive, and all that it saved.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch, skip_logits=True).loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -64,7 +65,17 @@ def run(main: Callable[[], None]) -> None:
             raise  # a library's complaint, whose traceback is worth seeing
         sys.exit(f"error: {message}")
     if dist.is_initialized():
-        dist.destroy_process_group()  # NCCL warns of groups that outlive their process
+        dist.destroy_process_group()
+
+
+def _leave_process_group() -> None:
+    """Leave the process group of a run that failed, without waiting for the other processes.
+
+    Registered with :mod:`atexit`, so that the error is printed first: the other processes may be ended as soon as they notice.
+    """
+    if dist.is_initialized():
+        dist.group.WORLD.abort()
+        dist.destroy_process_group()
 
 
 def start(args: argparse.Namespace) -> PartialState:
@@ -88,6 +99,7 @@ def start(args: argparse.Namespace) -> PartialState:
     _prepare_environment(on_gpu)
     _check_gpus()
     state = PartialState(cpu=not on_gpu, timeout=TIMEOUT)
+    atexit.register(_leave_process_group)
     _quieten(args)
     _check_names(args, on_cpu=not on_gpu)
     args.base_revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))

@@ -51,13 +51,14 @@ def test_flash_kernel_is_sdpa_sample_by_sample(dtype, key_heads):
 def test_lean_norms_compute_the_same_in_the_dtype_of_their_weights(dtype, plain, lean):
     """Output and gradients, with autocast too, which must not change the dtype."""
     norms = [kind(3072, eps=1e-5).to("cuda", dtype) for kind in (plain, lean)]
-    states = 3 * torch.randn(1, 700, 3072, device="cuda", dtype=dtype)
+    # The gradient must not be the input itself, whose gradient through a norm is zero but for rounding.
+    states, gradient = 3 * torch.randn(2, 1, 700, 3072, device="cuda", dtype=dtype)
     found = []
     for norm in norms:
         inputs = states.clone().requires_grad_()
         with torch.autocast("cuda", dtype=torch.float16, enabled=isinstance(norm, lean)):
             output = norm(inputs)
-        output.backward(states)
+        output.backward(gradient)
         found.append((output, inputs.grad, norm.weight.grad))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for expected, fused in zip(*found, strict=True):

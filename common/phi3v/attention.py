@@ -6,6 +6,7 @@ runs one sample at a time. Padded batches and generation go through SDPA.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -58,27 +59,53 @@ def varlen_attention_forward(
     # Rotary embedding in fp32 leaves query and key wider than value under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if has_varlen_kernel(query.device) and value.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-        output = varlen_attn(
-            query,
-            key,
-            value,
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output[None], None
+        return flash_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     grouped = query.shape[1] != key.shape[1]
     outputs = [scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=grouped) for sample in samples]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    max_length: int,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Causal attention with PyTorch's variable-length flash kernel.
+
+    Parameters
+    ----------
+    query, key, value : torch.Tensor
+        bf16 or fp16 (tokens, heads, head size); ``key`` and ``value`` may have fewer heads, a divisor of the query's.
+    cu_seq_lens : torch.Tensor
+        int32 (samples + 1,), where each sample begins, and the total.
+    max_length : int
+        Length of the longest sample.
+    scaling : float, optional
+        Factor for the scores; by default the inverse square root of the head size.
+
+    Returns
+    -------
+    torch.Tensor
+        (tokens, heads, head size).
+    """
+    from torch.nn.attention.varlen import varlen_attn  # absent before PyTorch 2.10
+
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return varlen_attn(
+        query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=(-1, 0), **options
+    )
 
 
 AttentionInterface.register("varlen", varlen_attention_forward)
