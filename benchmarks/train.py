@@ -240,7 +240,9 @@ def measure(args, values, directory):
 
 def find_error(output):
     """The exception that ended a program, from what it printed; after it there may be warnings. None if there is none."""
-    errors = re.findall(r"^(?:\[rank\d+\]: )?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*", output, re.MULTILINE)
+    errors = re.findall(
+        r"^(?:\[rank\d+\]: )?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*", output, re.MULTILINE
+    )
     return errors[-1] if errors else None
 
 

@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_
 
 from .adapter_base import base_revision
 from .arguments import PARTS
+from .lora import fuse_lora
 from .phi3v import Phi3VForCausalLM, Phi3VProcessor
 from .phi3v.attention import has_varlen_kernel
 from .progress import say
@@ -377,6 +378,7 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         if isinstance(module, LoraLayer):
             # Adapters are fp32: PEFT would copy their inputs to fp32, and autocast back.
             module.cast_input_dtype_enabled = False
+    fuse_lora(model)
     return model
 
 

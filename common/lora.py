@@ -1,0 +1,136 @@
+"""LoRA layers as one step of autograd, with the adapter's output added into the base's instead of written beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import bnb, layer
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+PARTS = ("lora_A", "lora_B")
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W and b frozen.
+
+    ``halves`` are A, s A, B and s B in the dtype of the computation: either of the two factors carries the scale, so that
+    nothing is left to multiply.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Module, halves: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        _, scaled_down, half_up, _ = halves
+        dtype = half_up.dtype
+        rows = states.reshape(-1, states.shape[-1]).to(dtype)
+        output = base(rows)
+        low = torch.mm(rows, scaled_down.t())
+        output.addmm_(low, half_up.t())
+        ctx.save_for_backward(states, low)
+        ctx.base, ctx.halves, ctx.trained_dtype = base, halves, down.dtype
+        return output.view(*states.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        states, low = ctx.saved_tensors
+        half_down, _, _, scaled_up = ctx.halves
+        dtype = half_down.dtype
+        gradient = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
+        low_gradient = torch.mm(gradient, scaled_up)
+        up_gradient = _product(gradient.t(), low, ctx.trained_dtype)
+        down_gradient = _product(low_gradient.t(), states.reshape(-1, states.shape[-1]).to(dtype), ctx.trained_dtype)
+        states_gradient = None
+        if ctx.needs_input_grad[0]:
+            states_gradient = torch.mm(gradient, _weight(ctx.base, dtype))
+            states_gradient = states_gradient.addmm_(low_gradient, half_down).view(states.shape).to(states.dtype)
+        return states_gradient, down_gradient, up_gradient, None, None
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    weight = base.weight
+    if isinstance(base, Linear4bit):
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    return weight.to(dtype)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if left.is_cuda and dtype == torch.float32 != left.dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+class _Fused:
+    """Mixed into PEFT's LoRA layers; what they hold and save stays as it is."""
+
+    halves: tuple[torch.Tensor, ...] | None = None
+
+    def adapter(self) -> str | None:
+        """Name of the only active adapter, if it is one that a single step can run."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        base = list(self.base_layer.parameters())
+        runs = (
+            len(names) == 1
+            and not (self.disable_adapters or self.merged)
+            and names[0] not in self.lora_variant  # DoRA, say
+            and isinstance(self.lora_dropout[names[0]], nn.Identity)
+            and self.lora_B[names[0]].bias is None
+            and not any(
+                parameter.requires_grad or hasattr(parameter, "ds_id") for parameter in base
+            )  # ZeRO-3 gathers by module
+        )
+        return names[0] if runs else None
+
+    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.halves is None or not torch.is_grad_enabled():
+            return super().forward(states, *args, **kwargs)
+        name = self.active_adapters[0]
+        return _LoraLinear.apply(states, self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer, self.halves)
+
+
+class FusedLoraLinear(_Fused, layer.Linear):
+    """PEFT's LoRA layer on an ``nn.Linear``."""
+
+
+class FusedLoraLinear4bit(_Fused, bnb.Linear4bit):
+    """PEFT's LoRA layer on a 4-bit base."""
+
+
+FUSED = {layer.Linear: FusedLoraLinear, bnb.Linear4bit: FusedLoraLinear4bit}
+
+
+def fuse_lora(model: PeftModel) -> None:
+    """Let a model's LoRA layers run as one step each in training; those that can't, for dropout or DoRA, run as PEFT's."""
+    for module in model.modules():
+        module.__class__ = FUSED.get(type(module), type(module))
+    layers = [module for module in model.modules() if isinstance(module, _Fused)]
+    model.get_base_model().register_forward_pre_hook(lambda *_: _cast_adapters(layers))
+
+
+@torch.no_grad()
+def _cast_adapters(layers: list[_Fused]) -> None:
+    """Give the layers their adapters in the dtype of the computation: at every forward pass, in a handful of kernels."""
+    for module in layers:
+        module.halves = None
+    names = [module.adapter() for module in layers]
+    layers, names = [module for module, name in zip(layers, names, strict=True) if name], [name for name in names if name]
+    weights = [getattr(module, part)[name].weight for module, name in zip(layers, names, strict=True) for part in PARTS]
+    if not weights:
+        return
+    kind = weights[0].device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights[0].dtype
+    plain = weights if weights[0].dtype == dtype else [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    scaled = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+    if plain is not weights:
+        torch._foreach_copy_(plain, weights)
+    torch._foreach_copy_(scaled, weights)
+    torch._foreach_mul_(scaled, [module.scaling[name] for module, name in zip(layers, names, strict=True) for _ in PARTS])
+    for number, module in enumerate(layers):
+        places = (2 * number, 2 * number + 1)
+        module.halves = tuple(half.detach() for place in places for half in (plain[place], scaled[place]))

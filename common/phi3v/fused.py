@@ -1,0 +1,345 @@
+"""Element-wise steps of the model, each in one pass over memory, forward and backward.
+
+On a GPU, ``torch.compile`` turns every function below into one or two kernels; elsewhere, and where there is no compiler, they
+run as written. The backward passes keep the step's input alone and recompute the rest from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import weakref
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether ``torch.compile`` can build kernels for a GPU here: it needs Triton and a C compiler."""
+    return find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+
+
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of (tokens, width) tensors for GPUs, once for any number of tokens."""
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if not args[0].is_cuda or torch.compiler.is_compiling() or not can_compile():
+            return function(*args)
+        # Whether a tensor needs a gradient would make another variant of the kernel.
+        args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg.ndim > 1:
+                torch._dynamo.maybe_mark_dynamic(arg, 0)
+        return compiled(*args)
+
+    return call
+
+
+@_kernel
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * up).to(gate_up.dtype)
+
+
+@_kernel
+def _swiglu_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gradient, sigmoid = gradient.float(), gate.sigmoid()
+    gate_gradient = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat([gate_gradient, gradient * gate * sigmoid], dim=-1).to(gate_up.dtype)
+
+
+@_kernel
+def _quick_gelu(states: torch.Tensor) -> torch.Tensor:
+    wide = states.float()
+    return (wide * (1.702 * wide).sigmoid()).to(states.dtype)
+
+
+@_kernel
+def _quick_gelu_backward(gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    wide = states.float()
+    sigmoid = (1.702 * wide).sigmoid()
+    return (gradient.float() * sigmoid * (1 + 1.702 * wide * (1 - sigmoid))).to(states.dtype)
+
+
+@_kernel
+def _rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotated: int) -> torch.Tensor:
+    """Rotate the first ``rotated`` heads of (tokens, heads, head size) by angles (tokens, head size)."""
+    states, half = qkv[:, :rotated].float(), qkv.shape[-1] // 2
+    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
+    states = states * cos[:, None].float() + turned * sin[:, None].float()
+    return torch.cat([states.to(qkv.dtype), qkv[:, rotated:]], dim=1)
+
+
+@_kernel
+def _rotate_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    states, half = torch.cat([query, key], dim=1).float(), query.shape[-1] // 2
+    turned = states * sin[:, None].float()
+    turned = torch.cat([turned[..., half:], -turned[..., :half]], dim=-1)
+    states = states * cos[:, None].float() + turned
+    return torch.cat([states.to(value.dtype), value], dim=1)
+
+
+@_kernel
+def _rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = states.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(weight.dtype)
+
+
+@_kernel
+def _add_rms_norm(
+    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = states + residual
+    return total, _rms_norm.__wrapped__(total, weight, eps)
+
+
+@_kernel
+def _rms_norm_backward(
+    gradient: torch.Tensor, total_gradient: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    wide = total.float()
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed, gradient = wide * scale, gradient.float() * weight.float()
+    gradient = gradient - normed * (gradient * normed).mean(-1, keepdim=True)
+    return (gradient * scale + total_gradient.float()).to(total.dtype)
+
+
+@_kernel
+def _rms_norm_weight_backward(gradient: torch.Tensor, total: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = total.float()
+    return (gradient.float() * wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).sum(0)
+
+
+@_kernel
+def _layer_norm(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = states.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (wide * scale * weight.float() + bias.float()).to(weight.dtype)
+
+
+@_kernel
+def _add_layer_norm(
+    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = states + residual
+    return total, _layer_norm.__wrapped__(total, weight, bias, eps)
+
+
+@_kernel
+def _layer_norm_backward(
+    gradient: torch.Tensor, total_gradient: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    wide = total.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed, gradient = wide * scale, gradient.float() * weight.float()
+    gradient = gradient - normed * (gradient * normed).mean(-1, keepdim=True) - gradient.mean(-1, keepdim=True)
+    return (gradient * scale + total_gradient.float()).to(total.dtype)
+
+
+@_kernel
+def _layer_norm_weight_backward(gradient: torch.Tensor, total: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = total.float()
+    wide = wide - wide.mean(-1, keepdim=True)
+    return (gradient.float() * wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).sum(0)
+
+
+class _ElementWise(torch.autograd.Function):
+    """A function of one tensor and its gradient from that tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, function: Callable, backward: Callable) -> torch.Tensor:
+        ctx.save_for_backward(states)
+        ctx.function = backward
+        output = function(states.reshape(-1, states.shape[-1]))
+        return output.view(*states.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        [states] = ctx.saved_tensors
+        rows = states.reshape(-1, states.shape[-1])
+        return ctx.function(gradient.reshape(len(rows), -1), rows).view(states.shape), None, None
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU of the first half times the second half: (..., 2 × width) to (..., width).
+
+    Source: Shazeer, GLU Variants Improve Transformer (2020).
+    """
+    output = _ElementWise.apply(gate_up, _swiglu, _swiglu_backward)
+    remember(output, _swiglu, None, gate_up)
+    return output
+
+
+def quick_gelu(states: torch.Tensor) -> torch.Tensor:
+    """x·σ(1.702 x), CLIP's activation.
+
+    Source: Hendrycks & Gimpel, Gaussian Error Linear Units (2016), the sigmoid approximation.
+    """
+    output = _ElementWise.apply(states, _quick_gelu, _quick_gelu_backward)
+    remember(output, _quick_gelu, None, states)
+    return output
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
+    ) -> tuple[torch.Tensor, ...]:
+        batch, tokens, _ = qkv.shape
+        size = cos.shape[-1]
+        cos, sin = (angles.expand(batch, tokens, size).reshape(-1, size) for angles in (cos, sin))
+        ctx.save_for_backward(cos, sin)
+        output = _rotate(qkv.reshape(batch * tokens, heads + 2 * key_heads, size), cos, sin, heads + key_heads)
+        return output.unflatten(0, (batch, tokens)).split((heads, key_heads, key_heads), dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple:
+        batch, tokens = gradients[0].shape[:2]
+        gradient = _rotate_backward(*(gradient.flatten(0, 1) for gradient in gradients), *ctx.saved_tensors)
+        return gradient.view(batch, tokens, -1), None, None, None, None
+
+
+def rotate_qkv(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split what ``qkv_proj`` returns into heads, with rotary embedding in queries and keys.
+
+    Parameters
+    ----------
+    qkv : torch.Tensor
+        (batch, tokens, (heads + 2 key heads) × head size).
+    cos, sin : torch.Tensor
+        (batch or 1, tokens, head size).
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Queries, keys and values, (batch, tokens, heads, head size), views of one tensor.
+    """
+    return _Rotate.apply(qkv, cos, sin, heads, key_heads)
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norm, add_norm = (_rms_norm, _add_rms_norm) if bias is None else (_layer_norm, _add_layer_norm)
+        parameters = (weight, eps) if bias is None else (weight, bias, eps)
+        width = states.shape[-1]
+        if residual is None:
+            total, normed = states, norm(states.reshape(-1, width), *parameters)
+        else:
+            total, normed = add_norm(states.reshape(-1, width), residual.reshape(-1, width), *parameters)
+            total = total.view(states.shape)
+        ctx.save_for_backward(total, weight, bias)
+        ctx.eps, ctx.adds = eps, residual is not None
+        return total, normed.view(states.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total_gradient: torch.Tensor, gradient: torch.Tensor) -> tuple:
+        total, weight, bias = ctx.saved_tensors
+        shape, weight_gradient, bias_gradient = total.shape, None, None
+        gradient, total_gradient, total = (states.reshape(-1, shape[-1]) for states in (gradient, total_gradient, total))
+        backward = _rms_norm_backward if bias is None else _layer_norm_backward
+        states_gradient = backward(gradient, total_gradient, total, weight, ctx.eps).view(shape)
+        if ctx.needs_input_grad[2]:
+            weight_backward = _rms_norm_weight_backward if bias is None else _layer_norm_weight_backward
+            weight_gradient = weight_backward(gradient, total, ctx.eps).to(weight.dtype)
+        if ctx.needs_input_grad[3]:
+            bias_gradient = gradient.sum(0)
+        return states_gradient, states_gradient if ctx.adds else None, weight_gradient, bias_gradient, None
+
+
+def add_norm(states: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add to the residual stream, and normalise the sum.
+
+    Parameters
+    ----------
+    states, residual : torch.Tensor
+        (..., width). Without a residual ``states`` themselves are the sum.
+    norm : torch.nn.Module
+        A LayerNorm, or an RMSNorm with ``weight`` and ``variance_epsilon``.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        The sum, and the sum normalised, in the dtype of the norm's weight.
+    """
+    if isinstance(norm, nn.LayerNorm):
+        total, normed = _AddNorm.apply(states, residual, norm.weight, norm.bias, norm.eps)
+        remember(normed, _layer_norm, norm.eps, total, norm.weight, norm.bias)
+    else:
+        total, normed = _AddNorm.apply(states, residual, norm.weight, None, norm.variance_epsilon)
+        remember(normed, _rms_norm, norm.variance_epsilon, total, norm.weight)
+    return total, normed
+
+
+_recipes: dict[int, tuple[weakref.ref, Callable, tuple]] = {}
+_recomputing = False
+
+
+def remember(
+    output: torch.Tensor, function: Callable[..., torch.Tensor], eps: float | None, states: torch.Tensor, *weights: torch.Tensor
+) -> None:
+    """Note how a tensor can be computed again from ``states``, which the backward pass keeps anyway."""
+    if _recomputing and torch.is_grad_enabled():
+        key = output.untyped_storage()._cdata
+        inputs = (states.detach().reshape(-1, states.shape[-1]), *weights, *([] if eps is None else [eps]))
+        _recipes[key] = (weakref.ref(output, lambda _: _recipes.pop(key, None)), function, inputs)
+
+
+class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 named like the class that it extends
+    """Within it, the backward pass recomputes norms and activations instead of keeping what they returned.
+
+    Products' and attention's outputs are kept. What this costs is a pass over memory for each step; what it spares is about a
+    third of all that is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(_pack, _unpack)
+
+    def __enter__(self) -> None:
+        global _recomputing
+        self._outer, _recomputing = _recomputing, True
+        super().__enter__()
+
+    def __exit__(self, *args: Any) -> None:
+        global _recomputing
+        _recomputing = self._outer
+        super().__exit__(*args)
+
+
+def _pack(tensor: torch.Tensor) -> Any:
+    # A recipe is there as long as its output lives, so that no other tensor can have its storage.
+    recipe = _recipes.get(tensor.untyped_storage()._cdata)
+    if recipe is not None and tensor.nbytes == tensor.untyped_storage().nbytes():
+        return *recipe[1:], tensor.shape
+    return tensor.detach()  # a tensor that its own operation saves would keep itself alive
+
+
+def _unpack(packed: Any) -> torch.Tensor:
+    if torch.is_tensor(packed):
+        return packed
+    function, inputs, shape = packed
+    return function(*inputs).view(shape)

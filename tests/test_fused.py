@@ -1,0 +1,163 @@
+"""Fused layers compute what transformers' and PEFT's do: loss and gradients, packed and padded, with and without recomputation."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import TINY
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+
+from common.collator import Collator
+from common.conversations import encode_conversation
+from common.lora import FusedLoraLinear, fuse_lora
+from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, set_gradient_checkpointing
+from common.phi3v import fused
+from common.phi3v.layers import FusedDecoderLayer, FusedEncoderLayer
+
+PLAIN = {FusedDecoderLayer: Phi3DecoderLayer, FusedEncoderLayer: CLIPEncoderLayer}
+METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision")
+
+
+@pytest.fixture(scope="module")
+def batches():
+    processor = AutoProcessor.from_pretrained(TINY, num_crops=2)
+    noise = [Image.effect_noise(size, 80).convert("RGB") for size in ((300, 200), (90, 300), (90, 90))]
+    samples = [
+        encode_conversation({"conversations": [{"images": images, "user": "What is it?", "assistant": answer}]}, processor)
+        for images, answer in (([], "Text."), (noise[:1], "Noise."), (noise[1:], "Two images."))
+    ]
+    return {packing: Collator(processor, packing=packing)(samples) for packing in (True, False)}
+
+
+def build(method, plain=False):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").train()
+    if "frozen vision" in method:
+        model.model.vision_embed_tokens.requires_grad_(False)
+    if method.startswith("LoRA"):
+        targets = rf"{DECODER_LORA_MODULES}|.*encoder\.layers\.(0|1)\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
+        if not plain:
+            fuse_lora(model)
+    if plain:
+        for module in model.modules():
+            module.__class__ = PLAIN.get(type(module), type(module))
+    return model
+
+
+def run(model, batch, recompute="none"):
+    """Loss, and gradients by name."""
+    if recompute == "full":
+        set_gradient_checkpointing(model, "full")
+    with fused.recompute_elementwise() if recompute == "elementwise" else nullcontext():
+        loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_layers_compute_the_same(batches, method, packing):
+    expected_loss, expected = run(build(method, plain=True), batches[packing])
+    for recompute in ("none", "elementwise", "full"):
+        loss, gradients = run(build(method), batches[packing], recompute)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert gradients.keys() == expected.keys()
+        differences = {name: (gradient - expected[name]).norm() for name, gradient in gradients.items()}
+        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+        assert torch.stack(list(differences.values())).norm() <= 1e-5 * norm
+        for name, difference in differences.items():
+            # The floor is for a key's bias, which shifts all scores alike: its gradient is zero but for rounding.
+            assert difference <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("function", ["_swiglu", "_quick_gelu", "_rms_norm", "_layer_norm"])
+def test_backward_passes_are_the_gradients(function):
+    generator = torch.Generator().manual_seed(0)
+    states, residual = (torch.randn(3, 5, 8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    norm = torch.nn.LayerNorm(8).double() if function == "_layer_norm" else torch.nn.RMSNorm(8, eps=1e-5).double()
+    norm.variance_epsilon = 1e-5
+    run = {
+        "_swiglu": lambda states, residual: fused.swiglu(states),
+        "_quick_gelu": lambda states, residual: fused.quick_gelu(states),
+    }.get(function, lambda states, residual: fused.add_norm(states, residual, norm))
+    # The steps compute in fp32 whatever they are given.
+    assert torch.autograd.gradcheck(run, (states, residual), eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputing_elementwise_keeps_less(batches, method):
+    """A third less than keeping everything, and nothing of it is left when the backward pass is done."""
+
+    def kept(recompute):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        model = build(method)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        outer = fused._pack
+
+        def count(tensor):
+            packed = outer(tensor)
+            if torch.is_tensor(packed):
+                pack(packed)
+            else:
+                pack(packed[1][0])
+            return packed
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fused, "_pack", count)
+            with fused.recompute_elementwise() if recompute else hooks:
+                loss = model(**batches[True]).loss
+            loss.backward()
+        return sum(size for address, size in storages.items() if address not in own)
+
+    assert kept(True) < 0.8 * kept(False)
+    assert not fused._recipes
+
+
+def test_adapters_follow_their_weights(batches):
+    """However they change: by an optimizer that PyTorch does not see, too."""
+    model, plain = build("LoRA"), build("LoRA", plain=True)
+    for changed in (model, plain):
+        run(changed, batches[True])
+        changed.zero_grad()
+        for name, parameter in changed.named_parameters():
+            if "lora_" in name:
+                parameter.data.mul_(1.5)  # moves no version counter
+    assert run(model, batches[True])[0] == pytest.approx(run(plain, batches[True])[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "DoRA"])
+def test_what_one_step_cannot_run_is_left_to_peft(options, batches):
+    found = []
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").train()
+        config = LoraConfig(r=4, target_modules=DECODER_LORA_MODULES, init_lora_weights="gaussian", **options)
+        model = get_peft_model(model, config)
+        if fuse:
+            fuse_lora(model)
+        torch.manual_seed(1)
+        found.append(run(model, batches[True])[0])
+    assert found[0] == found[1]
+
+
+def test_under_autocast_adapters_compute_in_its_dtype(batches):
+    model = build("LoRA").to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batches[True]).loss.backward()
+    layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    assert {half.dtype for layer in layers for half in layer.halves} == {torch.bfloat16}
+    assert {p.grad.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
