@@ -25,7 +25,7 @@ PUBLISHED_BATCH = BatchSizes(
     **{"tokens": 2443, "pairs": 2443 * 2444 // 2, "views": 16.33, "image_tokens": 2413, "supervised": 8},
     **{"answer_tokens": 2443, "answer_pairs": 2443 * 2444 // 2},
 )
-MODES = {"L": "grey", "RGB": "colour", "1": "black and white"}  # Pillow's names
+MODES = {"L": "grayscale", "RGB": "color", "1": "black and white"}  # Pillow's names
 # The memory targets are for full recomputation, one sample at once.
 GPU_TARGETS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}
 
@@ -76,36 +76,37 @@ def any_machine(results: dict[str, list[dict]]) -> str:
             measured = result["results"][name]
             times = {way: summary["median"] for way, summary in measured["milliseconds_a_picture"].items()}
             names = [MODES.get(mode, mode) for mode in result["pictures"]["modes"]]
-            modes = f"{result['pictures']['count']} pages {name} ({', '.join(names)})"
-            what = f"input path, {modes if name == 'as they are' else 'the same pages in colour'}"
-            figures = f"{times['ours']:.1f} ms a page against {times['plain']:.1f} ms"
+            modes = f"{result['pictures']['count']} pages in their own mode ({', '.join(names)})"
+            what = f"input pipeline, {modes if name == 'as they are' else 'the same pages in color'}"
+            figures = f"{times['ours']:.1f} ms vs. {times['plain']:.1f} ms per page"
             rows.append([what, target, spread(measured["times_faster"]), figures, where(result)])
     for result in results.get("step", []):
         faster, seconds = result["times_faster"], {name: value["median"] for name, value in result["seconds"].items()}
         plain = min((name for name in faster if "SDPA" in name), key=lambda name: faster[name]["median"])
         targets = {plain: "≥ 1.5×", "one by one, eager": "≥ 4×"}
         for name, ratio in faster.items():
-            figures = f"{seconds['packed']:.2f} s against {seconds[name]:.2f} s"
-            what = f"training step in {result['precision']}, packed against {name}"
+            figures = f"{seconds['packed']:.2f} s vs. {seconds[name]:.2f} s"
+            other = name.replace("one by one", "one at a time").replace("recomputing", "with recomputation")
+            what = f"training step in {result['precision']}, packed vs. {other}"
             rows.append([what, targets.get(name, "–"), spread(ratio), figures, where(result)])
     for result in results.get("evaluation", []):
         seconds = {name: value["median"] for name, value in result["seconds"].items()}
-        figures = f"{seconds['batched']:.1f} s against {seconds['one by one']:.1f} s for {result['questions']} questions"
-        what = f"evaluation, {result['batch_size']} at once against one by one"
+        figures = f"{seconds['batched']:.1f} s vs. {seconds['one by one']:.1f} s for {result['questions']} questions"
+        what = f"evaluation, batch size {result['batch_size']} vs. one at a time"
         rows.append([what, "≥ 4×", spread(result["times_faster"]), figures, where(result)])
     for result in results.get("memory", []):
         peak = result["peak_mib"]
         what = f"peak memory of head and loss at {result['batch']['samples']} × {result['batch']['tokens']:,} tokens"
-        figures = f"{peak['answer']:,.0f} MiB against {peak['full']:,.0f} MiB"
+        figures = f"{peak['answer']:,.0f} MiB vs. {peak['full']:,.0f} MiB"
         rows.append([what, "≤ 1/20", f"**1/{result['times_less']:.0f}**", figures, where(result)])
     targets = {
-        "inputs": ("input path against the plain float pipeline", "≥ 3×"),
-        "step": ("training step, packed against padded or one by one with SDPA", "≥ 1.5×"),
-        "evaluation": ("evaluation, batched against one by one", "≥ 4×"),
+        "inputs": ("input pipeline vs. the published float pipeline", "≥ 3×"),
+        "step": ("training step, packed vs. padded or one at a time with SDPA", "≥ 1.5×"),
+        "evaluation": ("evaluation, batched vs. one at a time", "≥ 4×"),
         "memory": ("peak memory of head and loss", "≤ 1/20"),
     }
     rows += [[*targets[name], "not measured", "–", "–"] for name in targets if name not in results]
-    return markdown_table(["measure", "target", "measured", "figures", "on"], rows)
+    return markdown_table(["benchmark", "target", "measured", "values", "hardware"], rows)
 
 
 def gpu_rows(results: dict[str, list[dict]], method: str) -> list[tuple[dict, dict]]:
@@ -123,7 +124,7 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
             rows.append([METHOD_TITLES[method], "–", "–", *["not measured"] * 6, mfu_target, memory_target, "–"])
         for result, row in measured:
             packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
-            how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} at once, {row['kernels']} kernels"
+            how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} per micro-batch, {row['kernels']} kernels"
             how += f", {row['optim']}" if "optim" in row else ""
             alone = row["checkpointing"] == "full" and row["samples_at_once"] == 1
             if "error" in row:
@@ -134,7 +135,9 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
                 figures += [f"{row['peak_memory_gb']:.1f}", f"{100 * row['data_wait_share']:.1f} %"]
             targets = [mfu_target, memory_target if alone else "–"]
             rows.append([METHOD_TITLES[method], how, row["checkpointing"], *figures, *targets, where(result)])
-    header = "method|how|recomputation|images / s|tokens / s|TFLOP/s|MFU|peak GB|data wait|target: MFU|target: peak GB|on"
+    header = (
+        "method|configuration|recomputation|images/s|tokens/s|TFLOP/s|MFU|peak GB|data wait|MFU target|peak GB target|hardware"
+    )
     return markdown_table(header.split("|"), rows)
 
 
@@ -157,7 +160,7 @@ def published_table(published: dict, results: dict[str, list[dict]]) -> str:
         speed = [f"{row['images_per_second']:.3f}", f"{row['peak_memory_gb']:.1f}"]
         speed += ["unknown" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"]
         rows.append([f"1×{result['hardware']['gpu']}", "1", title, *speed, where(result)])
-    header = "hardware of a node|nodes|method|images / s|peak GB|MFU|from"
+    header = "hardware per node|nodes|method|images/s|peak GB|MFU|source"
     return markdown_table(header.split("|"), rows)
 
 
@@ -167,16 +170,16 @@ def render() -> str:
     published = load_published()["speed"]
     return "\n\n".join(
         [
-            "### On any machine",
-            "Targets are this project's own; one that is missed stays in the table.",
+            "### Without a GPU",
+            "The targets are set by this project; missed targets stay in the table.",
             any_machine(results),
-            "### On one GPU, real configuration",
-            "Targets are for one H100 80 GB, those of memory for full recomputation and one sample at once.\nFor full training "
-            "also ≥ 5.1 images/s, and data wait ≤ 2 % of a step.",
+            "### On one GPU, with the real model configuration",
+            "The targets are for one H100 80 GB; memory targets are for full recomputation and one sample per micro-batch.\n"
+            "For full training, the targets also include ≥ 5.1 images/s and a data wait of ≤ 2 % of a step.",
             gpu_table(results),
-            "### Beside the published table",
-            "Rows of 8 GPUs a node are published upstream, not measured here, and their MFU follows from them;\n"
-            "below them, in the same columns, the fastest that was measured here, on one GPU. Peak memory is that of one GPU.",
+            "### Comparison with the published table",
+            "The rows with 8 GPUs per node were published upstream and not measured here; their MFU is computed from the\n"
+            "published speed. The rows below show the fastest configuration measured here, on one GPU. Peak memory is per GPU.",
             published_table(published, results),
         ]
     )
@@ -193,7 +196,7 @@ def fill(document: str, tables: str) -> str:
     head, begin, rest = document.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{DOCUMENT.name} has lost its markers {BEGIN} and {END}: put them back")
+        raise ValueError(f"{DOCUMENT.name} lacks the markers {BEGIN} and {END}: restore them")
     return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 

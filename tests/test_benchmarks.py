@@ -196,7 +196,7 @@ def test_bars_stand_on_the_rows_they_are_for():
     shown = table.gpu_table({"train": [result]})
     lines = [line for line in shown.splitlines() if line.startswith("| LoRA")]
     assert [line.split(" | ")[10] for line in lines] == ["≤ 16", "–", "–"]
-    assert all("1 at once, plain kernels, adamw_torch_fused | full" in line or "≤ 16" not in line for line in lines)
+    assert all("1 per micro-batch, plain kernels, adamw_torch_fused | full" in line or "≤ 16" not in line for line in lines)
     assert "| 15.2 |" in lines[0] and "peak GB" in shown
     assert table.gpu_table({"train": [result | {"config": "tiny"}]}) == table.gpu_table({})
 

@@ -355,7 +355,7 @@ def test_links_lead_somewhere(page):
 
 def test_published_figures_are_those_of_the_results():
     published = json.loads((ROOT / "results/published.json").read_text(encoding="utf-8"))
-    tables = README[README.index("### Accuracy") : README.index("### Doubts")]
+    tables = README[README.index("### Accuracy") : README.index("## What a run does")]
     for table in published["accuracy"].values():
         for row in table["rows"].values():
             assert f"| {row['published']:.{table['decimals']}f} |" in tables
