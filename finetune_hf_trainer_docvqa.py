@@ -17,16 +17,16 @@ from statistics import fmean
 from datasets import Dataset, Image
 
 from common.arguments import training_parser
-from common.conversations import check_conversation
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_answers
-from common.metrics import anls
-from common.model import load_model, load_processor
-from common.shards import stream_hub
-from common.sources import check_pictures, check_rows, load_hub
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.conversations import check_conversation
+from common.data.samples import TrainingData
+from common.data.shards import stream_hub
+from common.data.sources import check_pictures, check_rows, load_hub
+from common.data.streaming import Stream, StreamedData
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import anls
+from common.evaluation.predictions import Evaluation
+from common.model.loading import load_model, load_processor
+from common.training.run import finetune, run, start
 
 MINI = "nielsr/docvqa_1200_examples"
 COLUMNS = ["id", "image", "query", "answers"]

@@ -18,15 +18,15 @@ import numpy as np
 from datasets import Dataset, Image
 
 from common.arguments import training_parser
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_and_compare
-from common.metrics import accuracy, auroc, normalise_answer
-from common.model import load_model, load_processor
-from common.shards import stream_hub
-from common.sources import check_pictures, check_rows, load_hub, read_json_lines
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.samples import TrainingData
+from common.data.shards import stream_hub
+from common.data.sources import check_pictures, check_rows, load_hub, read_json_lines
+from common.data.streaming import Stream, StreamedData
+from common.evaluation.generation import generate_and_compare
+from common.evaluation.metrics import accuracy, auroc, normalise_answer
+from common.evaluation.predictions import Evaluation
+from common.model.loading import load_model, load_processor
+from common.training.run import finetune, run, start
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
 HUB_EVAL_ROWS = 500

@@ -22,15 +22,15 @@ from pathlib import Path
 from datasets import Dataset
 
 from common.arguments import training_parser
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_answers
-from common.metrics import accuracy, accuracy_per_class, normalise_answer
-from common.model import load_model, load_processor
-from common.shards import stream_conversations
-from common.sources import load_conversations
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.samples import TrainingData
+from common.data.shards import stream_conversations
+from common.data.sources import load_conversations
+from common.data.streaming import Stream, StreamedData
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import accuracy, accuracy_per_class, normalise_answer
+from common.evaluation.predictions import Evaluation
+from common.model.loading import load_model, load_processor
+from common.training.run import finetune, run, start
 
 
 def parse_args():

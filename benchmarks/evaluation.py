@@ -16,9 +16,9 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from assets.draw_samples import draw_samples
-from common.conversations import prompt_text
-from common.generation import generate_answers
-from common.model import stop_token_ids
+from common.data.conversations import prompt_text
+from common.evaluation.generation import generate_answers
+from common.phi3v.processing import stop_token_ids
 from finetune_hf_trainer_docvqa import to_conversation
 
 from .measure import RESULTS, interleave, ratios, summarise, write_result

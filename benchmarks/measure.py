@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.files import write_file
-from common.machine import cpu_name, versions
+from common.runtime import cpu_name, versions, write_file
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from assets.samples.docvqa import FIELDS, draw_value
 from common.arguments import training_parser
-from common.data import TrainingData
-from common.flops import TrainingFlops, peak_flops
-from common.model import base_model, load_model, load_processor
+from common.data.samples import TrainingData
+from common.model.loading import base_model, load_model, load_processor
 from common.phi3v import Phi3VConfig
-from common.trainer import build_trainer
-from common.training import start
+from common.phi3v.flops import TrainingFlops, peak_flops
+from common.training.run import start
+from common.training.trainer import build_trainer
 
 from .measure import RESULTS, write_result
 from .pages import draw_pages, find_pages
@@ -240,7 +240,9 @@ def measure(args, values, directory):
 
 def find_error(output):
     """The exception that ended a program, from what it printed; after it there may be warnings. None if there is none."""
-    errors = re.findall(r"^(?:\[rank\d+\]: )?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*", output, re.MULTILINE)
+    errors = re.findall(
+        r"^(?:\[rank\d+\]: )?(?:[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b|error:).*", output, re.MULTILINE
+    )
     return errors[-1] if errors else None
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from .phi3v.image_processing import MAX_CROPS, check_num_crops
+from common.phi3v.image_processing import MAX_CROPS, check_num_crops
+from common.phi3v.parts import PARTS
+from common.runtime import world_size
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
-PARTS = ("decoder", "vision", "projector")
 LORA_DEFAULTS = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
 LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
 
@@ -213,11 +213,11 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise ValueError(f"--{name} must be above 0, not {value}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world_size * args.batch_size_per_gpu):
+    processes = world_size()
+    if args.batch_size % (processes * args.batch_size_per_gpu):
         raise ValueError(
-            f"--batch_size {args.batch_size} can't be divided over {world_size} process(es) × --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu}: make it a multiple of {world_size * args.batch_size_per_gpu}"
+            f"--batch_size {args.batch_size} can't be divided over {processes} process(es) × --batch_size_per_gpu "
+            f"{args.batch_size_per_gpu}: make it a multiple of {processes * args.batch_size_per_gpu}"
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
         raise ValueError("--max_tokens_per_batch needs --packing: take one of them back")
@@ -289,3 +289,11 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise ValueError(
             "--load_best_model_at_end compares the metric at every evaluation: set --eval_metric_steps to --eval_steps"
         )
+
+
+def method_name(args: argparse.Namespace) -> str:
+    """The method as people call it: full, LoRA or QLoRA, and which parts train if not all."""
+    name = "QLoRA" if args.use_qlora else "LoRA" if args.use_lora else "full"
+    if args.freeze_vision_model:
+        return f"{name}, frozen vision"
+    return f"{name}, {' and '.join(args.train_only)} only" if args.train_only else name

@@ -12,9 +12,10 @@ from PIL import Image
 from runs import weights, write_random_model
 from transformers import AutoModelForCausalLM
 
-from common.adapter_base import write_base_description
 from common.arguments import check_arguments, training_parser
-from common.model import fetch_checkpoint, load_model, load_processor
+from common.model.adapters import write_base_description
+from common.model.checkpoint import fetch_checkpoint
+from common.model.loading import load_model, load_processor
 from tools.merge_lora import merge
 
 

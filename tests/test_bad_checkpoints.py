@@ -10,7 +10,7 @@ from conftest import TINY
 from runs import message, write_docvqa
 from safetensors.torch import load_file, save_file
 
-from common.checkpoints import write_manifest
+from common.training.checkpoints import write_manifest
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
-from common import training
-from common.collator import load_crops
-from common.training import run
+from common.data.collator import load_crops
+from common.training import run as training
+from common.training.run import run
 
 
 @pytest.fixture

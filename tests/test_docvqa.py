@@ -19,8 +19,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_docvqa as script
-from common.data import TrainingData
-from common.metrics import anls
+from common.data.samples import TrainingData
+from common.evaluation.metrics import anls
 
 FLAGS = argparse.Namespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, bf16=False, tqdm=False)
 

@@ -14,12 +14,12 @@ from test_memory import flags as trial_flags
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
-from common.collator import Collator
-from common.conversations import encode_conversation
-from common.flops import TrainingFlops
-from common.memory import try_out
+from common.data.collator import Collator
+from common.data.conversations import encode_conversation
 from common.phi3v.attention import varlen_attention_forward
+from common.phi3v.flops import TrainingFlops
 from common.phi3v.layers import LeanLayerNorm, LeanRMSNorm
+from common.training.memory import estimate_memory
 
 ON_GPU = torch.cuda.is_available()
 HAS_FLASH = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
@@ -205,7 +205,7 @@ def test_the_trial_measures_the_gpu_and_leaves_its_memory_as_it_was(packing):
     args = trial_flags(packing=packing, bf16=True)
     model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first product of a process takes a workspace for good
     before = torch.cuda.memory_allocated()
-    trial = try_out(model, args, device, TrainingFlops(model))
+    trial = estimate_memory(model, args, device, TrainingFlops(model))
     assert torch.cuda.memory_allocated() == before
     assert trial.flops_per_second > 0 and trial.choose(2000, 4) == "none"
 

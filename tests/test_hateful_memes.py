@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as script
-from common import generation
-from common.conversations import encode_prompt
+from common.data.conversations import encode_prompt
+from common.evaluation import generation
 
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
 

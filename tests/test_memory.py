@@ -11,14 +11,24 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.table import PUBLISHED_BATCH
-from common.flops import TrainingFlops
-from common.memory import MODES, Footprint, Trial, kept_bytes, least_recomputation, state_bytes, step_bytes, try_out
-from common.model import _add_lora, count_parameters, set_gradient_checkpointing
+from common.data.batches import Lengths, PlannedBatches
+from common.model.loading import _add_lora, count_parameters, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig
+from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
 from common.phi3v.last_layer import answer_spans
-from common.planning import Lengths, PlannedBatches
-from common.summary import duration, summarize
+from common.training import memory
+from common.training.memory import (
+    MODES,
+    Footprint,
+    Trial,
+    estimate_memory,
+    kept_bytes,
+    least_recomputation,
+    state_bytes,
+    step_bytes,
+)
+from common.training.summary import duration, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "tiny_phi3v"
@@ -72,7 +82,7 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
     model, args = load(frozen), flags(packing=packing, bf16=bf16)
     flops = TrainingFlops(model)
     random_state = torch.get_rng_state()
-    trial = try_out(model, args, CPU, flops)
+    trial = estimate_memory(model, args, CPU, flops)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(parameter.grad is not None for parameter in model.parameters())
     model.train()
@@ -102,7 +112,7 @@ def test_the_trial_has_the_precision_of_training(options, by_autocast):
     model.to(torch.float32 if by_autocast else torch.bfloat16)
     seen = set()
     model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
-    try_out(model, args, CPU, TrainingFlops(model))
+    estimate_memory(model, args, CPU, TrainingFlops(model))
     assert seen == {by_autocast}
 
 
@@ -169,8 +179,7 @@ def test_states_of_the_published_model_are_those_of_the_document(name, changes, 
     args = flags(bf16=True, **changes)
     model, loaded = published_model(args)
     found = [loaded + state_bytes(model, args)]
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(memory, "world_size", lambda: 4)
     found.append(loaded + state_bytes(model, args))
     document = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     row = next(line for line in document.splitlines() if line.startswith(f"| {name} |"))
@@ -235,7 +244,7 @@ def test_adapters_take_their_inputs_as_they_come():
 def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     model, args = load(), flags()
     flops = TrainingFlops(model)
-    trial = try_out(model, args, CPU, flops)
+    trial = estimate_memory(model, args, CPU, flops)
     lengths = Lengths(tokens=np.array([300, 500]), views=np.array([2, 3]))
     batches = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=4)
     text = summarize(args, model, 16, batches, lengths, "none", trial, flops)

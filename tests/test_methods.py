@@ -29,9 +29,10 @@ from transformers import AutoProcessor
 import finetune_hf_trainer_docvqa as docvqa
 from assets.draw_samples import draw_samples
 from common.arguments import check_arguments
-from common.collator import Collator
-from common.data import TrainingData
-from common.model import base_model, load_model, part_of, set_gradient_checkpointing
+from common.data.collator import Collator
+from common.data.samples import TrainingData
+from common.model.loading import base_model, load_model, set_gradient_checkpointing
+from common.phi3v.parts import part_of
 
 CURVES = Path(__file__).with_name("curves.json")
 # Kernels for other CPUs add up in another order: with those for SSE4 or AVX2 instead of AVX-512 (ATEN_CPU_CAPABILITY,

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
+from common.evaluation.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
 
 
 @pytest.mark.parametrize(

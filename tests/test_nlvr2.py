@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_nlvr2 as script
-from common.metrics import consistency
+from common.evaluation.metrics import consistency
 
 PROMPT = (
     "The first image is the image on the left, the second image is the image on the right. Given the left and right images, "

@@ -7,18 +7,11 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from common.data import TrainingData
-from common.generation import share_by_length
-from common.planning import (
-    Lengths,
-    PlannedBatches,
-    accumulation_for_budget,
-    best_fit,
-    epoch_steps,
-    fill_bins,
-)
-from common.streaming import Span, Stream, StreamedBatches
-from common.trainer import FinetuningTrainer, _plan_batches
+from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget, best_fit, epoch_steps, fill_bins
+from common.data.samples import TrainingData
+from common.data.streaming import Span, Stream, StreamedBatches
+from common.evaluation.generation import share_by_length
+from common.training.trainer import FinetuningTrainer, _plan_batches
 
 
 def lengths(rows, seed=0):
@@ -215,5 +208,5 @@ def test_shares_of_an_evaluation_are_complete():
         shares = [share_by_length(sizes, 8, rank, world_size) for rank in range(world_size)]
         taken = [index for share in shares for batch in share for index in batch]
         assert sorted(taken) == list(range(53))
-    shares = [share_by_length(sizes, 8, rank, 4, in_step=True) for rank in range(4)]
+    shares = [share_by_length(sizes, 8, rank, 4, same_number=True) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1

@@ -15,9 +15,11 @@ from PIL import Image
 from report_runs import TASKS, make_run, write_json
 
 import tools.report
-from common import training
-from common.report import FILES, save_gallery_images, select_gallery, write_comparison, write_report
 from common.report.charts import confusion_chart, curve_charts, number, roc_chart, score_chart, transition_chart
+from common.report.gallery import save_gallery_images, select_gallery
+from common.report.page import write_comparison, write_report
+from common.report.run import FILES
+from common.training import run as training
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ from conftest import TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.data import TrainingData
-from common.sources import check_pictures, check_rows, load_conversations, load_hub
+from common.data.samples import TrainingData
+from common.data.sources import check_pictures, check_rows, load_conversations, load_hub
 
 
 @pytest.fixture(autouse=True)

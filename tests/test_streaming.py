@@ -21,10 +21,10 @@ import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
-from common import shards, streaming
-from common.collator import Collator
-from common.shards import stream_conversations, stream_hub
-from common.streaming import StreamedBatches, StreamedData
+from common.data import shards, streaming
+from common.data.collator import Collator
+from common.data.shards import stream_conversations, stream_hub
+from common.data.streaming import StreamedBatches, StreamedData
 
 SCRIPT = "finetune_hf_trainer_ucf101.py"
 # The smallest GIF: a picture of one pixel.

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_ucf101 as script
-from common.collator import Collator
-from common.data import TrainingData
+from common.data.collator import Collator
+from common.data.samples import TrainingData
 
 CLASSES = ("Archery", "Surfing", "Typing")
 QUESTION = "Classify the video into one of the following classes: Archery, Surfing, Typing."

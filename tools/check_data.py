@@ -29,12 +29,13 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import DEFAULT_MODEL
-from common.conversations import Conversation, count_tokens, decode_picture, open_picture
-from common.model import check_checkpoint
+from common.data.conversations import Conversation, count_tokens
+from common.data.pictures import decode_picture, open_picture
+from common.data.sources import parse_object, picture_names, row_faults
+from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
-from common.progress import Progress, limit_library_bars
-from common.sources import parse_object, picture_names, row_faults
+from common.runtime import Progress, limit_library_bars
 
 LINES_AT_ONCE = 500
 PICTURES_REMEMBERED = 100_000

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from common.collator import Collator
-from common.conversations import encode_prompt
-from common.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
+from common.data.collator import Collator
+from common.data.conversations import encode_prompt
+from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
-from common.progress import limit_library_bars
+from common.runtime import limit_library_bars
 
 ONE_HOUR = 3600
 CSS = """

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from common.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
-from common.model_card import RUN_FILES, write_model_card
-from common.progress import limit_library_bars, say, show_bars
+from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
+from common.report.model_card import RUN_FILES, write_model_card
+from common.runtime import limit_library_bars, say, show_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from common.conversations import Conversation, check_conversation, check_picture, pictures
-from common.files import write_file
-from common.generation import generate_answers
-from common.inference import load_for_inference
-from common.model import base_model
+from common.data.conversations import Conversation, check_conversation, pictures
+from common.data.pictures import check_picture
+from common.data.sources import read_json_lines
+from common.evaluation.generation import generate_answers
+from common.model.inference import load_for_inference
+from common.model.loading import base_model
 from common.phi3v.image_processing import MAX_CROPS
-from common.progress import limit_library_bars, track
-from common.sources import read_json_lines
+from common.runtime import limit_library_bars, track, write_file
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.report import write_comparison, write_report
+from common.report.page import write_comparison, write_report
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from common.files import write_file
+from common.runtime import write_file
 
 from .embedded import PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, compares, load_published, percent, render_page, scientific

@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from statistics import median
 
-from ..metrics import normalise_answer
+from common.evaluation.metrics import normalise_answer
+
 from .charts import Chart, confusion_chart, number, probability_chart, roc_chart, score_chart, series, transition_chart
 from .run import RIGHT, Run, predictions_by_id
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import replacing
+from common.runtime import replacing
+
 from .run import RIGHT, Run, predictions_by_id
 
 GROUPS = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import jinja2
 
-from ..files import replacing, write_file
+from common.runtime import replacing, write_file
+
 from .charts import DASHES, SERIES, curve_charts
 from .figures import class_table, confusions, evaluation_charts, facts, figures, outcomes
 from .gallery import GROUPS, gallery, select_gallery

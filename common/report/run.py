@@ -2,8 +2,15 @@
 
 import json
 import os
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from common.runtime import hardware, is_main_process, versions, write_file
 
 FILES = {
     "run.json": "the command, versions, data and hyperparameters are not known",
@@ -38,6 +45,66 @@ class Run:
     @property
     def log(self) -> list[dict]:
         return self.state.get("log_history", [])
+
+
+def write_run(
+    output_dir: str | Path,
+    task: str,
+    base_model: str,
+    base_revision: str | None,
+    method: str,
+    data: str,
+    hyperparameters: dict[str, Any],
+    datasets: Sequence[str] = (),
+) -> None:
+    """Write ``run.json`` from the first process: what is being run, by which command, on what, since when.
+
+    Parameters
+    ----------
+    output_dir : str or Path
+        The run's directory.
+    task : str
+        As people call it, ``"DocVQA"`` say.
+    base_model : str
+        Hub id or directory.
+    base_revision : str, optional
+        Commit of a hub model; see :func:`common.model.checkpoint.base_revision`.
+    method : str
+        ``"full"``, ``"LoRA"`` and so on.
+    data : str
+        Which rows trained and which evaluate, in words.
+    hyperparameters : dict
+        Values by flag. What JSON doesn't know, paths say, is written as text.
+    datasets : sequence of str
+        Hub ids of the data sets, if any.
+    """
+    if not is_main_process():
+        return
+    run = {
+        "task": task,
+        "command": launch_command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "method": method,
+        "data": data,
+        "hardware": hardware(),
+        "versions": versions(),
+        "hyperparameters": hyperparameters,
+    }
+    if datasets:
+        run["datasets"] = list(datasets)
+    write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def launch_command() -> str:
+    """The command line that started this process, as it is typed: with ``torchrun`` where that was used."""
+    script = shlex.join(sys.argv)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python {script}"
+    processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    nodes = f"--nnodes={world_size // processes} " if world_size > processes else ""
+    return f"torchrun --nproc_per_node={processes} {nodes}{script}"
 
 
 def read_run(directory: str | os.PathLike) -> Run:

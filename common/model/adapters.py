@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoConfig
 
-from .files import write_file
-from .phi3v import Phi3VConfig
+from common.phi3v import Phi3VConfig
+from common.runtime import write_file
+
+from .checkpoint import find_snapshot, open_tensors
 
 BASE_DESCRIPTION = "base_model.json"
 COMPARED_SETTINGS = (
@@ -32,12 +32,6 @@ COMPARED_SETTINGS = (
     "rope_scaling",
     "vision_config",
 )
-
-
-def base_revision(name_or_path: str) -> str | None:
-    """Commit of a hub model as it was fetched last; None for a directory."""
-    directory = find_snapshot(name_or_path)
-    return directory.name if directory.parent.name == "snapshots" else None
 
 
 def write_base_description(directory: Path, model: PeftModel) -> None:
@@ -70,36 +64,13 @@ def fingerprint(directory: Path) -> str:
     Takes well under a second, since next to nothing is read.
     """
     digest = hashlib.sha256()
-    files = _open_tensors(directory)
+    files = open_tensors(directory)
     for name in sorted(files):
         tensor = files[name].get_slice(name)
         part = tensor[:] if len(tensor.get_shape()) == 1 else tensor[:1]
         digest.update(name.encode())
         digest.update(part.bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def read_tensors(directory: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Some tensors of a checkpoint, as they are on disk."""
-    files = _open_tensors(directory)
-    return {name: files[name].get_tensor(name) for name in names}
-
-
-def _open_tensors(directory: Path) -> dict[str, Any]:
-    """The open file that holds each tensor of a checkpoint."""
-    files: dict[str, Any] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        file = safe_open(path, framework="pt")
-        files |= dict.fromkeys(file.keys(), file)
-    return files
-
-
-def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:
-    """Directory of a checkpoint; for a hub id that of the local copy, whatever the hub has by now."""
-    directory = Path(name_or_path)
-    if directory.is_dir():
-        return directory.resolve()
-    return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
 
 
 def read_base_description(adapter: Path) -> dict[str, Any]:

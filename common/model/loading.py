@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
-from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -19,99 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAn
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
-from .adapter_base import base_revision
-from .arguments import PARTS
-from .phi3v import Phi3VForCausalLM, Phi3VProcessor
-from .phi3v.attention import has_varlen_kernel
-from .progress import say
+from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v.attention import has_varlen_kernel
+from common.phi3v.parts import PARTS, lora_targets, part_of, unquantized_modules
+from common.phi3v.processing import stop_token_ids
 
-DECODER_LORA_MODULES = r"model\.layers\.\d+\.(self_attn\.(qkv_proj|o_proj)|mlp\.(gate_up_proj|down_proj))|lm_head"
-TOWER = r"model\.vision_embed_tokens\.img_processor\.vision_model\.encoder\.layers"
-TOWER_LINEARS = r"(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
-PROJECTOR_LORA_MODULES = r"model\.vision_embed_tokens\.img_projection\.(0|2)"
-
-
-def fetch_checkpoint(name_or_path: str) -> str | None:
-    """Check a model, and fetch all of it if it is on the hub, whose later commits then make no difference to a run.
-
-    Returns
-    -------
-    str or None
-        The commit that was fetched; None for a directory.
-
-    Raises
-    ------
-    ValueError
-        As :func:`check_checkpoint`.
-    """
-    check_checkpoint(name_or_path)
-    revision = base_revision(name_or_path)
-    if not Path(name_or_path).is_dir():
-        try:
-            patterns = ["*.json", "*.jinja", "*.safetensors"]
-            check_checkpoint(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
-        except (OSError, HfHubHTTPError) as error:
-            raise ValueError(
-                f"--model_name_or_path {name_or_path} can't be fetched ({_first_line(error)}): try again"
-            ) from None
-    return revision
-
-
-def check_checkpoint(name_or_path: str) -> None:
-    """Check that a model is there, is a Phi-3-V, and has every file that loading needs.
-
-    Raises
-    ------
-    ValueError
-        Naming what is missing and what to do.
-    """
-    directory = Path(name_or_path)
-    model_type = None
-    if not directory.is_dir():
-        looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
-        if looks_local:
-            raise ValueError(f"--model_name_or_path {name_or_path}: there is no such directory, and it is no hub id")
-        say(f"Fetching {name_or_path} from the hub, or from its cache")
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except ValueError as error:  # a model type that transformers doesn't know, or has from the checkpoint's own code
-            raise ValueError(
-                f"--model_name_or_path {name_or_path} is not a phi3_v checkpoint, which these recipes finetune "
-                f"(Phi-3-vision and Phi-3.5-vision): {_first_line(error)}"
-            ) from None
-        except OSError as error:
-            raise ValueError(
-                f"--model_name_or_path {name_or_path}: there is no such directory, and the hub can't be reached, or has no "
-                f"such model ({_first_line(error)}); download it where there is access (hf download) and give its directory"
-            ) from None
-        model_type = config.model_type
-    elif (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-        raise ValueError(
-            f"--model_name_or_path {name_or_path} is an adapter: merge it into its base first "
-            f"(python -m tools.merge_lora --adapter {name_or_path} --output_dir MERGED), and give that directory"
-        )
-    else:
-        needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
-        missing = [name for name in needed if not (directory / name).is_file()]
-        if "tokenizer_config.json" not in missing and not _has_chat_template(directory):
-            missing.append("chat_template.jinja")
-        if "config.json" not in missing:
-            model_type = _read_object(directory / "config.json").get("model_type")
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            shards = _shards(index)
-            missing += [shard for shard in shards if not (directory / shard).is_file()]
-        elif not (directory / "model.safetensors").is_file():
-            missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
-        if missing and model_type in ("phi3_v", None):
-            raise ValueError(
-                f"--model_name_or_path {name_or_path} lacks {', '.join(missing)}: copy the checkpoint's files there again"
-            )
-    if model_type != "phi3_v":
-        raise ValueError(
-            f"--model_name_or_path {name_or_path} is a {model_type} checkpoint; these recipes finetune phi3_v: "
-            "Phi-3-vision and Phi-3.5-vision"
-        )
+from .checkpoint import first_line
 
 
 def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[str, str]:
@@ -208,7 +115,7 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
     except Exception as error:  # tokenizers raises nothing more particular
         raise ValueError(
             f"--model_name_or_path {args.model_name_or_path}: the files of its tokenizer or image processor can't be read "
-            f"({_first_line(error)}): copy them there again"
+            f"({first_line(error)}): copy them there again"
         ) from error
 
 
@@ -218,7 +125,7 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     Parameters
     ----------
     args : argparse.Namespace
-        As :func:`common.training.start` left them.
+        As :func:`common.training.run.start` left them.
     processor : Phi3VProcessor
         Knows the tokens that end an answer.
     device : torch.device
@@ -263,10 +170,7 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     if misfits:
         what = f"its weights lack {misfits[0]}, or have it in another shape ({len(misfits)} such)"
         raise ValueError(f"--model_name_or_path {args.model_name_or_path}: {what}: copy the checkpoint's files there again")
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # On CPUs with AVX512-BF16 its first evaluation repacks the weights for a kernel that has no backward pass.
-            module.support_avx512bf16_for_cpu = False
+    avoid_avx512_kernel(model)
     if args.use_liger_kernel:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -297,17 +201,11 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
             layer.gradient_checkpointing = False
 
 
-def part_of(name: str) -> str:
-    """The part of the model, ``"decoder"``, ``"vision"`` or ``"projector"``, that a parameter belongs to by its name."""
-    if "vision_embed_tokens." not in name:
-        return "decoder"
-    return "vision" if ".img_processor." in name else "projector"
-
-
-def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
-    """Ids that end an answer: the tokenizer's end of text, and the end of a turn."""
-    tokenizer = processor.tokenizer
-    return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+def avoid_avx512_kernel(model: nn.Module) -> None:
+    """Keep 4-bit layers from a CPU kernel that computes in bf16 whatever is asked for and has no backward pass."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":  # bitsandbytes is loaded only where weights are quantized
+            module.support_avx512bf16_for_cpu = False
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -336,33 +234,22 @@ def _freeze(model: Phi3VForCausalLM, args: argparse.Namespace) -> None:
 
 def _quantization_config(args: argparse.Namespace, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.base_revision or "main")
-    # Names count from their beginning to a dot, so they stand here in full. The tower's last layer is never run.
-    vision, last = "model.vision_embed_tokens", config.vision_config.num_hidden_layers - 1
-    skip = ["lm_head", f"{vision}.img_projection", f"{vision}.img_processor.vision_model.encoder.layers.{last}"]
-    if args.freeze_vision_model:
-        skip.append(vision)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=skip,
+        llm_int8_skip_modules=unquantized_modules(config, vision=not args.freeze_vision_model),
     )
 
 
 def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
-    targets = DECODER_LORA_MODULES
-    if not args.freeze_vision_model:
-        # The tower's last layer is never run: an adapter there would wait for a gradient for ever.
-        used = range(model.config.vision_config.num_hidden_layers - 1)
-        layers = "|".join(map(str, used))
-        targets += rf"|{TOWER}\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
     try:
         config = LoraConfig(
             r=args.lora_rank,
             lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
             lora_dropout=args.lora_dropout,
-            target_modules=targets,
+            target_modules=lora_targets(model.config, vision=not args.freeze_vision_model),
             # PEFT's own choices by name are texts, but for its default (True) and none at all (False).
             init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
             use_dora=args.use_dora,
@@ -380,27 +267,9 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is no index of weights ({error!r}): copy the checkpoint's files there again") from None
-
-
-def _has_chat_template(directory: Path) -> bool:
-    """Whether the tokenizer has one, in a file of its own or, as published, in its configuration."""
-    return (directory / "chat_template.jinja").is_file() or "chat_template" in _read_object(directory / "tokenizer_config.json")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON object ({error}): copy the checkpoint's files there again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object, but a {type(content).__name__}: copy the checkpoint's files there again")
-    return content
-
-
-def _first_line(error: Any) -> str:
-    return str(error).strip().splitlines()[0]
+def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
+    """Autocast as in training: to bf16 or fp16 where weights are wider, else off."""
+    device = base_model(model).device
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    enabled = bf16 or device.type == "cuda"
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)

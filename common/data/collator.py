@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from .conversations import decode_picture
-from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import grid_to_crops, to_crop_grid
-from .phi3v.last_layer import answer_spans
-from .phi3v.processing import pad_rows
+from common.phi3v import Phi3VProcessor
+from common.phi3v.image_processing import grid_to_crops, to_crop_grid
+from common.phi3v.last_layer import answer_spans
+from common.phi3v.processing import pad_rows
+
+from .pictures import decode_picture
 
 
 def load_crops(
@@ -22,7 +23,7 @@ def load_crops(
     Parameters
     ----------
     images : list
-        Pictures as in :mod:`common.conversations`.
+        Pictures as in :mod:`common.data.pictures`.
     num_crops : int
     places : sequence of str, optional
         Names the row of each picture in messages.
@@ -60,7 +61,7 @@ class Collator:
 
     Notes
     -----
-    Called with a list of samples (see :func:`common.conversations.encode_conversation`) it returns a dict of
+    Called with a list of samples (see :func:`common.data.conversations.encode_conversation`) it returns a dict of
 
     - padded: ``input_ids``, ``attention_mask``, ``labels``, int64 (batch, longest sample);
     - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int,

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from .files import write_file
+from common.runtime import is_main_process, write_file
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Evaluation:
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Write an evaluation as JSON, whole or not at all, from the first process."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if not is_main_process():
         return
     content = {
         "metric": evaluation.metric,

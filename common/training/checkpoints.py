@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import replacing, write_file
-from .memory import zero_stage
-from .summary import method_name
+from common.arguments import method_name
+from common.runtime import gather, replacing, sum_over_processes, write_file
+
+from .deepspeed import zero_stage
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
@@ -61,7 +60,7 @@ def write_manifest(directory: Path) -> None:
         os.fsync(file.fileno())
 
 
-def what_is_torn(directory: Path) -> str | None:
+def why_incomplete(directory: Path) -> str | None:
     """Say what a checkpoint lacks, or None if it is complete."""
     if not directory.is_dir():
         return "there is no such directory"
@@ -105,22 +104,22 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, 
     if wanted is None:
         return None, []
     if wanted != "auto":
-        if reason := _what_is_torn_anywhere(Path(wanted)):
+        if reason := _incomplete_anywhere(Path(wanted)):
             raise ValueError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto, or an earlier one")
         return Path(wanted), []
     passed_over = []
     steps = [path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    for step in sorted({int(step) for step in gather_object(steps) if step.isdigit()}, reverse=True):
+    for step in sorted({int(step) for names in gather(steps) for step in names if step.isdigit()}, reverse=True):
         path = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        reason = _what_is_torn_anywhere(path)
+        reason = _incomplete_anywhere(path)
         if reason is None:
             return path, passed_over
         passed_over.append(f"{path.name} ({reason})")
     return None, passed_over
 
 
-def _what_is_torn_anywhere(directory: Path) -> str | None:
-    return next((reason for reason in gather_object([what_is_torn(directory)]) if reason), None)
+def _incomplete_anywhere(directory: Path) -> str | None:
+    return next((reason for reason in gather(why_incomplete(directory)) if reason), None)
 
 
 class StopOnSignal(TrainerCallback):
@@ -135,10 +134,7 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def _agree(self) -> bool:
-        received = torch.tensor(int(self.received), device=PartialState().device)
-        if dist.is_initialized():
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        return bool(received)
+        return bool(sum_over_processes(torch.tensor(int(self.received), device=PartialState().device)))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Listen."""
@@ -202,7 +198,7 @@ def run_settings(args: argparse.Namespace, num_processes: int) -> dict[str, Any]
     return settings
 
 
-def check_goes_on(checkpoint: Path, settings: dict[str, Any]) -> None:
+def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Check that a run can go on from a checkpoint exactly.
 
     Parameters
@@ -227,7 +223,7 @@ def check_goes_on(checkpoint: Path, settings: dict[str, Any]) -> None:
             )
 
 
-class Totals(TrainerCallback):
+class RunCounters(TrainerCallback):
     """What the Trainer counts anew in every session, kept with the checkpoints: figures of a resumed run are the whole run's.
 
     Parameters

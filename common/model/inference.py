@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from .adapter_base import compare_settings, find_snapshot, fingerprint, read_base_description
-from .model import check_checkpoint, stop_token_ids
-from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v.processing import stop_token_ids
+
+from .adapters import compare_settings, fingerprint, read_base_description
+from .checkpoint import check_checkpoint, find_snapshot
+from .loading import avoid_avx512_kernel
 
 
 def load_for_inference(
@@ -128,10 +130,7 @@ def load_full(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{name_or_path}: its weights can't be read ({error}): copy the checkpoint's files anew") from None
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # A CPU with AVX512-BF16 would compute in bf16, whatever is asked for, and drop gradients from then on.
-            module.support_avx512bf16_for_cpu = False
+    avoid_avx512_kernel(model)
     processor = load_processor(name_or_path, revision)
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)

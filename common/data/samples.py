@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from .conversations import Conversation, count_tokens, encode_conversation, open_picture, pictures
-from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
-from .planning import Lengths
-from .progress import Progress
+from common.phi3v import Phi3VProcessor
+from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
+from common.runtime import Progress, gather, rank, world_size
+
+from .batches import Lengths
+from .conversations import Conversation, count_tokens, encode_conversation, pictures
+from .pictures import open_picture
 
 ROWS_AT_ONCE = 64  # whose pictures, stored in the data set, are in memory together
 
@@ -112,18 +113,14 @@ class TrainingData(Dataset):
         ValueError
             Naming the row and what is wrong with it.
         """
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         rows = np.flatnonzero(self._varies)
         if len(rows):
-            share = rows[rank::world_size]
+            share = rows[rank() :: world_size()]
             with Progress("Planning batches", "rows", len(share), bar) as progress:
-                shares = [self._measure(epoch, share, progress.update)]
-            if world_size > 1:
-                own, shares = shares[0], [None] * world_size
-                dist.all_gather_object(shares, own)
-            for index, (measured, varies) in enumerate(shares):
-                self._measured[rows[index::world_size]] = measured
-                self._varies[rows[index::world_size]] = varies
+                own = self._measure(epoch, share, progress.update)
+            for index, (measured, varies) in enumerate(gather(own)):
+                self._measured[rows[index :: world_size()]] = measured
+                self._varies[rows[index :: world_size()]] = varies
         tokens, views = self._measured.T.copy()
         return Lengths(tokens=tokens, views=views)
 

@@ -20,29 +20,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
-from .arguments import check_arguments
-from .checkpoints import check_goes_on, find_checkpoint, run_settings, saving
-from .conversations import decode_picture, pictures
-from .data import TrainingData
-from .evaluation import Evaluation, write_evaluation
-from .files import first_on_each_machine
-from .model import choose_attention, fetch_checkpoint, training_precision
-from .model_card import write_model_card, write_run
-from .phi3v import Phi3VProcessor
-from .progress import limit_library_bars
-from .report import save_gallery_images, select_gallery, write_report
-from .streaming import StreamedData
-from .summary import method_name
+from common.arguments import check_arguments, method_name
+from common.data.conversations import pictures
+from common.data.pictures import decode_picture
+from common.data.samples import TrainingData
+from common.data.streaming import StreamedData
+from common.evaluation.predictions import Evaluation, write_evaluation
+from common.model.checkpoint import fetch_checkpoint
+from common.model.loading import choose_attention, training_precision
+from common.phi3v import Phi3VProcessor
+from common.report.run import write_run
+from common.runtime import broadcast, first_on_each_machine, is_main_process, limit_library_bars, local_world_size, say
+
+from .checkpoints import check_resumable, find_checkpoint, run_settings, saving
+from .deepspeed import choose_deepspeed, do_without_compiler
 from .trainer import build_trainer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-DEEPSPEED_DIRECTORY = Path(__file__).parent / "deepspeed"
+REPOSITORY = Path(__file__).resolve().parents[2]
 NO_FLAGS = ("task", "metric", "base_revision")  # in args, but set by no flag: run.json has them elsewhere
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
@@ -106,16 +105,16 @@ def start(args: argparse.Namespace) -> PartialState:
     training_precision(args, state.device)
     args.attention = choose_attention(args, state.device)
     args.packing = _choose_packing(args)
-    args.deepspeed = _choose_deepspeed(args)
+    args.deepspeed = choose_deepspeed(args)
     if args.deepspeed and not on_gpu:
-        _do_without_compiler()
+        do_without_compiler()
     args.dataloader_num_workers = min(args.dataloader_num_workers, _cores_of_process())
     args.resume_from_checkpoint, torn = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     for checkpoint in torn:
-        state.print(f"passing over {checkpoint}")
+        say(f"passing over {checkpoint}", sys.stdout)
     if args.resume_from_checkpoint:
-        check_goes_on(args.resume_from_checkpoint, run_settings(args, state.num_processes))
-        state.print(f"going on from {args.resume_from_checkpoint}")
+        check_resumable(args.resume_from_checkpoint, run_settings(args, state.num_processes))
+        say(f"going on from {args.resume_from_checkpoint}", sys.stdout)
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return state
@@ -144,7 +143,6 @@ def finetune(
     source : str
         Where the data comes from: hub ids, separated by blanks, or a directory.
     """
-    state = PartialState()
     write_run(
         args.output_dir,
         task=args.task,
@@ -155,44 +153,49 @@ def finetune(
         hyperparameters={name: value for name, value in vars(args).items() if name not in NO_FLAGS},
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
-    if args.push_to_hub and state.is_main_process:
+    if args.push_to_hub and is_main_process():
         # What is pushed holds no report: its pictures are the data set's, which not every licence lets pass on.
         _remove_report(args.output_dir)
     trainer = build_trainer(args, model, processor, train_data, eval_data, evaluate)
     before_path = args.output_dir / "eval_before.json"
-    if not _of_main_process(args.resume_from_checkpoint is not None and before_path.is_file()):
+    if not broadcast(args.resume_from_checkpoint is not None and before_path.is_file()):
         before = evaluate(model)
         write_evaluation(before_path, before)
-        state.print(f"before finetuning: {before}")
+        say(f"before finetuning: {before}", sys.stdout)
         trainer.log_at_beginning(before)
     result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stop_on_signal.stopped:
-        state.print(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on")
+        say(f"stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint auto goes on", sys.stdout)
         sys.exit(EXIT_AFTER_SIGTERM)
     with saving():
         trainer.save_model(_internal_call=True)  # without pushing, which comes last
         trainer.save_metrics("train", result.metrics, combined=False)
         trainer.save_state()
     if trainer.stop_on_signal.end():
-        state.print(f"stopped by SIGTERM after training; the result is in {args.output_dir}, but not evaluated")
+        say(f"stopped by SIGTERM after training; the result is in {args.output_dir}, but not evaluated", sys.stdout)
         sys.exit(EXIT_AFTER_SIGTERM)
 
     after = evaluate(trainer.model)
     write_evaluation(args.output_dir / "eval_after.json", after)
     trainer.log(after.logs)
-    state.print(f"after finetuning: {after}; results are in {args.output_dir}")
-    if state.is_main_process:
+    say(f"after finetuning: {after}; results are in {args.output_dir}", sys.stdout)
+    if is_main_process():
+        from common.report.model_card import write_model_card
+
         write_model_card(args.output_dir, name=args.hub_model_id)
     try:
         if args.push_to_hub:
             trainer.push_to_hub()
     finally:
-        if state.is_main_process:
+        if is_main_process():
             _report(args.output_dir, eval_data)
 
 
 def _report(output_dir: Path, eval_data: TrainingData) -> None:
     try:
+        from common.report.gallery import save_gallery_images, select_gallery
+        from common.report.page import write_report
+
         before, after = (
             json.loads((output_dir / f"eval_{when}.json").read_text(encoding="utf-8")) for when in ("before", "after")
         )
@@ -215,12 +218,6 @@ def _remove_report(output_dir: Path) -> None:
     shutil.rmtree(output_dir / "gallery", ignore_errors=True)
 
 
-def _of_main_process(value: Any) -> Any:
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
-
-
 def _prepare_environment(on_gpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
@@ -239,7 +236,7 @@ def _prepare_environment(on_gpu: bool) -> None:
 
 
 def _check_gpus() -> None:
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    processes, gpus = local_world_size(), torch.cuda.device_count()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda and not torch.cuda.is_available() and not hidden and any(DEVICES.glob("nvidia[0-9]*")):
         raise ValueError(
@@ -251,17 +248,10 @@ def _check_gpus() -> None:
         raise ValueError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
 
 
-def _do_without_compiler() -> None:
-    # DeepSpeed would compile an op that passes tensors between a machine's processes; gloo does that, too.
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def _cores_of_process() -> int:
     # macOS has no affinities.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // local_world_size())
 
 
 def _quieten(args: argparse.Namespace) -> None:
@@ -299,29 +289,3 @@ def _choose_packing(args: argparse.Namespace) -> bool:
     if args.max_tokens_per_batch and not possible:
         raise ValueError(f"--max_tokens_per_batch needs packing, which {args.attention[0]} attention can't do")
     return possible if args.packing is None else args.packing
-
-
-def _choose_deepspeed(args: argparse.Namespace) -> str | None:
-    if args.deepspeed == "none" or (args.deepspeed == "auto" and args.use_lora):
-        return None
-    path = DEEPSPEED_DIRECTORY / "zero2.json" if args.deepspeed == "auto" else Path(args.deepspeed)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DEEPSPEED_DIRECTORY.glob("*.json")))
-        raise ValueError(f"--deepspeed {path}: there is no such file; give one of {shipped}, or none for plain DDP") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--deepspeed {path} is no valid JSON ({error})") from None
-    if "optimizer" in config:
-        raise ValueError(
-            f"--deepspeed {path} has an optimizer of its own, for which --optim, --learning_rate and the parts' rates "
-            "would not count: take that section out"
-        )
-    if "offload_optimizer" in config.get("zero_optimization", {}) and not args.optim.startswith("adamw_torch"):
-        raise ValueError(
-            f"--deepspeed {path} offloads the optimizer, which DeepSpeed then computes by its own AdamW on the CPU, whatever "
-            f"--optim {args.optim} says: leave --optim out, or take a file without offload_optimizer"
-        )
-    if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
-        raise ValueError(f"--deepspeed {path} is ZeRO-3, which can't shard a 4-bit base; use ZeRO-2 or none with --use_qlora")
-    return str(path)

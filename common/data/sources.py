@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch.distributed as dist
 from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
-from .conversations import Conversation, Picture, check_conversation, check_picture, conversation_faults, pictures
-from .files import first_on_each_machine, replacing
-from .progress import Progress, say
+from common.runtime import Progress, first_on_each_machine, gather, rank, replacing, say, world_size
+
+from .conversations import Conversation, check_conversation, conversation_faults, pictures
+from .pictures import Picture, check_picture
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ def picture_names(row: dict[str, Any]) -> list[Any]:
 
 
 def load_conversations(path: Path, image_dir: Path, limit: int | None = None, bar: bool = True) -> Dataset:
-    """Read a file of the general format; see :mod:`common.conversations`.
+    """Read a file of the general format; see :mod:`common.data.conversations`.
 
     The file is converted to Arrow once, in the cache of ``datasets``, and mapped into memory from there: a million rows start
     in seconds and take no memory of their own. Every row and every picture is checked.
@@ -180,7 +180,7 @@ def check_pictures(images: Iterable[Picture], bar: bool = True, count: int | Non
     count : int, optional
         How many pictures there are, where they don't know it themselves.
     whole : bool
-        As :func:`~common.conversations.check_picture` takes it.
+        As :func:`~common.data.pictures.check_picture` takes it.
 
     Raises
     ------
@@ -235,23 +235,17 @@ def check_rows(
 
 def _check_all(what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool) -> None:
     """Check items, each process a share; an error that one of them finds is raised by all."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    problems: list[str | None] = [None] * world_size
     problem = None
     try:
-        with Progress(f"Checking {what}", what, len(range(rank, count, world_size)), bar) as progress:
-            for item in islice(items, rank, None, world_size):
+        with Progress(f"Checking {what}", what, len(range(rank(), count, world_size())), bar) as progress:
+            for item in islice(items, rank(), None, world_size()):
                 check(item)
                 progress.update()
     except ValueError as error:
         problem = str(error)
-    if world_size > 1:
-        dist.all_gather_object(problems, problem)
-    else:
-        problems = [problem]
-    for problem in problems:
-        if problem is not None:
-            raise ValueError(problem)
+    for found in gather(problem):
+        if found is not None:
+            raise ValueError(found)
 
 
 def parse_object(line: bytes, place: str) -> dict[str, Any]:

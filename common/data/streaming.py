@@ -18,10 +18,12 @@ import numpy as np
 import torch.utils.data
 from datasets import Dataset
 
-from .conversations import Conversation, check_picture, encode_conversation, pictures
-from .data import TrainingData
-from .phi3v import Phi3VProcessor
-from .planning import Lengths
+from common.phi3v import Phi3VProcessor
+
+from .batches import Lengths
+from .conversations import Conversation, encode_conversation, pictures
+from .pictures import check_picture
+from .samples import TrainingData
 
 ROWS_PER_WINDOW = 512  # two of them, pictures still encoded, are in a process's memory at a time
 
@@ -149,7 +151,7 @@ class StreamedBatches:
 
 
 class StreamedData(torch.utils.data.Dataset):
-    """Encoded conversations, indexed by rows as they come; parameters as for :class:`common.data.TrainingData`."""
+    """Encoded conversations, indexed by rows as they come; parameters as for :class:`common.data.samples.TrainingData`."""
 
     def __init__(
         self,

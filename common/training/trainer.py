@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,28 +12,31 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from .adapter_base import find_snapshot, read_tensors, write_base_description
-from .checkpoints import MANIFEST, EarlyStopping, StopOnSignal, Totals, saving, write_manifest
-from .collator import Collator
-from .data import TrainingData
-from .evaluation import Evaluation
-from .flops import TrainingFlops, peak_flops
-from .generation import autocast
-from .memory import least_recomputation, try_out, zero_stage
-from .model import base_model, part_of, set_gradient_checkpointing
-from .phi3v import Phi3VProcessor
-from .planning import Lengths, PlannedBatches, accumulation_for_budget
-from .progress import TrainingProgress, track
-from .streaming import StreamedBatches, StreamedData
+from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
+from common.data.collator import Collator
+from common.data.loader import WorkerLoader, wait_until_quiet
+from common.data.samples import TrainingData
+from common.data.streaming import StreamedBatches, StreamedData
+from common.evaluation.predictions import Evaluation
+from common.model.adapters import write_base_description
+from common.model.checkpoint import find_snapshot, read_tensors
+from common.model.loading import autocast, base_model, set_gradient_checkpointing
+from common.phi3v import Phi3VProcessor
+from common.phi3v.flops import TrainingFlops, peak_flops
+from common.phi3v.parts import part_of
+from common.runtime import rank, say, sum_over_processes, track, world_size
+
+from .checkpoints import MANIFEST, EarlyStopping, RunCounters, StopOnSignal, saving, write_manifest
+from .deepspeed import zero_stage
+from .memory import estimate_memory, least_recomputation
+from .progress import TrainingProgress
 from .summary import summarize
-from .workers import WorkerLoader, wait_until_quiet
 
 
 def build_trainer(
@@ -47,9 +51,9 @@ def build_trainer(
     device = PartialState().device
     batches, lengths = _plan_batches(args, train_data)
     if zero_stage(args.deepspeed) == 3:
-        base_model(model).keep_in_step()
+        base_model(model).run_same_modules_always()
     flops = TrainingFlops(base_model(model))
-    trial = try_out(model, args, device, flops)
+    trial = estimate_memory(model, args, device, flops)
     recomputation = args.gradient_checkpointing
     if recomputation == "auto":
         recomputation = least_recomputation(trial, *batches.largest(lengths))
@@ -70,7 +74,7 @@ def build_trainer(
         data_collator=Collator(processor, packing=args.packing),
         processing_class=processor,
     )
-    PartialState().print(summarize(args, model, len(train_data), batches, lengths, recomputation, trial, flops))
+    say(summarize(args, model, len(train_data), batches, lengths, recomputation, trial, flops), sys.stdout)
     return trainer
 
 
@@ -78,8 +82,7 @@ def _plan_batches(
     args: argparse.Namespace, data: TrainingData | StreamedData
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
     """Micro-batches of this process, and lengths to foretell their size by: of some samples, or of all if that is known."""
-    state = PartialState()
-    place = {"seed": args.seed, "rank": state.process_index, "world_size": state.num_processes}
+    place = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming:
         if not isinstance(data, StreamedData):
             raise ValueError("--streaming: this script reads its data as a whole; leave the flag out")
@@ -88,15 +91,13 @@ def _plan_batches(
             trainer_state = args.resume_from_checkpoint / "trainer_state.json"
             batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return batches, data.sample_lengths()
-    accumulation = args.batch_size // (state.num_processes * args.batch_size_per_gpu)
+    accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
         steps_an_epoch = -(-len(data) // args.batch_size)
         epochs = -(-args.max_steps // steps_an_epoch) if args.max_steps > 0 else args.num_train_epochs
         by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
         lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
-        accumulation = accumulation_for_budget(
-            by_epoch, args.batch_size, args.seed, state.num_processes, args.max_tokens_per_batch
-        )
+        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), args.max_tokens_per_batch)
     else:
         lengths = data.sample_lengths()
     batches = PlannedBatches(
@@ -154,8 +155,8 @@ class FinetuningTrainer(Trainer):
         if self.accelerator.ddp_handler:
             # Gradients lie in DDP's buckets instead of beside them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        self.totals = Totals(self)
-        self.add_callback(self.totals)
+        self.counters = RunCounters(self)
+        self.add_callback(self.counters)
         self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line
         self._counting_since: float | None = None
 
@@ -164,14 +165,14 @@ class FinetuningTrainer(Trainer):
         return self._loader(self.train_dataset, self.batches, ahead=self.batches.accumulation)
 
     def get_eval_dataloader(self, eval_dataset: TrainingData | None = None) -> DataLoader:
-        state, size = PartialState(), self.flags.batch_size_per_gpu
+        size = self.flags.batch_size_per_gpu
         rows = [(0, row) for row in range(len(self.eval_dataset))]
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-        self._eval_batches = len(batches[state.process_index :: state.num_processes])
+        self._eval_batches = len(batches[rank() :: world_size()])
         if zero_stage(self.flags.deepspeed) == 3:
             # All processes gather every layer's weights together: none may have a batch more than another.
-            batches += [batches[-1]] * (-len(batches) % state.num_processes)
-        return self._loader(self.eval_dataset, batches[state.process_index :: state.num_processes])
+            batches += [batches[-1]] * (-len(batches) % world_size())
+        return self._loader(self.eval_dataset, batches[rank() :: world_size()])
 
     def _loader(self, data: TrainingData | StreamedData, batches: Any, ahead: int = 0) -> DataLoader:
         workers = self.args.dataloader_num_workers
@@ -214,7 +215,7 @@ class FinetuningTrainer(Trainer):
         if self.stop_on_signal.stopped:
             # The best checkpoint is for the end of the run; until then the last one is what it goes on from.
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        return super()._finalize_training(trial, num_train_samples, self.totals.began)
+        return super()._finalize_training(trial, num_train_samples, self.counters.began)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Copy a batch while the device still computes the last one, but for what the model reads on the CPU."""
@@ -235,9 +236,7 @@ class FinetuningTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             done, now = self._done.to(self.args.device), time.perf_counter()
-            if dist.is_initialized():
-                dist.all_reduce(done)
-            images, tokens, flops = (done / (now - self._counting_since)).tolist()
+            images, tokens, flops = (sum_over_processes(done) / (now - self._counting_since)).tolist()
             logs |= {"images_per_second": round(images, 3), "tokens_per_second": round(tokens, 1)}
             if peak := peak_flops(self.args.device):
                 logs["mfu"] = round(flops / (peak * self.args.world_size), 4)
@@ -250,15 +249,13 @@ class FinetuningTrainer(Trainer):
         """Loss by supervised token over all processes and, every ``--eval_metric_steps``, the task's metric."""
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        with autocast(self.model, self.flags):
+        with autocast(self.model, self.flags.bf16):
             for number, inputs in enumerate(track(dataloader, "Evaluating the loss", "batches", self.flags.tqdm)):
                 inputs = self._prepare_inputs(inputs)
                 loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
                 if number < self._eval_batches:
                     totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
-        totals = totals.float().to(self.args.device)
-        if dist.is_initialized():
-            dist.all_reduce(totals)
+        totals = sum_over_processes(totals.float().to(self.args.device))
         metrics = {"eval_loss": (totals[0] / totals[1]).item()}
         every = self.flags.eval_metric_steps
         if every and (self.state.global_step % every == 0 or self.state.global_step >= self.state.max_steps):
@@ -291,7 +288,7 @@ class FinetuningTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with saving():
             super()._save_checkpoint(*args, **kwargs)
-            self.totals.save(directory)
+            self.counters.save(directory)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.is_deepspeed_enabled and not (directory / "latest").exists():
@@ -335,7 +332,7 @@ class FinetuningTrainer(Trainer):
         torch.save(self.args, directory / "training_args.bin")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card to :mod:`common.model_card`, which the end of a run writes."""
+        """Leave the card to :mod:`common.report.model_card`, which the end of a run writes."""
 
 
 class _LogAtBeginning(TrainerCallback):

@@ -19,12 +19,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import are_progress_bars_disabled, load_dataset_builder
 
+from common.runtime import on_main_process, track
+
 from .conversations import Conversation, check_conversation
-from .progress import track
 from .sources import parse_conversation
 from .streaming import Span, Stream
 
@@ -64,7 +63,7 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
             raise ValueError(f"{pattern} is missing: put the data's shards there, or name others")
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
-    return Stream(_of_main_process(index), read).select(0, limit)
+    return Stream(on_main_process(index), read).select(0, limit)
 
 
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
@@ -103,7 +102,7 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
             raise ValueError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
         return _index(shards, lambda shard: _index_row_groups(shard, columns, each))
 
-    return Stream(_of_main_process(index), read)
+    return Stream(on_main_process(index), read)
 
 
 def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]) -> list[Span]:
@@ -167,17 +166,3 @@ def _read_row_group(span: Span, columns: list[str] | None = None) -> Iterator[tu
     batches = _open_parquet(span.shard).iter_batches(batch_size=16, row_groups=[span.position], columns=columns)
     rows = chain.from_iterable(batch.to_pylist() for batch in batches)
     return ((f"{span.shard}, row {number}", row) for number, row in enumerate(rows, start=span.first))
-
-
-def _of_main_process(load: Callable[[], list[Span]]) -> list[Span]:
-    """Call on the first process alone; all get what it returned, or raise the same error."""
-    outcome: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome = [load()]
-        except ValueError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    return outcome[0]

@@ -1,0 +1,151 @@
+"""A checkpoint on disk or on the hub: found, fetched and checked before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from common.runtime import say
+
+
+def fetch_checkpoint(name_or_path: str) -> str | None:
+    """Check a model, and fetch all of it if it is on the hub, whose later commits then make no difference to a run.
+
+    Returns
+    -------
+    str or None
+        The commit that was fetched; None for a directory.
+
+    Raises
+    ------
+    ValueError
+        As :func:`check_checkpoint`.
+    """
+    check_checkpoint(name_or_path)
+    revision = base_revision(name_or_path)
+    if not Path(name_or_path).is_dir():
+        try:
+            patterns = ["*.json", "*.jinja", "*.safetensors"]
+            check_checkpoint(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+        except (OSError, HfHubHTTPError) as error:
+            raise ValueError(f"--model_name_or_path {name_or_path} can't be fetched ({first_line(error)}): try again") from None
+    return revision
+
+
+def check_checkpoint(name_or_path: str) -> None:
+    """Check that a model is there, is a Phi-3-V, and has every file that loading needs.
+
+    Raises
+    ------
+    ValueError
+        Naming what is missing and what to do.
+    """
+    directory = Path(name_or_path)
+    model_type = None
+    if not directory.is_dir():
+        looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
+        if looks_local:
+            raise ValueError(f"--model_name_or_path {name_or_path}: there is no such directory, and it is no hub id")
+        say(f"Fetching {name_or_path} from the hub, or from its cache")
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except ValueError as error:  # a model type that transformers doesn't know, or has from the checkpoint's own code
+            raise ValueError(
+                f"--model_name_or_path {name_or_path} is not a phi3_v checkpoint, which these recipes finetune "
+                f"(Phi-3-vision and Phi-3.5-vision): {first_line(error)}"
+            ) from None
+        except OSError as error:
+            raise ValueError(
+                f"--model_name_or_path {name_or_path}: there is no such directory, and the hub can't be reached, or has no "
+                f"such model ({first_line(error)}); download it where there is access (hf download) and give its directory"
+            ) from None
+        model_type = config.model_type
+    elif (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"--model_name_or_path {name_or_path} is an adapter: merge it into its base first "
+            f"(python -m tools.merge_lora --adapter {name_or_path} --output_dir MERGED), and give that directory"
+        )
+    else:
+        needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+        missing = [name for name in needed if not (directory / name).is_file()]
+        if "tokenizer_config.json" not in missing and not _has_chat_template(directory):
+            missing.append("chat_template.jinja")
+        if "config.json" not in missing:
+            model_type = _read_object(directory / "config.json").get("model_type")
+        index = directory / "model.safetensors.index.json"
+        if index.is_file():
+            shards = _shards(index)
+            missing += [shard for shard in shards if not (directory / shard).is_file()]
+        elif not (directory / "model.safetensors").is_file():
+            missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
+        if missing and model_type in ("phi3_v", None):
+            raise ValueError(
+                f"--model_name_or_path {name_or_path} lacks {', '.join(missing)}: copy the checkpoint's files there again"
+            )
+    if model_type != "phi3_v":
+        raise ValueError(
+            f"--model_name_or_path {name_or_path} is a {model_type} checkpoint; these recipes finetune phi3_v: "
+            "Phi-3-vision and Phi-3.5-vision"
+        )
+
+
+def base_revision(name_or_path: str) -> str | None:
+    """Commit of a hub model as it was fetched last; None for a directory."""
+    directory = find_snapshot(name_or_path)
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:
+    """Directory of a checkpoint; for a hub id that of the local copy, whatever the hub has by now."""
+    directory = Path(name_or_path)
+    if directory.is_dir():
+        return directory.resolve()
+    return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
+
+
+def read_tensors(directory: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Some tensors of a checkpoint, as they are on disk."""
+    files = open_tensors(directory)
+    return {name: files[name].get_tensor(name) for name in names}
+
+
+def open_tensors(directory: Path) -> dict[str, Any]:
+    """The open file that holds each tensor of a checkpoint."""
+    files: dict[str, Any] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        file = safe_open(path, framework="pt")
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is no index of weights ({error!r}): copy the checkpoint's files there again") from None
+
+
+def _has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer has one, in a file of its own or, as published, in its configuration."""
+    return (directory / "chat_template.jinja").is_file() or "chat_template" in _read_object(directory / "tokenizer_config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON object ({error}): copy the checkpoint's files there again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object, but a {type(content).__name__}: copy the checkpoint's files there again")
+    return content
+
+
+def first_line(error: Any) -> str:
+    return str(error).strip().splitlines()[0]
