@@ -26,7 +26,8 @@ from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import anls
 from common.evaluation.predictions import Evaluation
 from common.model.loading import load_model, load_processor
-from common.training.run import finetune, run, start
+from common.runtime import InputError, run
+from common.training.run import finetune, start
 
 MINI = "nielsr/docvqa_1200_examples"
 COLUMNS = ["id", "image", "query", "answers"]
@@ -60,17 +61,17 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
         content = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(content, ensure_ascii=False).encode()  # escapes can spell half characters
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files") from None
+        raise InputError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}): download it again") from None
+        raise InputError(f"{path} is no valid JSON ({error}): download it again") from None
     if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise ValueError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data"')
+        raise InputError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data"')
     rows = []
     for number, entry in enumerate(content["data"][:limit]):
         answers = entry.get("answers") if isinstance(entry, dict) else None
         fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
         if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
-            raise ValueError(
+            raise InputError(
                 f'{path}, entry {number} of "data": needs "question" and "image" (texts) and "answers" '
                 "(a list of at least one text, none empty)"
             )
@@ -80,16 +81,16 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
             check_conversation(conversation, f'{path}, entry {number} of "data"')
         rows.append(row)
     if not rows:
-        raise ValueError(f'{path} is empty: "data" holds no question')
+        raise InputError(f'{path} is empty: "data" holds no question')
     check_pictures(sorted({row["image"] for row in rows}), tqdm)
     return Dataset.from_list(rows)
 
 
 def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     if args.data_dir and args.streaming:
-        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
+        raise InputError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if args.data_dir and args.full_train:
-        raise ValueError("--full_train is for the hub's rows, --data_dir for the official release: leave one of them out")
+        raise InputError("--full_train is for the hub's rows, --data_dir for the official release: leave one of them out")
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
         return train_rows, load_official(args.data_dir, "val", args.max_eval_samples, args.tqdm)

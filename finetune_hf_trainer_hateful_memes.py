@@ -26,7 +26,8 @@ from common.evaluation.generation import generate_and_compare
 from common.evaluation.metrics import accuracy, auroc, normalise_answer
 from common.evaluation.predictions import Evaluation
 from common.model.loading import load_model, load_processor
-from common.training.run import finetune, run, start
+from common.runtime import InputError, run
+from common.training.run import finetune, start
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
 HUB_EVAL_ROWS = 500
@@ -66,7 +67,7 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
     rows = []
     for place, row in read_json_lines(data_dir / f"{split}.jsonl", "Hateful Memes"):
         if not isinstance(row.get("img"), str) or row.get("label") not in (0, 1):
-            raise ValueError(f'{place}: needs "img" (the picture\'s name) and "label" (0 or 1)')
+            raise InputError(f'{place}: needs "img" (the picture\'s name) and "label" (0 or 1)')
         rows.append({"id": str(row.get("id", len(rows))), "image": str(data_dir / row["img"]), "label": int(row["label"])})
         if len(rows) == limit:
             break
@@ -76,7 +77,7 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
 
 def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     if args.data_dir and args.streaming:
-        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
+        raise InputError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
         eval_rows = load_official(args.data_dir, "dev_seen", args.max_eval_samples, args.tqdm)
@@ -89,7 +90,7 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     if len({label(row) for row in eval_rows}) < 2:
         where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
         remedy = "raise --max_eval_samples" if args.max_eval_samples else "take a data set with both"
-        raise ValueError(f"{where}: AUROC needs memes of both labels, but all {len(eval_rows)} have the same: {remedy}")
+        raise InputError(f"AUROC needs memes of both labels, but all {len(eval_rows)} have the same: {remedy}", where)
     return train_rows, eval_rows
 
 
@@ -98,7 +99,7 @@ def label(row: dict) -> int:
         return row["label"]
     answer = row["texts"][0]["assistant"]
     if answer not in ANSWERS:
-        raise ValueError(f'the answer must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}": take the row out')
+        raise InputError(f'the answer must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}": take the row out')
     return ANSWERS.index(answer)
 
 

@@ -27,7 +27,8 @@ from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import accuracy, consistency, normalise_answer
 from common.evaluation.predictions import Evaluation
 from common.model.loading import load_model, load_processor
-from common.training.run import finetune, run, start
+from common.runtime import InputError, run
+from common.training.run import finetune, start
 
 HUB = ("HuggingFaceM4/the_cauldron", "nlvr2")
 HUB_EVAL_ROWS = 500
@@ -93,11 +94,11 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
     for place, row in read_json_lines(data_dir / f"{split}.json", "NLVR2"):
         identifier, sentence = row.get("identifier"), row.get("sentence")
         if not isinstance(identifier, str) or identifier.count("-") != 3:
-            raise ValueError(f'{place}: needs "identifier", of the form split-set-pair-sentence')
+            raise InputError(f'{place}: needs "identifier", of the form split-set-pair-sentence')
         if not isinstance(sentence, str) or str(row.get("label")) not in ANSWERS:
-            raise ValueError(f'{place}: needs "sentence" (a text) and "label" ("True" or "False")')
+            raise InputError(f'{place}: needs "sentence" (a text) and "label" ("True" or "False")')
         if split == "train" and "directory" not in row:
-            raise ValueError(f'{place}: needs "directory", the folder below images/train/ that holds the pictures')
+            raise InputError(f'{place}: needs "directory", the folder below images/train/ that holds the pictures')
         pair = identifier.rpartition("-")[0]
         folder = data_dir / "images" / split / (str(row["directory"]) if split == "train" else "")
         images = [str(folder / f"{pair}-img{side}.png") for side in (0, 1)]
@@ -112,7 +113,7 @@ def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> 
 
 def load_rows(args) -> tuple[Sequence | Stream, Sequence]:
     if args.data_dir and args.streaming:
-        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
+        raise InputError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
     if not args.data_dir:
         load = stream_hub_questions if args.streaming else load_hub_questions
         train_rows, eval_rows = load(args.max_train_samples, args.max_eval_samples)

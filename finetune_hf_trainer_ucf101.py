@@ -30,7 +30,8 @@ from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import accuracy, accuracy_per_class, normalise_answer
 from common.evaluation.predictions import Evaluation
 from common.model.loading import load_model, load_processor
-from common.training.run import finetune, run, start
+from common.runtime import run
+from common.training.run import finetune, start
 
 
 def parse_args():

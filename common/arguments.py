@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.phi3v.image_processing import MAX_CROPS, check_num_crops
 from common.phi3v.parts import PARTS
-from common.runtime import world_size
+from common.runtime import InputError, world_size
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 LORA_DEFAULTS = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
@@ -184,13 +184,13 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the flag and what it takes.
     """
     try:
         check_num_crops(args.num_crops)
     except ValueError:
-        raise ValueError(f"--num_crops must be from 1 to {MAX_CROPS}, not {args.num_crops}") from None
+        raise InputError(f"--num_crops must be from 1 to {MAX_CROPS}, not {args.num_crops}") from None
     positive = (
         "batch_size batch_size_per_gpu num_train_epochs lora_rank eval_batch_size max_new_tokens logging_steps "
         "max_train_samples max_eval_samples max_tokens_per_batch save_steps save_total_limit eval_steps "
@@ -198,35 +198,35 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     )
     for name in positive.split():
         if (value := getattr(args, name, None)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+            raise InputError(f"--{name} must be at least 1, not {value}")
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
-            raise ValueError(f"--{name} must not be negative, not {getattr(args, name)}")
+            raise InputError(f"--{name} must not be negative, not {getattr(args, name)}")
     if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
-        raise ValueError(f"--warmup_steps must be a whole number of steps, or below 1 a share of all, not {args.warmup_steps}")
+        raise InputError(f"--warmup_steps must be a whole number of steps, or below 1 a share of all, not {args.warmup_steps}")
     if args.lora_dropout >= 1:
-        raise ValueError(f"--lora_dropout must be below 1, not {args.lora_dropout}")
+        raise InputError(f"--lora_dropout must be below 1, not {args.lora_dropout}")
     if round(args.lora_rank * args.lora_alpha_ratio) < 1:
-        raise ValueError(
+        raise InputError(
             f"--lora_rank {args.lora_rank} × --lora_alpha_ratio {args.lora_alpha_ratio} must give an alpha of at least 1"
         )
     for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
-            raise ValueError(f"--{name} must be above 0, not {value}")
+            raise InputError(f"--{name} must be above 0, not {value}")
     processes = world_size()
     if args.batch_size % (processes * args.batch_size_per_gpu):
-        raise ValueError(
+        raise InputError(
             f"--batch_size {args.batch_size} can't be divided over {processes} process(es) × --batch_size_per_gpu "
             f"{args.batch_size_per_gpu}: make it a multiple of {processes * args.batch_size_per_gpu}"
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
-        raise ValueError("--max_tokens_per_batch needs --packing: take one of them back")
+        raise InputError("--max_tokens_per_batch needs --packing: take one of them back")
     if args.max_tokens_per_batch is not None and args.streaming:
-        raise ValueError("--max_tokens_per_batch plans batches by the lengths of all rows, which --streaming does not know")
+        raise InputError("--max_tokens_per_batch plans batches by the lengths of all rows, which --streaming does not know")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
-        raise ValueError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
+        raise InputError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
     if args.use_qlora and args.init_lora_weights in ("pissa", "olora"):
-        raise ValueError(
+        raise InputError(
             f"--init_lora_weights {args.init_lora_weights} takes the adapters out of the base's weights, which 4 bits can't "
             "hold: choose another one with --use_qlora"
         )
@@ -241,23 +241,23 @@ def _check_parts(args: argparse.Namespace) -> None:
     trained = args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
     for part in PARTS[1:]:
         if getattr(args, f"{part}_learning_rate") is not None and part not in trained:
-            raise ValueError(f"--{part}_learning_rate: the {part} part doesn't train, only {', '.join(trained)}: leave it out")
+            raise InputError(f"--{part}_learning_rate: the {part} part doesn't train, only {', '.join(trained)}: leave it out")
     if args.train_only is None:
         return
     unknown = sorted(set(args.train_only) - set(PARTS))
     if unknown:
-        raise ValueError(f"--train_only {','.join(args.train_only)}: no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+        raise InputError(f"no part {unknown[0]!r}; parts are {', '.join(PARTS)}", f"--train_only {','.join(args.train_only)}")
     if args.freeze_vision_model and set(args.train_only) != {"decoder"}:
-        raise ValueError("--freeze_vision_model leaves only the decoder to train; --train_only says otherwise")
+        raise InputError("--freeze_vision_model leaves only the decoder to train; --train_only says otherwise")
     if args.use_lora:
-        raise ValueError("--train_only chooses weights to train in full; leave it out with --use_lora or --use_qlora")
+        raise InputError("--train_only chooses weights to train in full; leave it out with --use_lora or --use_qlora")
 
 
 def _check_idle(args: argparse.Namespace) -> None:
     """Refuse flags that would do nothing without another one."""
     for name, default in LORA_DEFAULTS.items():
         if getattr(args, name) != default and not args.use_lora:
-            raise ValueError(f"--{name} needs --use_lora or --use_qlora: without them all weights train")
+            raise InputError(f"--{name} needs --use_lora or --use_qlora: without them all weights train")
     for name, needed, missing in (
         ("save_steps", "--save_strategy steps", args.save_strategy != "steps"),
         ("save_total_limit", "--save_strategy steps or epoch", args.save_strategy == "no"),
@@ -266,27 +266,27 @@ def _check_idle(args: argparse.Namespace) -> None:
         ("hub_private_repo", "--push_to_hub", not args.push_to_hub),
     ):
         if getattr(args, name) and missing:
-            raise ValueError(f"--{name} needs {needed}")
+            raise InputError(f"--{name} needs {needed}")
     args.save_steps = args.save_steps or 500
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     if args.eval_metric_steps and args.eval_strategy != "steps":
-        raise ValueError("--eval_metric_steps needs --eval_strategy steps")
+        raise InputError("--eval_metric_steps needs --eval_strategy steps")
     args.eval_steps = args.eval_steps or args.logging_steps
     if args.eval_metric_steps and args.eval_metric_steps % args.eval_steps:
-        raise ValueError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {args.eval_steps}")
+        raise InputError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {args.eval_steps}")
     if args.early_stopping_patience and not args.load_best_model_at_end:
-        raise ValueError("--early_stopping_patience needs --load_best_model_at_end")
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end")
     if args.load_best_model_at_end and (args.save_strategy != args.eval_strategy or args.save_strategy == "no"):
-        raise ValueError("--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same, steps or epoch")
+        raise InputError("--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same, steps or epoch")
     if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != args.eval_steps:
-        raise ValueError(
+        raise InputError(
             "--load_best_model_at_end needs a checkpoint of every evaluation: "
             f"set --save_steps ({args.save_steps}) to --eval_steps ({args.eval_steps})"
         )
     if args.load_best_model_at_end and args.eval_metric_steps and args.eval_metric_steps != args.eval_steps:
-        raise ValueError(
+        raise InputError(
             "--load_best_model_at_end compares the metric at every evaluation: set --eval_metric_steps to --eval_steps"
         )
 

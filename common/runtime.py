@@ -43,8 +43,8 @@ class InputError(ValueError):
         super().__init__(f"{place}: {message}" if place else message)
         self.place = place
 
-    def at(self, place: str) -> InputError:
-        """The same error, with where what it complains of was met."""
+    def at(self, place: str | None) -> InputError:
+        """The same error, met at a place of which it does not know."""
         return InputError(str(self), place)
 
 
@@ -141,6 +141,39 @@ def write_file(path: Path, content: str | dict[str, Any]) -> None:
     text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Parameters
+    ----------
+    path : Path
+    remedy : str
+        What to do if it is none, for the message.
+
+    Raises
+    ------
+    InputError
+        If the file holds something else; names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}: {remedy}")
+    return content
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's ``main``. Bad input ends it with its message and exit code 1; anything else shows its traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def show_bars(wanted: bool) -> bool:

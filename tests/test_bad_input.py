@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import shutil
 import socket
@@ -20,13 +21,14 @@ from conftest import ROOT, torchrun
 from forked import be_process, server
 from PIL import Image
 from runs import SCRIPT, flags, message, write_docvqa, write_random_model
-from torch.utils.data import DataLoader
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
 from common.data.collator import load_crops
+from common.data.loader import WorkerLoader
+from common.runtime import InputError, run
 from common.training import run as training
-from common.training.run import run
+from common.training import trainer
 
 
 @pytest.fixture
@@ -342,6 +344,51 @@ def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how,
     assert (tmp_path / "out/eval_before.json").exists() == (how == "damaged without checksums")
 
 
+class BrokenCollator:
+    """Raises as a worker that meets a programming error."""
+
+    def __init__(self, processor, **options):
+        pass
+
+    def __call__(self, samples):
+        return list(zip(samples, [], strict=True))
+
+
+def be_process_with_a_broken_collator(*arguments):
+    trainer.Collator = BrokenCollator
+    be_process(*arguments)
+
+
+@pytest.mark.slow
+def test_a_programming_error_in_a_run_shows_its_traceback(data, tmp_path):
+    options = {"deepspeed": "none", "max_new_tokens": 1, "model_name_or_path": write_random_model(tmp_path / "model")}
+    codes, said = end(
+        tmp_path / "log",
+        *flags(data, tmp_path / "out", **options),
+        processes=1,
+        target=be_process_with_a_broken_collator,
+    )
+    assert codes == [1], said
+    assert "Traceback" in said and "zip() argument 2 is shorter" in said and "error: " not in said.replace("Error: ", "")
+
+
+@pytest.mark.slow
+def test_an_input_error_of_a_worker_ends_every_process_with_one_line(data, tmp_path):
+    """Each of two processes meets a damaged picture in the same step, in its worker."""
+    (tmp_path / "mini").mkdir()
+    whole = (data / "documents/train0.png").read_bytes()
+    for part, picture in (("train", as_damaged_jpeg(whole)), ("test", whole)):
+        row = {"image": {"bytes": picture, "path": None}, "query": {"en": "What?"}, "id": "1", "answers": ["1"]}
+        pq.write_table(pa.Table.from_pylist([row] * 2), tmp_path / f"mini/{part}-00000-of-00001.parquet")
+    options = {"data_dir": None, "deepspeed": "none", "dataloader_num_workers": 1, "batch_size": 2, "max_new_tokens": 1}
+    options |= {"batch_size_per_gpu": 1, "model_name_or_path": write_random_model(tmp_path / "model")}
+    words = flags(data, tmp_path / "out", **options)
+    codes, said = end(tmp_path / "log", *words, target=partial(be_process_with_hub, tmp_path / "mini"))
+    assert codes == [1, 1], said
+    lines = [line for line in said.splitlines() if line.startswith("error: training row ")]
+    assert len(lines) == 2 and "Traceback" not in said
+
+
 def as_damaged_jpeg(picture):
     """A JPEG file whose ends are as they should, with a frame's begin in its middle."""
     file = io.BytesIO()
@@ -362,7 +409,7 @@ def test_a_worker_says_what_the_process_itself_would_say(workers):
     def collate(rows):
         return load_crops([{"bytes": b"no picture", "path": "a.png"}], 1, ["training row 5"])
 
-    loader = DataLoader([0], collate_fn=collate, num_workers=workers)
+    loader = WorkerLoader([0], collate, batch_sampler=[[0]], num_workers=workers)
     with pytest.raises(SystemExit) as ended:
         run(lambda: next(iter(loader)))
     assert str(ended.value).startswith("error: training row 5: picture a.png can't be read (")
@@ -370,10 +417,24 @@ def test_a_worker_says_what_the_process_itself_would_say(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_library_complains_of_keeps_its_traceback(workers):
-    loader = DataLoader([0], collate_fn=lambda rows: random.sample(rows, 2), num_workers=workers)
-    with pytest.raises(ValueError, match="Sample larger than population"):
+@pytest.mark.parametrize(
+    ("collate", "complaint"),
+    [
+        (lambda rows: random.sample(rows, 2), "Sample larger than population"),
+        (lambda rows: list(zip(rows, [], strict=True)), r"zip\(\) argument 2 is shorter"),
+    ],
+)
+def test_what_is_not_the_users_fault_keeps_its_traceback(collate, complaint, workers):
+    """A library's complaint, or an error in the code that calls it."""
+    loader = WorkerLoader([0], collate, batch_sampler=[[0]], num_workers=workers)
+    with pytest.raises(ValueError, match=complaint):
         run(lambda: next(iter(loader)))
+
+
+def test_an_input_error_is_the_same_after_its_way_to_other_processes():
+    error = pickle.loads(pickle.dumps(InputError("needs a label", "train.jsonl, line 3").at("training row 2")))
+    assert type(error) is InputError and error.place == "training row 2"
+    assert str(error) == "training row 2: train.jsonl, line 3: needs a label"
 
 
 @pytest.mark.slow

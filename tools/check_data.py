@@ -35,7 +35,7 @@ from common.data.sources import parse_object, picture_names, row_faults
 from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
-from common.runtime import Progress, limit_library_bars
+from common.runtime import InputError, Progress, limit_library_bars
 
 LINES_AT_ONCE = 500
 PICTURES_REMEMBERED = 100_000
@@ -129,14 +129,14 @@ class Checker:
         for place, line in lines:
             try:
                 conversation = parse_object(line, place)
-            except ValueError as error:
+            except InputError as error:
                 rows.append(Row(place, problems=[("invalid row", str(error))]))
                 continue
             faults = list(row_faults(conversation, place))
             images = [os.path.join(image_dir, name) for name in picture_names(conversation) if isinstance(name, str)]
             image_tokens = [self.count_picture_tokens(image) for image in images]
-            errors = [error for error in image_tokens if isinstance(error, ValueError)]
-            problems = [("invalid row", fault) for fault in faults]
+            errors = [error for error in image_tokens if isinstance(error, InputError)]
+            problems = [("invalid row", str(fault)) for fault in faults]
             problems += [("unusable picture", f"{place}: {error}") for error in errors]
             content = None if faults else row_content(conversation, image_dir)
             rows.append(Row(place, content, len(images), problems=problems))
@@ -155,11 +155,11 @@ class Checker:
                 message = f"{row.place}: {row.num_tokens:,} tokens are more than --max_length {self.max_length:,}"
                 row.problems.append(("row too long", message))
 
-    def _count_picture_tokens(self, image: str) -> int | ValueError:
+    def _count_picture_tokens(self, image: str) -> int | InputError:
         try:
             with open_picture(image) if self.quick else decode_picture(image) as picture:
                 return self.processor.image_processor.num_tokens(*picture.size)
-        except ValueError as error:
+        except InputError as error:
             return error
 
 
@@ -291,9 +291,9 @@ def main() -> None:
         sys.exit(f"error: --image_dir {args.image_dir}: no such folder")
     limit_library_bars(args.tqdm)
     try:
-        check_checkpoint(args.model_name_or_path)
+        check_checkpoint(args.model_name_or_path, "--model_name_or_path")
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
     checker = Checker(processor, args.max_length, args.quick)
     try:

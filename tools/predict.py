@@ -26,7 +26,7 @@ from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
 from common.phi3v.image_processing import MAX_CROPS
-from common.runtime import limit_library_bars, track, write_file
+from common.runtime import InputError, limit_library_bars, track, write_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,7 +82,7 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
 
     Raises
     ------
-    ValueError
+    InputError
         Naming file and line.
     """
     rows, places = [], []
@@ -115,16 +115,16 @@ def check_pictures(conversation: Conversation, place: str) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming ``place`` and the picture.
     """
     for picture in pictures(conversation):
         if not isinstance(picture, Path):
-            raise ValueError(f'{place}: "images" must hold names of files')
+            raise InputError(f'{place}: "images" must hold names of files')
         try:
             check_picture(picture)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+        except InputError as error:
+            raise error.at(place) from None
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ def main() -> None:
     limit_library_bars(args.tqdm)
     try:
         predict(args)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 
 

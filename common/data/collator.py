@@ -11,6 +11,7 @@ from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import grid_to_crops, to_crop_grid
 from common.phi3v.last_layer import answer_spans
 from common.phi3v.processing import pad_rows
+from common.runtime import InputError
 
 from .pictures import decode_picture
 
@@ -35,15 +36,15 @@ def load_crops(
 
     Raises
     ------
-    ValueError
+    InputError
         If a picture can't be decoded; names it and its row.
     """
     grids = []
     for image, place in zip(images, places or [None] * len(images), strict=True):
         try:
             grids.append(to_crop_grid(decode_picture(image), num_crops))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}" if place else str(error)) from None
+        except InputError as error:
+            raise error.at(place) from None
     return torch.cat([grid_to_crops(grid) for grid in grids]), torch.tensor([grid.shape[:2] for grid in grids])
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
+from common.runtime import InputError
 
 from .pictures import Picture, check_picture, open_picture
 
@@ -40,24 +41,24 @@ def check_conversation(conversation: Any, name: str) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the row, what is wrong first, and what belongs there.
     """
     for fault in conversation_faults(conversation, name):
-        raise ValueError(fault)
+        raise fault
 
 
-def conversation_faults(conversation: Any, name: str) -> Iterator[str]:
-    """All that :func:`check_conversation` finds wrong, as messages."""
+def conversation_faults(conversation: Any, name: str) -> Iterator[InputError]:
+    """All that :func:`check_conversation` finds wrong."""
     turns = conversation.get("conversations") if isinstance(conversation, dict) else None
     if not isinstance(turns, list) or not turns:
-        yield f'{name}: "conversations" must be a list of at least one turn'
+        yield InputError('"conversations" must be a list of at least one turn', name)
         return
     whole = True
     for number, turn in enumerate(turns, start=1):
         for fault in _turn_faults(turn):
             whole = False
-            yield f"{name}, turn {number}: {fault}"
+            yield InputError(fault, f"{name}, turn {number}")
     if not whole:
         return
     num_images, tags = 0, []
@@ -66,9 +67,9 @@ def conversation_faults(conversation: Any, name: str) -> Iterator[str]:
         num_images += len(turn.get("images") or [])
         tags += image_numbers(content)
         try:
-            check_image_numbers(tags, num_images)
-        except ValueError as error:
-            yield f"{name}, turn {number}: {error}" if len(turns) > 1 else f"{name}: {error}"
+            _check_tags(tags, num_images)
+        except InputError as error:
+            yield error.at(f"{name}, turn {number}" if len(turns) > 1 else name)
             return
 
 
@@ -128,7 +129,7 @@ def encode_prompt(
         if isinstance(image, dict):
             check_picture(image)
     image_tokens = image_tokens or count_image_tokens(images, processor)
-    return {"input_ids": processor.tokenize(prompt_text(conversation, processor), image_tokens), "images": images}
+    return {"input_ids": _tokenize(prompt_text(conversation, processor), image_tokens, processor), "images": images}
 
 
 def encode_conversation(
@@ -161,7 +162,7 @@ def encode_conversation(
         end = len(processor.tokenize(f"{history}{turns[number - 1]['assistant']}<|end|>\n", used))
         spans.append((begin, end))
 
-    input_ids = processor.tokenize(prompt_text(conversation, processor), image_tokens)
+    input_ids = _tokenize(prompt_text(conversation, processor), image_tokens, processor)
     labels = [-100] * len(input_ids)
     for begin, end in spans:
         labels[begin:end] = input_ids[begin:end]
@@ -183,7 +184,7 @@ def count_tokens(
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the conversation whose image tags don't fit its pictures.
     """
     split, answers, counts = [], [], []
@@ -191,9 +192,9 @@ def count_tokens(
         pieces = IMAGE_TAG.split(prompt_text(conversation, processor))
         numbers = [int(number) for number in pieces[1::2]]
         try:
-            check_image_numbers(numbers, len(tokens))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            _check_tags(numbers, len(tokens))
+        except InputError as error:
+            raise error.at(name) from None
         split.append(pieces[::2])
         answers.append(_last_answer(conversation, processor))
         counts.append(sum(tokens[number - 1] for number in numbers))
@@ -208,6 +209,18 @@ def count_tokens(
 def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
     """Tokens that each picture becomes, from its size alone."""
     return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
+
+
+def _tokenize(text: str, image_tokens: list[int], processor: Phi3VProcessor) -> list[int]:
+    _check_tags(image_numbers(text), len(image_tokens))
+    return processor.tokenize(text, image_tokens)
+
+
+def _check_tags(numbers: list[int], num_images: int) -> None:
+    try:
+        check_image_numbers(numbers, num_images)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _is_picture(entry: Any) -> bool:

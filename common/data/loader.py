@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+
+from common.runtime import InputError
 
 
 class WorkerLoader(DataLoader):
@@ -16,19 +18,57 @@ class WorkerLoader(DataLoader):
     After a collective, communication threads register with the interpreter for a moment, to give back what they held. A worker
     that Python 3.11 forks in that moment inherits a lock that nobody releases, and waits for ever.
 
+    An input error travels from a worker as itself, in place of a batch: torch would hand on only the text of its traceback.
+
     Parameters
     ----------
-    *args, **kwargs
+    dataset, collate_fn, **kwargs
         As for :class:`torch.utils.data.DataLoader`, but for ``worker_init_fn``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, worker_init_fn=_leave_process_group, **kwargs)
+    def __init__(self, dataset: Dataset, collate_fn: Callable[[list[Any]], Any], **kwargs: Any) -> None:
+        dataset, collate_fn = _CarryingDataset(dataset), _CarryingCollator(collate_fn)
+        super().__init__(dataset, collate_fn=collate_fn, worker_init_fn=_leave_process_group, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         if self.num_workers > 0:
             wait_until_quiet()
-        return super().__iter__()
+        return raise_input_errors(super().__iter__())
+
+
+class _CarryingDataset(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Any]) -> list[Any] | InputError:
+        try:
+            return [self.dataset[key] for key in keys]
+        except InputError as error:
+            return error
+
+
+class _CarryingCollator:
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any] | InputError) -> Any:
+        if isinstance(samples, InputError):
+            return samples
+        try:
+            return self.collate(samples)
+        except InputError as error:
+            return error
+
+
+def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Give batches, but raise what a worker handed on in place of one."""
+    for batch in batches:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def wait_until_quiet() -> None:

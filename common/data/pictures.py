@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from common.phi3v.image_processing import convert_picture
+from common.runtime import InputError
 
 Picture = str | Path | dict[str, Any] | Image.Image
 
@@ -24,7 +25,7 @@ def open_picture(picture: Picture) -> Image.Image:
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no such file, or it is no picture; names it.
     """
     if isinstance(picture, Image.Image):
@@ -35,9 +36,9 @@ def open_picture(picture: Picture) -> Image.Image:
     try:
         return Image.open(source)
     except FileNotFoundError:
-        raise ValueError(f"{_describe(picture)} is missing: put the file there, or take its row out of the data") from None
+        raise InputError(f"{_describe(picture)} is missing: put the file there, or take its row out of the data") from None
     except (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError, OSError, ValueError) as error:
-        raise ValueError(f"{_describe(picture)} can't be read ({error}): replace it, or take its row out") from None
+        raise InputError(f"{_describe(picture)} can't be read ({error}): replace it, or take its row out") from None
 
 
 def decode_picture(picture: Picture) -> Image.Image:
@@ -45,14 +46,14 @@ def decode_picture(picture: Picture) -> Image.Image:
 
     Raises
     ------
-    ValueError
+    InputError
         As :func:`open_picture`, and if the file is cut short.
     """
     image = open_picture(picture)
     try:
         return convert_picture(image)
     except (Image.DecompressionBombError, NotImplementedError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{_describe(picture)} can't be decoded ({error}): replace it, or take its row out") from None
+        raise InputError(f"{_describe(picture)} can't be decoded ({error}): replace it, or take its row out") from None
 
 
 def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
@@ -76,7 +77,7 @@ def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
 
     Raises
     ------
-    ValueError
+    InputError
         As :func:`decode_picture`.
     """
     image = open_picture(picture)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
-from common.runtime import Progress, gather, rank, world_size
+from common.runtime import InputError, Progress, gather, rank, world_size
 
 from .batches import Lengths
 from .conversations import Conversation, count_tokens, encode_conversation, pictures
@@ -68,8 +68,8 @@ class TrainingData(Dataset):
         epoch, row = key
         try:
             sample = encode_conversation(self.conversation(epoch, row), self.processor)
-        except ValueError as error:
-            raise ValueError(f"{self.name} {row}: {error}") from None
+        except InputError as error:
+            raise error.at(f"{self.name} {row}") from None
         return sample | {"place": f"{self.name} {row}"}
 
     def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
@@ -85,7 +85,7 @@ class TrainingData(Dataset):
 
         Raises
         ------
-        ValueError
+        InputError
             Naming the row and what is wrong with it.
         """
         new = rows[self._varies[rows]]
@@ -110,7 +110,7 @@ class TrainingData(Dataset):
 
         Raises
         ------
-        ValueError
+        InputError
             Naming the row and what is wrong with it.
         """
         rows = np.flatnonzero(self._varies)
@@ -163,8 +163,8 @@ class TrainingData(Dataset):
         num_crops = self.processor.image_processor.num_crops
         try:
             sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in pictures(conversation)]
-        except ValueError as error:
-            raise ValueError(f"{self.name} {row}: {error}") from None
+        except InputError as error:
+            raise error.at(f"{self.name} {row}") from None
         if keep:
             self._image_sizes[row] = sizes
         return sizes

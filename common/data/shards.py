@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import are_progress_bars_disabled, load_dataset_builder
 
-from common.runtime import on_main_process, track
+from common.runtime import InputError, on_main_process, track
 
 from .conversations import Conversation, check_conversation
 from .sources import parse_conversation
@@ -45,7 +45,7 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no such shard, or one can't be read, or all are empty.
     """
 
@@ -60,7 +60,7 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
     def index() -> list[Span]:
         shards = sorted(glob.glob(str(pattern)))
         if not shards:
-            raise ValueError(f"{pattern} is missing: put the data's shards there, or name others")
+            raise InputError(f"{pattern} is missing: put the data's shards there, or name others")
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
     return Stream(on_main_process(index), read).select(0, limit)
@@ -81,7 +81,7 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
 
     Raises
     ------
-    ValueError
+    InputError
         If the hub can't be reached, or has no such data set, or the data set has other files or columns.
     """
 
@@ -96,10 +96,10 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
         try:
             files = load_dataset_builder(*name).config.data_files or {}
         except (OSError, ValueError) as error:
-            raise ValueError(f"the hub's data set {' '.join(name)} can't be streamed: {error}") from None
+            raise InputError(f"the hub's data set {' '.join(name)} can't be streamed: {error}") from None
         shards = [file for file in files.get(split, []) if file.endswith(".parquet")]
         if not shards:
-            raise ValueError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
+            raise InputError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
         return _index(shards, lambda shard: _index_row_groups(shard, columns, each))
 
     return Stream(on_main_process(index), read)
@@ -115,7 +115,7 @@ def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]
                 spans.append(Span(shard, position, first, number, 0, rows))
                 number += rows
     if not number:
-        raise ValueError(f"{', '.join(shards)}: no rows")
+        raise InputError(f"{', '.join(shards)}: no rows")
     return spans
 
 
@@ -145,13 +145,13 @@ def _open_parquet(shard: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(fsspec.open(shard, "rb").open())
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{shard} can't be read as Parquet ({error}): fetch or write it again") from None
+        raise InputError(f"{shard} can't be read as Parquet ({error}): fetch or write it again") from None
 
 
 def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | None = None) -> list[tuple[int, int, int]]:
     file = _open_parquet(shard)
     if missing := set(columns or ["conversations"]) - set(file.schema_arrow.names):
-        raise ValueError(f"{shard} has no column {', '.join(sorted(missing))}")
+        raise InputError(f"{shard} has no column {', '.join(sorted(missing))}")
     pieces, first = [], 0
     for group in range(file.num_row_groups):
         rows = in_group = file.metadata.row_group(group).num_rows

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 from pyarrow import json as arrow_json
 
-from common.runtime import Progress, first_on_each_machine, gather, rank, replacing, say, world_size
+from common.runtime import InputError, Progress, first_on_each_machine, gather, rank, replacing, say, world_size
 
 from .conversations import Conversation, check_conversation, conversation_faults, pictures
 from .pictures import Picture, check_picture
@@ -43,7 +43,7 @@ def load_hub(*name: str, **options: Any) -> Any:
 
     Raises
     ------
-    ValueError
+    InputError
         If the hub can't be reached, or has no such data set.
     """
 
@@ -52,7 +52,7 @@ def load_hub(*name: str, **options: Any) -> Any:
         try:
             return load_dataset(*name, **options)
         except (OSError, ConnectionError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"the hub's data set {' '.join(name)} can't be loaded ({error}); on a machine without access use --data_dir"
             ) from None
 
@@ -75,12 +75,12 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no such file, it holds no rows, or a line is no JSON object.
     """
     if not path.is_file():
         remedy = f"--data_dir takes the folder of {release}'s official files" if release else "name a JSON-lines file"
-        raise ValueError(f"{path} is missing: {remedy}")
+        raise InputError(f"{path} is missing: {remedy}")
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -88,7 +88,7 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
                 yield f"{path}, line {number}", parse_object(line, f"{path}, line {number}")
                 empty = False
     if empty:
-        raise ValueError(f"{path} is empty: it must hold one JSON object a line")
+        raise InputError(f"{path} is empty: it must hold one JSON object a line")
 
 
 def parse_conversation(line: bytes, place: str) -> Conversation:
@@ -102,22 +102,22 @@ def parse_conversation(line: bytes, place: str) -> Conversation:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the place, what is wrong, and what belongs there.
     """
     conversation = parse_object(line, place)
     for fault in row_faults(conversation, place):
-        raise ValueError(fault)
+        raise fault
     return conversation
 
 
-def row_faults(row: dict[str, Any], place: str) -> Iterator[str]:
-    """All that is wrong with a row of the general format, as messages; of its pictures only their names."""
+def row_faults(row: dict[str, Any], place: str) -> Iterator[InputError]:
+    """All that is wrong with a row of the general format; of its pictures only their names."""
     yield from conversation_faults(row, place)
     if not isinstance(row.get("id") or "", str):
-        yield f'{place}: "id" must be a text: put it in quotes'
+        yield InputError('"id" must be a text: put it in quotes', place)
     if any(isinstance(name, dict) for name in picture_names(row)):
-        yield f'{place}: "images" must hold names of files'
+        yield InputError('"images" must hold names of files', place)
 
 
 def picture_names(row: dict[str, Any]) -> list[Any]:
@@ -151,7 +151,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the file and line, or the picture, and the remedy.
     """
     rows = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path))))
@@ -184,7 +184,7 @@ def check_pictures(images: Iterable[Picture], bar: bool = True, count: int | Non
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the first picture that is not.
     """
     _check_all("pictures", images, partial(check_picture, whole=whole), len(images) if count is None else count, bar)
@@ -207,7 +207,7 @@ def check_rows(
 
     Raises
     ------
-    ValueError
+    InputError
         Naming a row, and what is wrong with it.
     """
 
@@ -215,37 +215,37 @@ def check_rows(
         try:
             found = list(conversations(rows[number]))
             if not found:
-                raise ValueError("nothing is asked: take the row out")
+                raise InputError("nothing is asked: take the row out")
         except IndexError:
-            raise ValueError(f"{name} {number}: it lacks a picture or a text: take the row out") from None
-        except ValueError as error:
-            raise ValueError(f"{name} {number}: {error}") from None
+            raise InputError("it lacks a picture or a text: take the row out", f"{name} {number}") from None
+        except InputError as error:
+            raise error.at(f"{name} {number}") from None
         for conversation in found:
             check_conversation(conversation, f"{name} {number}")
         try:
             for picture in pictures(found[0]):
                 check_picture(picture)
-        except ValueError as error:
-            raise ValueError(f"{name} {number}: {error}") from None
+        except InputError as error:
+            raise error.at(f"{name} {number}") from None
 
     if not len(rows):
-        raise ValueError(f"no {name}s are left: the data set is smaller than what is asked of it")
+        raise InputError(f"no {name}s are left: the data set is smaller than what is asked of it")
     _check_all(f"{name}s", range(len(rows)), check, len(rows), bar)
 
 
 def _check_all(what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool) -> None:
     """Check items, each process a share; an error that one of them finds is raised by all."""
-    problem = None
+    problem: InputError | None = None
     try:
         with Progress(f"Checking {what}", what, len(range(rank(), count, world_size())), bar) as progress:
             for item in islice(items, rank(), None, world_size()):
                 check(item)
                 progress.update()
-    except ValueError as error:
-        problem = str(error)
+    except InputError as error:
+        problem = error
     for found in gather(problem):
         if found is not None:
-            raise ValueError(found)
+            raise found
 
 
 def parse_object(line: bytes, place: str) -> dict[str, Any]:
@@ -253,18 +253,18 @@ def parse_object(line: bytes, place: str) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
+    InputError
         If it is no JSON object; names the place.
     """
     if len(line) > BLOCK_SIZE:
-        raise ValueError(f"{place}: longer than {BLOCK_SIZE:,} bytes: split the conversation")
+        raise InputError(f"longer than {BLOCK_SIZE:,} bytes: split the conversation", place)
     try:
         row = json.loads(line, object_pairs_hook=_without_repeats)
         json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: no JSON ({error}): write one object a line, in UTF-8") from None
+        raise InputError(f"no JSON ({error}): write one object a line, in UTF-8", place) from None
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: must be a JSON object, not {type(row).__name__}: write one object a line")
+        raise InputError(f"must be a JSON object, not {type(row).__name__}: write one object a line", place)
     return row
 
 
@@ -272,14 +272,14 @@ def _without_repeats(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, each of whose fields may stand there once."""
     if len(found := dict(fields)) < len(fields):
         [(name, _)] = Counter(name for name, _ in fields).most_common(1)
-        raise ValueError(f'"{name}" is there twice')
+        raise InputError(f'"{name}" is there twice')
     return found
 
 
 def _to_arrow(path: Path) -> Path:
     """Convert a file of the general format to an Arrow file in the cache, unless that was done before."""
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path} is missing: put the data's JSONL file there (convert_ucf101.py writes UCF-101's), or name another"
         )
     state = path.stat()
@@ -305,10 +305,10 @@ def _to_arrow(path: Path) -> Path:
                 num_rows += len(batch)
             with path.open("rb") as file:
                 if num_rows != sum(1 for line in file if line.strip()):
-                    raise ValueError("it must hold one conversation a line")  # Arrow takes several, or one over several lines
-    except ValueError as error:
+                    raise InputError("it must hold one conversation a line")  # Arrow takes several, or one over several lines
+    except (pa.ArrowInvalid, UnicodeError, InputError) as error:
         _explain(path)
-        raise ValueError(
+        raise InputError(
             f"{path} can't be read ({error}): write one JSON object a line, with nothing but the format's fields"
         ) from None
     return arrow
@@ -323,7 +323,7 @@ def _check_batch(batch: pa.RecordBatch) -> None:
     lengths = pc.fill_null(pc.list_value_length(conversations), 0)
     empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
     if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
-        raise ValueError("a row is not in the general format")
+        raise InputError("a row is not in the general format")
     marked = (pc.match_substring_regex(pc.struct_field(turns, field), r"<[|/su]") for field in ("user", "assistant"))
     rows = pc.list_parent_indices(conversations).filter(pc.or_(*marked)).unique()
     for conversation in batch.take(rows).to_pylist():
@@ -339,4 +339,4 @@ def _explain(path: Path) -> None:
                 parse_conversation(line, f"{path}, line {number}")
                 empty = False
     if empty:
-        raise ValueError(f"{path} is empty: it must hold one conversation a line")
+        raise InputError(f"{path} is empty: it must hold one conversation a line")

@@ -19,6 +19,7 @@ import torch.utils.data
 from datasets import Dataset
 
 from common.phi3v import Phi3VProcessor
+from common.runtime import InputError
 
 from .batches import Lengths
 from .conversations import Conversation, encode_conversation, pictures
@@ -82,7 +83,7 @@ class Stream:
 
         Raises
         ------
-        ValueError
+        InputError
             Naming shard and row, if one is malformed.
         """
         order = np.random.default_rng([seed, epoch]).permutation(len(self.spans))
@@ -181,8 +182,8 @@ class StreamedData(torch.utils.data.Dataset):
             for picture in pictures(conversation):
                 check_picture(picture)  # as is done beforehand with rows that are not streamed
             sample = encode_conversation(conversation, self.processor)
-        except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from None
+        except InputError as error:
+            raise error.at(row.place) from None
         return sample | {"place": row.place}
 
 

@@ -24,7 +24,7 @@ from common.model.loading import autocast, base_model
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.cache import new_cache
 from common.phi3v.processing import pad_rows, stop_token_ids
-from common.runtime import gather, rank, track, world_size
+from common.runtime import InputError, gather, rank, track, world_size
 
 T = TypeVar("T")
 
@@ -44,8 +44,8 @@ class _Prompts(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             prompt = encode_prompt(self.conversations[index], self.processor)
-        except ValueError as error:
-            raise ValueError(f"evaluation row {index}: {error}") from None
+        except InputError as error:
+            raise error.at(f"evaluation row {index}") from None
         ids = prompt["input_ids"]
         begin_length = max((place for place, token in enumerate(ids) if token < 0), default=0) + 1
         content = hashlib.blake2b(np.array(ids[:begin_length]).tobytes())

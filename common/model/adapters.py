@@ -7,7 +7,6 @@ it was quantized.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoConfig
 
 from common.phi3v import Phi3VConfig
-from common.runtime import write_file
+from common.runtime import read_json, write_file
 
 from .checkpoint import find_snapshot, open_tensors
 
@@ -75,10 +74,7 @@ def fingerprint(directory: Path) -> str:
 
 def read_base_description(adapter: Path) -> dict[str, Any]:
     path = adapter / BASE_DESCRIPTION
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}): copy it anew, or delete it to go without its checks") from None
+    return read_json(path, "copy it again, or delete it to go without its checks") if path.is_file() else {}
 
 
 def _settings(config: Phi3VConfig) -> dict[str, Any]:

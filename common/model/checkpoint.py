@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from common.runtime import say
+from common.runtime import InputError, read_json, say
+
+COPY_AGAIN = "copy the checkpoint's files there again"
 
 
-def fetch_checkpoint(name_or_path: str) -> str | None:
+def fetch_checkpoint(name_or_path: str, flag: str = "--model_name_or_path") -> str | None:
     """Check a model, and fetch all of it if it is on the hub, whose later commits then make no difference to a run.
 
     Returns
@@ -25,51 +26,60 @@ def fetch_checkpoint(name_or_path: str) -> str | None:
 
     Raises
     ------
-    ValueError
+    InputError
         As :func:`check_checkpoint`.
     """
-    check_checkpoint(name_or_path)
+    check_checkpoint(name_or_path, flag)
     revision = base_revision(name_or_path)
     if not Path(name_or_path).is_dir():
         try:
             patterns = ["*.json", "*.jinja", "*.safetensors"]
-            check_checkpoint(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+            check_checkpoint(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns), flag)
         except (OSError, HfHubHTTPError) as error:
-            raise ValueError(f"--model_name_or_path {name_or_path} can't be fetched ({first_line(error)}): try again") from None
+            raise InputError(f"{flag} {name_or_path} can't be fetched ({first_line(error)}): try again") from None
     return revision
 
 
-def check_checkpoint(name_or_path: str) -> None:
+def check_checkpoint(name_or_path: str, flag: str | None = None) -> None:
     """Check that a model is there, is a Phi-3-V, and has every file that loading needs.
+
+    Parameters
+    ----------
+    name_or_path : str
+        Directory or hub id.
+    flag : str, optional
+        Which named it, for messages.
 
     Raises
     ------
-    ValueError
+    InputError
         Naming what is missing and what to do.
     """
     directory = Path(name_or_path)
+    place = f"{flag} {name_or_path}" if flag else name_or_path
     model_type = None
     if not directory.is_dir():
         looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
         if looks_local:
-            raise ValueError(f"--model_name_or_path {name_or_path}: there is no such directory, and it is no hub id")
+            raise InputError("there is no such directory, and it is no hub id", place)
         say(f"Fetching {name_or_path} from the hub, or from its cache")
         try:
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         except ValueError as error:  # a model type that transformers doesn't know, or has from the checkpoint's own code
-            raise ValueError(
-                f"--model_name_or_path {name_or_path} is not a phi3_v checkpoint, which these recipes finetune "
+            raise InputError(
+                f"{place} is not a phi3_v checkpoint, which these recipes finetune "
                 f"(Phi-3-vision and Phi-3.5-vision): {first_line(error)}"
             ) from None
         except OSError as error:
-            raise ValueError(
-                f"--model_name_or_path {name_or_path}: there is no such directory, and the hub can't be reached, or has no "
-                f"such model ({first_line(error)}); download it where there is access (hf download) and give its directory"
+            raise InputError(
+                "there is no such directory, and the hub can't be reached, or has no "
+                f"such model ({first_line(error)}); download it where there is access (hf download) and give its directory",
+                place,
             ) from None
         model_type = config.model_type
     elif (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
-        raise ValueError(
-            f"--model_name_or_path {name_or_path} is an adapter: merge it into its base first "
+        raise InputError(
+            f"{place} is an adapter: merge it into its base first "
             f"(python -m tools.merge_lora --adapter {name_or_path} --output_dir MERGED), and give that directory"
         )
     else:
@@ -78,7 +88,7 @@ def check_checkpoint(name_or_path: str) -> None:
         if "tokenizer_config.json" not in missing and not _has_chat_template(directory):
             missing.append("chat_template.jinja")
         if "config.json" not in missing:
-            model_type = _read_object(directory / "config.json").get("model_type")
+            model_type = read_json(directory / "config.json", COPY_AGAIN).get("model_type")
         index = directory / "model.safetensors.index.json"
         if index.is_file():
             shards = _shards(index)
@@ -86,14 +96,16 @@ def check_checkpoint(name_or_path: str) -> None:
         elif not (directory / "model.safetensors").is_file():
             missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
         if missing and model_type in ("phi3_v", None):
-            raise ValueError(
-                f"--model_name_or_path {name_or_path} lacks {', '.join(missing)}: copy the checkpoint's files there again"
-            )
+            raise InputError(f"{place} lacks {', '.join(missing)}: {COPY_AGAIN}")
     if model_type != "phi3_v":
-        raise ValueError(
-            f"--model_name_or_path {name_or_path} is a {model_type} checkpoint; these recipes finetune phi3_v: "
-            "Phi-3-vision and Phi-3.5-vision"
+        raise InputError(
+            f"{place} is a {model_type} checkpoint; these recipes finetune phi3_v: Phi-3-vision and Phi-3.5-vision"
         )
+    if directory.is_dir():
+        try:
+            AutoConfig.from_pretrained(directory)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{first_line(error)}: {COPY_AGAIN}", str(directory / "config.json")) from None
 
 
 def base_revision(name_or_path: str) -> str | None:
@@ -126,25 +138,17 @@ def open_tensors(directory: Path) -> dict[str, Any]:
 
 
 def _shards(index: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is no index of weights ({error!r}): copy the checkpoint's files there again") from None
+    files = read_json(index, COPY_AGAIN).get("weight_map")
+    if not isinstance(files, dict):
+        raise InputError(f"{index} is no index of weights: {COPY_AGAIN}")
+    return sorted(set(files.values()))
 
 
 def _has_chat_template(directory: Path) -> bool:
     """Whether the tokenizer has one, in a file of its own or, as published, in its configuration."""
-    return (directory / "chat_template.jinja").is_file() or "chat_template" in _read_object(directory / "tokenizer_config.json")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON object ({error}): copy the checkpoint's files there again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object, but a {type(content).__name__}: copy the checkpoint's files there again")
-    return content
+    if (directory / "chat_template.jinja").is_file():
+        return True
+    return "chat_template" in read_json(directory / "tokenizer_config.json", COPY_AGAIN)
 
 
 def first_line(error: Any) -> str:

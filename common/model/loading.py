@@ -17,6 +17,7 @@ from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
 from common.phi3v.parts import PARTS, lora_targets, part_of, unquantized_modules
 from common.phi3v.processing import stop_token_ids
+from common.runtime import InputError
 
 from .checkpoint import first_line
 
@@ -31,7 +32,7 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
 
     Raises
     ------
-    ValueError
+    InputError
         If a flash kernel is asked for where none runs.
     """
     has_kernel = has_varlen_kernel(device)
@@ -47,17 +48,18 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
     ]
     asked = args.attn_implementation
     if asked and asked.startswith("flash_attention") and asked not in installed:
-        raise ValueError(
-            f"--attn_implementation {asked}: flash-attn {asked[-1]} is not installed, or finds no GPU that it runs on"
+        raise InputError(
+            f"flash-attn {asked[-1]} is not installed, or finds no GPU that it runs on", f"--attn_implementation {asked}"
         )
     if asked and not (args.use_flash_attention and asked == "varlen" and not has_kernel):
         return asked, "asked for by --attn_implementation"
     if args.use_flash_attention:
         if not has_kernel:
             where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-            raise ValueError(
-                f"--use_flash_attention: no flash kernel runs on {where} (it takes an NVIDIA GPU of the Ampere "
-                "generation or later); leave the flag out"
+            raise InputError(
+                f"no flash kernel runs on {where} (it takes an NVIDIA GPU of the Ampere "
+                "generation or later); leave the flag out",
+                "--use_flash_attention",
             )
         if installed:
             return installed[0], "asked for by --use_flash_attention, and installed"
@@ -73,15 +75,15 @@ def use_liger_kernel(device: torch.device) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         Where they can't run.
     """
     if device.type != "cuda":
-        raise ValueError("--use_liger_kernel: Liger's kernels run on GPUs only; leave the flag out")
+        raise InputError("Liger's kernels run on GPUs only; leave the flag out", "--use_liger_kernel")
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_phi3
     except ImportError:
-        raise ValueError("--use_liger_kernel: liger-kernel is not installed: pip install -r requirements-gpu.txt") from None
+        raise InputError("liger-kernel is not installed: pip install -r requirements-gpu.txt", "--use_liger_kernel") from None
     apply_liger_kernel_to_phi3(cross_entropy=False, fused_linear_cross_entropy=False)
 
 
@@ -90,12 +92,12 @@ def training_precision(args: argparse.Namespace, device: torch.device) -> str:
 
     Raises
     ------
-    ValueError
+    InputError
         If ``--bf16`` is asked for on a GPU without it.
     """
     if args.bf16:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError(f"--bf16: {torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16")
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16", "--bf16")
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 
@@ -105,7 +107,7 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
 
     Raises
     ------
-    ValueError
+    InputError
         If one of its files can't be read.
     """
     try:
@@ -113,9 +115,9 @@ def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
             args.model_name_or_path, revision=args.base_revision or "main", num_crops=args.num_crops
         )
     except Exception as error:  # tokenizers raises nothing more particular
-        raise ValueError(
-            f"--model_name_or_path {args.model_name_or_path}: the files of its tokenizer or image processor can't be read "
-            f"({first_line(error)}): copy them there again"
+        raise InputError(
+            f"the files of its tokenizer or image processor can't be read ({first_line(error)}): copy them there again",
+            f"--model_name_or_path {args.model_name_or_path}",
         ) from error
 
 
@@ -139,7 +141,7 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
 
     Raises
     ------
-    ValueError
+    InputError
         If the weights are damaged, incomplete or of other shapes, or PEFT refuses the adapter.
     """
     precision = training_precision(args, device)
@@ -162,14 +164,14 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
             device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
         )
     except SafetensorError as error:
-        raise ValueError(
-            f"--model_name_or_path {args.model_name_or_path}: its weights can't be read ({error}): "
-            "copy the checkpoint's files there again"
+        raise InputError(
+            f"its weights can't be read ({error}): copy the checkpoint's files there again",
+            f"--model_name_or_path {args.model_name_or_path}",
         ) from None
     misfits = sorted(loaded["missing_keys"]) + sorted(name for name, *_ in loaded["mismatched_keys"])
     if misfits:
         what = f"its weights lack {misfits[0]}, or have it in another shape ({len(misfits)} such)"
-        raise ValueError(f"--model_name_or_path {args.model_name_or_path}: {what}: copy the checkpoint's files there again")
+        raise InputError(f"{what}: copy the checkpoint's files there again", f"--model_name_or_path {args.model_name_or_path}")
     avoid_avx512_kernel(model)
     if args.use_liger_kernel:
         from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -259,7 +261,7 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
         )
         model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"--init_lora_weights {args.init_lora_weights}: PEFT refuses it ({error})") from error
+        raise InputError(f"PEFT refuses it ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
     for module in model.modules():
         if isinstance(module, LoraLayer):
             # Adapters are fp32: PEFT would copy their inputs to fp32, and autocast back.

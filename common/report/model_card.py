@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from common.runtime import is_main_process, write_file
+from common.runtime import InputError, is_main_process, read_json, write_file
 
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -69,15 +69,15 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no ``run.json``.
     """
     if not is_main_process():
         return
     directory, name = Path(output_dir), str(name or output_dir)
-    run, before, after = (_read(directory / file) for file in RUN_FILES)
+    run, before, after = (read_json(path, "delete it") if (path := directory / file).is_file() else {} for file in RUN_FILES)
     if not run:
-        raise ValueError(f"{directory} has no run.json, which the model card is made from: is it an --output_dir?")
+        raise InputError(f"{directory} has no run.json, which the model card is made from: is it an --output_dir?")
     is_adapter = (directory / "adapter_config.json").is_file()
     data = _front_matter(run, after, Path(name).name, is_adapter, licence)
     card = CARD.format(
@@ -158,7 +158,3 @@ def _is_hub_id(name: str) -> bool:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from common.runtime import replacing, write_file
+from common.runtime import InputError, replacing, write_file
 
 from .charts import DASHES, SERIES, curve_charts
 from .figures import class_table, confusions, evaluation_charts, facts, figures, outcomes
@@ -36,7 +36,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     ------
     FileNotFoundError
         If there is no such directory, or it holds none of a run's files.
-    ValueError
+    InputError
         If one of the files is not what it should be; the message names the file.
     """
     run = read_run(output_dir)
@@ -87,7 +87,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    FileNotFoundError, InputError
         As `write_report`.
     """
     runs = [read_run(directory) for directory in directories]
@@ -126,7 +126,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{runs[0].directory} and others of the runs are the same directory; name each only once")
+    raise InputError(f"{runs[0].directory} and others of the runs are the same directory; name each only once")
 
 
 def _settings(run: Run) -> dict[str, dict[str, str]]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.runtime import hardware, is_main_process, versions, write_file
+from common.runtime import InputError, hardware, is_main_process, read_json, versions, write_file
 
 FILES = {
     "run.json": "the command, versions, data and hyperparameters are not known",
@@ -122,13 +122,17 @@ def read_run(directory: str | os.PathLike) -> Run:
     ------
     FileNotFoundError
         If there is no such directory, or it holds none of a run's files.
-    ValueError
+    InputError
         If one of the files is not what it should be; the message names the file.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; give the --output_dir of a training run")
-    contents = {name: _read_json(directory / name) for name in FILES if (directory / name).is_file()}
+    contents = {
+        name: read_json(directory / name, "delete it or run the training again")
+        for name in FILES
+        if (directory / name).is_file()
+    }
     if not contents:
         raise FileNotFoundError(f"{directory} holds none of a run's files ({', '.join(FILES)}): is it an --output_dir?")
     for name in contents.keys() & {"eval_before.json", "eval_after.json"}:
@@ -149,21 +153,11 @@ def predictions_by_id(evaluation: dict | None) -> dict[str, dict]:
     return {str(row["id"]): row for row in reversed((evaluation or {}).get("predictions", []))}
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it or run the training again") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
-    return contents
-
-
 def _check_evaluation(evaluation: dict, path: Path) -> None:
     metric = evaluation.get("metric")
     if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
-        raise ValueError(f"{path}: 'metric' must name the key of a number in the same file, not {metric!r}")
+        raise InputError(f"'metric' must name the key of a number in the same file, not {metric!r}", str(path))
     for row, prediction in enumerate(evaluation.get("predictions", [])):
         absent = {"id", "question", "prediction", "answers", "score"} - set(prediction)
         if absent or not prediction["answers"]:
-            raise ValueError(f"{path}: prediction {row} has no {', '.join(sorted(absent)) or 'answers'}")
+            raise InputError(f"prediction {row} has no {', '.join(sorted(absent)) or 'answers'}", str(path))

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import method_name
-from common.runtime import gather, replacing, sum_over_processes, write_file
+from common.runtime import InputError, gather, replacing, sum_over_processes, write_file
 
 from .deepspeed import zero_stage
 
@@ -36,7 +36,7 @@ def saving() -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    InputError
         In place of what a full disk makes the libraries raise; what else goes wrong passes as it is.
     """
     try:
@@ -44,7 +44,7 @@ def saving() -> Iterator[None]:
     except Exception as error:
         if not any(words in str(error) for words in NO_ROOM):
             raise
-        raise ValueError(
+        raise InputError(
             f"saving failed ({error}): make room on the disk and start again with --resume_from_checkpoint auto; "
             "earlier checkpoints are intact"
         ) from error
@@ -98,14 +98,14 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, 
 
     Raises
     ------
-    ValueError
+    InputError
         If a directory was named that is no complete checkpoint.
     """
     if wanted is None:
         return None, []
     if wanted != "auto":
         if reason := _incomplete_anywhere(Path(wanted)):
-            raise ValueError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto, or an earlier one")
+            raise InputError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto, or an earlier one")
         return Path(wanted), []
     passed_over = []
     steps = [path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
@@ -210,16 +210,17 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming what the checkpoint's run had and this one has not.
     """
     path = checkpoint / TOTALS
     then = json.loads(path.read_text()).get("settings", settings) if path.is_file() else settings
     for name in then | settings:
         if then.get(name) != settings.get(name):
-            raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: {name} is {settings.get(name)}, and the checkpoint's run had "
-                f"{then.get(name)}: go on with the same, or begin anew in another --output_dir"
+            raise InputError(
+                f"{name} is {settings.get(name)}, and the checkpoint's run had "
+                f"{then.get(name)}: go on with the same, or begin anew in another --output_dir",
+                f"--resume_from_checkpoint {checkpoint}",
             )
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.runtime import InputError, read_json
+
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
 
 
@@ -14,25 +16,24 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     if args.deepspeed == "none" or (args.deepspeed == "auto" and args.use_lora):
         return None
     path = DIRECTORY / "zero2.json" if args.deepspeed == "auto" else Path(args.deepspeed)
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DIRECTORY.glob("*.json")))
-        raise ValueError(f"--deepspeed {path}: there is no such file; give one of {shipped}, or none for plain DDP") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--deepspeed {path} is no valid JSON ({error})") from None
+        raise InputError(
+            f"there is no such file; give one of {shipped}, or none for plain DDP", f"--deepspeed {path}"
+        ) from None
+    config = read_json(path, "see common/deepspeed/ for examples")
     if "optimizer" in config:
-        raise ValueError(
+        raise InputError(
             f"--deepspeed {path} has an optimizer of its own, for which --optim, --learning_rate and the parts' rates "
             "would not count: take that section out"
         )
     if "offload_optimizer" in config.get("zero_optimization", {}) and not args.optim.startswith("adamw_torch"):
-        raise ValueError(
+        raise InputError(
             f"--deepspeed {path} offloads the optimizer, which DeepSpeed then computes by its own AdamW on the CPU, whatever "
             f"--optim {args.optim} says: leave --optim out, or take a file without offload_optimizer"
         )
     if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
-        raise ValueError(f"--deepspeed {path} is ZeRO-3, which can't shard a 4-bit base; use ZeRO-2 or none with --use_qlora")
+        raise InputError(f"--deepspeed {path} is ZeRO-3, which can't shard a 4-bit base; use ZeRO-2 or none with --use_qlora")
     return str(path)
 
 

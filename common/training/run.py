@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-import traceback
+import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,36 +35,25 @@ from common.model.checkpoint import fetch_checkpoint
 from common.model.loading import choose_attention, training_precision
 from common.phi3v import Phi3VProcessor
 from common.report.run import write_run
-from common.runtime import broadcast, first_on_each_machine, is_main_process, limit_library_bars, local_world_size, say
+from common.runtime import (
+    InputError,
+    broadcast,
+    first_on_each_machine,
+    is_main_process,
+    limit_library_bars,
+    local_world_size,
+    say,
+)
 
 from .checkpoints import check_resumable, find_checkpoint, run_settings, saving
 from .deepspeed import choose_deepspeed, do_without_compiler
 from .trainer import build_trainer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NO_FLAGS = ("task", "metric", "base_revision")  # in args, but set by no flag: run.json has them elsewhere
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
 TIMEOUT = timedelta(hours=3)  # that others wait while one process fetches the model and the data, on a slow line too
 EXIT_AFTER_SIGTERM = 128 + 15
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; bad input ends it with its message and exit code 1, on every process."""
-    try:
-        main()
-    except ValueError as error:
-        raised_in, message = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
-        if message.startswith("Caught ValueError in DataLoader worker"):
-            # Torch hands on what a worker raised as the text of its traceback.
-            raised_in = re.findall(r'^  File "(.+)", line', message, re.MULTILINE)[-1]
-            message = message.rpartition("\nValueError: ")[2].strip()
-        path = Path(raised_in).resolve()
-        if not path.is_relative_to(REPOSITORY) or "site-packages" in path.parts:
-            raise  # a library's complaint, whose traceback is worth seeing
-        sys.exit(f"error: {message}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _leave_process_group() -> None:
@@ -73,6 +62,7 @@ def _leave_process_group() -> None:
     Registered with :mod:`atexit`, so that the error is printed first: the other processes may be ended as soon as they notice.
     """
     if dist.is_initialized():
+        time.sleep(1)  # the others may just be waking up from the collective that told them, too, what is wrong
         dist.group.WORLD.abort()
         dist.destroy_process_group()
 
@@ -90,7 +80,7 @@ def start(args: argparse.Namespace) -> PartialState:
 
     Raises
     ------
-    ValueError
+    InputError
         For flags that this machine or model can't follow.
     """
     check_arguments(args)
@@ -239,13 +229,13 @@ def _check_gpus() -> None:
     processes, gpus = local_world_size(), torch.cuda.device_count()
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda and not torch.cuda.is_available() and not hidden and any(DEVICES.glob("nvidia[0-9]*")):
-        raise ValueError(
+        raise InputError(
             f"this machine has a GPU that PyTorch, built for CUDA {torch.version.cuda}, can't use: nvidia-smi says whether the "
             "driver works, and up to which CUDA; update it, or install PyTorch for an older CUDA. To train on the CPU all the "
             "same, set CUDA_VISIBLE_DEVICES to nothing"
         )
     if processes > gpus > 0:
-        raise ValueError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
+        raise InputError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
 
 
 def _cores_of_process() -> int:
@@ -266,26 +256,26 @@ def _quieten(args: argparse.Namespace) -> None:
 def _check_names(args: argparse.Namespace, on_cpu: bool) -> None:
     names = [name.value for name in OptimizerNames]
     if args.optim not in names:
-        raise ValueError(f"--optim {args.optim}: there is no such optimizer; take one of {', '.join(names)}")
+        raise InputError(f"there is no such optimizer; take one of {', '.join(names)}", f"--optim {args.optim}")
     try:
         # Some come from packages that are not here, or need settings that the recipes don't have.
         Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(args.output_dir, optim=args.optim, use_cpu=on_cpu))
     except (ValueError, ImportError) as error:
-        raise ValueError(f"--optim {args.optim}: {error}") from None
+        raise InputError(f"{error}", f"--optim {args.optim}") from None
     try:
         for callback in get_reporting_integration_callbacks([] if args.report_to == "none" else [args.report_to]):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"--report_to {args.report_to}: {error}") from None
+        raise InputError(f"{error}", f"--report_to {args.report_to}") from None
 
 
 def _choose_packing(args: argparse.Namespace) -> bool:
     possible = args.attention[0] in PACKING_ATTENTION
     if args.packing and not possible:
-        raise ValueError(
+        raise InputError(
             f"--packing needs an attention kernel for samples of any length, not {args.attention[0]}: "
             "leave out --packing, or --attn_implementation"
         )
     if args.max_tokens_per_batch and not possible:
-        raise ValueError(f"--max_tokens_per_batch needs packing, which {args.attention[0]} attention can't do")
+        raise InputError(f"--max_tokens_per_batch needs packing, which {args.attention[0]} attention can't do")
     return possible if args.packing is None else args.packing

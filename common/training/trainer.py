@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.collator import Collator
-from common.data.loader import WorkerLoader, wait_until_quiet
+from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.predictions import Evaluation
@@ -30,7 +30,7 @@ from common.model.loading import autocast, base_model, set_gradient_checkpointin
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
-from common.runtime import rank, say, sum_over_processes, track, world_size
+from common.runtime import InputError, rank, say, sum_over_processes, track, world_size
 
 from .checkpoints import MANIFEST, EarlyStopping, RunCounters, StopOnSignal, saving, write_manifest
 from .deepspeed import zero_stage
@@ -85,7 +85,7 @@ def _plan_batches(
     place = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming:
         if not isinstance(data, StreamedData):
-            raise ValueError("--streaming: this script reads its data as a whole; leave the flag out")
+            raise InputError("this script reads its data as a whole; leave the flag out", "--streaming")
         batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
         if args.resume_from_checkpoint:
             trainer_state = args.resume_from_checkpoint / "trainer_state.json"
@@ -204,6 +204,10 @@ class FinetuningTrainer(Trainer):
     def log_at_beginning(self, evaluation: Evaluation) -> None:
         """Log an evaluation at step 0, once those that ``--report_to`` names listen."""
         self.add_callback(_LogAtBeginning(self, evaluation.logs))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        # A resumed epoch's loader is accelerate's own.
+        return super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # as it says before the first step if a resumed run was done already
