@@ -63,6 +63,13 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def cores_per_process() -> int:
+    """Cores that this process may use: its share of those given to this machine's processes."""
+    # macOS has no affinities.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_world_size())
+
+
 def is_main_process() -> bool:
     """Whether this is the first process over all machines."""
     return rank() == 0
@@ -159,6 +166,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # escapes can spell half characters
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):

@@ -24,10 +24,11 @@ from runs import SCRIPT, flags, message, write_docvqa, write_random_model
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
+from common import runtime
 from common.data.collator import load_crops
 from common.data.loader import WorkerLoader
 from common.runtime import InputError, run
-from common.training import run as training
+from common.training import start as training
 from common.training import trainer
 
 
@@ -56,7 +57,7 @@ def data(tmp_path):
         ({"report_to": "wandb"}, "--report_to wandb: "),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
         ({"streaming": True}, "--streaming"),
-        ({"full_train": True}, "--full_train is for the hub's rows, --data_dir for the official release"),
+        ({"full_train": True}, "--streaming and --full_train are for the hub's rows, --data_dir for files"),
         ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: there is no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
@@ -95,7 +96,7 @@ def test_threads_are_those_that_were_asked_for(exported, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", exported)
     monkeypatch.setenv("RANK", "0")
     training._prepare_environment(on_gpu=False)
-    assert chosen == ([] if threads else [training._cores_of_process()])
+    assert chosen == ([] if threads else [runtime.cores_per_process()])
 
 
 def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
@@ -147,11 +148,11 @@ def break_cut_short(data):
 
 def break_json(data):
     (data / "train_v1.0_withQT.json").write_text("{")
-    return "train_v1.0_withQT.json is no valid JSON", "download it again"
+    return "train_v1.0_withQT.json is not valid JSON", "download it again"
 
 
 def break_schema(data):
-    (data / "train_v1.0_withQT.json").write_text("[]")
+    (data / "train_v1.0_withQT.json").write_text('{"rows": []}')
     return "is not in DocVQA's schema", '"data"'
 
 
@@ -195,7 +196,7 @@ def break_text(data):
 def break_character(data):
     path = data / "val_v1.0_withQT.json"
     path.write_text(path.read_text().replace("Which", "\\ud800"))
-    return "val_v1.0_withQT.json is no valid JSON", "surrogates not allowed"
+    return "val_v1.0_withQT.json is not valid JSON", "surrogates not allowed"
 
 
 def break_folder(data):
@@ -206,7 +207,7 @@ def break_folder(data):
 
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
-    return "val_v1.0_withQT.json is empty", "no question"
+    return "val_v1.0_withQT.json is not in DocVQA's schema", "that holds questions"
 
 
 @pytest.mark.parametrize(
@@ -309,10 +310,10 @@ def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_p
 @pytest.mark.parametrize(
     ("split", "place", "how"),
     [
-        ("train", "training row 2", "cut short"),
-        ("test", "evaluation row 2", "cut short"),
-        ("train", "training row 2", "damaged before its end"),
-        ("train", "training row 2", "damaged without checksums"),
+        ("train", "train, row 2", "cut short"),
+        ("test", "test, row 2", "cut short"),
+        ("train", "train, row 2", "damaged before its end"),
+        ("train", "train, row 2", "damaged without checksums"),
     ],
 )
 def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how, data, tmp_path):
@@ -339,7 +340,7 @@ def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how,
         target=partial(be_process_with_hub, tmp_path / "mini"),
     )
     assert codes == [1], said
-    assert f"error: {place}: a picture stored in the data set can't be decoded" in said
+    assert f"error: {tmp_path / 'mini'}, {place}: a picture stored in the data set can't be decoded" in said
     assert "Traceback" not in said
     assert (tmp_path / "out/eval_before.json").exists() == (how == "damaged without checksums")
 
@@ -385,7 +386,7 @@ def test_an_input_error_of_a_worker_ends_every_process_with_one_line(data, tmp_p
     words = flags(data, tmp_path / "out", **options)
     codes, said = end(tmp_path / "log", *words, target=partial(be_process_with_hub, tmp_path / "mini"))
     assert codes == [1, 1], said
-    lines = [line for line in said.splitlines() if line.startswith("error: training row ")]
+    lines = [line for line in said.splitlines() if line.startswith(f"error: {tmp_path / 'mini'}, train, row ")]
     assert len(lines) == 2 and "Traceback" not in said
 
 

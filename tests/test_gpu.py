@@ -14,6 +14,7 @@ from test_memory import flags as trial_flags
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
+from common.arguments import Setup
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
 from common.phi3v.attention import varlen_attention_forward
@@ -202,10 +203,10 @@ def test_optimizers_of_bitsandbytes(optim, dtype, places, tmp_path):
 def test_the_trial_measures_the_gpu_and_leaves_its_memory_as_it_was(packing):
     device = torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").to(device)
-    args = trial_flags(packing=packing, bf16=True)
+    setup = Setup(device, "bf16", "varlen", packing=packing)
     model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first product of a process takes a workspace for good
     before = torch.cuda.memory_allocated()
-    trial = estimate_memory(model, args, device, TrainingFlops(model))
+    trial = estimate_memory(model, trial_flags(bf16=True), setup, TrainingFlops(model))
     assert torch.cuda.memory_allocated() == before
     assert trial.flops_per_second > 0 and trial.choose(2000, 4) == "none"
 

@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 
 import finetune_hf_trainer_docvqa as docvqa
 from assets.draw_samples import draw_samples
-from common.arguments import check_arguments
+from common.arguments import Setup, check_arguments
 from common.data.collator import Collator
 from common.data.samples import TrainingData
 from common.model.loading import base_model, load_model, set_gradient_checkpointing
@@ -218,9 +218,10 @@ def test_only_named_parts_move_under_zero2(train, model, tmp_path):
 def test_qlora_quantizes_what_it_should(frozen, bf16, model, data, tmp_path, monkeypatch):
     options = {"use_qlora": True, "freeze_vision_model": frozen or None, "bf16": bf16 or None}
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, **options)])
-    args = check_arguments(docvqa.parse_args())
-    args.attention, args.deepspeed = ("varlen", ""), None
-    loaded = base_model(load_model(args, AutoProcessor.from_pretrained(model, num_crops=1), torch.device("cpu")))
+    args = docvqa.parse_args()
+    check_arguments(args)
+    setup = Setup(torch.device("cpu"), "bf16" if bf16 else "fp32", "varlen")
+    loaded = base_model(load_model(args, setup, AutoProcessor.from_pretrained(model, num_crops=1)))
     linears = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
     names = {name.removeprefix("model.").replace(".base_layer", "") for name in linears}
     config = loaded.config
@@ -245,9 +246,8 @@ def test_qlora_quantizes_what_it_should(frozen, bf16, model, data, tmp_path, mon
 def test_frozen_tower_runs_without_a_graph(recomputation, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, freeze_vision_model=True)])
     args = docvqa.parse_args()
-    args.attention, args.deepspeed = ("varlen", ""), None
     processor = AutoProcessor.from_pretrained(model, num_crops=1)
-    frozen = load_model(args, processor, torch.device("cpu")).train()
+    frozen = load_model(args, Setup(torch.device("cpu"), "fp32", "varlen"), processor).train()
     set_gradient_checkpointing(frozen, recomputation)
     needs_graph = []
     tower = frozen.model.vision_embed_tokens.tower
@@ -262,7 +262,7 @@ def test_frozen_tower_runs_without_a_graph(recomputation, model, data, tmp_path,
 
 
 def validation_batch(data, processor):
-    rows = docvqa.load_official(data, "val", limit=None, tqdm=False)
+    rows = docvqa.load_official(data, "val", limit=None)
     samples = TrainingData(rows, docvqa.to_conversation, processor, seed=42)
     return Collator(processor)([samples[0, row] for row in range(len(rows))])
 

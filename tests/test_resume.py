@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from common.arguments import check_arguments, training_parser
 from common.training.checkpoints import check_resumable, find_checkpoint, run_settings, saving, why_incomplete, write_manifest
+from common.training.deepspeed import zero_stage
 
 
 class Interrupt(TrainerCallback):
@@ -244,9 +245,9 @@ def test_the_last_complete_checkpoint_is_found(tmp_path):
 
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
-    args = check_arguments(training_parser("", task="test", metric="anls").parse_args(words))
-    args.deepspeed = deepspeed
-    return run_settings(args, processes)
+    args = training_parser("", task="test", metric="anls").parse_args(words)
+    check_arguments(args)
+    return run_settings(args, zero_stage(deepspeed), processes)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 
 from common.data.conversations import Conversation, check_conversation, pictures
 from common.data.pictures import check_picture
-from common.data.sources import read_json_lines
+from common.data.sources import parse_object, read_json_lines
 from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
@@ -86,7 +86,8 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
         Naming file and line.
     """
     rows, places = [], []
-    for place, row in read_json_lines(path):
+    for place, line in read_json_lines(path):
+        row = parse_object(line, place)
         conversation = to_prompt(row, image_dir)
         check_conversation(conversation, place)
         rows.append((row, conversation))
@@ -139,9 +140,9 @@ def predict(args: argparse.Namespace) -> None:
 
     model, processor = load_for_inference(args.model, args.device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops
-    args.bf16 = base_model(model).dtype == torch.bfloat16
-    args.dataloader_num_workers = min(args.dataloader_num_workers, len(rows) - 1)
-    answers = generate_answers(model, processor, [conversation for _, conversation in rows], args)
+    options = vars(args) | {"bf16": base_model(model).dtype == torch.bfloat16}
+    options["dataloader_num_workers"] = min(args.dataloader_num_workers, len(rows) - 1)
+    answers = generate_answers(model, processor, [conversation for _, conversation in rows], argparse.Namespace(**options))
 
     if args.prompt is not None:
         print(answers[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from common.runtime import InputError
+from common.runtime import InputError, cores_per_process
 
 
 class WorkerLoader(DataLoader):
@@ -22,13 +22,26 @@ class WorkerLoader(DataLoader):
 
     Parameters
     ----------
-    dataset, collate_fn, **kwargs
-        As for :class:`torch.utils.data.DataLoader`, but for ``worker_init_fn``.
+    dataset, collate_fn, batch_sampler, **kwargs
+        As for :class:`torch.utils.data.DataLoader`, but for ``worker_init_fn`` and ``prefetch_factor``.
+    num_workers : int
+        At most this process's share of the cores is started.
+    ahead : int
+        Batches to have ready, at least two per worker.
     """
 
-    def __init__(self, dataset: Dataset, collate_fn: Callable[[list[Any]], Any], **kwargs: Any) -> None:
-        dataset, collate_fn = _CarryingDataset(dataset), _CarryingCollator(collate_fn)
-        super().__init__(dataset, collate_fn=collate_fn, worker_init_fn=_leave_process_group, **kwargs)
+    def __init__(
+        self, dataset: Dataset, collate_fn: Callable[[list[Any]], Any], num_workers: int = 0, ahead: int = 0, **kwargs: Any
+    ) -> None:
+        workers = min(num_workers, cores_per_process())
+        super().__init__(
+            _CarryingDataset(dataset),
+            collate_fn=_CarryingCollator(collate_fn),
+            num_workers=workers,
+            prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
+            worker_init_fn=_leave_process_group,
+            **kwargs,
+        )
 
     def __iter__(self) -> Iterator[Any]:
         if self.num_workers > 0:

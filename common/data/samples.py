@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.runtime import InputError, Progress, gather, rank, world_size
 from .batches import Lengths
 from .conversations import Conversation, count_tokens, encode_conversation, pictures
 from .pictures import open_picture
+from .rows import Rows
 
 ROWS_AT_ONCE = 64  # whose pictures, stored in the data set, are in memory together
 
@@ -33,7 +35,7 @@ class TrainingData(Dataset):
     processor : Phi3VProcessor
     seed : int
     name : str
-        What messages call a row.
+        What messages call a row that does not know its place.
     """
 
     def __init__(
@@ -48,7 +50,8 @@ class TrainingData(Dataset):
         self.to_conversation = to_conversation
         self.processor = processor
         self.seed = seed
-        self.name = name
+        # Rows of the tasks know where they stand in their data set.
+        self.place = rows.place if isinstance(rows, Rows) else partial("{} {}".format, name)
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
         # Until measured, each row may become another conversation in another epoch; most data sets draw nothing.
@@ -69,8 +72,8 @@ class TrainingData(Dataset):
         try:
             sample = encode_conversation(self.conversation(epoch, row), self.processor)
         except InputError as error:
-            raise error.at(f"{self.name} {row}") from None
-        return sample | {"place": f"{self.name} {row}"}
+            raise error.at(self.place(row)) from None
+        return sample | {"place": self.place(row)}
 
     def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
         """Tokens and views of some rows in an epoch, from picture sizes and text, decoding nothing.
@@ -144,7 +147,7 @@ class TrainingData(Dataset):
                 sizes = self._sizes(row, conversations[-1], keep=varies[place])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
                 measured[place, 1] = sum(num_views(*size) for size in sizes)
-            names = [f"{self.name} {row}" for row in chosen]
+            names = [self.place(row) for row in chosen]
             tokens = count_tokens(conversations, image_tokens, names, self.processor)
             measured[start : start + len(chosen), 0] = tokens
             if count_done:
@@ -164,7 +167,7 @@ class TrainingData(Dataset):
         try:
             sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in pictures(conversation)]
         except InputError as error:
-            raise error.at(f"{self.name} {row}") from None
+            raise error.at(self.place(row)) from None
         if keep:
             self._image_sizes[row] = sizes
         return sizes

@@ -24,11 +24,19 @@ from datasets import are_progress_bars_disabled, load_dataset_builder
 from common.runtime import InputError, on_main_process, track
 
 from .conversations import Conversation, check_conversation
-from .sources import parse_conversation
+from .rows import Rows
+from .sources import load_hub, parse_conversation
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
 READERS_OF_FOOTERS = 16
+
+
+def open_hub(
+    *name: str, columns: list[str], split: str = "train", each: str | None = None, streaming: bool = False
+) -> Rows | Stream:
+    """Rows of a data set of the hub, streamed or not; parameters as :func:`stream_hub` and :func:`~.sources.load_hub`."""
+    return (stream_hub if streaming else load_hub)(*name, columns=columns, split=split, each=each)
 
 
 def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = None) -> Stream:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from common.phi3v import Phi3VProcessor
 from common.runtime import InputError, read_json, say
 
 COPY_AGAIN = "copy the checkpoint's files there again"
@@ -106,6 +107,37 @@ def check_checkpoint(name_or_path: str, flag: str | None = None) -> None:
             AutoConfig.from_pretrained(directory)
         except (ValueError, TypeError) as error:
             raise InputError(f"{first_line(error)}: {COPY_AGAIN}", str(directory / "config.json")) from None
+
+
+def load_processor(
+    name_or_path: str, revision: str | None = None, num_crops: int | None = None, flag: str | None = None
+) -> Phi3VProcessor:
+    """Load the processor saved with a model or adapter.
+
+    Parameters
+    ----------
+    name_or_path : str
+        Directory or hub id.
+    revision : str, optional
+        Commit of a hub model; by default the newest.
+    num_crops : int, optional
+        Most crops of a picture; by default what was saved.
+    flag : str, optional
+        Which named the model, for messages.
+
+    Raises
+    ------
+    InputError
+        If one of its files can't be read.
+    """
+    options = {} if num_crops is None else {"num_crops": num_crops}
+    try:
+        return Phi3VProcessor.from_pretrained(name_or_path, revision=revision or "main", **options)
+    except Exception as error:  # tokenizers raises nothing more particular
+        raise InputError(
+            f"the files of its tokenizer or image processor can't be read ({first_line(error)}): {COPY_AGAIN}",
+            f"{flag} {name_or_path}" if flag else name_or_path,
+        ) from error
 
 
 def base_revision(name_or_path: str) -> str | None:

@@ -25,7 +25,7 @@ from common.phi3v.processing import stop_token_ids
 from common.runtime import InputError
 
 from .adapters import compare_settings, fingerprint, read_base_description
-from .checkpoint import check_checkpoint, find_snapshot
+from .checkpoint import check_checkpoint, find_snapshot, load_processor
 from .loading import avoid_avx512_kernel
 
 
@@ -218,11 +218,6 @@ def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
     """The processor saved beside an adapter, or that of its base model."""
     beside = all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json"))
     return load_processor(str(adapter) if beside else model.name_or_path)
-
-
-def load_processor(name_or_path: str, revision: str | None = None) -> Phi3VProcessor:
-    """Load the processor saved with a model or adapter."""
-    return Phi3VProcessor.from_pretrained(name_or_path, revision=revision or "main")
 
 
 def find_base(adapter: Path) -> tuple[str, str | None]:

@@ -9,21 +9,30 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
+from common.arguments import Setup, trained_parts, uses_adapters
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
 from common.phi3v.parts import PARTS, lora_targets, part_of, unquantized_modules
 from common.phi3v.processing import stop_token_ids
 from common.runtime import InputError
 
-from .checkpoint import first_line
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[str, str]:
+def choose_attention(asked: str | None, insist_on_flash: bool, device: torch.device) -> tuple[str, str]:
     """Choose the attention implementation.
+
+    Parameters
+    ----------
+    asked : str, optional
+        ``--attn_implementation``.
+    insist_on_flash : bool
+        ``--use_flash_attention``.
+    device : torch.device
 
     Returns
     -------
@@ -46,14 +55,13 @@ def choose_attention(args: argparse.Namespace, device: torch.device) -> tuple[st
         )
         if generation in generations and available()
     ]
-    asked = args.attn_implementation
     if asked and asked.startswith("flash_attention") and asked not in installed:
         raise InputError(
             f"flash-attn {asked[-1]} is not installed, or finds no GPU that it runs on", f"--attn_implementation {asked}"
         )
-    if asked and not (args.use_flash_attention and asked == "varlen" and not has_kernel):
+    if asked and not (insist_on_flash and asked == "varlen" and not has_kernel):
         return asked, "asked for by --attn_implementation"
-    if args.use_flash_attention:
+    if insist_on_flash:
         if not has_kernel:
             where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
             raise InputError(
@@ -87,7 +95,7 @@ def use_liger_kernel(device: torch.device) -> None:
     apply_liger_kernel_to_phi3(cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def training_precision(args: argparse.Namespace, device: torch.device) -> str:
+def training_precision(bf16: bool, device: torch.device) -> str:
     """Return ``"bf16"``, ``"fp16"`` or ``"fp32"``.
 
     Raises
@@ -95,43 +103,24 @@ def training_precision(args: argparse.Namespace, device: torch.device) -> str:
     InputError
         If ``--bf16`` is asked for on a GPU without it.
     """
-    if args.bf16:
+    if bf16:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16", "--bf16")
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 
 
-def load_processor(args: argparse.Namespace) -> Phi3VProcessor:
-    """Load the processor with ``--num_crops``.
-
-    Raises
-    ------
-    InputError
-        If one of its files can't be read.
-    """
-    try:
-        return AutoProcessor.from_pretrained(
-            args.model_name_or_path, revision=args.base_revision or "main", num_crops=args.num_crops
-        )
-    except Exception as error:  # tokenizers raises nothing more particular
-        raise InputError(
-            f"the files of its tokenizer or image processor can't be read ({first_line(error)}): copy them there again",
-            f"--model_name_or_path {args.model_name_or_path}",
-        ) from error
-
-
-def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torch.device) -> nn.Module:
+def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor) -> nn.Module:
     """Load the base model, freeze what doesn't train and add LoRA adapters.
 
     Parameters
     ----------
     args : argparse.Namespace
-        As :func:`common.training.run.start` left them.
+        The script's flags.
+    setup : Setup
+        What was settled of them.
     processor : Phi3VProcessor
         Knows the tokens that end an answer.
-    device : torch.device
-        Where this process trains.
 
     Returns
     -------
@@ -144,22 +133,21 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
     InputError
         If the weights are damaged, incomplete or of other shapes, or PEFT refuses the adapter.
     """
-    precision = training_precision(args, device)
-    compute_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    device, compute_dtype = setup.device, DTYPES[setup.precision]
     if args.use_liger_kernel:
         use_liger_kernel(device)
-    weights_stay = args.use_lora
+    weights_stay = uses_adapters(args)
     # DeepSpeed casts what it is given before it makes its fp32 master weights.
-    masters_elsewhere = args.deepspeed is not None
+    masters_elsewhere = setup.deepspeed is not None
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path,
-            revision=args.base_revision or "main",
+            revision=setup.revision or "main",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # which are refused by name below
             dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
-            attn_implementation=args.attention[0],
-            quantization_config=_quantization_config(args, compute_dtype) if args.use_qlora else None,
+            attn_implementation=setup.attention,
+            quantization_config=_quantization(args, setup) if args.use_qlora else None,
             # A GPU's weights don't take the way through the machine's memory, of which every process would need as much.
             device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
         )
@@ -179,9 +167,9 @@ def load_model(args: argparse.Namespace, processor: Phi3VProcessor, device: torc
         model.cross_entropy = LigerCrossEntropyLoss(reduction="sum")
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)
-    _freeze(model, args)
-    if args.use_lora:
-        model = _add_lora(model, args)
+    _freeze(model, trained_parts(args))
+    if uses_adapters(args):
+        model = _add_lora(model, args, setup.revision)
     return model if args.use_qlora else model.to(device)
 
 
@@ -227,25 +215,24 @@ def base_model(model: nn.Module) -> Phi3VForCausalLM:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def _freeze(model: Phi3VForCausalLM, args: argparse.Namespace) -> None:
-    parts = args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
+def _freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if part_of(name) not in parts:
             parameter.requires_grad_(False)
 
 
-def _quantization_config(args: argparse.Namespace, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.base_revision or "main")
+def _quantization(args: argparse.Namespace, setup: Setup) -> BitsAndBytesConfig:
+    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=setup.revision or "main")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype=DTYPES[setup.precision],
         llm_int8_skip_modules=unquantized_modules(config, vision=not args.freeze_vision_model),
     )
 
 
-def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
+def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> nn.Module:
     try:
         config = LoraConfig(
             r=args.lora_rank,
@@ -257,7 +244,7 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace) -> nn.Module:
             use_dora=args.use_dora,
             use_rslora=args.use_rslora,
             task_type="CAUSAL_LM",
-            revision=args.base_revision,
+            revision=revision,
         )
         model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:

@@ -2,18 +2,21 @@
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
 
+from common.data.conversations import pictures
+from common.data.pictures import decode_picture
 from common.runtime import InputError, replacing, write_file
 
 from .charts import DASHES, SERIES, curve_charts
 from .figures import class_table, confusions, evaluation_charts, facts, figures, outcomes
-from .gallery import GROUPS, gallery, select_gallery
+from .gallery import GROUPS, gallery, save_gallery_images, select_gallery
 from .run import Run, read_run
 
 
@@ -68,6 +71,31 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     )
     write_file(path, page)
     return path
+
+
+def report_run(output_dir: Path, conversation_of: Callable[[int], dict]) -> None:
+    """Write the report at the end of a run, with the pictures of the samples that it shows.
+
+    Parameters
+    ----------
+    output_dir : Path
+    conversation_of : callable
+        Gives the conversation of an evaluation row, by its number.
+    """
+    try:
+        run = read_run(output_dir)
+        rows: dict[str, int] = {}
+        for row, entry in enumerate(run.after["predictions"]):
+            rows.setdefault(entry["id"], row)  # of rows of the same id the report shows the first, too
+        chosen = select_gallery(run.before, run.after)
+        save_gallery_images(
+            output_dir,
+            lambda key: [decode_picture(picture) for picture in pictures(conversation_of(rows[key]))],
+            [key for keys in chosen.values() for key in keys],
+        )
+        print(f"report: {write_report(output_dir)}")
+    except Exception as error:  # the model is saved and scored; a report can be made again
+        print(f"warning: no report.html ({error!r}); python -m tools.report {output_dir} makes it", file=sys.stderr)
 
 
 def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,12 @@ def write_run(
     if datasets:
         run["datasets"] = list(datasets)
     write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def remove_report(output_dir: Path) -> None:
+    """Remove the report of an earlier run, and the pictures that it shows."""
+    (output_dir / "report.html").unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "gallery", ignore_errors=True)
 
 
 def launch_command() -> str:

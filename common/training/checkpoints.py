@@ -18,10 +18,8 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from common.arguments import method_name
+from common.arguments import method_name, uses_adapters
 from common.runtime import InputError, gather, replacing, sum_over_processes, write_file
-
-from .deepspeed import zero_stage
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
@@ -182,18 +180,17 @@ class EarlyStopping(EarlyStoppingCallback):
         return control
 
 
-def run_settings(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
+def run_settings(args: argparse.Namespace, zero_stage: int | None, num_processes: int) -> dict[str, Any]:
     """What a run has to keep when it goes on from a checkpoint, by name: other weights, states or rows would not fit it."""
-    stage = zero_stage(args.deepspeed)
     settings = {
         "method": method_name(args),
         "optimizer (--optim)": args.optim,
-        "sharding (--deepspeed)": "none" if args.deepspeed is None else f"ZeRO-{stage}",
+        "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
         "--batch_size": args.batch_size,
     }
-    if args.use_lora:
+    if uses_adapters(args):
         settings["--lora_rank"] = args.lora_rank
-    if stage or args.streaming:  # each process has states, or a part of the stream, of its own
+    if zero_stage or args.streaming:  # each process has states, or a part of the stream, of its own
         settings["number of processes"] = num_processes
     return settings
 
@@ -243,7 +240,7 @@ class RunCounters(TrainerCallback):
         totals = {
             "loss": trainer._total_loss_scalar,
             "running_loss": running_loss,  # of each process, since the last log line
-            "settings": run_settings(trainer.flags, trainer.args.world_size),
+            "settings": run_settings(trainer.flags, trainer.setup.zero_stage, trainer.args.world_size),
             "last_logged": trainer._globalstep_last_logged,
             "seconds": time.time() - self.began,
             "evaluation_due": trainer.stop_on_signal.evaluation_due,
@@ -255,7 +252,7 @@ class RunCounters(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Go on with the checkpoint's totals, make up for an evaluation that it lacks, and see whether all is done."""
-        trainer, checkpoint = self.trainer, self.trainer.flags.resume_from_checkpoint
+        trainer, checkpoint = self.trainer, self.trainer.setup.checkpoint
         self.began = time.time()
         # A Trainer that resumes goes by the intervals of the checkpoint, whatever the flags say by now.
         state.compute_steps(args, state.max_steps)

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.arguments import uses_adapters
 from common.runtime import InputError, read_json
 
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
 
 
 def choose_deepspeed(args: argparse.Namespace) -> str | None:
-    if args.deepspeed == "none" or (args.deepspeed == "auto" and args.use_lora):
+    if args.deepspeed == "none" or (args.deepspeed == "auto" and uses_adapters(args)):
         return None
     path = DIRECTORY / "zero2.json" if args.deepspeed == "auto" else Path(args.deepspeed)
     if not path.is_file():

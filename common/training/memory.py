@@ -17,13 +17,14 @@ import psutil
 import torch
 from torch import nn
 
+from common.arguments import Setup, uses_adapters
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE
 from common.phi3v.last_layer import answer_spans
 from common.runtime import gather, local_world_size, world_size
 
-from .deepspeed import zero_settings, zero_stage
+from .deepspeed import zero_settings
 
 MODES = ("none", "selective", "full")
 # Share of the free memory that a plan may fill: the rest goes to temporary tensors, communication and fragmentation.
@@ -112,7 +113,7 @@ def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
     return max(gather(mode), key=MODES.index)
 
 
-def estimate_memory(model: nn.Module, args: argparse.Namespace, device: torch.device, flops: TrainingFlops) -> Trial | None:
+def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
     """Run a few small batches forward, as training will.
 
     Parameters
@@ -120,7 +121,9 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, device: torch.de
     model : torch.nn.Module
         On the device, before DeepSpeed or DDP wrap it; unchanged afterwards.
     args : argparse.Namespace
-        As :func:`common.training.run.start` left them.
+        The script's flags.
+    setup : Setup
+        What was settled of them.
     flops : TrainingFlops
         Counts what a batch costs.
 
@@ -129,26 +132,27 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, device: torch.de
     Trial or None
         None where no trial is possible: ZeRO-3 has no whole weights yet, or not even the trial fits.
     """
-    if zero_stage(args.deepspeed) == 3:
+    if setup.zero_stage == 3:
         return None
+    device = setup.device
     footprints, training = {}, model.training
     model.train()
     # DeepSpeed trains without autocast, on halves; adapters are still fp32 here.
-    precision = nullcontext() if args.deepspeed and not args.use_lora else autocast(model, args.bf16)
+    precision = nullcontext() if setup.deepspeed and not uses_adapters(args) else autocast(model, args.bf16)
     # Dropout's draws must not move those of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
             for mode in ("none", "full"):
                 set_gradient_checkpointing(model, mode)
                 sizes = ((1, SHORT_TEXT), (1, LONG_TEXT), (2, SHORT_TEXT))
-                batches = [_batch(model, images, text, args.packing, device) for images, text in sizes]
+                batches = [_batch(model, images, text, setup.packing, device) for images, text in sizes]
                 short, long, double = (kept_bytes(model, batch) for batch in batches)
                 tokens, views = ([vars(flops.sizes(batch))[unit] for batch in batches] for unit in ("tokens", "views"))
                 per_token = (long - short) / (tokens[1] - tokens[0])
                 per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
                 footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
             # A GPU shows its speed on large batches only; without a graph they need little memory.
-            timed = _batch(model, 8, 2000, args.packing, device) if device.type == "cuda" else batches[1]
+            timed = _batch(model, 8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
             seconds = _seconds_forward(model, timed, device)
         except torch.OutOfMemoryError:
             return None
@@ -160,8 +164,8 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, device: torch.de
         footprints["none"],
         footprints["full"],
         num_layers=len(base_model(model).model.layers),
-        states=state_bytes(model, args),
-        step=step_bytes(model, args),
+        states=state_bytes(model, args.optim, setup),
+        step=step_bytes(model, setup),
         free=free_bytes(device),
         flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
     )
@@ -186,17 +190,17 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     return sum(kept.values())
 
 
-def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
+def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
     """Bytes that gradients, optimizer states and master weights add on this process's device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps them elsewhere
     processes = world_size()
-    moments = 2 if "8bit" in args.optim else 0 if args.optim in ("adafactor", "sgd") else 8
-    if args.deepspeed is None:
+    moments = 2 if "8bit" in optim else 0 if optim in ("adafactor", "sgd") else 8
+    if setup.deepspeed is None:
         gradients = sum(parameter.nbytes for parameter in trained)
-        return gradients + (0 if "paged" in args.optim else moments * count)
-    zero, halves = zero_settings(args.deepspeed), _in_halves(args)
-    if "paged" in args.optim:
+        return gradients + (0 if "paged" in optim else moments * count)
+    zero, halves = zero_settings(setup.deepspeed), setup.precision != "fp32"
+    if "paged" in optim:
         moments = 0
     masters_and_moments = (4 + moments if halves else moments) * count
     gradients = (2 if halves else 4) * count
@@ -209,11 +213,11 @@ def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
     return (0 if offloads else masters_and_moments / partition) + gradients / (processes if stage >= 2 else 1) + buckets
 
 
-def step_bytes(model: nn.Module, args: argparse.Namespace) -> float:
+def step_bytes(model: nn.Module, setup: Setup) -> float:
     """Bytes that an optimizer step takes for a while: DeepSpeed's fp32 copy of the gradients that a process owns."""
-    if args.deepspeed is None or not _in_halves(args):
+    if setup.deepspeed is None or setup.precision == "fp32":
         return 0
-    zero = zero_settings(args.deepspeed)
+    zero = zero_settings(setup.deepspeed)
     if zero.get("stage", 0) not in (1, 2) or "offload_optimizer" in zero:
         return 0
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -226,11 +230,6 @@ def free_bytes(device: torch.device) -> float:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available / local_world_size()
-
-
-def _in_halves(args: argparse.Namespace) -> bool:
-    """Whether DeepSpeed holds the weights in bf16 or fp16."""
-    return args.bf16 or torch.cuda.is_available()
 
 
 def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:

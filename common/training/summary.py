@@ -8,18 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 
-from common.arguments import method_name
+from common.arguments import Setup, method_name, uses_adapters
 from common.data.batches import Lengths, PlannedBatches
 from common.data.streaming import StreamedBatches
-from common.model.loading import count_parameters, training_precision
+from common.model.loading import count_parameters
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.parts import PARTS
 from common.runtime import world_size
 
-from .deepspeed import zero_stage
 from .memory import Trial, state_bytes
 
 GIB = 2**30
@@ -32,6 +30,7 @@ RECOMPUTING = {"none": "nothing", "selective": "every second layer", "full": "al
 
 def summarize(
     args: argparse.Namespace,
+    setup: Setup,
     model: nn.Module,
     num_rows: int,
     batches: PlannedBatches | StreamedBatches,
@@ -45,7 +44,9 @@ def summarize(
     Parameters
     ----------
     args : argparse.Namespace
-        As :func:`common.training.run.start` left them.
+        The script's flags.
+    setup : Setup
+        What was settled of them.
     lengths : Lengths
         Of some samples.
     recomputation : {"none", "selective", "full"}
@@ -58,7 +59,7 @@ def summarize(
     str
         Lines of a name and what it is.
     """
-    processes, device = world_size(), PartialState().device
+    processes = world_size()
     steps = number_of_steps(args, batches)
     low, mean, high = lengths.tokens.min(), lengths.tokens.mean(), lengths.tokens.max()
     counts = count_parameters(model)
@@ -67,13 +68,13 @@ def summarize(
     rates = [f"learning rate {args.learning_rate:g}"]
     rates += [f"{part} {rate:g}" for part in PARTS[1:] if (rate := getattr(args, f"{part}_learning_rate"))]
     kernels = [name for name, used in (("Liger", args.use_liger_kernel), ("torch.compile", args.torch_compile)) if used]
-    wrapper = f"DeepSpeed {Path(args.deepspeed).name}" if args.deepspeed else "DDP" if processes > 1 else "one process"
+    wrapper = f"DeepSpeed {Path(setup.deepspeed).name}" if setup.deepspeed else "DDP" if processes > 1 else "one process"
     lines = {
         "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",
         "training": ", ".join(parts),
-        "method": method_name(args) + (lora if args.use_lora else ""),
-        "attention": f"{args.attention[0]} ({args.attention[1]}), packing {'on' if args.packing else 'off'}",
-        "precision": ", ".join([f"{training_precision(args, device)} on {_device_name(device)}", *kernels]),
+        "method": method_name(args) + (lora if uses_adapters(args) else ""),
+        "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
+        "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
         "batch": _batch(args, processes, batches.accumulation),
         "steps": f"{steps:,} on {num_rows:,} rows, {_warmup(args, steps)}",
@@ -84,13 +85,13 @@ def summarize(
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         needed = loaded + trial.needed(recomputation, *batches.largest(lengths))
         lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
-        flops_a_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, args.packing)
+        flops_a_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, setup.packing)
         seconds = flops_a_process / trial.flops_per_second
         lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
-    elif zero_stage(args.deepspeed) == 3:
+    elif setup.zero_stage == 3:
         bytes_of_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
         weights = bytes_of_weight * sum(total for _, total in counts.values()) / processes
-        needed = (weights + state_bytes(model, args)) / GIB
+        needed = (weights + state_bytes(model, args.optim, setup)) / GIB
         lines["memory"] = f"about {needed:.1f} GiB a process for weights and states; the rest can't be tried out under ZeRO-3"
         lines["time"] = "not estimated, for the same reason"
     else:

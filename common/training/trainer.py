@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,48 +13,80 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
+from common.arguments import Setup, method_name, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
-from common.evaluation.predictions import Evaluation
+from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.adapters import write_base_description
 from common.model.checkpoint import find_snapshot, read_tensors
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
-from common.runtime import InputError, rank, say, sum_over_processes, track, world_size
+from common.report.run import remove_report, write_run
+from common.runtime import InputError, broadcast, is_main_process, rank, say, sum_over_processes, track, world_size
 
 from .checkpoints import MANIFEST, EarlyStopping, RunCounters, StopOnSignal, saving, write_manifest
-from .deepspeed import zero_stage
 from .memory import estimate_memory, least_recomputation
 from .progress import TrainingProgress
 from .summary import summarize
 
+NO_FLAGS = ("task", "metric")  # in args, but set by no flag: run.json has them elsewhere
+EXIT_AFTER_SIGTERM = 128 + 15
+
 
 def build_trainer(
     args: argparse.Namespace,
+    setup: Setup,
     model: nn.Module,
     processor: Phi3VProcessor,
     train_data: TrainingData | StreamedData,
     eval_data: TrainingData,
     evaluate: Callable[[nn.Module], Evaluation],
+    source: str,
 ) -> FinetuningTrainer:
-    """Plan the batches and set up the Trainer; prints what is going to happen. Parameters as for :func:`finetune`."""
-    device = PartialState().device
-    batches, lengths = _plan_batches(args, train_data)
-    if zero_stage(args.deepspeed) == 3:
+    """Plan the batches, set up the Trainer, write ``run.json``, and print what is going to happen.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The script's flags.
+    setup : Setup
+        What :func:`common.training.start.start` settled of them.
+    evaluate : callable
+        Answers the evaluation's questions with a model and scores them; its predictions are in the order of ``eval_data``.
+    source : str
+        Where the data comes from: hub ids, separated by blanks, or a directory.
+    """
+    flags = {name: value for name, value in vars(args).items() if name not in NO_FLAGS}
+    settled = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
+    settled |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
+    write_run(
+        args.output_dir,
+        task=args.task,
+        base_model=args.model_name_or_path,
+        base_revision=setup.revision,
+        method=method_name(args),
+        data=f"{source}: {len(train_data)} rows train, {len(eval_data)} evaluate",
+        hyperparameters=flags | settled,
+        datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
+    )
+    if args.push_to_hub and is_main_process():
+        # What is pushed holds no report: its pictures are the data set's, which not every licence lets pass on.
+        remove_report(args.output_dir)
+    batches, lengths = _plan_batches(args, setup, train_data)
+    if setup.zero_stage == 3:
         base_model(model).run_same_modules_always()
     flops = TrainingFlops(base_model(model))
-    trial = estimate_memory(model, args, device, flops)
+    trial = estimate_memory(model, args, setup, flops)
     recomputation = args.gradient_checkpointing
     if recomputation == "auto":
         recomputation = least_recomputation(trial, *batches.largest(lengths))
@@ -63,32 +96,33 @@ def build_trainer(
             layer.compile(dynamic=True)
     trainer = FinetuningTrainer(
         flags=args,
+        setup=setup,
         batches=batches,
         flops=flops,
         evaluate_task=evaluate,
         recomputation=recomputation,
         model=model,
-        args=_training_arguments(args, batches.accumulation),
+        args=_training_arguments(args, setup, batches.accumulation),
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=Collator(processor, packing=args.packing),
+        data_collator=Collator(processor, packing=setup.packing),
         processing_class=processor,
     )
-    say(summarize(args, model, len(train_data), batches, lengths, recomputation, trial, flops), sys.stdout)
+    say(summarize(args, setup, model, len(train_data), batches, lengths, recomputation, trial, flops), sys.stdout)
     return trainer
 
 
 def _plan_batches(
-    args: argparse.Namespace, data: TrainingData | StreamedData
+    args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
     """Micro-batches of this process, and lengths to foretell their size by: of some samples, or of all if that is known."""
     place = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
-    if args.streaming:
-        if not isinstance(data, StreamedData):
-            raise InputError("this script reads its data as a whole; leave the flag out", "--streaming")
+    if args.streaming and not isinstance(data, StreamedData):
+        raise InputError("this script reads its data as a whole; leave the flag out", "--streaming")
+    if isinstance(data, StreamedData):
         batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
-        if args.resume_from_checkpoint:
-            trainer_state = args.resume_from_checkpoint / "trainer_state.json"
+        if setup.checkpoint:
+            trainer_state = setup.checkpoint / "trainer_state.json"
             batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return batches, data.sample_lengths()
     accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
@@ -105,9 +139,9 @@ def _plan_batches(
         args.batch_size,
         **place,
         accumulation=accumulation,
-        measure=data.measure if args.packing else None,
+        measure=data.measure if setup.packing else None,
         max_tokens=args.max_tokens_per_batch,
-        vision_trains=not args.freeze_vision_model and (not args.train_only or "vision" in args.train_only),
+        vision_trains="vision" in trained_parts(args),
     )
     return batches, lengths
 
@@ -119,6 +153,8 @@ class FinetuningTrainer(Trainer):
     ----------
     flags : argparse.Namespace
         The script's flags.
+    setup : Setup
+        What was settled of them.
     batches : PlannedBatches or StreamedBatches
         Micro-batches of this process.
     evaluate_task : callable
@@ -133,6 +169,7 @@ class FinetuningTrainer(Trainer):
         self,
         *args: Any,
         flags: argparse.Namespace,
+        setup: Setup,
         batches: PlannedBatches | StreamedBatches,
         flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
@@ -141,6 +178,8 @@ class FinetuningTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.flags = flags
+        self.setup = setup
+        self.result: TrainOutput | None = None
         self.batches = batches
         self.flops = flops
         self.evaluate_task = evaluate_task
@@ -169,7 +208,7 @@ class FinetuningTrainer(Trainer):
         rows = [(0, row) for row in range(len(self.eval_dataset))]
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
         self._eval_batches = len(batches[rank() :: world_size()])
-        if zero_stage(self.flags.deepspeed) == 3:
+        if self.setup.zero_stage == 3:
             # All processes gather every layer's weights together: none may have a batch more than another.
             batches += [batches[-1]] * (-len(batches) % world_size())
         return self._loader(self.eval_dataset, batches[rank() :: world_size()])
@@ -181,8 +220,8 @@ class FinetuningTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=workers,
+            ahead=ahead,
             persistent_workers=workers > 0,
-            prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
             pin_memory=torch.cuda.is_available(),
             # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
             generator=torch.Generator(),
@@ -201,9 +240,55 @@ class FinetuningTrainer(Trainer):
         optimizer.param_groups[:] = groups
         return optimizer
 
-    def log_at_beginning(self, evaluation: Evaluation) -> None:
-        """Log an evaluation at step 0, once those that ``--report_to`` names listen."""
-        self.add_callback(_LogAtBeginning(self, evaluation.logs))
+    def evaluate_before(self) -> None:
+        """Score the model on the task before it is trained, into ``eval_before.json``; a run that resumes has done so."""
+        path = self.flags.output_dir / "eval_before.json"
+        if not broadcast(self.setup.checkpoint is not None and path.is_file()):
+            before = self.evaluate_task(self.model)
+            write_evaluation(path, before)
+            say(f"before finetuning: {before}", sys.stdout)
+            # At step 0, once those that --report_to names listen.
+            self.add_callback(_LogAtBeginning(self, before.logs))
+
+    def train(self) -> TrainOutput:
+        """Train, from the checkpoint to resume from if there is one. SIGTERM ends the process once a checkpoint is saved."""
+        self.result = super().train(resume_from_checkpoint=self.setup.checkpoint)
+        if self.stop_on_signal.stopped:
+            say(f"stopped by SIGTERM after step {self.state.global_step}; --resume_from_checkpoint auto goes on", sys.stdout)
+            sys.exit(EXIT_AFTER_SIGTERM)
+        return self.result
+
+    def save_result(self) -> None:
+        """Write the model or adapter, the processor, ``train_results.json`` and ``trainer_state.json``."""
+        with saving():
+            self.save_model(_internal_call=True)  # without pushing, which comes last
+            self.save_metrics("train", self.result.metrics, combined=False)
+            self.save_state()
+        if self.stop_on_signal.end():
+            say(f"stopped by SIGTERM after training; the result is in {self.flags.output_dir}, but not evaluated", sys.stdout)
+            sys.exit(EXIT_AFTER_SIGTERM)
+
+    def evaluate_after(self) -> None:
+        """Score the trained model on the task, into ``eval_after.json``."""
+        after = self.evaluate_task(self.model)
+        write_evaluation(self.flags.output_dir / "eval_after.json", after)
+        self.log(after.logs)
+        say(f"after finetuning: {after}; results are in {self.flags.output_dir}", sys.stdout)
+
+    def report(self) -> None:
+        """Write the model card, push what was asked to be pushed, and write ``report.html``."""
+        from common.report.model_card import write_model_card
+        from common.report.page import report_run
+
+        output_dir = self.flags.output_dir
+        if is_main_process():
+            write_model_card(output_dir, name=self.flags.hub_model_id)
+        try:
+            if self.flags.push_to_hub:
+                self.push_to_hub()
+        finally:
+            if is_main_process():
+                report_run(output_dir, lambda row: self.eval_dataset.conversation(0, row))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         # A resumed epoch's loader is accelerate's own.
@@ -317,7 +402,7 @@ class FinetuningTrainer(Trainer):
             write_base_description(directory, model)
         elif directory == Path(self.args.output_dir):
             # The result has the base's dtype; checkpoints keep the training's, to go on exactly.
-            base = find_snapshot(self.flags.model_name_or_path, self.flags.base_revision)
+            base = find_snapshot(self.flags.model_name_or_path, self.setup.revision)
             dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
             state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
             # DeepSpeed casts what is frozen, too, and fp16 has not all of bf16's values: what did not train is the base's.
@@ -353,7 +438,7 @@ class _PlannedLoader(WorkerLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def _training_arguments(args: argparse.Namespace, accumulation: int) -> TrainingArguments:
+def _training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     by_metric = args.eval_metric_steps is not None
     best = {"metric_for_best_model": f"eval_{args.metric}" if by_metric else "eval_loss", "greater_is_better": by_metric}
@@ -393,7 +478,7 @@ def _training_arguments(args: argparse.Namespace, accumulation: int) -> Training
         remove_unused_columns=False,
         dataloader_num_workers=args.dataloader_num_workers,
         ddp_find_unused_parameters=False,
-        deepspeed=args.deepspeed,
+        deepspeed=setup.deepspeed,
         push_to_hub=args.push_to_hub,
         hub_model_id=args.hub_model_id,
         hub_private_repo=args.hub_private_repo or None,
