@@ -66,11 +66,8 @@ def from_official(data_dir: Path, numbered: tuple[int, dict]) -> dict:
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
-    """Rows of the official release."""
     path = data_dir / f"{split}_v1.0_withQT.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files")
-    entries = read_json(path, "download it again").get("data")
+    entries = read_json(path, "--data_dir takes the folder of DocVQA's official files; download it again").get("data")
     if not isinstance(entries, list) or not entries:
         raise InputError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data" that holds questions')
     places = ((f'{path}, entry {number} of "data"', (number, entry)) for number, entry in enumerate(entries))
@@ -117,9 +114,7 @@ def score(row: dict, answer: str, full_train: bool) -> Prediction:
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
-    """Answer every question and score the answers."""
-    conversations = [to_conversation(row, random.Random(0)) for row in rows]
-    answers = generate_answers(model, processor, conversations, args)
+    answers = generate_answers(model, processor, [to_conversation(row, random.Random(0)) for row in rows], args)
     predictions = [score(row, answer, args.full_train) for row, answer in zip(rows, answers, strict=True)]
     values = {
         "anls": fmean(prediction.score for prediction in predictions),
@@ -131,7 +126,7 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 def main() -> None:
     args = parse_args()
     setup = start(args)
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops, flag="--model_name_or_path")
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
     model = load_model(args, setup, processor)
     trainer = build_trainer(

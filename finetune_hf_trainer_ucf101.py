@@ -98,7 +98,7 @@ def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
 def main() -> None:
     args = parse_args()
     setup = start(args)
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops, flag="--model_name_or_path")
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
     model = load_model(args, setup, processor)
     trainer = build_trainer(

@@ -54,7 +54,7 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
     return summarise([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def hardware() -> dict[str, Any]:
+def describe_hardware() -> dict[str, Any]:
     """Processor, its cores that this process may use, memory in GiB, and the GPU."""
     found: dict[str, Any] = {
         "cpu": cpu_name(),
@@ -73,7 +73,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     result = {
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
         "versions": versions(),
         **content,
     }

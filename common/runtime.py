@@ -157,16 +157,18 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     ----------
     path : Path
     remedy : str
-        What to do if it is none, for the message.
+        What to do otherwise, for the message.
 
     Raises
     ------
     InputError
-        If the file holds something else; names it.
+        If the file is missing or holds something else; names it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(content, ensure_ascii=False).encode()  # escapes can spell half characters
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} is missing: {remedy}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):

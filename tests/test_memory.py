@@ -30,7 +30,7 @@ from common.training.memory import (
     state_bytes,
     step_bytes,
 )
-from common.training.summary import duration, summarize
+from common.training.summary import approximate_duration, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "tiny_phi3v"
@@ -284,4 +284,4 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])
 def test_durations_in_words(seconds, text):
-    assert duration(seconds) == text
+    assert approximate_duration(seconds) == text

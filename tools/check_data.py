@@ -206,7 +206,9 @@ def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]
                 yield path, lines
 
 
-def check_rows(files: list[Path], image_dir: Path | None, checker: Checker, bar: bool) -> Iterator[tuple[Path, list[Row]]]:
+def check_in_parallel(
+    files: list[Path], image_dir: Path | None, checker: Checker, bar: bool
+) -> Iterator[tuple[Path, list[Row]]]:
     """Check all lines in parallel and give what was found in their order, showing how far it got."""
     total = sum(path.stat().st_size for path in files)
     pending: deque[tuple[Path, int, Future]] = deque()
@@ -239,7 +241,7 @@ def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar
     """
     report = Report()
     first_places: dict[bytes, tuple[Path, str]] = {}
-    for path, rows in check_rows(files, image_dir, checker, bar):
+    for path, rows in check_in_parallel(files, image_dir, checker, bar):
         report.num_rows[path] += len(rows)
         for row in rows:
             report.num_pictures += row.num_pictures

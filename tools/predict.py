@@ -93,7 +93,7 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
         rows.append((row, conversation))
         places.append(place)
     for place, (_, conversation) in zip(places, track(rows, "Checking pictures", "rows", bar), strict=True):
-        check_pictures(conversation, place)
+        check_prompt_pictures(conversation, place)
     return rows
 
 
@@ -111,7 +111,7 @@ def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
     return {"conversations": turns}
 
 
-def check_pictures(conversation: Conversation, place: str) -> None:
+def check_prompt_pictures(conversation: Conversation, place: str) -> None:
     """Check that all pictures of a conversation are there and whole.
 
     Raises
@@ -136,7 +136,7 @@ def predict(args: argparse.Namespace) -> None:
         turn = {"images": [Path(image) for image in args.images], "user": args.prompt, "assistant": "?"}
         rows = [({}, {"conversations": [turn]})]
         check_conversation(rows[0][1], "--prompt")
-        check_pictures(rows[0][1], "--images")
+        check_prompt_pictures(rows[0][1], "--images")
 
     model, processor = load_for_inference(args.model, args.device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops

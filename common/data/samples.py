@@ -139,14 +139,14 @@ class TrainingData(Dataset):
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
             conversations, image_tokens = [], []
-            for place, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
+            for position, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
                 generator = self._generator(epoch, row)
                 untouched = generator.getstate()
                 conversations.append(self.to_conversation(content, generator))
-                varies[place] = generator.getstate() != untouched
-                sizes = self._sizes(row, conversations[-1], keep=varies[place])
+                varies[position] = generator.getstate() != untouched
+                sizes = self._sizes(row, conversations[-1], keep=varies[position])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
-                measured[place, 1] = sum(num_views(*size) for size in sizes)
+                measured[position, 1] = sum(num_views(*size) for size in sizes)
             names = [self.place(row) for row in chosen]
             tokens = count_tokens(conversations, image_tokens, names, self.processor)
             measured[start : start + len(chosen), 0] = tokens

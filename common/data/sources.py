@@ -316,7 +316,7 @@ def check_pictures(
     Returns
     -------
     list of int
-        Places of the bad pictures.
+        Numbers of the bad pictures.
 
     Raises
     ------
@@ -330,7 +330,7 @@ def check_pictures(
 def _check_all(
     what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool, skip_bad: bool = False
 ) -> list[int]:
-    """Check items, each process a share; an error that one of them finds is raised by all, or the items' places returned."""
+    """Check items, each process a share; an error that one of them finds is raised by all, or the items' numbers returned."""
     found: list[tuple[int, InputError]] = []
     with Progress(f"Checking {what}", what, len(range(rank(), count, world_size())), bar) as progress:
         for index, item in islice(enumerate(items), rank(), None, world_size()):

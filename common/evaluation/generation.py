@@ -47,7 +47,7 @@ class _Prompts(Dataset):
         except InputError as error:
             raise error.at(f"evaluation row {index}") from None
         ids = prompt["input_ids"]
-        begin_length = max((place for place, token in enumerate(ids) if token < 0), default=0) + 1
+        begin_length = max((position for position, token in enumerate(ids) if token < 0), default=0) + 1
         content = hashlib.blake2b(np.array(ids[:begin_length]).tobytes())
         for picture in prompt["images"]:
             content.update(_picture_content(picture))
@@ -73,8 +73,8 @@ class _PromptCollator:
         if max(len(prompt["input_ids"]) for prompt in prompts) > self.limit:
             return self._pad([prompt["input_ids"] for prompt in prompts]) | self._pictures(prompts)
         begun = {prompt["beginning"]: prompt for prompt in prompts}
-        places = {beginning: place for place, beginning in enumerate(begun)}
-        rows = torch.tensor([places[prompt["beginning"]] for prompt in prompts])
+        numbers = {beginning: number for number, beginning in enumerate(begun)}
+        rows = torch.tensor([numbers[prompt["beginning"]] for prompt in prompts])
         begin = self._pad([prompt["input_ids"][: prompt["begin_length"]] for prompt in begun.values()])
         rest = self._pad([prompt["input_ids"][prompt["begin_length"] :] for prompt in prompts])
         whole = {name: torch.cat([begin[name][rows], rest[name]], dim=1) for name in rest}
@@ -127,7 +127,7 @@ def share_by_length(
     longest: dict[Any, int] = {}
     for beginning, length in zip(beginnings, lengths, strict=True):
         longest[beginning] = max(length, longest.get(beginning, 0))
-    first = {beginning: place for place, beginning in enumerate(longest)}
+    first = {beginning: number for number, beginning in enumerate(longest)}
     order = sorted(range(len(lengths)), key=lambda i: (-longest[beginnings[i]], first[beginnings[i]], -lengths[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if same_number:
@@ -242,16 +242,16 @@ def _continue_answers(
         ).logits
         new = logits[:, -1:].argmax(-1)
         left = []
-        for place, (prompt, [token]) in enumerate(zip(going, new.tolist(), strict=True)):
+        for row, (prompt, [token]) in enumerate(zip(going, new.tolist(), strict=True)):
             if not answers[prompt] or answers[prompt][-1] not in stops:
                 answers[prompt].append(token)
-                left += [place] * (token not in stops)
+                left += [row] * (token not in stops)
         if not left:
             break
         if len(left) <= SHARE_LEFT * len(going):
             rows = torch.tensor(left, device=new.device)
             past_key_values.batch_select_indices(rows)
-            new, attention_mask, going = new[rows], attention_mask[rows], [going[place] for place in left]
+            new, attention_mask, going = new[rows], attention_mask[rows], [going[row] for row in left]
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)
     return answers
 

@@ -109,9 +109,7 @@ def check_checkpoint(name_or_path: str, flag: str | None = None) -> None:
             raise InputError(f"{first_line(error)}: {COPY_AGAIN}", str(directory / "config.json")) from None
 
 
-def load_processor(
-    name_or_path: str, revision: str | None = None, num_crops: int | None = None, flag: str | None = None
-) -> Phi3VProcessor:
+def load_processor(name_or_path: str, revision: str | None = None, num_crops: int | None = None) -> Phi3VProcessor:
     """Load the processor saved with a model or adapter.
 
     Parameters
@@ -122,8 +120,6 @@ def load_processor(
         Commit of a hub model; by default the newest.
     num_crops : int, optional
         Most crops of a picture; by default what was saved.
-    flag : str, optional
-        Which named the model, for messages.
 
     Raises
     ------
@@ -136,7 +132,7 @@ def load_processor(
     except Exception as error:  # tokenizers raises nothing more particular
         raise InputError(
             f"the files of its tokenizer or image processor can't be read ({first_line(error)}): {COPY_AGAIN}",
-            f"{flag} {name_or_path}" if flag else name_or_path,
+            name_or_path,
         ) from error
 
 

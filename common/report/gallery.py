@@ -86,12 +86,12 @@ def gallery(run: Run, groups: dict[str, list[str]]) -> dict:
     first, last = predictions_by_id(run.before), predictions_by_id(run.after)
     samples = []
     for group, ids in groups.items():
-        for place, key in enumerate(ids):
+        for number, key in enumerate(ids):
             row = last.get(key) or first[key]
             samples.append(
                 {
                     "group": group,
-                    "foremost": place < FOREMOST,
+                    "foremost": number < FOREMOST,
                     "id": key,
                     "question": row["question"],
                     "answers": list(dict.fromkeys(row["answers"])),

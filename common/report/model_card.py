@@ -105,7 +105,7 @@ def _front_matter(run: dict[str, Any], after: dict[str, Any], name: str, is_adap
                 metric_type=metric,
                 metric_value=value,
             )
-            for metric, value in _figures(after).items()
+            for metric, value in _metrics(after).items()
         ]
     return ModelCardData(
         # The hub takes ids alone here.
@@ -131,13 +131,13 @@ def _introduction(run: dict[str, Any], is_adapter: bool) -> str:
 def _results(before: dict[str, Any], after: dict[str, Any]) -> str:
     if not (before or after):
         return ""
-    first, last = _figures(before), _figures(after)
+    first, last = _metrics(before), _metrics(after)
     rows = [f"| {metric} | {_score(first, metric)} | {_score(last, metric)} |" for metric in first | last]
     samples = (after or before)["samples"]
     return "\n".join(["## Results\n", f"| {samples:,} samples | before | after |", "| --- | --- | --- |", *rows, "\n"])
 
 
-def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
+def _metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     """The main metric first, then the others."""
     figures = {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
     return {key: figures[key] for key in sorted(figures, key=lambda key: key != evaluation["metric"])}

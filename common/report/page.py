@@ -15,7 +15,7 @@ from common.data.pictures import decode_picture
 from common.runtime import InputError, replacing, write_file
 
 from .charts import DASHES, SERIES, curve_charts
-from .figures import class_table, confusions, evaluation_charts, facts, figures, outcomes
+from .figures import class_table, confusions, evaluation_charts, facts, metric_table, outcomes
 from .gallery import GROUPS, gallery, save_gallery_images, select_gallery
 from .run import Run, read_run
 
@@ -56,7 +56,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
             run=run,
             title=run.settings.get("task") or run.directory.resolve().name,
             subtitle=" · ".join(run.settings[key] for key in ("base_model", "method") if key in run.settings),
-            figures=figures(run),
+            figures=metric_table(run),
             facts=facts(run),
             outcomes=outcomes(run),
             curves=curves,
@@ -127,7 +127,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
         .render(
             names=names,
             runs=runs,
-            figures=[figures(run) for run in runs],
+            figures=[metric_table(run) for run in runs],
             facts=_rows([facts(run) for run in runs]),
             different={key: values for key, values in settings.items() if len(set(values)) > 1},
             same={key: values[0] for key, values in settings.items() if len(set(values)) == 1},

@@ -8,18 +8,17 @@ import errno
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import method_name, uses_adapters
-from common.runtime import InputError, gather, replacing, sum_over_processes, write_file
+from common.runtime import InputError, gather, replacing, sum_over_processes
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
@@ -219,52 +218,3 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
                 f"{then.get(name)}: go on with the same, or begin anew in another --output_dir",
                 f"--resume_from_checkpoint {checkpoint}",
             )
-
-
-class RunCounters(TrainerCallback):
-    """What the Trainer counts anew in every session, kept with the checkpoints: figures of a resumed run are the whole run's.
-
-    Parameters
-    ----------
-    trainer : FinetuningTrainer
-        To which this callback is added last.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def save(self, directory: Path) -> None:
-        """Write the totals into a checkpoint; all processes together."""
-        trainer = self.trainer
-        running_loss = trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist()
-        totals = {
-            "loss": trainer._total_loss_scalar,
-            "running_loss": running_loss,  # of each process, since the last log line
-            "settings": run_settings(trainer.flags, trainer.setup.zero_stage, trainer.args.world_size),
-            "last_logged": trainer._globalstep_last_logged,
-            "seconds": time.time() - self.began,
-            "evaluation_due": trainer.stop_on_signal.evaluation_due,
-        }
-        if trainer.args.should_save:
-            write_file(directory / TOTALS, totals)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Go on with the checkpoint's totals, make up for an evaluation that it lacks, and see whether all is done."""
-        trainer, checkpoint = self.trainer, self.trainer.setup.checkpoint
-        self.began = time.time()
-        # A Trainer that resumes goes by the intervals of the checkpoint, whatever the flags say by now.
-        state.compute_steps(args, state.max_steps)
-        if checkpoint and (checkpoint / TOTALS).exists():
-            totals = json.loads((checkpoint / TOTALS).read_text())
-            running = totals["running_loss"]
-            as_before = len(running) == args.world_size
-            trainer._tr_loss += running[args.process_index] if as_before else sum(running) / len(running)
-            trainer._total_loss_scalar, trainer._globalstep_last_logged = totals["loss"], totals["last_logged"]
-            trainer._initial_global_step = 0
-            self.began -= totals["seconds"]
-            if totals["evaluation_due"] and trainer._determine_best_metric(trainer._evaluate(None, None), None):
-                state.best_model_checkpoint = str(checkpoint)
-        control.should_training_stop |= state.global_step >= state.max_steps
-        return control

@@ -14,14 +14,19 @@ DIRECTORY = Path(__file__).parents[1] / "deepspeed"
 
 
 def choose_deepspeed(args: argparse.Namespace) -> str | None:
+    """The configuration file that ``--deepspeed`` means, None for plain DDP.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or its settings contradict other flags.
+    """
     if args.deepspeed == "none" or (args.deepspeed == "auto" and uses_adapters(args)):
         return None
     path = DIRECTORY / "zero2.json" if args.deepspeed == "auto" else Path(args.deepspeed)
     if not path.is_file():
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DIRECTORY.glob("*.json")))
-        raise InputError(
-            f"there is no such file; give one of {shipped}, or none for plain DDP", f"--deepspeed {path}"
-        ) from None
+        raise InputError(f"there is no such file; give one of {shipped}, or none for plain DDP", f"--deepspeed {path}")
     config = read_json(path, "see common/deepspeed/ for examples")
     if "optimizer" in config:
         raise InputError(
@@ -39,7 +44,8 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
 
 
 def do_without_compiler() -> None:
-    # DeepSpeed would compile an op that passes tensors between a machine's processes; gloo does that, too.
+    """Keep DeepSpeed from compiling on a CPU."""
+    # It would compile an op that passes tensors between a machine's processes; gloo does that, too.
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,4 +57,5 @@ def zero_stage(deepspeed: str | None) -> int | None:
 
 
 def zero_settings(deepspeed: str) -> dict[str, Any]:
+    """The section ``zero_optimization`` of a DeepSpeed configuration file."""
     return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})

@@ -87,7 +87,7 @@ def summarize(
         lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
         flops_a_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, setup.packing)
         seconds = flops_a_process / trial.flops_per_second
-        lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
+        lines["time"] = f"about {approximate_duration(seconds)}, saving and evaluating not counted"
     elif setup.zero_stage == 3:
         bytes_of_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
         weights = bytes_of_weight * sum(total for _, total in counts.values()) / processes
@@ -104,7 +104,7 @@ def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | Streamed
     return args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // batches.accumulation
 
 
-def duration(seconds: float) -> str:
+def approximate_duration(seconds: float) -> str:
     """Seconds in words of a fitting size."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from common.arguments import Setup, method_name, trained_parts
@@ -32,9 +33,9 @@ from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
 from common.report.run import remove_report, write_run
-from common.runtime import InputError, broadcast, is_main_process, rank, say, sum_over_processes, track, world_size
+from common.runtime import InputError, broadcast, is_main_process, rank, say, sum_over_processes, track, world_size, write_file
 
-from .checkpoints import MANIFEST, EarlyStopping, RunCounters, StopOnSignal, saving, write_manifest
+from .checkpoints import MANIFEST, TOTALS, EarlyStopping, StopOnSignal, run_settings, saving, write_manifest
 from .memory import estimate_memory, least_recomputation
 from .progress import TrainingProgress
 from .summary import summarize
@@ -116,11 +117,11 @@ def _plan_batches(
     args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
     """Micro-batches of this process, and lengths to foretell their size by: of some samples, or of all if that is known."""
-    place = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
+    order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming and not isinstance(data, StreamedData):
         raise InputError("this script reads its data as a whole; leave the flag out", "--streaming")
     if isinstance(data, StreamedData):
-        batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **place)
+        batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **order)
         if setup.checkpoint:
             trainer_state = setup.checkpoint / "trainer_state.json"
             batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
@@ -137,7 +138,7 @@ def _plan_batches(
     batches = PlannedBatches(
         len(data),
         args.batch_size,
-        **place,
+        **order,
         accumulation=accumulation,
         measure=data.measure if setup.packing else None,
         max_tokens=args.max_tokens_per_batch,
@@ -194,8 +195,8 @@ class FinetuningTrainer(Trainer):
         if self.accelerator.ddp_handler:
             # Gradients lie in DDP's buckets instead of beside them.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        self.counters = RunCounters(self)
-        self.add_callback(self.counters)
+        self.began = 0.0  # when training did, the time of a resumed run's earlier sessions included
+        self.add_callback(_Beginning(self))  # last: it may evaluate and stop
         self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line
         self._counting_since: float | None = None
 
@@ -290,22 +291,56 @@ class FinetuningTrainer(Trainer):
             if is_main_process():
                 report_run(output_dir, lambda row: self.eval_dataset.conversation(0, row))
 
+    def _write_counters(self, directory: Path) -> None:
+        """Write what the Trainer counts anew in every session into a checkpoint; all processes together."""
+        running_loss = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        totals = {
+            "loss": self._total_loss_scalar,
+            "running_loss": running_loss,  # of each process, since the last log line
+            "settings": run_settings(self.flags, self.setup.zero_stage, world_size()),
+            "last_logged": self._globalstep_last_logged,
+            "seconds": time.time() - self.began,
+            "evaluation_due": self.stop_on_signal.evaluation_due,
+        }
+        if self.args.should_save:
+            write_file(directory / TOTALS, totals)
+
+    def continue_counting(self) -> None:
+        """Go on with the checkpoint's counters, so that figures are the whole run's, and make up for a missed evaluation."""
+        self.began = time.time()
+        # A Trainer that resumes goes by the intervals of the checkpoint, whatever the flags say by now.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        checkpoint = self.setup.checkpoint
+        if not checkpoint or not (checkpoint / TOTALS).exists():
+            return
+        totals = json.loads((checkpoint / TOTALS).read_text())
+        running = totals["running_loss"]
+        self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
+        self._total_loss_scalar, self._globalstep_last_logged = totals["loss"], totals["last_logged"]
+        self._initial_global_step = 0
+        self.began -= totals["seconds"]
+        if totals["evaluation_due"] and self._determine_best_metric(self._evaluate(None, None), None):
+            self.state.best_model_checkpoint = str(checkpoint)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         # A resumed epoch's loader is accelerate's own.
         return super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
 
+    # Between the callbacks' beginning and the first batch there is no public seam to end a run that was done already.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # as it says before the first step if a resumed run was done already
+        if not self.control.should_training_stop:
             if self.args.dataloader_num_workers:
                 wait_until_quiet()  # a resumed epoch's loader is accelerate's own, which does not
             super()._run_epoch(*args, **kwargs)
 
+    # The only way to give train_results.json the time since the run began, and the last say on the best checkpoint.
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if self.stop_on_signal.stopped:
             # The best checkpoint is for the end of the run; until then the last one is what it goes on from.
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        return super()._finalize_training(trial, num_train_samples, self.counters.began)
+        return super()._finalize_training(trial, num_train_samples, self.began)
 
+    # The Trainer would move all tensors, and wait for each.
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Copy a batch while the device still computes the last one, but for what the model reads on the CPU."""
         stay = ("image_sizes", "answer_spans")
@@ -363,6 +398,7 @@ class FinetuningTrainer(Trainer):
         if self._counting_since is not None:
             self._counting_since += time.perf_counter() - began
 
+    # Public seams come before and after a checkpoint of one process, none before and after that of all.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._not_counted():
             self._save_complete_checkpoint(*args, **kwargs)
@@ -377,7 +413,7 @@ class FinetuningTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with saving():
             super()._save_checkpoint(*args, **kwargs)
-            self.counters.save(directory)
+            self._write_counters(directory)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.is_deepspeed_enabled and not (directory / "latest").exists():
@@ -389,6 +425,7 @@ class FinetuningTrainer(Trainer):
         if self.args.should_save:
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
+    # save_model gathers what DeepSpeed has shared out, then calls this to write it.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -422,6 +459,20 @@ class FinetuningTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Leave the card to :mod:`common.report.model_card`, which the end of a run writes."""
+
+
+class _Beginning(TrainerCallback):
+    """Continues a resumed run's counters, and ends a run that was done already."""
+
+    def __init__(self, trainer: FinetuningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.trainer.continue_counting()
+        control.should_training_stop |= state.global_step >= state.max_steps
+        return control
 
 
 class _LogAtBeginning(TrainerCallback):
