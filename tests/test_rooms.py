@@ -95,6 +95,16 @@ def test_the_model_and_the_runtime_know_no_other_room():
     assert not [edge for edge in edges() if edge[0] in ("phi3v", "runtime")]
 
 
+def test_flags_are_not_rewritten():
+    """What follows from them is in a Setup of its own."""
+    for path in [*modules(), *ROOT.glob("finetune_hf_trainer_*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+            for target in (part for each in targets for part in ast.walk(each)):
+                owner = ast.unparse(target.value) if isinstance(target, ast.Attribute) else ""
+                assert owner not in ("args", "flags", "self.flags"), (path, ast.unparse(node))
+
+
 @pytest.mark.parametrize("name", ["bitsandbytes", "matplotlib", "sklearn"])
 def test_heavy_libraries_are_imported_where_they_are_used(name):
     """At the top of the report's modules alone, which are themselves imported late."""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.runtime import InputError, hardware, is_main_process, read_json, versions, write_file
+from common.runtime import InputError, hardware, is_main_process, local_world_size, read_json, versions, world_size, write_file
 
 FILES = {
     "run.json": "the command, versions, data and hyperparameters are not known",
@@ -109,8 +109,9 @@ def launch_command() -> str:
     script = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python {script}"
-    processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    nodes = f"--nnodes={world_size // processes} " if world_size > processes else ""
+    processes, nodes = local_world_size(), ""
+    if world_size() > processes:
+        nodes = f"--nnodes={world_size() // processes} "
     return f"torchrun --nproc_per_node={processes} {nodes}{script}"
 
 
