@@ -237,7 +237,7 @@ def test_data(damage, monkeypatch, data, tmp_path):
 
 def be_process_with_hub(mini: Path, *arguments: object) -> None:
     """Be one process of a run whose hub has one data set, DocVQA's 1,200 examples, in a folder."""
-    datasets.config.HF_DATASETS_CACHE = mini / "cache"
+    datasets.config.HF_DATASETS_CACHE = mini.parent / "cache"
     docvqa.MINI = str(mini)
     be_process(*arguments)
 
