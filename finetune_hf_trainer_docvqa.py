@@ -9,27 +9,27 @@ Metric: ANLS. Writes the model (or adapter), both evaluations, train_results.jso
 and report.html to --output_dir.
 """
 
-import json
 import random
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-from datasets import Dataset, Image
-
 from common.arguments import training_parser
-from common.conversations import check_conversation
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_answers
-from common.metrics import anls
-from common.model import load_model, load_processor
-from common.shards import stream_hub
-from common.sources import check_pictures, check_rows, load_hub
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.shards import open_hub
+from common.data.sources import check_rows, collect_rows
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import anls
+from common.evaluation.predictions import Evaluation, Prediction
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import InputError, read_json, run
+from common.training.start import start
+from common.training.trainer import build_trainer
 
 MINI = "nielsr/docvqa_1200_examples"
-COLUMNS = ["id", "image", "query", "answers"]
 FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 
 
@@ -41,130 +41,109 @@ def parse_args():
     return parser.parse_args()
 
 
-def load_from_hub(full_train: bool, streaming: bool) -> tuple[Dataset | Stream, Dataset]:
-    """Rows of the hub's data sets; pictures stay encoded until a worker needs them."""
-    mini = load_hub(MINI).select_columns(COLUMNS).cast_column("image", Image(decode=False))
-    if streaming:
-        train_rows = stream_hub(*FULL, columns=["images", "texts"]) if full_train else stream_hub(MINI, columns=COLUMNS)
-        return train_rows, mini["test"]
-    if not full_train:
-        return mini["train"], mini["test"]
-    full = load_hub(*FULL, split="train").cast_column("images", [Image(decode=False)])
-    return full, mini["test"]
+def make_row(id: str, image, question: str, answers: list[str]) -> dict:
+    """A row: a page, its question, and texts to train on, one of which is drawn: the question with each accepted answer."""
+    texts = [{"user": f"{question}\nAnswer briefly.", "assistant": answer} for answer in answers]
+    return {"id": id, "image": image, "question": question, "answers": answers, "texts": texts}
 
 
-def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> Dataset:
-    """Rows of the official release, every picture checked."""
+def from_mini(row: dict, number: str) -> dict:
+    return make_row(str(row["id"]), row["image"], row["query"]["en"], row["answers"])
+
+
+def from_full(row: dict, number: str) -> dict:
+    """A row with all questions about a page, for training alone."""
+    return {"id": number, "image": row["images"][0], "question": None, "answers": [], "texts": row["texts"]}
+
+
+def from_official(data_dir: Path, numbered: tuple[int, dict]) -> dict:
+    number, entry = numbered
+    answers = entry.get("answers") if isinstance(entry, dict) else None
+    fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
+    if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
+        raise InputError('needs "question" and "image" (texts) and "answers" (a list of at least one text, none empty)')
+    return make_row(str(entry.get("questionId", number)), str(data_dir / entry["image"]), entry["question"], answers)
+
+
+def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
     path = data_dir / f"{split}_v1.0_withQT.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # escapes can spell half characters
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing: --data_dir takes the folder of DocVQA's official files") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}): download it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("data"), list):
-        raise ValueError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data"')
-    rows = []
-    for number, entry in enumerate(content["data"][:limit]):
-        answers = entry.get("answers") if isinstance(entry, dict) else None
-        fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
-        if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
-            raise ValueError(
-                f'{path}, entry {number} of "data": needs "question" and "image" (texts) and "answers" '
-                "(a list of at least one text, none empty)"
-            )
-        image = str(data_dir / entry["image"])
-        row = {"id": str(entry.get("questionId", number)), "question": entry["question"], "image": image, "answers": answers}
-        for conversation in all_conversations(row):
-            check_conversation(conversation, f'{path}, entry {number} of "data"')
-        rows.append(row)
-    if not rows:
-        raise ValueError(f'{path} is empty: "data" holds no question')
-    check_pictures(sorted({row["image"] for row in rows}), tqdm)
-    return Dataset.from_list(rows)
+    entries = read_json(path, "--data_dir takes the folder of DocVQA's official files; download it again").get("data")
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data" that holds questions')
+    places = ((f'{path}, entry {number} of "data"', (number, entry)) for number, entry in enumerate(entries))
+    return collect_rows(places, partial(from_official, data_dir), limit, skip_bad)
 
 
-def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
-    if args.data_dir and args.streaming:
-        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
-    if args.data_dir and args.full_train:
-        raise ValueError("--full_train is for the hub's rows, --data_dir for the official release: leave one of them out")
+def load_rows(args) -> tuple[Rows | Stream, Rows]:
+    """Rows to train and to evaluate on; those that aren't streamed have been checked, pictures and all."""
+    if args.data_dir and (args.streaming or args.full_train):
+        raise InputError("--streaming and --full_train are for the hub's rows, --data_dir for files: leave one of them out")
     if args.data_dir:
-        train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
-        return train_rows, load_official(args.data_dir, "val", args.max_eval_samples, args.tqdm)
-    train_rows, eval_rows = load_from_hub(args.full_train, args.streaming)
-    limit = min(args.max_train_samples or len(train_rows), len(train_rows))
-    train_rows = train_rows.select(0, limit) if args.streaming else train_rows.select(range(limit))
-    eval_rows = eval_rows.select(range(min(args.max_eval_samples or len(eval_rows), len(eval_rows))))
+        train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
+        eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
+    else:
+        mini = partial(open_hub, MINI, columns=["id", "image", "query", "answers"])
+        if args.full_train:
+            train_rows = open_hub(*FULL, columns=["images", "texts"], streaming=args.streaming).map(from_full)
+        else:
+            train_rows = mini(streaming=args.streaming).map(from_mini)
+        train_rows = train_rows.select(0, args.max_train_samples)
+        eval_rows = mini(split="test").map(from_mini).select(0, args.max_eval_samples)
     if not args.streaming:
-        check_rows(train_rows, all_conversations, "training row", args.tqdm)
-    check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm)
-    return train_rows, eval_rows
-
-
-def question(row: dict) -> str:
-    return row["question"] if "question" in row else row["query"]["en"]
+        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
+    return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
     """A row as a conversation; one of a page's questions, or of several accepted answers, is drawn."""
-    if "texts" in row:
-        text = rng.choice(row["texts"])
-        turn = {"images": row["images"], "user": text["user"], "assistant": text["assistant"]}
-    else:
-        user = f"{question(row)}\nAnswer briefly."
-        turn = {"images": [row["image"]], "user": user, "assistant": rng.choice(row["answers"])}
-    return {"conversations": [turn]}
+    text = rng.choice(row["texts"])
+    return {"conversations": [{"images": [row["image"]], "user": text["user"], "assistant": text["assistant"]}]}
 
 
 def all_conversations(row: dict) -> list[dict]:
-    """All that a row of the hub can become."""
-    choices = [("texts", text) for text in row["texts"]] if "texts" in row else [("answers", text) for text in row["answers"]]
-    return [to_conversation(row | {name: [choice]}, random.Random(0)) for name, choice in choices]
+    """All that a row can become."""
+    return [to_conversation(row | {"texts": [text]}, random.Random(0)) for text in row["texts"]]
 
 
-def score(row: dict, answer: str, full_train: bool) -> dict:
+def score(row: dict, answer: str, full_train: bool) -> Prediction:
     """ANLS of an answer as the benchmark defines it, and in the case-sensitive form of the published table."""
     # the_cauldron puts a full stop after every answer, which the benchmark's answers don't have.
     prediction = answer.strip().removesuffix(".").strip() if full_train else answer.strip()
-    return {
-        "id": str(row["id"]),
-        "question": question(row),
-        "prediction": prediction,
-        "answers": row["answers"],
-        "score": anls(prediction, row["answers"]),
-        "score_case_sensitive": anls(answer, row["answers"], case_sensitive=True),
-    }
+    more = {"score_case_sensitive": anls(answer, row["answers"], case_sensitive=True)}
+    return Prediction(row["id"], row["question"], prediction, row["answers"], anls(prediction, row["answers"]), more)
 
 
-def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
-    """Answer every question and score the answers."""
-    conversations = [to_conversation(row, random.Random(0)) for row in rows]
-    answers = generate_answers(model, processor, conversations, args)
+def evaluate(model, processor, rows: Rows, args) -> Evaluation:
+    answers = generate_answers(model, processor, [to_conversation(row, random.Random(0)) for row in rows], args)
     predictions = [score(row, answer, args.full_train) for row, answer in zip(rows, answers, strict=True)]
     values = {
-        "anls": fmean(entry["score"] for entry in predictions),
-        "anls_case_sensitive": fmean(entry["score_case_sensitive"] for entry in predictions),
+        "anls": fmean(prediction.score for prediction in predictions),
+        "anls_case_sensitive": fmean(prediction.more["score_case_sensitive"] for prediction in predictions),
     }
     return Evaluation("anls", values, predictions)
 
 
 def main() -> None:
     args = parse_args()
-    state = start(args)
-    processor = load_processor(args)
+    setup = start(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
-    training_data = StreamedData if args.streaming else TrainingData
-    finetune(
+    model = load_model(args, setup, processor)
+    trainer = build_trainer(
         args,
-        load_model(args, processor, state.device),
+        setup,
+        model,
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI,
     )
+    trainer.evaluate_before()
+    trainer.train()
+    trainer.save_result()
+    trainer.evaluate_after()
+    trainer.report()
 
 
 if __name__ == "__main__":

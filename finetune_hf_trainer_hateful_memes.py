@@ -12,21 +12,25 @@ to --output_dir.
 """
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Image
 
 from common.arguments import training_parser
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_and_compare
-from common.metrics import accuracy, auroc, normalise_answer
-from common.model import load_model, load_processor
-from common.shards import stream_hub
-from common.sources import check_pictures, check_rows, load_hub, read_json_lines
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.shards import open_hub
+from common.data.sources import check_rows, read_rows
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_and_compare
+from common.evaluation.metrics import accuracy, auroc
+from common.evaluation.predictions import Evaluation, exact_match
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import InputError, run
+from common.training.start import start
+from common.training.trainer import build_trainer
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
 HUB_EVAL_ROWS = 500
@@ -47,111 +51,93 @@ def parse_args():
     return parser.parse_args()
 
 
-def load_hub_rows(train_limit: int | None, eval_limit: int | None) -> tuple[Dataset, Dataset]:
-    """The hub's training rows: the first 500 evaluate, as in the published recipe; pictures stay encoded."""
-    rows = load_hub(*HUB, split="train").cast_column("images", [Image(decode=False)])
-    eval_rows = rows.select(range(min(eval_limit or len(rows), HUB_EVAL_ROWS, len(rows))))
-    train_rows = rows.select(list(range(HUB_EVAL_ROWS, min(HUB_EVAL_ROWS + (train_limit or len(rows)), len(rows)))))
-    return train_rows, eval_rows
-
-
-def stream_hub_rows(train_limit: int | None, eval_limit: int | None) -> tuple[Stream, Dataset]:
-    """The same rows, those for training streamed."""
-    rows = stream_hub(*HUB, columns=["images", "texts"])
-    return rows.select(HUB_EVAL_ROWS, train_limit), rows.head(min(eval_limit or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
-
-
-def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> Dataset:
-    """Rows of the official release, every picture checked."""
-    rows = []
-    for place, row in read_json_lines(data_dir / f"{split}.jsonl", "Hateful Memes"):
-        if not isinstance(row.get("img"), str) or row.get("label") not in (0, 1):
-            raise ValueError(f'{place}: needs "img" (the picture\'s name) and "label" (0 or 1)')
-        rows.append({"id": str(row.get("id", len(rows))), "image": str(data_dir / row["img"]), "label": int(row["label"])})
-        if len(rows) == limit:
-            break
-    check_pictures([row["image"] for row in rows], tqdm)
-    return Dataset.from_list(rows)
-
-
-def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
-    if args.data_dir and args.streaming:
-        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
-    if args.data_dir:
-        train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
-        eval_rows = load_official(args.data_dir, "dev_seen", args.max_eval_samples, args.tqdm)
-    else:
-        load = stream_hub_rows if args.streaming else load_hub_rows
-        train_rows, eval_rows = load(args.max_train_samples, args.max_eval_samples)
-        if not args.streaming:
-            check_rows(train_rows, lambda row: [to_conversation(row)], "training row", args.tqdm)
-        check_rows(eval_rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm)
-    if len({label(row) for row in eval_rows}) < 2:
-        where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
-        remedy = "raise --max_eval_samples" if args.max_eval_samples else "take a data set with both"
-        raise ValueError(f"{where}: AUROC needs memes of both labels, but all {len(eval_rows)} have the same: {remedy}")
-    return train_rows, eval_rows
-
-
-def label(row: dict) -> int:
-    if "label" in row:
-        return row["label"]
+def from_hub(row: dict, number: str) -> dict:
     answer = row["texts"][0]["assistant"]
     if answer not in ANSWERS:
-        raise ValueError(f'the answer must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}": take the row out')
-    return ANSWERS.index(answer)
+        raise InputError(f'the answer must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}": take the row out')
+    return {"id": number, "image": row["images"][0], "label": ANSWERS.index(answer)}
+
+
+def from_official(data_dir: Path, row: dict) -> dict:
+    if not isinstance(row.get("img"), str) or row.get("label") not in (0, 1):
+        raise InputError('needs "img" (the picture\'s name) and "label" (0 or 1)')
+    image = str(data_dir / row["img"])
+    return {"id": str(row.get("id", Path(image).stem)), "image": image, "label": int(row["label"])}
+
+
+def load_rows(args) -> tuple[Rows | Stream, Rows]:
+    """Rows to train and to evaluate on; those that aren't streamed have been checked, pictures and all."""
+    if args.data_dir and args.streaming:
+        raise InputError("--streaming is for the hub's rows, --data_dir for files: leave one of them out")
+    if args.data_dir:
+        to_row = partial(from_official, args.data_dir)
+        train_rows, eval_rows = (
+            read_rows(args.data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, args.skip_bad_rows)
+            for split, limit in (("train", args.max_train_samples), ("dev_seen", args.max_eval_samples))
+        )
+    else:
+        # The first 500 of the hub's training rows evaluate, as in the published recipe.
+        rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
+        eval_rows = rows.head(min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
+        train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
+    if not args.streaming:
+        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
+    eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
+    if len({row["label"] for row in eval_rows}) < 2:
+        where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
+        remedy = "raise --max_eval_samples" if args.max_eval_samples else "take a data set with both"
+        raise InputError(f"AUROC needs memes of both labels, but all {len(eval_rows)} have the same: {remedy}", str(where))
+    return train_rows, eval_rows
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
-    image = row["image"] if "image" in row else row["images"][0]
-    return {"conversations": [{"images": [image], "user": QUESTION, "assistant": ANSWERS[label(row)]}]}
+    return {"conversations": [{"images": [row["image"]], "user": QUESTION, "assistant": ANSWERS[row["label"]]}]}
 
 
-def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
+def all_conversations(row: dict) -> list[dict]:
+    return [to_conversation(row)]
+
+
+def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     """AUROC of P(yes) / (P(yes) + P(no)); accuracy of the generated answer, or of the likelier one."""
     conversations = [to_conversation(row) for row in rows]
     generate = not args.eval_by_likelihood
     answers, log_probabilities = generate_and_compare(model, processor, conversations, ANSWERS, args, generate)
     log_p_no, log_p_yes = log_probabilities.T
     p_yes = 1 / (1 + np.exp(log_p_no - log_p_yes))
-    accuracy_name = "accuracy" if generate else "accuracy_by_likelihood"
     answers = answers or [ANSWERS[int(p > 0.5)] for p in p_yes]
-    predictions = []
-    for number, (row, answer, p) in enumerate(zip(rows, answers, p_yes.tolist(), strict=True)):
-        prediction, truth = normalise_answer(answer), ANSWERS[label(row)]
-        predictions.append(
-            {
-                "id": row.get("id", str(number)),
-                "question": QUESTION,
-                "prediction": prediction,
-                "answers": [truth],
-                "score": float(prediction == normalise_answer(truth)),
-                "label": label(row),
-                "p_yes": p,
-            }
-        )
+    predictions = [
+        exact_match(row["id"], QUESTION, answer, ANSWERS[row["label"]], label=row["label"], p_yes=p)
+        for row, answer, p in zip(rows, answers, p_yes.tolist(), strict=True)
+    ]
     values = {
-        "auroc": auroc([entry["label"] for entry in predictions], p_yes),
-        accuracy_name: accuracy([entry["score"] for entry in predictions]),
+        "auroc": auroc([prediction.more["label"] for prediction in predictions], p_yes),
+        "accuracy" if generate else "accuracy_by_likelihood": accuracy([prediction.score for prediction in predictions]),
     }
     return Evaluation("auroc", values, predictions)
 
 
 def main() -> None:
     args = parse_args()
-    state = start(args)
-    processor = load_processor(args)
+    setup = start(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
-    training_data = StreamedData if args.streaming else TrainingData
-    finetune(
+    model = load_model(args, setup, processor)
+    trainer = build_trainer(
         args,
-        load_model(args, processor, state.device),
+        setup,
+        model,
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir or HUB[0]),
     )
+    trainer.evaluate_before()
+    trainer.train()
+    trainer.save_result()
+    trainer.evaluate_after()
+    trainer.report()
 
 
 if __name__ == "__main__":

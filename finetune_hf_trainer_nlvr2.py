@@ -12,22 +12,23 @@ to --output_dir.
 """
 
 import random
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from datasets import Dataset, Image
-
 from common.arguments import training_parser
-from common.conversations import check_conversation
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_answers
-from common.metrics import accuracy, consistency, normalise_answer
-from common.model import load_model, load_processor
-from common.shards import stream_hub
-from common.sources import check_pictures, check_rows, load_hub, read_json_lines
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.shards import open_hub
+from common.data.sources import check_rows, read_rows
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import accuracy, consistency
+from common.evaluation.predictions import Evaluation, exact_match
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import InputError, run
+from common.training.start import start
+from common.training.trainer import build_trainer
 
 HUB = ("HuggingFaceM4/the_cauldron", "nlvr2")
 HUB_EVAL_ROWS = 500
@@ -46,90 +47,61 @@ def parse_args():
     return parser.parse_args()
 
 
-class HubQuestions(Sequence):
-    """The questions of the hub's rows, one by one; a pair of pictures is read, encoded, when one of its questions is.
-
-    Parameters
-    ----------
-    rows : Dataset
-    places : list of (int, int)
-        Row and question.
-    """
-
-    def __init__(self, rows: Dataset, places: list[tuple[int, int]]) -> None:
-        self.rows, self.places = rows, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict:
-        row, question = self.places[index]
-        content = self.rows[row]
-        text = content["texts"][question]
-        return {"id": f"{row}-{question}", "images": content["images"], "question": text["user"], "answer": text["assistant"]}
+def from_hub(row: dict, number: str) -> dict:
+    """The first question about a pair of pictures; where every question is a row, that is the only one."""
+    text = row["texts"][0]
+    identifier = number if "-" in number else f"{number}-0"
+    return {"id": identifier, "images": row["images"], "question": text["user"], "answer": text["assistant"]}
 
 
-def load_hub_questions(train_limit: int | None, eval_limit: int | None) -> tuple[HubQuestions, HubQuestions]:
-    """Questions of the hub's training rows: the first of each of the first 500 evaluates, all of the others train."""
-    rows = load_hub(*HUB, split="train").cast_column("images", [Image(decode=False)])
-    counts = [len(texts) for texts in rows["texts"]]
-    eval_places = [(row, 0) for row in range(min(HUB_EVAL_ROWS, len(rows)))]
-    train_places = [(row, question) for row in range(HUB_EVAL_ROWS, len(rows)) for question in range(counts[row])]
-    return HubQuestions(rows, train_places[:train_limit]), HubQuestions(rows, eval_places[:eval_limit])
+def from_official(data_dir: Path, split: str, row: dict) -> dict:
+    identifier, sentence = row.get("identifier"), row.get("sentence")
+    if not isinstance(identifier, str) or identifier.count("-") != 3:
+        raise InputError('needs "identifier", of the form split-set-pair-sentence')
+    if not isinstance(sentence, str) or str(row.get("label")) not in ANSWERS:
+        raise InputError('needs "sentence" (a text) and "label" ("True" or "False")')
+    if split == "train" and "directory" not in row:
+        raise InputError('needs "directory", the folder below images/train/ that holds the pictures')
+    folder = data_dir / "images" / split / (str(row["directory"]) if split == "train" else "")
+    images = [str(folder / f"{identifier.rpartition('-')[0]}-img{side}.png") for side in (0, 1)]
+    question = QUESTION.format(sentence=sentence)
+    return {"id": identifier, "images": images, "question": question, "answer": ANSWERS[str(row["label"])]}
 
 
-def stream_hub_questions(train_limit: int | None, eval_limit: int | None) -> tuple[Stream, HubQuestions]:
-    """The same questions, those for training streamed, each with its row's pictures."""
-    columns = ["images", "texts"]
-    eval_rows = stream_hub(*HUB, columns=columns).head(HUB_EVAL_ROWS)
-    before = sum(len(texts) for texts in eval_rows["texts"])
-    questions = stream_hub(*HUB, columns=columns, each="texts").select(before, train_limit)
-    return questions, HubQuestions(eval_rows, [(row, 0) for row in range(len(eval_rows))][:eval_limit])
-
-
-def load_official(data_dir: Path, split: str, limit: int | None, tqdm: bool) -> Dataset:
-    """Rows of the official release, every picture checked."""
-    rows = []
-    for place, row in read_json_lines(data_dir / f"{split}.json", "NLVR2"):
-        identifier, sentence = row.get("identifier"), row.get("sentence")
-        if not isinstance(identifier, str) or identifier.count("-") != 3:
-            raise ValueError(f'{place}: needs "identifier", of the form split-set-pair-sentence')
-        if not isinstance(sentence, str) or str(row.get("label")) not in ANSWERS:
-            raise ValueError(f'{place}: needs "sentence" (a text) and "label" ("True" or "False")')
-        if split == "train" and "directory" not in row:
-            raise ValueError(f'{place}: needs "directory", the folder below images/train/ that holds the pictures')
-        pair = identifier.rpartition("-")[0]
-        folder = data_dir / "images" / split / (str(row["directory"]) if split == "train" else "")
-        images = [str(folder / f"{pair}-img{side}.png") for side in (0, 1)]
-        question = QUESTION.format(sentence=sentence)
-        rows.append({"id": identifier, "images": images, "question": question, "answer": ANSWERS[str(row["label"])]})
-        check_conversation(to_conversation(rows[-1]), place)
-        if len(rows) == limit:
-            break
-    check_pictures(sorted({image for row in rows for image in row["images"]}), tqdm)
-    return Dataset.from_list(rows)
-
-
-def load_rows(args) -> tuple[Sequence | Stream, Sequence]:
+def load_rows(args) -> tuple[Rows | Stream, Rows]:
+    """Rows to train and to evaluate on; those that aren't streamed have been checked, pictures and all."""
     if args.data_dir and args.streaming:
-        raise ValueError("--streaming is for the hub's shards; pictures in --data_dir are read one by one anyway: leave it out")
-    if not args.data_dir:
-        load = stream_hub_questions if args.streaming else load_hub_questions
-        train_rows, eval_rows = load(args.max_train_samples, args.max_eval_samples)
-        if not args.streaming:
-            check_rows(train_rows, lambda row: [to_conversation(row)], "training row", args.tqdm)
-        check_rows(eval_rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm)
-        return train_rows, eval_rows
-    train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.tqdm)
-    return train_rows, load_official(args.data_dir, "dev", args.max_eval_samples, args.tqdm)
+        raise InputError("--streaming is for the hub's rows, --data_dir for files: leave one of them out")
+    skip = args.skip_bad_rows
+    if args.data_dir:
+        train_rows, eval_rows = (
+            read_rows(
+                args.data_dir / f"{split}.json",
+                "NLVR2",
+                partial(from_official, args.data_dir, split),
+                limit,
+                args.skip_bad_rows,
+            )
+            for split, limit in (("train", args.max_train_samples), ("dev", args.max_eval_samples))
+        )
+    else:
+        # The first question of each of the first 500 of the hub's training rows evaluates, all of the others' train.
+        hub = partial(open_hub, *HUB, columns=["images", "texts"], streaming=args.streaming)
+        held_out = hub().head(HUB_EVAL_ROWS)
+        questions = sum(len(row["texts"]) for row in held_out)
+        train_rows = hub(each="texts").map(from_hub).select(questions, args.max_train_samples)
+        eval_rows = held_out.map(from_hub).select(0, args.max_eval_samples)
+    if not args.streaming:
+        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, skip)
+    return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, skip)
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
-    if "texts" in row:  # streamed from the hub
-        user, assistant = row["texts"][0]["user"], row["texts"][0]["assistant"]
-    else:
-        user, assistant = row["question"], row["answer"]
-    return {"conversations": [{"images": row["images"], "user": user, "assistant": assistant}]}
+    return {"conversations": [{"images": row["images"], "user": row["question"], "assistant": row["answer"]}]}
+
+
+def all_conversations(row: dict) -> list[dict]:
+    return [to_conversation(row)]
 
 
 def statement(identifier: str) -> str:
@@ -138,43 +110,40 @@ def statement(identifier: str) -> str:
     return f"{split}-{set_number}-{sentence}"
 
 
-def evaluate(model, processor, rows: Sequence, args) -> Evaluation:
+def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     """Accuracy of the generated answer and, where identifiers tell which pairs belong together, consistency."""
     answers = generate_answers(model, processor, [to_conversation(row) for row in rows], args)
-    predictions = []
-    for row, answer in zip(rows, answers, strict=True):
-        prediction = normalise_answer(answer)
-        predictions.append(
-            {
-                "id": row["id"],
-                "question": row["question"],
-                "prediction": prediction,
-                "answers": [row["answer"]],
-                "score": float(prediction == normalise_answer(row["answer"])),
-            }
-        )
-    correct = [entry["score"] for entry in predictions]
+    predictions = [
+        exact_match(row["id"], row["question"], answer, row["answer"]) for row, answer in zip(rows, answers, strict=True)
+    ]
+    correct = [prediction.score for prediction in predictions]
     values = {"accuracy": accuracy(correct)}
     if args.data_dir:
-        values["consistency"] = consistency([statement(row["id"]) for row in rows], correct)
+        values["consistency"] = consistency([statement(prediction.id) for prediction in predictions], correct)
     return Evaluation("accuracy", values, predictions)
 
 
 def main() -> None:
     args = parse_args()
-    state = start(args)
-    processor = load_processor(args)
+    setup = start(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
-    training_data = StreamedData if args.streaming else TrainingData
-    finetune(
+    model = load_model(args, setup, processor)
+    trainer = build_trainer(
         args,
-        load_model(args, processor, state.device),
+        setup,
+        model,
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir or HUB[0]),
     )
+    trainer.evaluate_before()
+    trainer.train()
+    trainer.save_result()
+    trainer.evaluate_after()
+    trainer.report()
 
 
 if __name__ == "__main__":

@@ -22,15 +22,18 @@ from pathlib import Path
 from datasets import Dataset
 
 from common.arguments import training_parser
-from common.data import TrainingData
-from common.evaluation import Evaluation
-from common.generation import generate_answers
-from common.metrics import accuracy, accuracy_per_class, normalise_answer
-from common.model import load_model, load_processor
-from common.shards import stream_conversations
-from common.sources import load_conversations
-from common.streaming import Stream, StreamedData
-from common.training import finetune, run, start
+from common.data.samples import TrainingData
+from common.data.shards import stream_conversations
+from common.data.sources import load_conversations
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import accuracy, accuracy_per_class
+from common.evaluation.predictions import Evaluation, Prediction, exact_match
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import run
+from common.training.start import start
+from common.training.trainer import build_trainer
 
 
 def parse_args():
@@ -64,57 +67,55 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     if args.streaming:
         train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
     else:
-        train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm)
-    return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm)
+        train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm, args.skip_bad_rows)
+    return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm, args.skip_bad_rows)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
     return row  # the general format is the one that is trained on
 
 
-def score(rows: Sequence, answers: list[str]) -> list[dict]:
+def score(rows: Sequence, answers: list[str]) -> list[Prediction]:
     """Compare the answer to each row's last turn with the expected one."""
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        prediction, turn = normalise_answer(answer), row["conversations"][-1]
         # Own data may lack ids, or use a picture's name for several questions.
         identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
         seen.add(identifier)
-        predictions.append(
-            {
-                "id": identifier,
-                "question": turn["user"],
-                "prediction": prediction,
-                "answers": [turn["assistant"]],
-                "score": float(prediction == normalise_answer(turn["assistant"])),
-            }
-        )
+        turn = row["conversations"][-1]
+        predictions.append(exact_match(identifier, turn["user"], answer, turn["assistant"]))
     return predictions
 
 
 def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
     """Accuracy of the generated answer to the last turn, over all rows and per class."""
     predictions = score(rows, generate_answers(model, processor, rows, args))
-    classes, correct = [entry["answers"][0] for entry in predictions], [entry["score"] for entry in predictions]
+    classes, correct = [entry.answers[0] for entry in predictions], [entry.score for entry in predictions]
     values = {"accuracy": accuracy(correct), "accuracy_per_class": accuracy_per_class(classes, correct)}
     return Evaluation("accuracy", values, predictions)
 
 
 def main() -> None:
     args = parse_args()
-    state = start(args)
-    processor = load_processor(args)
+    setup = start(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
-    training_data = StreamedData if args.streaming else TrainingData
-    finetune(
+    model = load_model(args, setup, processor)
+    trainer = build_trainer(
         args,
-        load_model(args, processor, state.device),
+        setup,
+        model,
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir),
     )
+    trainer.evaluate_before()
+    trainer.train()
+    trainer.save_result()
+    trainer.evaluate_after()
+    trainer.report()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m benchmarks.evaluation
 import argparse
 import contextlib
 import io
-import json
 import random
 import tempfile
 from pathlib import Path
@@ -16,10 +15,10 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from assets.draw_samples import draw_samples
-from common.conversations import prompt_text
-from common.generation import generate_answers
-from common.model import stop_token_ids
-from finetune_hf_trainer_docvqa import to_conversation
+from common.data.conversations import prompt_text
+from common.evaluation.generation import generate_answers
+from common.phi3v.processing import stop_token_ids
+from finetune_hf_trainer_docvqa import load_official, to_conversation
 
 from .measure import RESULTS, interleave, ratios, summarise, write_result
 
@@ -67,8 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         with contextlib.redirect_stdout(io.StringIO()):
             draw_samples("docvqa", Path(directory), train=1, val=args.documents)
-        rows = json.loads((Path(directory) / "val_v1.0_withQT.json").read_text())["data"]
-        rows = [row | {"image": f"{directory}/{row['image']}"} for row in rows]
+        rows = load_official(Path(directory), "val", limit=None)
         conversations = [to_conversation(row, random.Random(0)) for row in rows]
         answers = {}
 

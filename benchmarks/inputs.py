@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.collator import Collator
-from common.conversations import encode_conversation
+from common.data.collator import Collator
+from common.data.conversations import encode_conversation
 from common.phi3v.image_processing import CROP_SIZE, IMAGE_MEAN, IMAGE_STD, crop_grid_size
 from common.phi3v.processing import pad_rows
 

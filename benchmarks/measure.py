@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.files import write_file
-from common.machine import cpu_name, versions
+from common.runtime import cpu_name, versions, write_file
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,7 +54,7 @@ def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
     return summarise([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def hardware() -> dict[str, Any]:
+def describe_hardware() -> dict[str, Any]:
     """Processor, its cores that this process may use, memory in GiB, and the GPU."""
     found: dict[str, Any] = {
         "cpu": cpu_name(),
@@ -74,7 +73,7 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
     result = {
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
         "versions": versions(),
         **content,
     }

@@ -26,9 +26,10 @@ from PIL import Image
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from common.flops import TrainingFlops
-from common.model import set_gradient_checkpointing
+from common.data.batches import best_fit
+from common.model.loading import set_gradient_checkpointing
 from common.phi3v import Phi3VConfig
+from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import (
     CROP_SIZE,
     crop_grid_size,
@@ -40,7 +41,6 @@ from common.phi3v.image_processing import (
 )
 from common.phi3v.last_layer import answer_spans
 from common.phi3v.processing import pad_rows
-from common.planning import best_fit
 
 from .measure import RESULTS, interleave, ratios, summarise, write_result
 

@@ -8,10 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from common.files import write_file
-from common.flops import BatchSizes, TrainingFlops
-from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
+from common.model.loading import base_model
 from common.phi3v import Phi3VConfig
+from common.phi3v.flops import BatchSizes, TrainingFlops
+from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS
+from common.runtime import write_file
 from tools.results_page import METHOD_TITLES, load_published, markdown_table
 
 from .measure import RESULTS

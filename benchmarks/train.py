@@ -27,12 +27,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from assets.samples.docvqa import FIELDS, draw_value
 from common.arguments import training_parser
-from common.data import TrainingData
-from common.flops import TrainingFlops, peak_flops
-from common.model import base_model, load_model, load_processor
+from common.data.samples import TrainingData
+from common.model.checkpoint import load_processor
+from common.model.loading import base_model, load_model
 from common.phi3v import Phi3VConfig
-from common.trainer import build_trainer
-from common.training import start
+from common.phi3v.flops import TrainingFlops, peak_flops
+from common.training.start import start
+from common.training.trainer import build_trainer
 
 from .measure import RESULTS, write_result
 from .pages import draw_pages, find_pages
@@ -216,20 +217,20 @@ def measure(args, values, directory):
         *([] if attention == "auto" else ["--attn_implementation", attention]),
     ]
     flags = training_parser(__doc__, task="benchmark", metric="none").parse_args([str(part) for part in command])
-    state = start(flags)
-    processor = load_processor(flags)
+    setup = start(flags)
+    processor = load_processor(flags.model_name_or_path, setup.revision, flags.num_crops)
     pages = find_pages(args.image_dir) if args.image_dir else draw_pages(directory / "pages", args.num_images)
     rows = draw_rows(pages, args.batch_size * (args.warmup + args.steps), np.random.default_rng(args.seed))
-    model = load_model(flags, processor, state.device)
+    model = load_model(flags, setup, processor)
     data = TrainingData(rows, lambda row, _: row, processor, flags.seed)
-    trainer = build_trainer(flags, model, processor, data, data, evaluate=None)
+    trainer = build_trainer(flags, setup, model, processor, data, data, evaluate=None, source="drawn pages")
     watch = Watch(trainer, args.warmup, args.steps)
     trainer.add_callback(watch)
     trainer.train()
     return {
         "method": method,
-        "attention": flags.attention[0],
-        "packing": flags.packing,
+        "attention": setup.attention,
+        "packing": setup.packing,
         "checkpointing": trainer.recomputation,
         "samples_at_once": samples_at_once,
         "kernels": kernels,

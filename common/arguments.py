@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 import argparse
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from .phi3v.image_processing import MAX_CROPS, check_num_crops
+import torch
+
+from common.phi3v.image_processing import MAX_CROPS, check_num_crops
+from common.phi3v.parts import PARTS
+from common.runtime import InputError, world_size
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
-PARTS = ("decoder", "vision", "projector")
+SAVE_STEPS = 500
 LORA_DEFAULTS = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
 LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run has settled of its flags for this machine and this model.
+
+    Attributes
+    ----------
+    device : torch.device
+        Of this process.
+    precision : {"bf16", "fp16", "fp32"}
+    attention, attention_reason : str
+        Name of the implementation for transformers, and why it was chosen.
+    packing : bool
+        Whether samples are laid end to end instead of padded.
+    deepspeed : str, optional
+        DeepSpeed's configuration file; None for plain DDP.
+    zero_stage : int, optional
+        The stage that it names.
+    revision : str, optional
+        Commit of a hub model.
+    checkpoint : Path, optional
+        To resume from.
+    """
+
+    device: torch.device
+    precision: str
+    attention: str
+    attention_reason: str = ""
+    packing: bool = False
+    deepspeed: str | None = None
+    zero_stage: int | None = None
+    revision: str | None = None
+    checkpoint: Path | None = None
 
 
 def training_parser(description: str, task: str, metric: str) -> argparse.ArgumentParser:
@@ -30,7 +68,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    parser.set_defaults(task=task, metric=metric, base_revision=None)
+    parser.set_defaults(task=task, metric=metric)
 
     group = parser.add_argument_group("model")
     group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="hub id or directory (default: %(default)s)")
@@ -134,7 +172,12 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         default="no",
         help="when to save checkpoints (default: only the result, at the end)",
     )
-    group.add_argument("--save_steps", type=int, help="steps between checkpoints, with --save_strategy steps (default: 500)")
+    group.add_argument(
+        "--save_steps",
+        type=int,
+        default=SAVE_STEPS,
+        help="steps between checkpoints, with --save_strategy steps (default: %(default)s)",
+    )
     group.add_argument("--save_total_limit", type=int, help="keep the last so many checkpoints (default: all)")
     group.add_argument(
         "--resume_from_checkpoint",
@@ -162,6 +205,11 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         action="store_true",
         help="read the hub's shards, or shards in the general format, as training goes on, each process its part of the rows",
     )
+    group.add_argument(
+        "--skip_bad_rows",
+        action="store_true",
+        help="leave out rows that can't be used, and count them, instead of ending; not with --streaming",
+    )
     group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to measure the loss")
     group.add_argument(
         "--eval_steps", type=int, help="steps between evaluations, with --eval_strategy steps (default: --logging_steps)"
@@ -179,18 +227,18 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Check values that don't depend on the machine, and set what follows from others.
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check values that don't depend on the machine.
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the flag and what it takes.
     """
     try:
         check_num_crops(args.num_crops)
     except ValueError:
-        raise ValueError(f"--num_crops must be from 1 to {MAX_CROPS}, not {args.num_crops}") from None
+        raise InputError(f"--num_crops must be from 1 to {MAX_CROPS}, not {args.num_crops}") from None
     positive = (
         "batch_size batch_size_per_gpu num_train_epochs lora_rank eval_batch_size max_new_tokens logging_steps "
         "max_train_samples max_eval_samples max_tokens_per_batch save_steps save_total_limit eval_steps "
@@ -198,94 +246,111 @@ def check_arguments(args: argparse.Namespace) -> argparse.Namespace:
     )
     for name in positive.split():
         if (value := getattr(args, name, None)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
+            raise InputError(f"--{name} must be at least 1, not {value}")
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
-            raise ValueError(f"--{name} must not be negative, not {getattr(args, name)}")
+            raise InputError(f"--{name} must not be negative, not {getattr(args, name)}")
     if args.warmup_steps >= 1 and not float(args.warmup_steps).is_integer():
-        raise ValueError(f"--warmup_steps must be a whole number of steps, or below 1 a share of all, not {args.warmup_steps}")
+        raise InputError(f"--warmup_steps must be a whole number of steps, or below 1 a share of all, not {args.warmup_steps}")
     if args.lora_dropout >= 1:
-        raise ValueError(f"--lora_dropout must be below 1, not {args.lora_dropout}")
+        raise InputError(f"--lora_dropout must be below 1, not {args.lora_dropout}")
     if round(args.lora_rank * args.lora_alpha_ratio) < 1:
-        raise ValueError(
+        raise InputError(
             f"--lora_rank {args.lora_rank} × --lora_alpha_ratio {args.lora_alpha_ratio} must give an alpha of at least 1"
         )
     for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
-            raise ValueError(f"--{name} must be above 0, not {value}")
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (world_size * args.batch_size_per_gpu):
-        raise ValueError(
-            f"--batch_size {args.batch_size} can't be divided over {world_size} process(es) × --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu}: make it a multiple of {world_size * args.batch_size_per_gpu}"
+            raise InputError(f"--{name} must be above 0, not {value}")
+    processes = world_size()
+    if args.batch_size % (processes * args.batch_size_per_gpu):
+        raise InputError(
+            f"--batch_size {args.batch_size} can't be divided over {processes} process(es) × --batch_size_per_gpu "
+            f"{args.batch_size_per_gpu}: make it a multiple of {processes * args.batch_size_per_gpu}"
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
-        raise ValueError("--max_tokens_per_batch needs --packing: take one of them back")
+        raise InputError("--max_tokens_per_batch needs --packing: take one of them back")
     if args.max_tokens_per_batch is not None and args.streaming:
-        raise ValueError("--max_tokens_per_batch plans batches by the lengths of all rows, which --streaming does not know")
+        raise InputError("--max_tokens_per_batch plans batches by the lengths of all rows, which --streaming does not know")
+    if args.skip_bad_rows and args.streaming:
+        raise InputError("--skip_bad_rows leaves out rows that are checked before training, which --streaming does not do")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
-        raise ValueError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
+        raise InputError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} contradict each other")
     if args.use_qlora and args.init_lora_weights in ("pissa", "olora"):
-        raise ValueError(
+        raise InputError(
             f"--init_lora_weights {args.init_lora_weights} takes the adapters out of the base's weights, which 4 bits can't "
             "hold: choose another one with --use_qlora"
         )
-    args.use_lora = args.use_lora or args.use_qlora
     _check_parts(args)
     _check_idle(args)
     _check_evaluation(args)
-    return args
 
 
 def _check_parts(args: argparse.Namespace) -> None:
-    trained = args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
+    trained = trained_parts(args)
     for part in PARTS[1:]:
         if getattr(args, f"{part}_learning_rate") is not None and part not in trained:
-            raise ValueError(f"--{part}_learning_rate: the {part} part doesn't train, only {', '.join(trained)}: leave it out")
+            raise InputError(f"--{part}_learning_rate: the {part} part doesn't train, only {', '.join(trained)}: leave it out")
     if args.train_only is None:
         return
     unknown = sorted(set(args.train_only) - set(PARTS))
     if unknown:
-        raise ValueError(f"--train_only {','.join(args.train_only)}: no part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+        raise InputError(f"no part {unknown[0]!r}; parts are {', '.join(PARTS)}", f"--train_only {','.join(args.train_only)}")
     if args.freeze_vision_model and set(args.train_only) != {"decoder"}:
-        raise ValueError("--freeze_vision_model leaves only the decoder to train; --train_only says otherwise")
-    if args.use_lora:
-        raise ValueError("--train_only chooses weights to train in full; leave it out with --use_lora or --use_qlora")
+        raise InputError("--freeze_vision_model leaves only the decoder to train; --train_only says otherwise")
+    if uses_adapters(args):
+        raise InputError("--train_only chooses weights to train in full; leave it out with --use_lora or --use_qlora")
 
 
 def _check_idle(args: argparse.Namespace) -> None:
     """Refuse flags that would do nothing without another one."""
     for name, default in LORA_DEFAULTS.items():
-        if getattr(args, name) != default and not args.use_lora:
-            raise ValueError(f"--{name} needs --use_lora or --use_qlora: without them all weights train")
+        if getattr(args, name) != default and not uses_adapters(args):
+            raise InputError(f"--{name} needs --use_lora or --use_qlora: without them all weights train")
     for name, needed, missing in (
-        ("save_steps", "--save_strategy steps", args.save_strategy != "steps"),
+        ("save_steps", "--save_strategy steps", args.save_steps != SAVE_STEPS and args.save_strategy != "steps"),
         ("save_total_limit", "--save_strategy steps or epoch", args.save_strategy == "no"),
         ("eval_steps", "--eval_strategy steps", args.eval_strategy != "steps"),
         ("hub_model_id", "--push_to_hub", not args.push_to_hub),
         ("hub_private_repo", "--push_to_hub", not args.push_to_hub),
     ):
         if getattr(args, name) and missing:
-            raise ValueError(f"--{name} needs {needed}")
-    args.save_steps = args.save_steps or 500
+            raise InputError(f"--{name} needs {needed}")
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:
     if args.eval_metric_steps and args.eval_strategy != "steps":
-        raise ValueError("--eval_metric_steps needs --eval_strategy steps")
-    args.eval_steps = args.eval_steps or args.logging_steps
-    if args.eval_metric_steps and args.eval_metric_steps % args.eval_steps:
-        raise ValueError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {args.eval_steps}")
+        raise InputError("--eval_metric_steps needs --eval_strategy steps")
+    eval_steps = args.eval_steps or args.logging_steps  # as TrainingArguments has it
+    if args.eval_metric_steps and args.eval_metric_steps % eval_steps:
+        raise InputError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {eval_steps}")
     if args.early_stopping_patience and not args.load_best_model_at_end:
-        raise ValueError("--early_stopping_patience needs --load_best_model_at_end")
+        raise InputError("--early_stopping_patience needs --load_best_model_at_end")
     if args.load_best_model_at_end and (args.save_strategy != args.eval_strategy or args.save_strategy == "no"):
-        raise ValueError("--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same, steps or epoch")
-    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != args.eval_steps:
-        raise ValueError(
+        raise InputError("--load_best_model_at_end needs --save_strategy and --eval_strategy to be the same, steps or epoch")
+    if args.load_best_model_at_end and args.save_strategy == "steps" and args.save_steps != eval_steps:
+        raise InputError(
             "--load_best_model_at_end needs a checkpoint of every evaluation: "
-            f"set --save_steps ({args.save_steps}) to --eval_steps ({args.eval_steps})"
+            f"set --save_steps ({args.save_steps}) to --eval_steps ({eval_steps})"
         )
-    if args.load_best_model_at_end and args.eval_metric_steps and args.eval_metric_steps != args.eval_steps:
-        raise ValueError(
+    if args.load_best_model_at_end and args.eval_metric_steps and args.eval_metric_steps != eval_steps:
+        raise InputError(
             "--load_best_model_at_end compares the metric at every evaluation: set --eval_metric_steps to --eval_steps"
         )
+
+
+def uses_adapters(args: argparse.Namespace) -> bool:
+    """Whether LoRA adapters train instead of weights."""
+    return args.use_lora or args.use_qlora
+
+
+def trained_parts(args: argparse.Namespace) -> tuple[str, ...]:
+    """The parts of the model that train; under LoRA those that have adapters."""
+    return args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
+
+
+def method_name(args: argparse.Namespace) -> str:
+    """The method as people call it: full, LoRA or QLoRA, and which parts train if not all."""
+    name = "QLoRA" if args.use_qlora else "LoRA" if args.use_lora else "full"
+    if args.freeze_vision_model:
+        return f"{name}, frozen vision"
+    return f"{name}, {' and '.join(args.train_only)} only" if args.train_only else name

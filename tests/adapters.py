@@ -12,21 +12,23 @@ from PIL import Image
 from runs import weights, write_random_model
 from transformers import AutoModelForCausalLM
 
-from common.adapter_base import write_base_description
-from common.arguments import check_arguments, training_parser
-from common.model import fetch_checkpoint, load_model, load_processor
+from common.arguments import Setup, check_arguments, training_parser
+from common.model.adapters import write_base_description
+from common.model.checkpoint import fetch_checkpoint, load_processor
+from common.model.loading import load_model
 from tools.merge_lora import merge
 
 
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
     """Save an adapter that changes the answers, as the training scripts do."""
     command_line = ["--model_name_or_path", str(base), "--lora_rank", "8", "--num_crops", "2", *flags]
-    args = check_arguments(training_parser("", task="test", metric="anls").parse_args(command_line))
-    args.attention, args.deepspeed, args.base_revision = ("sdpa", ""), None, fetch_checkpoint(str(base))
-    processor = load_processor(args)
+    args = training_parser("", task="test", metric="anls").parse_args(command_line)
+    check_arguments(args)
+    setup = Setup(torch.device("cpu"), "fp32", "sdpa", revision=fetch_checkpoint(str(base)))
+    processor = load_processor(str(base), setup.revision, args.num_crops)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # draws the adapter's other half
-        model = load_model(args, processor, torch.device("cpu"))
+        model = load_model(args, setup, processor)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -42,7 +42,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 def be_process(rank: int, processes: int, port: int, words: list[str], log: Path, script: str = SCRIPT) -> None:
     """Be one process of a run, as torchrun would have started it."""
-    from common.training import run
+    from common.runtime import run
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.report import save_gallery_images, select_gallery
+from common.report.gallery import save_gallery_images, select_gallery
 
 CLASSES = [
     "ApplyEyeMakeup",

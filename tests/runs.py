@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import finetune_hf_trainer_docvqa as docvqa
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
+from common.runtime import InputError
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 
@@ -121,6 +122,6 @@ def write_random_model(directory: Path) -> Path:
 def message(monkeypatch, data, output, **options):
     """What the script says when it refuses to run, in this process."""
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, output, **options)])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(InputError) as error:
         docvqa.main()
     return str(error.value)

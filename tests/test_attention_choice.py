@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from common import model
+from common.model import loading
 from common.phi3v.attention import has_varlen_kernel
 
 
@@ -30,11 +30,11 @@ def test_attention_by_gpu_and_what_is_installed(capability, installed, options, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     for number in (2, 3, 4):
-        monkeypatch.setattr(model, f"is_flash_attn_{number}_available", lambda number=number: number in installed)
+        monkeypatch.setattr(loading, f"is_flash_attn_{number}_available", lambda number=number: number in installed)
     has_varlen_kernel.cache_clear()
     args = Namespace(**{"use_flash_attention": False, "attn_implementation": None} | options)
     try:
-        chosen = model.choose_attention(args, torch.device("cuda"))[0]
+        chosen = loading.choose_attention(args.attn_implementation, args.use_flash_attention, torch.device("cuda"))[0]
     except ValueError as error:
         chosen = str(error)
     finally:
@@ -46,5 +46,5 @@ def test_bf16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     with pytest.raises(ValueError, match="--bf16: Tesla V100 has no bf16"):
-        model.training_precision(Namespace(bf16=True), torch.device("cuda"))
-    assert model.training_precision(Namespace(bf16=True), torch.device("cpu")) == "bf16"
+        loading.training_precision(True, torch.device("cuda"))
+    assert loading.training_precision(True, torch.device("cpu")) == "bf16"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import random
 import shutil
 import socket
@@ -20,13 +21,15 @@ from conftest import ROOT, torchrun
 from forked import be_process, server
 from PIL import Image
 from runs import SCRIPT, flags, message, write_docvqa, write_random_model
-from torch.utils.data import DataLoader
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_ucf101 as ucf101
-from common import training
-from common.collator import load_crops
-from common.training import run
+from common import runtime
+from common.data.collator import load_crops
+from common.data.loader import WorkerLoader
+from common.runtime import InputError, run
+from common.training import start as training
+from common.training import trainer
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def data(tmp_path):
         ({"report_to": "wandb"}, "--report_to wandb: "),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
         ({"streaming": True}, "--streaming"),
-        ({"full_train": True}, "--full_train is for the hub's rows, --data_dir for the official release"),
+        ({"full_train": True}, "--streaming and --full_train are for the hub's rows, --data_dir for files"),
         ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: there is no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
@@ -93,7 +96,7 @@ def test_threads_are_those_that_were_asked_for(exported, threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", exported)
     monkeypatch.setenv("RANK", "0")
     training._prepare_environment(on_gpu=False)
-    assert chosen == ([] if threads else [training._cores_of_process()])
+    assert chosen == ([] if threads else [runtime.cores_per_process()])
 
 
 def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
@@ -145,11 +148,11 @@ def break_cut_short(data):
 
 def break_json(data):
     (data / "train_v1.0_withQT.json").write_text("{")
-    return "train_v1.0_withQT.json is no valid JSON", "download it again"
+    return "train_v1.0_withQT.json is not valid JSON", "download it again"
 
 
 def break_schema(data):
-    (data / "train_v1.0_withQT.json").write_text("[]")
+    (data / "train_v1.0_withQT.json").write_text('{"rows": []}')
     return "is not in DocVQA's schema", '"data"'
 
 
@@ -193,7 +196,7 @@ def break_text(data):
 def break_character(data):
     path = data / "val_v1.0_withQT.json"
     path.write_text(path.read_text().replace("Which", "\\ud800"))
-    return "val_v1.0_withQT.json is no valid JSON", "surrogates not allowed"
+    return "val_v1.0_withQT.json is not valid JSON", "surrogates not allowed"
 
 
 def break_folder(data):
@@ -204,7 +207,7 @@ def break_folder(data):
 
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
-    return "val_v1.0_withQT.json is empty", "no question"
+    return "val_v1.0_withQT.json is not in DocVQA's schema", "that holds questions"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_data(damage, monkeypatch, data, tmp_path):
 
 def be_process_with_hub(mini: Path, *arguments: object) -> None:
     """Be one process of a run whose hub has one data set, DocVQA's 1,200 examples, in a folder."""
-    datasets.config.HF_DATASETS_CACHE = mini / "cache"
+    datasets.config.HF_DATASETS_CACHE = mini.parent / "cache"
     docvqa.MINI = str(mini)
     be_process(*arguments)
 
@@ -307,10 +310,10 @@ def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_p
 @pytest.mark.parametrize(
     ("split", "place", "how"),
     [
-        ("train", "training row 2", "cut short"),
-        ("test", "evaluation row 2", "cut short"),
-        ("train", "training row 2", "damaged before its end"),
-        ("train", "training row 2", "damaged without checksums"),
+        ("train", "train, row 2", "cut short"),
+        ("test", "test, row 2", "cut short"),
+        ("train", "train, row 2", "damaged before its end"),
+        ("train", "train, row 2", "damaged without checksums"),
     ],
 )
 def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how, data, tmp_path):
@@ -337,9 +340,54 @@ def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how,
         target=partial(be_process_with_hub, tmp_path / "mini"),
     )
     assert codes == [1], said
-    assert f"error: {place}: a picture stored in the data set can't be decoded" in said
+    assert f"error: {tmp_path / 'mini'}, {place}: a picture stored in the data set can't be decoded" in said
     assert "Traceback" not in said
     assert (tmp_path / "out/eval_before.json").exists() == (how == "damaged without checksums")
+
+
+class BrokenCollator:
+    """Raises as a worker that meets a programming error."""
+
+    def __init__(self, processor, **options):
+        pass
+
+    def __call__(self, samples):
+        return list(zip(samples, [], strict=True))
+
+
+def be_process_with_a_broken_collator(*arguments):
+    trainer.Collator = BrokenCollator
+    be_process(*arguments)
+
+
+@pytest.mark.slow
+def test_a_programming_error_in_a_run_shows_its_traceback(data, tmp_path):
+    options = {"deepspeed": "none", "max_new_tokens": 1, "model_name_or_path": write_random_model(tmp_path / "model")}
+    codes, said = end(
+        tmp_path / "log",
+        *flags(data, tmp_path / "out", **options),
+        processes=1,
+        target=be_process_with_a_broken_collator,
+    )
+    assert codes == [1], said
+    assert "Traceback" in said and "zip() argument 2 is shorter" in said and "error: " not in said.replace("Error: ", "")
+
+
+@pytest.mark.slow
+def test_an_input_error_of_a_worker_ends_every_process_with_one_line(data, tmp_path):
+    """Each of two processes meets a damaged picture in the same step, in its worker."""
+    (tmp_path / "mini").mkdir()
+    whole = (data / "documents/train0.png").read_bytes()
+    for part, picture in (("train", as_damaged_jpeg(whole)), ("test", whole)):
+        row = {"image": {"bytes": picture, "path": None}, "query": {"en": "What?"}, "id": "1", "answers": ["1"]}
+        pq.write_table(pa.Table.from_pylist([row] * 2), tmp_path / f"mini/{part}-00000-of-00001.parquet")
+    options = {"data_dir": None, "deepspeed": "none", "dataloader_num_workers": 1, "batch_size": 2, "max_new_tokens": 1}
+    options |= {"batch_size_per_gpu": 1, "model_name_or_path": write_random_model(tmp_path / "model")}
+    words = flags(data, tmp_path / "out", **options)
+    codes, said = end(tmp_path / "log", *words, target=partial(be_process_with_hub, tmp_path / "mini"))
+    assert codes == [1, 1], said
+    lines = [line for line in said.splitlines() if line.startswith(f"error: {tmp_path / 'mini'}, train, row ")]
+    assert len(lines) == 2 and "Traceback" not in said
 
 
 def as_damaged_jpeg(picture):
@@ -362,7 +410,7 @@ def test_a_worker_says_what_the_process_itself_would_say(workers):
     def collate(rows):
         return load_crops([{"bytes": b"no picture", "path": "a.png"}], 1, ["training row 5"])
 
-    loader = DataLoader([0], collate_fn=collate, num_workers=workers)
+    loader = WorkerLoader([0], collate, batch_sampler=[[0]], num_workers=workers)
     with pytest.raises(SystemExit) as ended:
         run(lambda: next(iter(loader)))
     assert str(ended.value).startswith("error: training row 5: picture a.png can't be read (")
@@ -370,10 +418,24 @@ def test_a_worker_says_what_the_process_itself_would_say(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_what_a_library_complains_of_keeps_its_traceback(workers):
-    loader = DataLoader([0], collate_fn=lambda rows: random.sample(rows, 2), num_workers=workers)
-    with pytest.raises(ValueError, match="Sample larger than population"):
+@pytest.mark.parametrize(
+    ("collate", "complaint"),
+    [
+        (lambda rows: random.sample(rows, 2), "Sample larger than population"),
+        (lambda rows: list(zip(rows, [], strict=True)), r"zip\(\) argument 2 is shorter"),
+    ],
+)
+def test_what_is_not_the_users_fault_keeps_its_traceback(collate, complaint, workers):
+    """A library's complaint, or an error in the code that calls it."""
+    loader = WorkerLoader([0], collate, batch_sampler=[[0]], num_workers=workers)
+    with pytest.raises(ValueError, match=complaint):
         run(lambda: next(iter(loader)))
+
+
+def test_an_input_error_is_the_same_after_its_way_to_other_processes():
+    error = pickle.loads(pickle.dumps(InputError("needs a label", "train.jsonl, line 3").at("training row 2")))
+    assert type(error) is InputError and error.place == "training row 2"
+    assert str(error) == "training row 2: train.jsonl, line 3: needs a label"
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from benchmarks import inputs, measure, table, train
 from benchmarks.pages import SHAPES, draw_pages, find_pages
-from common.data import TrainingData
+from common.data.samples import TrainingData
 from common.phi3v import Phi3VImageProcessor
 from common.phi3v.image_processing import to_crop_grid
 from tools.results_page import load_published

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import common  # noqa: F401  registers the processor
-from common.conversations import encode_conversation
+from common.data.conversations import encode_conversation
 from tools.check_data import main
 
 COMMAND = [sys.executable, "-m", "tools.check_data", "--model_name_or_path", str(TINY)]

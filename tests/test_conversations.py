@@ -8,7 +8,8 @@ from conftest import GOLDEN, TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.conversations import check_conversation, check_picture, encode_conversation, encode_prompt, prompt_text
+from common.data.conversations import check_conversation, encode_conversation, encode_prompt, prompt_text
+from common.data.pictures import check_picture
 
 TOKENIZERS = [
     pytest.param(TINY, id="tiny"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from common.sources import parse_conversation
+from common.data.sources import parse_conversation
 
 GUIDE = (ROOT / "docs/custom_dataset.md").read_text(encoding="utf-8")
 

@@ -10,9 +10,9 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.collator import Collator, load_crops
-from common.data import TrainingData
-from common.streaming import Row, StreamedData
+from common.data.collator import Collator, load_crops
+from common.data.samples import TrainingData
+from common.data.streaming import Row, StreamedData
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import tools.demo
 from assets.samples.docvqa import draw_split
-from common.inference import load_full
-from common.model import DECODER_LORA_MODULES
+from common.model.inference import load_full
+from common.phi3v.parts import DECODER_LORA_MODULES
 from tools.demo import load_models, stream_answer
 
 REPOSITORY = Path(__file__).resolve().parents[1]

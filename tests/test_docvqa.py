@@ -19,8 +19,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_docvqa as script
-from common.data import TrainingData
-from common.metrics import anls
+from common.data.samples import TrainingData
+from common.evaluation.metrics import anls
 
 FLAGS = argparse.Namespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, bf16=False, tqdm=False)
 
@@ -74,13 +74,14 @@ def load(monkeypatch):
 
 def test_mini_trains_and_evaluates_on_its_own_splits(load):
     train_rows, eval_rows = load()
-    assert train_rows["id"] == [f"train_{number}" for number in range(7)]
-    assert eval_rows["id"] == [f"test_{number}" for number in range(3)]
+    assert [row["id"] for row in train_rows] == [f"train_{number}" for number in range(7)]
+    assert [row["id"] for row in eval_rows] == [f"test_{number}" for number in range(3)]
     assert train_rows[4] == {
         "id": "train_4",
         "image": picture(4),  # not decoded before it is needed
-        "query": {"de": "Was ist 4?", "en": "What is 4?"},
+        "question": "What is 4?",
         "answers": ["4", "4."],
+        "texts": [{"user": "What is 4?\nAnswer briefly.", "assistant": answer} for answer in ("4", "4.")],
     }
     turn = {"images": [picture(3)], "user": "What is 3?\nAnswer briefly.", "assistant": "3"}
     assert script.to_conversation(train_rows[3], random.Random(0)) == {"conversations": [turn]}
@@ -90,8 +91,8 @@ def test_mini_trains_and_evaluates_on_its_own_splits(load):
 
 def test_full_train_trains_on_every_page_and_evaluates_on_mini(load):
     train_rows, eval_rows = load("--full_train")
-    assert [len(texts) for texts in train_rows["texts"]] == [1, 2, 3, 4, 5]
-    assert eval_rows["id"] == ["test_0", "test_1", "test_2"]
+    assert [len(row["texts"]) for row in train_rows] == [1, 2, 3, 4, 5]
+    assert [row["id"] for row in eval_rows] == ["test_0", "test_1", "test_2"]
     turn = {"images": [picture(0)], "user": "Question 0.0?\nAnswer briefly.", "assistant": "0.0."}
     assert script.to_conversation(train_rows[0], random.Random(0)) == {"conversations": [turn]}
     assert [len(rows) for rows in load("--full_train", "--max_train_samples", 2, "--max_eval_samples", 1)] == [2, 1]
@@ -115,9 +116,8 @@ def test_what_is_drawn_is_a_function_of_seed_epoch_and_row(load, arguments, row)
     turns = [data.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
     assert turns == [again.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
     assert turns != [other.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
-    content = data.rows[row]
-    if "texts" in content:
-        possible = [(text["user"], text["assistant"]) for text in content["texts"]]
+    if arguments:
+        possible = [(f"Question 4.{text}?\nAnswer briefly.", f"4.{text}.") for text in range(5)]
     else:
         possible = [("What is 5?\nAnswer briefly.", answer) for answer in ("5", "5.", "Number 5")]
     drawn = Counter((turn["user"], turn["assistant"]) for turn in turns)
@@ -133,26 +133,26 @@ def test_evaluation(load, full_train):
     args = argparse.Namespace(**vars(FLAGS), full_train=full_train)
     found = script.evaluate(model, processor, eval_rows, args)
     assert found.metric == "anls"
-    assert [entry["id"] for entry in found.predictions] == ["test_0", "test_1", "test_2"]
-    assert [entry["question"] for entry in found.predictions] == ["What is 0?", "What is 1?", "What is 2?"]
-    assert [entry["answers"] for entry in found.predictions] == [["0"], ["1", "1."], ["2", "2.", "Number 2"]]
-    assert all(entry["prediction"] for entry in found.predictions)
+    assert [entry.id for entry in found.predictions] == ["test_0", "test_1", "test_2"]
+    assert [entry.question for entry in found.predictions] == ["What is 0?", "What is 1?", "What is 2?"]
+    assert [entry.answers for entry in found.predictions] == [["0"], ["1", "1."], ["2", "2.", "Number 2"]]
+    assert all(entry.prediction for entry in found.predictions)
     assert_scored(found)
     # What it said, in other letters, as the accepted answer: it says the same again, and now that is right but for their case.
-    said = [entry["prediction"] for entry in found.predictions]
-    rows = eval_rows.map(lambda row, number: {"answers": ["-", said[number].swapcase()]}, with_indices=True)
+    said = [entry.prediction for entry in found.predictions]
+    rows = [row | {"answers": ["-", answer.swapcase()]} for row, answer in zip(eval_rows, said, strict=True)]
     found = script.evaluate(model, processor, rows, args)
-    assert [entry["prediction"] for entry in found.predictions] == said
+    assert [entry.prediction for entry in found.predictions] == said
     assert_scored(found)
     assert found.values["anls"] == 1 > found.values["anls_case_sensitive"]
 
 
 def assert_scored(found):
     assert list(found.values) == ["anls", "anls_case_sensitive"]
-    scores = [anls(entry["prediction"], entry["answers"]) for entry in found.predictions]
-    assert [entry["score"] for entry in found.predictions] == scores
+    scores = [anls(entry.prediction, entry.answers) for entry in found.predictions]
+    assert [entry.score for entry in found.predictions] == scores
     assert found.values["anls"] == pytest.approx(fmean(scores))
-    assert found.values["anls_case_sensitive"] == fmean(entry["score_case_sensitive"] for entry in found.predictions)
+    assert found.values["anls_case_sensitive"] == fmean(entry.more["score_case_sensitive"] for entry in found.predictions)
 
 
 @needs_data
@@ -161,7 +161,7 @@ def test_real_scans_are_learned_from(tmp_path):
     """Some of the pages, at four crops, for some steps."""
     options = {"num_crops": 4, "batch_size": 8, "max_steps": 6, "learning_rate": 5e-4}
     log = finetune_forked(SHARED / "data/docvqa", tmp_path / "out", max_train_samples=48, max_eval_samples=8, **options)
-    losses = [entry["loss"] for entry in log]
+    losses = [entry.loss for entry in log]
     assert fmean(losses[-2:]) < fmean(losses[:2]) - 0.3
     for when in ("before", "after"):
         assert json.loads((tmp_path / f"out/eval_{when}.json").read_text())["samples"] == 8

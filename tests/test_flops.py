@@ -11,11 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoProcessor, Trainer
 
-from common import trainer as trainer_module
-from common.collator import Collator
-from common.conversations import encode_conversation
-from common.flops import TrainingFlops, named_peak_flops, peak_flops
-from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, base_model
+from common import runtime
+from common.data.collator import Collator
+from common.data.conversations import encode_conversation
+from common.model.loading import base_model
+from common.phi3v.flops import TrainingFlops, named_peak_flops, peak_flops
+from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS
+from common.training import trainer as trainer_module
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +149,8 @@ def test_a_log_line_tells_the_speed_of_all_processes_without_what_lies_between_s
     now, logged = [100.0], []
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(trainer_module, "peak_flops", lambda device: 1e12)
-    monkeypatch.setattr(trainer_module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(trainer_module.dist, "all_reduce", lambda done: done.mul_(2))  # the other process did as much
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda done: done.mul_(2))  # the other process did as much
     monkeypatch.setattr(Trainer, "training_step", lambda *_: torch.tensor(0.0))
     monkeypatch.setattr(Trainer, "log", lambda _, logs: logged.append(logs))
     trainer = trainer_module.FinetuningTrainer.__new__(trainer_module.FinetuningTrainer)

@@ -1,4 +1,4 @@
-"""Fused layers compute what transformers' and PEFT's do: loss and gradients, packed and padded, with and without recomputation."""
+"""Fused layers compute what those of transformers and PEFT do: loss and gradients, packed and padded, recomputed or kept."""
 
 from contextlib import nullcontext
 
@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
-from common.collator import Collator
-from common.conversations import encode_conversation
-from common.lora import FusedLoraLinear, fuse_lora
-from common.model import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS, set_gradient_checkpointing
+from common.data.collator import Collator
+from common.data.conversations import encode_conversation
+from common.model.loading import set_gradient_checkpointing
+from common.model.lora import FusedLoraLinear, fuse_lora
 from common.phi3v import fused
 from common.phi3v.layers import FusedDecoderLayer, FusedEncoderLayer
+from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets
 
 PLAIN = {FusedDecoderLayer: Phi3DecoderLayer, FusedEncoderLayer: CLIPEncoderLayer}
 METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision")
@@ -39,7 +40,7 @@ def build(method, plain=False):
     if "frozen vision" in method:
         model.model.vision_embed_tokens.requires_grad_(False)
     if method.startswith("LoRA"):
-        targets = rf"{DECODER_LORA_MODULES}|.*encoder\.layers\.(0|1)\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
+        targets = lora_targets(model.config, vision="frozen vision" not in method)
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
         if not plain:
             fuse_lora(model)

@@ -12,11 +12,11 @@ from conftest import ROOT, TINY
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from common import generation
-from common.conversations import pictures, prompt_text
-from common.generation import generate_and_compare, generate_answers, share_by_length
-from common.model import stop_token_ids
+from common.data.conversations import pictures, prompt_text
+from common.evaluation import generation
+from common.evaluation.generation import generate_and_compare, generate_answers, share_by_length
 from common.phi3v import Phi3VConfig, cache
+from common.phi3v.processing import stop_token_ids
 
 ANSWERS = ("Yes.", "No, neither of them")
 
@@ -127,7 +127,7 @@ import argparse, os, signal
 os.setsid()
 import common
 from transformers import AutoModelForCausalLM, AutoProcessor
-from common.generation import generate_answers
+from common.evaluation.generation import generate_answers
 
 received, reader = [], os.getpid()
 signal.signal(signal.SIGTERM, lambda *_: received.append(os.getpid()))

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from common.conversations import encode_conversation
+from common.data.conversations import encode_conversation
 from common.phi3v import Phi3VConfig, Phi3VImageProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens
 

@@ -15,12 +15,13 @@ from test_memory import flags as trial_flags
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
-from common.collator import Collator
-from common.conversations import encode_conversation
-from common.flops import TrainingFlops
-from common.memory import try_out
+from common.arguments import Setup
+from common.data.collator import Collator
+from common.data.conversations import encode_conversation
 from common.phi3v.attention import varlen_attention_forward
+from common.phi3v.flops import TrainingFlops
 from common.phi3v.layers import LeanLayerNorm, LeanRMSNorm
+from common.training.memory import estimate_memory
 
 ON_GPU = torch.cuda.is_available()
 HAS_FLASH = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
@@ -203,11 +204,11 @@ def test_optimizers_of_bitsandbytes(optim, dtype, places, tmp_path):
 def test_the_trial_measures_the_gpu_and_leaves_its_memory_as_it_was(packing):
     device = torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").to(device)
-    args = trial_flags(packing=packing, bf16=True)
+    setup = Setup(device, "bf16", "varlen", packing=packing)
     model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first product of a process takes a workspace for good
     gc.collect()  # what earlier tests left would be freed by the trial
     before = torch.cuda.memory_allocated()
-    trial = try_out(model, args, device, TrainingFlops(model))
+    trial = estimate_memory(model, trial_flags(bf16=True), setup, TrainingFlops(model))
     assert torch.cuda.memory_allocated() == before
     assert trial.flops_per_second > 0 and trial.choose(2000, 4) == "none"
 

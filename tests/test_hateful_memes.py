@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as script
-from common import generation
-from common.conversations import encode_prompt
+from common.data.conversations import encode_prompt
+from common.evaluation import generation
 
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
 
@@ -86,20 +86,20 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 2)
     train_rows, eval_rows = script.load_rows(flags(monkeypatch))
-    assert [script.label(row) for row in eval_rows] == [1, 0]
-    assert [script.label(row) for row in train_rows] == [0, 1, 0]
+    assert [row["label"] for row in eval_rows] == [1, 0]
+    assert [row["label"] for row in train_rows] == [0, 1, 0]
     turn = script.to_conversation(train_rows[1])["conversations"][0]
     assert turn["user"] == script.QUESTION
     assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
     limited = flags(monkeypatch, "--max_train_samples", 1)
     assert [len(rows) for rows in script.load_rows(limited)] == [1, 2]
     found = script.evaluate(model, processor, eval_rows, argparse.Namespace(**vars(limited) | vars(FLAGS)))
-    assert [(entry["id"], entry["label"]) for entry in found.predictions] == [("0", 1), ("1", 0)]
+    assert [(entry.id, entry.more["label"]) for entry in found.predictions] == [("0", 1), ("1", 0)]
 
     rows[1]["texts"][0]["assistant"] = "Maybe."
     Dataset.from_list(rows, features).to_parquet(tmp_path / "other/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "other"),))
-    with pytest.raises(ValueError, match=r'evaluation row 1: the answer must be "No." or "Yes.", not "Maybe."'):
+    with pytest.raises(ValueError, match=r'/other, train, row 1: the answer must be "No." or "Yes.", not "Maybe."'):
         script.load_rows(flags(monkeypatch))
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
@@ -137,9 +137,9 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
         monkeypatch.delattr(generation, "_generate")  # what takes the time, and what this flag is to spare
     found = script.evaluate(model, processor, rows, args)
     predictions = found.predictions
-    labels, p_yes = [entry["label"] for entry in predictions], [entry["p_yes"] for entry in predictions]
+    labels, p_yes = [entry.more["label"] for entry in predictions], [entry.more["p_yes"] for entry in predictions]
     assert labels == [1, 0, 0, 1, 1]
-    assert [entry["id"] for entry in predictions] == ["1000", "1001", "1002", "1003", "1004"]
+    assert [entry.id for entry in predictions] == ["1000", "1001", "1002", "1003", "1004"]
     conversations = [script.to_conversation(row) for row in rows]
     _, log_probabilities = generation.generate_and_compare(
         model, processor, conversations, ("No.", "Yes."), FLAGS, generate=False
@@ -148,12 +148,12 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
     assert p_yes == pytest.approx(p_answers[:, 1] / p_answers.sum(1), rel=1e-5)
     assert found.metric == "auroc"
     assert found.values["auroc"] == roc_auc_score(labels, p_yes)
-    right = [entry["prediction"] == entry["answers"][0].lower().strip(".") for entry in predictions]
-    assert [entry["score"] for entry in predictions] == right
+    right = [entry.prediction == entry.answers[0].lower().strip(".") for entry in predictions]
+    assert [entry.score for entry in predictions] == right
     assert list(found.values) == ["auroc", "accuracy_by_likelihood" if by_likelihood else "accuracy"]
     assert list(found.values.values())[1] == pytest.approx(np.mean(right))
     if by_likelihood:
-        assert [entry["prediction"] for entry in predictions] == ["yes" if p > 0.5 else "no" for p in p_yes]
+        assert [entry.prediction for entry in predictions] == ["yes" if p > 0.5 else "no" for p in p_yes]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +212,7 @@ def test_two_processes_finetune_and_evaluate_as_one(release, tmp_path, monkeypat
         AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), processor, script.load_rows(args)[1], args
     )
     for entry, expected in zip(after["predictions"], alone.predictions, strict=True):
+        expected = expected.to_dict()
         assert entry["id"] == expected["id"]
         assert entry["p_yes"] == pytest.approx(expected["p_yes"], rel=0.1)  # weights are saved in the base's dtype
 

@@ -17,8 +17,9 @@ from conftest import ROOT, TINY
 from runs import SCRIPT, flags, write_docvqa
 from safetensors.torch import load_file, save_file
 
-from common.adapter_base import base_revision, fingerprint
-from common.inference import load_for_inference
+from common.model.adapters import fingerprint
+from common.model.checkpoint import base_revision
+from common.model.inference import load_for_inference
 from tools.merge_lora import merge
 
 

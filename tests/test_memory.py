@@ -11,14 +11,26 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.table import PUBLISHED_BATCH
-from common.flops import TrainingFlops
-from common.memory import MODES, Footprint, Trial, kept_bytes, least_recomputation, state_bytes, step_bytes, try_out
-from common.model import _add_lora, count_parameters, set_gradient_checkpointing
+from common.arguments import Setup
+from common.data.batches import Lengths, PlannedBatches
+from common.model.loading import _add_lora, count_parameters, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig
+from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
 from common.phi3v.last_layer import answer_spans
-from common.planning import Lengths, PlannedBatches
-from common.summary import duration, summarize
+from common.training import memory
+from common.training.deepspeed import zero_stage
+from common.training.memory import (
+    MODES,
+    Footprint,
+    Trial,
+    estimate_memory,
+    kept_bytes,
+    least_recomputation,
+    state_bytes,
+    step_bytes,
+)
+from common.training.summary import approximate_duration, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "tiny_phi3v"
@@ -26,14 +38,19 @@ CPU = torch.device("cpu")
 
 
 def flags(**changes):
-    values = {"bf16": False, "packing": True, "deepspeed": None, "optim": "adamw_torch_fused", "gradient_checkpointing": "auto"}
+    values = {"bf16": False, "optim": "adamw_torch_fused", "gradient_checkpointing": "auto"}
     values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None}
     values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
     values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
-    values |= {"model_name_or_path": str(MODEL), "attention": ("varlen", "on a CPU"), "max_tokens_per_batch": None}
+    values |= {"model_name_or_path": str(MODEL), "max_tokens_per_batch": None}
     values |= {"warmup_steps": 2, "lr_scheduler_type": "linear"}
     values |= {"batch_size": 8, "batch_size_per_gpu": 2, "max_steps": -1, "num_train_epochs": 3}
     return argparse.Namespace(**(values | changes))
+
+
+def settled(bf16=False, packing=True, deepspeed=None):
+    precision = "bf16" if bf16 else "fp32"
+    return Setup(CPU, precision, "varlen", "on a CPU", packing, deepspeed, zero_stage(deepspeed))
 
 
 def load(frozen=False):
@@ -69,10 +86,10 @@ def batch(texts, packing):
 
 @pytest.mark.parametrize(("packing", "bf16", "frozen"), [(True, False, False), (False, False, False), (True, True, True)])
 def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
-    model, args = load(frozen), flags(packing=packing, bf16=bf16)
+    model, args, setup = load(frozen), flags(bf16=bf16), settled(bf16, packing)
     flops = TrainingFlops(model)
     random_state = torch.get_rng_state()
-    trial = try_out(model, args, CPU, flops)
+    trial = estimate_memory(model, args, setup, flops)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(parameter.grad is not None for parameter in model.parameters())
     model.train()
@@ -93,16 +110,16 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
 
 
 @pytest.mark.parametrize(
-    ("options", "by_autocast"),
-    [({}, True), ({"deepspeed": str(ROOT / "common/deepspeed/zero2.json")}, False)],
+    ("deepspeed", "by_autocast"),
+    [(None, True), (str(ROOT / "common/deepspeed/zero2.json"), False)],
     ids=["fp32 weights", "DeepSpeed's, in bf16"],
 )
-def test_the_trial_has_the_precision_of_training(options, by_autocast):
-    model, args = load(), flags(bf16=True, **options)
+def test_the_trial_has_the_precision_of_training(deepspeed, by_autocast):
+    model, setup = load(), settled(bf16=True, deepspeed=deepspeed)
     model.to(torch.float32 if by_autocast else torch.bfloat16)
     seen = set()
     model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
-    try_out(model, args, CPU, TrainingFlops(model))
+    estimate_memory(model, flags(bf16=True), setup, TrainingFlops(model))
     assert seen == {by_autocast}
 
 
@@ -122,19 +139,20 @@ def test_as_little_is_recomputed_as_fits():
 def test_states_by_optimizer_and_sharding(tmp_path):
     model = load(frozen=True)
     count = sum(trained for trained, _ in count_parameters(model).values())
-    assert state_bytes(model, flags()) == (4 + 8) * count  # gradient, two moments
-    assert state_bytes(model, flags(optim="adamw_8bit")) == (4 + 2) * count
-    assert state_bytes(model, flags(optim="adafactor")) == 4 * count
+    assert state_bytes(model, "adamw_torch_fused", settled()) == (4 + 8) * count  # gradient, two moments
+    assert state_bytes(model, "adamw_8bit", settled()) == (4 + 2) * count
+    assert state_bytes(model, "adafactor", settled()) == 4 * count
     zero = tmp_path / "zero2.json"
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
-    assert state_bytes(model, flags(deepspeed=str(zero), bf16=True)) == (2 + 4 + 8) * count + 2 * 2 * 10
-    assert state_bytes(model, flags(deepspeed=str(zero), bf16=True, optim="paged_adamw_8bit")) == (2 + 4) * count + 2 * 2 * 10
-    assert step_bytes(model, flags(deepspeed=str(zero), bf16=True)) == 4 * count
+    sharded = settled(bf16=True, deepspeed=str(zero))
+    assert state_bytes(model, "adamw_torch_fused", sharded) == (2 + 4 + 8) * count + 2 * 2 * 10
+    assert state_bytes(model, "paged_adamw_8bit", sharded) == (2 + 4) * count + 2 * 2 * 10
+    assert step_bytes(model, sharded) == 4 * count
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}')
     bucket = min(model.config.hidden_size**2, count)
-    assert state_bytes(model, flags(deepspeed=str(zero), bf16=True)) == (2 + 4 + 8) * count + 2 * 2 * bucket
+    assert state_bytes(model, "adamw_torch_fused", sharded) == (2 + 4 + 8) * count + 2 * 2 * bucket
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
-    assert step_bytes(model, flags(bf16=True)) == step_bytes(model, flags(deepspeed=str(zero))) == 0
+    assert step_bytes(model, settled(bf16=True)) == step_bytes(model, settled(deepspeed=str(zero))) == 0
 
 
 def published_model(args):
@@ -142,7 +160,7 @@ def published_model(args):
     with torch.device("meta"):
         dtype = torch.bfloat16 if args.use_lora else torch.float32
         model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=dtype)
-        model = _add_lora(model, args) if args.use_lora else model
+        model = _add_lora(model, args, None) if args.use_lora else model
     loaded = 0
     for name, parameter in model.named_parameters():
         # All that has adapters but head and projector: half a byte a weight, a byte of scale for 64, four of theirs for 256.
@@ -152,7 +170,7 @@ def published_model(args):
 
 
 FULL = {"optim": "adamw_torch_fused"}
-LORA = FULL | {"use_lora": True, "init_lora_weights": "gaussian", "use_dora": False, "use_rslora": False, "base_revision": None}
+LORA = FULL | {"use_lora": True, "init_lora_weights": "gaussian", "use_dora": False, "use_rslora": False}
 QLORA = LORA | {"use_qlora": True}
 
 
@@ -168,10 +186,9 @@ QLORA = LORA | {"use_qlora": True}
 def test_states_of_the_published_model_are_those_of_the_document(name, changes, monkeypatch):
     args = flags(bf16=True, **changes)
     model, loaded = published_model(args)
-    found = [loaded + state_bytes(model, args)]
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    found.append(loaded + state_bytes(model, args))
+    found = [loaded + state_bytes(model, args.optim, settled(bf16=True))]
+    monkeypatch.setattr(memory, "world_size", lambda: 4)
+    found.append(loaded + state_bytes(model, args.optim, settled(bf16=True)))
     document = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     row = next(line for line in document.splitlines() if line.startswith(f"| {name} |"))
     assert found[0] == found[1]  # DDP shares nothing out
@@ -193,7 +210,8 @@ def test_the_published_model_keeps_to_the_bars_on_paper(changes, bar):
     # While it is recomputed, a decoder layer keeps about ten times its input and four times what its MLP is wide.
     layer = PUBLISHED_BATCH.tokens * (10 * config.hidden_size + 4 * config.intermediate_size) * 4
     assert 0.9 < inputs / 1e9 < 2 and 0.5 < layer / 1e9 < 0.7
-    assert (loaded + state_bytes(model, args) + inputs + layer) / 1e9 < 0.75 * bar  # the rest is for buffers and fragments
+    states = state_bytes(model, args.optim, settled(bf16=True))
+    assert (loaded + states + inputs + layer) / 1e9 < 0.75 * bar  # the rest is for buffers and fragments
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
@@ -219,9 +237,9 @@ def test_the_tower_in_chunks_is_the_tower_at_once(recomputation):
 
 
 def test_adapters_take_their_inputs_as_they_come():
-    """PEFT would copy them to the adapters' fp32, which autocast undoes."""
-    args = flags(bf16=True, **LORA)
-    model = _add_lora(load().to(torch.bfloat16), args).train()
+    """Where they run as PEFT's: it would copy them to the adapters' fp32, which autocast undoes."""
+    args = flags(bf16=True, **LORA | {"lora_dropout": 0.1})
+    model = _add_lora(load().to(torch.bfloat16), args, None).train()
     seen = set()
     for name, module in model.named_modules():
         if name.endswith(".lora_A.default"):
@@ -233,12 +251,12 @@ def test_adapters_take_their_inputs_as_they_come():
 
 
 def test_a_dozen_lines_say_what_the_run_is_going_to_do():
-    model, args = load(), flags()
+    model, args, setup = load(), flags(), settled()
     flops = TrainingFlops(model)
-    trial = try_out(model, args, CPU, flops)
+    trial = estimate_memory(model, args, setup, flops)
     lengths = Lengths(tokens=np.array([300, 500]), views=np.array([2, 3]))
     batches = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=4)
-    text = summarize(args, model, 16, batches, lengths, "none", trial, flops)
+    text = summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)
     lines = dict(line.split(":", 1) for line in text.splitlines())
     assert len(lines) == 12 and all(len(line) < 130 for line in text.splitlines())
     assert lines["batch"].strip() == "8 samples a step = 1 process × 2 at once × 4 accumulated"
@@ -248,20 +266,22 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
         (6, "all within --warmup_steps 6: the learning rate never reaches"),
     ):
         args = flags(warmup_steps=warmup, lr_scheduler_type="cosine")
-        assert said in summarize(args, model, 16, batches, lengths, "none", trial, flops)
+        assert said in summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)
     assert "learning rate 0.0001, vision 1e-05" in lines["optimizer"]
     assert lines["samples"].strip() == "300 to 500 tokens, 400 on average, and 2.5 crops and global views"
     assert "GiB" in lines["memory"] and "about" in lines["time"]
-    untried = summarize(args, model, 16, batches, lengths, "full", None, flops)
+    untried = summarize(args, setup, model, 16, batches, lengths, "full", None, flops)
     assert untried.count("not estimated, not even a small batch fits") == 2 and untried.count("\n") == 11
     lora = flags(use_lora=True, lora_rank=5, lora_alpha_ratio=0.3)
-    assert "LoRA, rank 5, alpha 2," in summarize(lora, model, 16, batches, lengths, "none", trial, flops)  # as PEFT gets it
-    zero3 = flags(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
-    sharded = summarize(zero3, model, 16, batches, lengths, "full", None, flops)
+    assert "LoRA, rank 5, alpha 2," in summarize(
+        lora, setup, model, 16, batches, lengths, "none", trial, flops
+    )  # as PEFT gets it
+    zero3 = settled(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
+    sharded = summarize(args, zero3, model, 16, batches, lengths, "full", None, flops)
     assert re.search(r"^memory: +about 0\.0 GiB a process for weights and states; the rest can't be tried out", sharded, re.M)
     assert "not estimated, for the same reason" in sharded and "zero3.json" in sharded
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])
 def test_durations_in_words(seconds, text):
-    assert duration(seconds) == text
+    assert approximate_duration(seconds) == text

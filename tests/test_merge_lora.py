@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 import tools.merge_lora
 import tools.predict
-from common.inference import load_for_inference
+from common.model.inference import load_for_inference
 from tools.merge_lora import merge
 
 

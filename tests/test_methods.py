@@ -28,15 +28,18 @@ from transformers import AutoProcessor
 
 import finetune_hf_trainer_docvqa as docvqa
 from assets.draw_samples import draw_samples
-from common.arguments import check_arguments
-from common.collator import Collator
-from common.data import TrainingData
-from common.model import base_model, load_model, part_of, set_gradient_checkpointing
+from common.arguments import Setup, check_arguments
+from common.data.collator import Collator
+from common.data.samples import TrainingData
+from common.model.loading import base_model, load_model, set_gradient_checkpointing
+from common.phi3v.parts import part_of
 
 CURVES = Path(__file__).with_name("curves.json")
 # Kernels for other CPUs add up in another order: with those for SSE4 or AVX2 instead of AVX-512 (ATEN_CPU_CAPABILITY,
 # ONEDNN_MAX_CPU_ISA) these runs differ by at most 4e-7. A learning rate 1 % higher shifts them by 2e-3.
 CURVE_TOLERANCE = 1e-4
+# The 4-bit kernels of bitsandbytes differ by processor in more than the order: by 2e-4 between two kinds of AMD EPYC.
+QLORA_TOLERANCE = 5e-4
 METHODS = {
     "full": {},
     "frozen": {"freeze_vision_model": True},
@@ -100,7 +103,8 @@ def test_loss_follows_the_saved_curve(method, course):
         CURVES.write_text(json.dumps(curves | {method: found}, indent=2) + "\n")
         pytest.skip(f"wrote the curve of {method} to {CURVES.name}")
     for key, values in found.items():
-        assert values == pytest.approx(curves[method][key], rel=CURVE_TOLERANCE), key
+        tolerance = QLORA_TOLERANCE if method == "qlora" else CURVE_TOLERANCE
+        assert values == pytest.approx(curves[method][key], rel=tolerance), key
 
 
 @pytest.mark.slow
@@ -217,9 +221,10 @@ def test_only_named_parts_move_under_zero2(train, model, tmp_path):
 def test_qlora_quantizes_what_it_should(frozen, bf16, model, data, tmp_path, monkeypatch):
     options = {"use_qlora": True, "freeze_vision_model": frozen or None, "bf16": bf16 or None}
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, **options)])
-    args = check_arguments(docvqa.parse_args())
-    args.attention, args.deepspeed = ("varlen", ""), None
-    loaded = base_model(load_model(args, AutoProcessor.from_pretrained(model, num_crops=1), torch.device("cpu")))
+    args = docvqa.parse_args()
+    check_arguments(args)
+    setup = Setup(torch.device("cpu"), "bf16" if bf16 else "fp32", "varlen")
+    loaded = base_model(load_model(args, setup, AutoProcessor.from_pretrained(model, num_crops=1)))
     linears = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
     names = {name.removeprefix("model.").replace(".base_layer", "") for name in linears}
     config = loaded.config
@@ -244,9 +249,8 @@ def test_qlora_quantizes_what_it_should(frozen, bf16, model, data, tmp_path, mon
 def test_frozen_tower_runs_without_a_graph(recomputation, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, freeze_vision_model=True)])
     args = docvqa.parse_args()
-    args.attention, args.deepspeed = ("varlen", ""), None
     processor = AutoProcessor.from_pretrained(model, num_crops=1)
-    frozen = load_model(args, processor, torch.device("cpu")).train()
+    frozen = load_model(args, Setup(torch.device("cpu"), "fp32", "varlen"), processor).train()
     set_gradient_checkpointing(frozen, recomputation)
     needs_graph = []
     tower = frozen.model.vision_embed_tokens.tower
@@ -261,7 +265,7 @@ def test_frozen_tower_runs_without_a_graph(recomputation, model, data, tmp_path,
 
 
 def validation_batch(data, processor):
-    rows = docvqa.load_official(data, "val", limit=None, tqdm=False)
+    rows = docvqa.load_official(data, "val", limit=None)
     samples = TrainingData(rows, docvqa.to_conversation, processor, seed=42)
     return Collator(processor)([samples[0, row] for row in range(len(rows))])
 

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
+from common.evaluation.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_anls_in_the_published_recipes_form(prediction, answer, score):
 def test_docvqa_takes_the_full_stop_off_that_the_whole_set_adds(answer, prediction):
     row = {"id": "1", "question": "What?", "answers": [prediction]}
     scored = docvqa.score(row, answer, full_train=True)
-    assert (scored["prediction"], scored["score"]) == (prediction, 1)
+    assert (scored.prediction, scored.score) == (prediction, 1)
 
 
 def test_accuracy():
@@ -98,11 +98,11 @@ def test_consistency():
     [(False, "SDN. BHD.", "SDN. BHD.", 1), (False, "$5.", "$5", 2 / 3), (True, "$5.", "$5", 1)],
 )
 def test_docvqa_takes_off_only_the_full_stop_that_its_training_data_adds(full_train, answer, truth, score):
-    row = {"id": 1, "question": "What?", "image": "a.png", "answers": [truth]}
+    row = {"id": "1", "question": "What?", "image": "a.png", "answers": [truth]}
     entry = docvqa.score(row, f" {answer}\n", full_train)
-    assert entry["score"] == pytest.approx(score)
-    assert entry["score_case_sensitive"] == 1
-    assert (entry["id"], entry["question"], entry["prediction"]) == (
+    assert entry.score == pytest.approx(score)
+    assert entry.more["score_case_sensitive"] == 1
+    assert (entry.id, entry.question, entry.prediction) == (
         "1",
         "What?",
         answer.removesuffix(".") if full_train else answer,

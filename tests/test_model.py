@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
-from common.collator import Collator
-from common.conversations import encode_conversation
-from common.model import set_gradient_checkpointing
+from common.data.collator import Collator
+from common.data.conversations import encode_conversation
+from common.model.loading import set_gradient_checkpointing
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.image_processing import cut_crops, join_crops, normalise_with_global_view, to_crop_grid
 

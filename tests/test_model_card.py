@@ -15,8 +15,9 @@ from adapters import logits
 from conftest import TINY
 from huggingface_hub import metadata_load
 
-from common.machine import cpu_name
-from common.model_card import launch_command, write_model_card, write_run
+from common.report.model_card import write_model_card
+from common.report.run import launch_command, write_run
+from common.runtime import cpu_name
 from tools.merge_lora import merge
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 from accelerate import PartialState
 
-from common.sources import load_conversations
+from common.data.sources import load_conversations
 
 new_stream = pa.ipc.new_stream
 

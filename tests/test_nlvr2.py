@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_nlvr2 as script
-from common.metrics import consistency
+from common.evaluation.metrics import consistency
 
 PROMPT = (
     "The first image is the image on the left, the second image is the image on the right. Given the left and right images, "
@@ -117,7 +117,7 @@ def test_hub_rows(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     found = script.evaluate(model, AutoProcessor.from_pretrained(TINY, num_crops=1), eval_rows, args)
     assert list(found.values) == ["accuracy"]  # the hub's rows don't say which are of one statement
-    assert [entry["id"] for entry in found.predictions] == ["0-0", "1-0"]
+    assert [entry.id for entry in found.predictions] == ["0-0", "1-0"]
 
 
 def test_consistency_by_the_official_definition():
@@ -134,8 +134,8 @@ def test_evaluation(release, monkeypatch):
     processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
     found = script.evaluate(model, processor, script.load_rows(args)[1], args)
     assert list(found.values) == ["accuracy", "consistency"]
-    assert [entry["answers"] for entry in found.predictions] == [["No."], ["Yes."], ["Yes."], ["No."], ["Yes."], ["Yes."]]
-    right = [entry["prediction"] == entry["answers"][0].lower().strip(".") for entry in found.predictions]
+    assert [entry.answers for entry in found.predictions] == [["No."], ["Yes."], ["Yes."], ["No."], ["Yes."], ["Yes."]]
+    right = [entry.prediction == entry.answers[0].lower().strip(".") for entry in found.predictions]
     assert found.values["accuracy"] == pytest.approx(sum(right) / 6)
     # Rows alternate between the two sentences.
     assert found.values["consistency"] == (all(right[::2]) + all(right[1::2])) / 2

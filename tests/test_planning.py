@@ -5,20 +5,14 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 
-from common.data import TrainingData
-from common.generation import share_by_length
-from common.planning import (
-    Lengths,
-    PlannedBatches,
-    accumulation_for_budget,
-    best_fit,
-    epoch_steps,
-    fill_bins,
-)
-from common.streaming import Span, Stream, StreamedBatches
-from common.trainer import FinetuningTrainer, _plan_batches
+from common.arguments import Setup
+from common.data import loader as loader_module
+from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget, best_fit, epoch_steps, fill_bins
+from common.data.samples import TrainingData
+from common.data.streaming import Span, Stream, StreamedBatches
+from common.evaluation.generation import share_by_length
+from common.training.trainer import FinetuningTrainer, _plan_batches
 
 
 def lengths(rows, seed=0):
@@ -168,22 +162,29 @@ class Texts(TrainingData):
 
 @pytest.mark.parametrize("budget, longest", [(None, 106), (3000, 1001)])
 def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
-    PartialState(cpu=True)
-    flags = {"batch_size": 16, "batch_size_per_gpu": 4, "max_tokens_per_batch": budget, "num_train_epochs": 2}
-    flags |= {"max_steps": -1, "seed": 0, "packing": True, "streaming": False, "tqdm": False}
+    setup = Setup(torch.device("cpu"), "fp32", "varlen", packing=True)
+    flags = {
+        "batch_size": 16,
+        "batch_size_per_gpu": 4,
+        "max_tokens_per_batch": budget,
+        "num_train_epochs": 2,
+        "streaming": False,
+    }
+    flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
     flags |= {"freeze_vision_model": False, "train_only": None}
-    batches, measured = _plan_batches(argparse.Namespace(**flags), Texts(1024))
+    batches, measured = _plan_batches(argparse.Namespace(**flags), setup, Texts(1024))
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)
     assert batches.accumulation == (1 if budget else 4)
     assert batches.vision_trains
     for frozen in ({"freeze_vision_model": True}, {"train_only": ["decoder", "projector"]}):
-        assert not _plan_batches(argparse.Namespace(**flags | frozen), Texts(1024))[0].vision_trains
+        assert not _plan_batches(argparse.Namespace(**flags | frozen), setup, Texts(1024))[0].vision_trains
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])
-def test_all_micro_batches_of_a_step_are_read_ahead(workers, accumulation, expected):
+def test_all_micro_batches_of_a_step_are_read_ahead(workers, accumulation, expected, monkeypatch):
     """The Trainer takes them all before it begins with the first."""
+    monkeypatch.setattr(loader_module, "cores_per_process", lambda: 2)
     trainer = argparse.Namespace(args=argparse.Namespace(dataloader_num_workers=workers), data_collator=list)
     loader = FinetuningTrainer._loader(trainer, [1, 2], [[0], [1]], ahead=accumulation)
     assert loader.prefetch_factor == expected
@@ -215,5 +216,5 @@ def test_shares_of_an_evaluation_are_complete():
         shares = [share_by_length(sizes, 8, rank, world_size) for rank in range(world_size)]
         taken = [index for share in shares for batch in share for index in batch]
         assert sorted(taken) == list(range(53))
-    shares = [share_by_length(sizes, 8, rank, 4, in_step=True) for rank in range(4)]
+    shares = [share_by_length(sizes, 8, rank, 4, same_number=True) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1

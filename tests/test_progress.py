@@ -7,11 +7,12 @@ import sys
 import pytest
 from transformers import TrainerState
 
-import common.progress
-import common.shards
-import common.trainer
-from common.progress import Progress, TrainingProgress, limit_library_bars, show_bars, track
-from common.shards import stream_conversations
+import common.data.shards
+import common.runtime
+import common.training.progress
+from common.data.shards import stream_conversations
+from common.runtime import Progress, limit_library_bars, show_bars, track
+from common.training.progress import TrainingProgress
 
 
 class Screen(io.StringIO):
@@ -44,7 +45,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    for module in (common.progress, common.trainer):
+    for module in (common.runtime, common.training.progress):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -102,8 +103,8 @@ def test_bars_of_libraries_follow_the_same_rule(screen, monkeypatch, terminal, w
     screen(terminal)
     monkeypatch.setenv("RANK", rank)
     switched_off = []
-    monkeypatch.setattr(common.progress.logging, "disable_progress_bar", lambda: switched_off.append("transformers"))
-    monkeypatch.setattr(common.progress.datasets, "disable_progress_bars", lambda: switched_off.append("datasets"))
+    monkeypatch.setattr(common.runtime.logging, "disable_progress_bar", lambda: switched_off.append("transformers"))
+    monkeypatch.setattr(common.runtime.datasets, "disable_progress_bars", lambda: switched_off.append("datasets"))
     limit_library_bars(wanted)
     assert show_bars(wanted) == bars
     assert switched_off == ([] if bars else ["transformers", "datasets"])
@@ -112,7 +113,7 @@ def test_bars_of_libraries_follow_the_same_rule(screen, monkeypatch, terminal, w
 @pytest.mark.parametrize("no_tqdm", [False, True])
 def test_counting_the_rows_of_shards_is_shown(screen, tmp_path, monkeypatch, no_tqdm):
     shown = screen(terminal=True)
-    monkeypatch.setattr(common.shards, "are_progress_bars_disabled", lambda: no_tqdm)
+    monkeypatch.setattr(common.data.shards, "are_progress_bars_disabled", lambda: no_tqdm)
     for number in range(2):
         (tmp_path / f"{number}.jsonl").write_text('{"conversations": [{"user": "a", "assistant": "b"}]}\n' * 3)
     assert len(stream_conversations(tmp_path / "*.jsonl", tmp_path)) == 6

@@ -15,9 +15,10 @@ from PIL import Image
 from report_runs import TASKS, make_run, write_json
 
 import tools.report
-from common import training
-from common.report import FILES, save_gallery_images, select_gallery, write_comparison, write_report
 from common.report.charts import confusion_chart, curve_charts, number, roc_chart, score_chart, transition_chart
+from common.report.gallery import save_gallery_images, select_gallery
+from common.report.page import report_run, write_comparison, write_report
+from common.report.run import FILES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -360,12 +361,11 @@ def test_of_rows_with_one_id_the_gallery_shows_the_first(tmp_path):
             entry |= {"id": "the same", "score": float(name == "eval_after.json")}
         (run / name).write_text(json.dumps(evaluation))
 
-    class Rows:
-        def conversation(self, epoch, row):
-            asked.append(row)
-            return {"conversations": [{"images": [], "user": "What?", "assistant": "This."}]}
+    def conversation(row):
+        asked.append(row)
+        return {"conversations": [{"images": [], "user": "What?", "assistant": "This."}]}
 
-    training._report(run, Rows())
+    report_run(run, conversation)
     assert set(asked) == {0}
 
 

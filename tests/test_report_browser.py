@@ -4,7 +4,7 @@ import pytest
 from browser import chromium, low_contrast, overflow, wait_until, watched
 from report_runs import TASKS, make_run
 
-from common.report import write_comparison, write_report
+from common.report.page import write_comparison, write_report
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,8 @@ def test_a_row_runs_as_published(task, model, row, method, rate, epochs, lora, f
     script = importlib.import_module(f"finetune_hf_trainer_{task}")
     monkeypatch.setattr(sys, "argv", command[2:])
     monkeypatch.setenv("WORLD_SIZE", "4")
-    args = check_arguments(script.parse_args())
+    args = script.parse_args()
+    check_arguments(args)
     assert (args.model_name_or_path, args.batch_size, args.learning_rate, args.num_train_epochs) == (model, 64, rate, epochs)
     assert args.bf16 is not row.endswith("-fp16")
     assert (args.use_lora, args.use_qlora) == (method in ("lora", "qlora"), method == "qlora")
@@ -344,6 +345,7 @@ def test_settings_name_every_task_and_method():
             script = importlib.import_module(f"finetune_hf_trainer_{task}")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", command[3:])
-                args = check_arguments(script.parse_args())
+                args = script.parse_args()
+                check_arguments(args)
             assert args.num_crops == 1 and 0 < args.learning_rate <= 1e-2
     assert matrix.TASK_TITLES.keys() == set(runs.TASKS) == embedded.SETTINGS.keys() == embedded.SMOKE_COUNTS.keys()

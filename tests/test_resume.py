@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from transformers import TrainerCallback
 
 from common.arguments import check_arguments, training_parser
-from common.checkpoints import check_goes_on, find_checkpoint, run_settings, saving, what_is_torn, write_manifest
+from common.training.checkpoints import check_resumable, find_checkpoint, run_settings, saving, why_incomplete, write_manifest
+from common.training.deepspeed import zero_stage
 
 
 class Interrupt(TrainerCallback):
@@ -167,7 +168,7 @@ def test_a_stop_leaves_out_what_is_due_at_the_epochs_end(options, tmp_path):
     assert "evaluation loss" not in interrupt(2, output, **options)
     assert "evaluation loss" not in interrupt(4, output, resume_from_checkpoint="auto", **options)
     for step in (2, 4):
-        assert what_is_torn(output / f"checkpoint-{step}") is None
+        assert why_incomplete(output / f"checkpoint-{step}") is None
         assert not evaluations(output / f"checkpoint-{step}")
     assert go_on(output, **options) == log
     assert [entry["step"] for entry in evaluations(output)] == [4, 8]
@@ -192,7 +193,7 @@ def checkpoint(tmp_path):
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(bytes(100))
     write_manifest(directory)
-    assert what_is_torn(directory) is None
+    assert why_incomplete(directory) is None
     return directory
 
 
@@ -227,7 +228,7 @@ def damage(checkpoint, how):
 def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
     assert find_checkpoint("auto", checkpoint.parent) == find_checkpoint(str(checkpoint), checkpoint.parent)
     damage(checkpoint, how)
-    assert what_is_torn(checkpoint) == reason
+    assert why_incomplete(checkpoint) == reason
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .{reason}.; use auto"):
         find_checkpoint(str(checkpoint), checkpoint.parent)
     passed_over = [] if how == "nothing" else [f"checkpoint-3 ({reason})"]
@@ -244,9 +245,9 @@ def test_the_last_complete_checkpoint_is_found(tmp_path):
 
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
-    args = check_arguments(training_parser("", task="test", metric="anls").parse_args(words))
-    args.deepspeed = deepspeed
-    return run_settings(args, processes)
+    args = training_parser("", task="test", metric="anls").parse_args(words)
+    check_arguments(args)
+    return run_settings(args, zero_stage(deepspeed), processes)
 
 
 @pytest.mark.parametrize(
@@ -263,23 +264,23 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
 )
 def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
-    check_goes_on(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"))
+    check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"))
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, and the checkpoint's run had"):
-        check_goes_on(tmp_path, settings_of(*words, **changes))
+        check_resumable(tmp_path, settings_of(*words, **changes))
 
 
 def test_what_does_not_matter_may_change(tmp_path):
     """Under DDP also the number of processes: a step's samples are the same on any."""
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
-    check_goes_on(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4))
+    check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4))
     streaming = ("--use_lora", "--streaming")
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
     with pytest.raises(ValueError, match="number of processes is 4, and the checkpoint's run had 2"):
-        check_goes_on(tmp_path, settings_of(*streaming, deepspeed=None, processes=4))
+        check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4))
     with pytest.raises(ValueError, match="--lora_rank is 8, and the checkpoint's run had 64"):
-        check_goes_on(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None))
+        check_resumable(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None))
     (tmp_path / "totals.json").unlink()
-    check_goes_on(tmp_path, settings_of())
+    check_resumable(tmp_path, settings_of())
 
 
 WRITERS = {

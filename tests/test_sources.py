@@ -12,8 +12,9 @@ from conftest import TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.data import TrainingData
-from common.sources import check_pictures, check_rows, load_conversations, load_hub
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.sources import check_pictures, check_rows, load_conversations, load_hub
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +103,19 @@ def test_a_bad_row_is_named(tmp_path, image_dir, row, message):
     assert not list((tmp_path / "cache/conversations").iterdir())
 
 
+def test_bad_rows_are_left_out_and_counted_if_asked_for(tmp_path, image_dir, capsys):
+    good = [{"id": str(number), "conversations": [turn(images=["a/left.png"])]} for number in range(3)]
+    bad = ['["a"]', {"conversations": []}, {"id": "no picture", "conversations": [turn(images=["none.png"])]}]
+    path = write(tmp_path / "data.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2])
+    for _ in range(2):  # the second time from the cache
+        rows = load_conversations(path, image_dir, skip_bad=True)
+        assert [row["id"] for row in rows] == ["0", "1", "2"]
+        said = capsys.readouterr().err
+        assert "data.jsonl: 2 bad rows left out" in said and "none.png is missing" in said
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 2"):
+        load_conversations(path, image_dir)
+
+
 def test_a_file_that_is_missing_or_empty_is_named(tmp_path, image_dir):
     with pytest.raises(ValueError, match=r"none\.jsonl is missing"):
         load_conversations(tmp_path / "none.jsonl", image_dir)
@@ -148,20 +162,25 @@ def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
     def conversations(row):
         return [{"conversations": [turn(user, images=[{"bytes": row["picture"], "path": None}])]} for user in row["asked"]]
 
+    def rows(*found):
+        return Rows(found, "mine, row {}".format)
+
     good = {"picture": whole, "asked": ["What?", "Which is <|image_1|>?"]}
-    check_rows([good, good], conversations, "training row")
+    check_rows(rows(good, good), conversations, "training row")
     for wrong, message in (
         ({"picture": whole[: len(whole) // 2]}, "a picture stored in the data set can't be (read|decoded)"),
         ({"asked": ["What?", "<|image_2|>?"]}, "the text's image tags"),
         ({"asked": []}, "nothing is asked"),
     ):
-        with pytest.raises(ValueError, match=f"^training row 1: {message}"):
-            check_rows([good, good | wrong], conversations, "training row")
+        with pytest.raises(ValueError, match=f"^mine, row 1: {message}"):
+            check_rows(rows(good, good | wrong), conversations, "training row")
+        kept = check_rows(rows(good | wrong, good), conversations, "training row", skip_bad=True)
+        assert list(kept) == [good] and kept.place(0) == "mine, row 1"
 
 
 def test_a_hub_without_access_is_named():
     with pytest.raises(ValueError, match="nobody/nothing at_all can't be loaded .* use --data_dir"):
-        load_hub("nobody/nothing", "at_all", split="train")
+        load_hub("nobody/nothing", "at_all", columns=["images"])
 
 
 def test_rows_train_whatever_their_form(tmp_path, image_dir):

@@ -18,8 +18,8 @@ from PIL import Image
 from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa, write_random_model
 from safetensors.torch import load_file
 
-from common.checkpoints import what_is_torn
-from common.planning import epoch_steps
+from common.data.batches import epoch_steps
+from common.training.checkpoints import why_incomplete
 
 pytestmark = pytest.mark.slow
 
@@ -275,7 +275,7 @@ def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path
     output = tmp_path / "run"
     options = METHODS["ddp"] | {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     finetune_forked(data, output, **options)
-    assert what_is_torn(output / "checkpoint-3") is None
+    assert why_incomplete(output / "checkpoint-3") is None
     kept = {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")}
     command = ["bash", "-c", f'ulimit -f 4000; exec {sys.executable} {SCRIPT} "$@"', "bash"]
     words = flags(data, output, **(options | {"resume_from_checkpoint": output / "checkpoint-2"}))
@@ -284,5 +284,5 @@ def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path
     assert run.returncode == 1
     assert "saving failed" in run.stderr and "resume_from_checkpoint auto" in run.stderr, run.stderr[-3000:]
     assert {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")} == kept
-    assert what_is_torn(output / "checkpoint-2") is None
-    assert what_is_torn(output / "checkpoint-3") == "saving it was cut short"
+    assert why_incomplete(output / "checkpoint-2") is None
+    assert why_incomplete(output / "checkpoint-3") == "saving it was cut short"

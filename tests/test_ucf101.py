@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_ucf101 as script
-from common.collator import Collator
-from common.data import TrainingData
+from common.data.collator import Collator
+from common.data.samples import TrainingData
 
 CLASSES = ("Archery", "Surfing", "Typing")
 QUESTION = "Classify the video into one of the following classes: Archery, Surfing, Typing."
@@ -108,8 +108,8 @@ def test_evaluation_overall_and_per_class(data_dir, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     found = script.evaluate(model, processor, eval_rows, args)
-    right = [entry["prediction"] == name.lower() for entry, name in zip(found.predictions, CLASSES, strict=True)]
-    assert ids(found.predictions) == ["val-0000000003", "val-0000000004", "val-0000000005"]
+    right = [entry.prediction == name.lower() for entry, name in zip(found.predictions, CLASSES, strict=True)]
+    assert [entry.id for entry in found.predictions] == ["val-0000000003", "val-0000000004", "val-0000000005"]
     assert right == [True, False, False]
     assert found.values == {
         "accuracy": pytest.approx(1 / 3),
@@ -138,8 +138,8 @@ def test_predictions_have_ids_of_their_own():
         {"id": name, "conversations": [{"images": [], "user": "What?", "assistant": "This."}]} for name in ("a", "a", None, "b")
     ]
     predictions = script.score(rows, ["This", " THIS. ", "That", "This is"])
-    assert ids(predictions) == ["a", "a#1", "2", "b"]
-    assert [entry["score"] for entry in predictions] == [1, 1, 0, 0]
+    assert [entry.id for entry in predictions] == ["a", "a#1", "2", "b"]
+    assert [entry.score for entry in predictions] == [1, 1, 0, 0]
 
 
 @pytest.mark.slow

@@ -29,12 +29,13 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import DEFAULT_MODEL
-from common.conversations import Conversation, count_tokens, decode_picture, open_picture
-from common.model import check_checkpoint
+from common.data.conversations import Conversation, count_tokens
+from common.data.pictures import decode_picture, open_picture
+from common.data.sources import parse_object, picture_names, row_faults
+from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
-from common.progress import Progress, limit_library_bars
-from common.sources import parse_object, picture_names, row_faults
+from common.runtime import InputError, Progress, limit_library_bars
 
 LINES_AT_ONCE = 500
 PICTURES_REMEMBERED = 100_000
@@ -128,14 +129,14 @@ class Checker:
         for place, line in lines:
             try:
                 conversation = parse_object(line, place)
-            except ValueError as error:
+            except InputError as error:
                 rows.append(Row(place, problems=[("invalid row", str(error))]))
                 continue
             faults = list(row_faults(conversation, place))
             images = [os.path.join(image_dir, name) for name in picture_names(conversation) if isinstance(name, str)]
             image_tokens = [self.count_picture_tokens(image) for image in images]
-            errors = [error for error in image_tokens if isinstance(error, ValueError)]
-            problems = [("invalid row", fault) for fault in faults]
+            errors = [error for error in image_tokens if isinstance(error, InputError)]
+            problems = [("invalid row", str(fault)) for fault in faults]
             problems += [("unusable picture", f"{place}: {error}") for error in errors]
             content = None if faults else row_content(conversation, image_dir)
             rows.append(Row(place, content, len(images), problems=problems))
@@ -154,11 +155,11 @@ class Checker:
                 message = f"{row.place}: {row.num_tokens:,} tokens are more than --max_length {self.max_length:,}"
                 row.problems.append(("row too long", message))
 
-    def _count_picture_tokens(self, image: str) -> int | ValueError:
+    def _count_picture_tokens(self, image: str) -> int | InputError:
         try:
             with open_picture(image) if self.quick else decode_picture(image) as picture:
                 return self.processor.image_processor.num_tokens(*picture.size)
-        except ValueError as error:
+        except InputError as error:
             return error
 
 
@@ -205,7 +206,9 @@ def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]
                 yield path, lines
 
 
-def check_rows(files: list[Path], image_dir: Path | None, checker: Checker, bar: bool) -> Iterator[tuple[Path, list[Row]]]:
+def check_in_parallel(
+    files: list[Path], image_dir: Path | None, checker: Checker, bar: bool
+) -> Iterator[tuple[Path, list[Row]]]:
     """Check all lines in parallel and give what was found in their order, showing how far it got."""
     total = sum(path.stat().st_size for path in files)
     pending: deque[tuple[Path, int, Future]] = deque()
@@ -238,7 +241,7 @@ def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar
     """
     report = Report()
     first_places: dict[bytes, tuple[Path, str]] = {}
-    for path, rows in check_rows(files, image_dir, checker, bar):
+    for path, rows in check_in_parallel(files, image_dir, checker, bar):
         report.num_rows[path] += len(rows)
         for row in rows:
             report.num_pictures += row.num_pictures
@@ -290,9 +293,9 @@ def main() -> None:
         sys.exit(f"error: --image_dir {args.image_dir}: no such folder")
     limit_library_bars(args.tqdm)
     try:
-        check_checkpoint(args.model_name_or_path)
+        check_checkpoint(args.model_name_or_path, "--model_name_or_path")
         processor = Phi3VProcessor.from_pretrained(args.model_name_or_path, num_crops=args.num_crops)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
     checker = Checker(processor, args.max_length, args.quick)
     try:

@@ -15,6 +15,8 @@ from queue import Queue
 from threading import Event, Thread
 from typing import NamedTuple
 
+from common.runtime import InputError
+
 # Gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
@@ -23,11 +25,11 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from common.collator import Collator
-from common.conversations import encode_prompt
-from common.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
+from common.data.collator import Collator
+from common.data.conversations import encode_prompt
+from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
-from common.progress import limit_library_bars
+from common.runtime import limit_library_bars
 
 ONE_HOUR = 3600
 CSS = """
@@ -87,7 +89,7 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
 
     Raises
     ------
-    ValueError
+    InputError
         If a model is missing or of another kind, or an adapter doesn't fit its base.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,8 +111,8 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     if base:
         try:
             models.append(Model("Before finetuning", base, load_full(base, device, revision=revision)))
-        except (OSError, ValueError) as error:
-            raise ValueError(
+        except (OSError, InputError) as error:
+            raise InputError(
                 f"{error}\n{name} was finetuned from {base}: give its directory by --base, or leave it out by --base none"
             ) from None
     return models, processor
@@ -160,7 +162,7 @@ def stream_answer(
 
     Raises
     ------
-    ValueError
+    InputError
         If a picture can't be read, or the question has image tags that don't fit the pictures.
     """
     prompt = encode_prompt({"conversations": [{"images": list(pictures), "user": question}]}, processor)
@@ -211,7 +213,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
             try:
                 for answers[index] in stream_answer(model, processor, question.strip(), files, max_new_tokens):
                     yield shown()
-            except ValueError as error:
+            except InputError as error:
                 raise gr.Error(str(error), print_exception=False) from error
             answers[index] = answers[index] or "(no answer)"
             yield shown()
@@ -299,7 +301,7 @@ def main() -> None:
             theme=theme(),
             css=CSS,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -48,7 +48,7 @@ def prepare_data(task: str, output_dir: Path, smoke: bool = False) -> None:
     shutil.rmtree(drawn, ignore_errors=True)
     draw_samples(task, drawn, *(SMOKE_COUNTS[task] if smoke else ()))
     if task == "ucf101":
-        places = [
+        paths = [
             "--source",
             str(drawn / "UCF101_subset"),
             "--out_dir",
@@ -56,7 +56,7 @@ def prepare_data(task: str, output_dir: Path, smoke: bool = False) -> None:
             "--num_frames",
             str(NUM_FRAMES),
         ]
-        run_on_cpu(["python", "convert_ucf101.py", *places, "--no-tqdm"])
+        run_on_cpu(["python", "convert_ucf101.py", *paths, "--no-tqdm"])
 
 
 def drawn_dir(output_dir: Path) -> Path:
@@ -79,12 +79,12 @@ def embedded_command(task: str, method: str, output_dir: Path, flags: list[str],
         As few steps as there can be.
     """
     data_dir = drawn_dir(output_dir) / ("converted" if task == "ucf101" else "")
-    places = ["--model_name_or_path", MODEL, "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
+    paths = ["--model_name_or_path", MODEL, "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
     settings = []
     for name, value in (ALL_TASKS | SETTINGS[task] | (SMOKE_SETTINGS if smoke else {})).items():
         value = value.get(method) if isinstance(value, dict) else value
         settings += [f"--{name}", str(value)] if value is not None else []
-    return torchrun_command(task, [*places, *flags, *settings], PROCESSES)
+    return torchrun_command(task, [*paths, *flags, *settings], PROCESSES)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.files import write_file
+from common.runtime import write_file
 
 from .embedded import MODEL, PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, markdown_table

@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from common.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
-from common.model_card import RUN_FILES, write_model_card
-from common.progress import limit_library_bars, say, show_bars
+from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
+from common.report.model_card import RUN_FILES, write_model_card
+from common.runtime import InputError, limit_library_bars, say, show_bars
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,14 +68,14 @@ def merge(
 
     Raises
     ------
-    ValueError
+    InputError
         If the directory isn't empty, the adapter is none, or its base is missing or another.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"--output_dir {output_dir} is not empty: name a new directory")
+        raise InputError(f"--output_dir {output_dir} is not empty: name a new directory")
     adapter = find_adapter(adapter_name)
     if adapter is None:
-        raise ValueError(f"--adapter {adapter_name} is no adapter: no directory or hub id with adapter_config.json")
+        raise InputError(f"--adapter {adapter_name} is no adapter: no directory or hub id with adapter_config.json")
     dtype = dtype or base_dtype(adapter, base)
     say(f"Loading the base of {adapter_name}")
     model = load_base(adapter, "cpu", dtype, base, quantized=not original_base)
@@ -86,7 +86,7 @@ def merge(
     adapted = attach_adapter(model, adapter)
     if not hasattr(adapted, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
-        raise ValueError(f"--adapter {adapter_name} is of the kind {kind}, which can't be merged into weights: use it as it is")
+        raise InputError(f"--adapter {adapter_name} is of the kind {kind}, which can't be merged into weights: use it as it is")
     model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
 
     say(f"Writing {output_dir}")
@@ -125,7 +125,7 @@ def main() -> None:
         merge(args.adapter, args.output_dir, dtype, args.base, args.original_base, args.tqdm)
     except (OSError, SafetensorError) as error:
         sys.exit(f"error: --output_dir {args.output_dir} can't be written ({error}); nothing is left there")
-    except ValueError as error:
+    except InputError as error:
         sys.exit(f"error: {error}")
     print(f"Wrote {args.output_dir}")
 

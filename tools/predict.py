@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from common.conversations import Conversation, check_conversation, check_picture, pictures
-from common.files import write_file
-from common.generation import generate_answers
-from common.inference import load_for_inference
-from common.model import base_model
+from common.data.conversations import Conversation, check_conversation, pictures
+from common.data.pictures import check_picture
+from common.data.sources import parse_object, read_json_lines
+from common.evaluation.generation import generate_answers
+from common.model.inference import load_for_inference
+from common.model.loading import base_model
 from common.phi3v.image_processing import MAX_CROPS
-from common.progress import limit_library_bars, track
-from common.sources import read_json_lines
+from common.runtime import InputError, limit_library_bars, track, write_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,17 +82,18 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
 
     Raises
     ------
-    ValueError
+    InputError
         Naming file and line.
     """
     rows, places = [], []
-    for place, row in read_json_lines(path):
+    for place, line in read_json_lines(path):
+        row = parse_object(line, place)
         conversation = to_prompt(row, image_dir)
         check_conversation(conversation, place)
         rows.append((row, conversation))
         places.append(place)
     for place, (_, conversation) in zip(places, track(rows, "Checking pictures", "rows", bar), strict=True):
-        check_pictures(conversation, place)
+        check_prompt_pictures(conversation, place)
     return rows
 
 
@@ -110,21 +111,21 @@ def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
     return {"conversations": turns}
 
 
-def check_pictures(conversation: Conversation, place: str) -> None:
+def check_prompt_pictures(conversation: Conversation, place: str) -> None:
     """Check that all pictures of a conversation are there and whole.
 
     Raises
     ------
-    ValueError
+    InputError
         Naming ``place`` and the picture.
     """
     for picture in pictures(conversation):
         if not isinstance(picture, Path):
-            raise ValueError(f'{place}: "images" must hold names of files')
+            raise InputError(f'{place}: "images" must hold names of files')
         try:
             check_picture(picture)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+        except InputError as error:
+            raise error.at(place) from None
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -135,13 +136,13 @@ def predict(args: argparse.Namespace) -> None:
         turn = {"images": [Path(image) for image in args.images], "user": args.prompt, "assistant": "?"}
         rows = [({}, {"conversations": [turn]})]
         check_conversation(rows[0][1], "--prompt")
-        check_pictures(rows[0][1], "--images")
+        check_prompt_pictures(rows[0][1], "--images")
 
     model, processor = load_for_inference(args.model, args.device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops
-    args.bf16 = base_model(model).dtype == torch.bfloat16
-    args.dataloader_num_workers = min(args.dataloader_num_workers, len(rows) - 1)
-    answers = generate_answers(model, processor, [conversation for _, conversation in rows], args)
+    options = vars(args) | {"bf16": base_model(model).dtype == torch.bfloat16}
+    options["dataloader_num_workers"] = min(args.dataloader_num_workers, len(rows) - 1)
+    answers = generate_answers(model, processor, [conversation for _, conversation in rows], argparse.Namespace(**options))
 
     if args.prompt is not None:
         print(answers[0])
@@ -162,7 +163,7 @@ def main() -> None:
     limit_library_bars(args.tqdm)
     try:
         predict(args)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -8,7 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.report import write_comparison, write_report
+from common.report.page import write_comparison, write_report
+from common.runtime import InputError
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
             path = write_report(args.directories[0], args.output)
         else:
             path = write_comparison(args.directories, args.output or Path("comparison.html"))
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
     print(f"Wrote {path}")
 

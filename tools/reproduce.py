@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from common.files import write_file
+from common.runtime import write_file
 
 from .embedded import PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, compares, load_published, percent, render_page, scientific
@@ -113,10 +113,10 @@ def row_command(task: str, table: dict[str, Any], row: dict[str, Any], output_di
     if args.embedded:
         return embedded_command(task, row["method"], output_dir, flags, args.smoke)
     model = args.model_name_or_path or table["model"]
-    places = ["--model_name_or_path", model, "--output_dir", str(output_dir), *table["flags"]]
+    paths = ["--model_name_or_path", model, "--output_dir", str(output_dir), *table["flags"]]
     rates = ["--learning_rate", scientific(row["learning_rate"]), "--num_train_epochs", str(row["num_train_epochs"])]
     processes = count_processes(args.nproc_per_node, table["batch_size"], args.dry_run)
-    return torchrun_command(task, [*places, "--batch_size", str(table["batch_size"]), *rates, *flags], processes)
+    return torchrun_command(task, [*paths, "--batch_size", str(table["batch_size"]), *rates, *flags], processes)
 
 
 def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespace) -> None:

@@ -109,14 +109,14 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     described = ("base_model", "base_revision", "method", "data", "command", "date", "hardware", "versions")
     return {
         "metric": after["metric"],
-        "before": figures(before),
-        "after": figures(after),
+        "before": metrics_of(before),
+        "after": metrics_of(after),
         "samples": after["samples"],
         "train_seconds": training["train_runtime"],
         **{name: run[name] for name in described},
     }
 
 
-def figures(evaluation: dict[str, Any]) -> dict[str, float]:
+def metrics_of(evaluation: dict[str, Any]) -> dict[str, float]:
     """The figures of an evaluation by name, the predictions left out."""
     return {name: value for name, value in evaluation.items() if isinstance(value, float)}

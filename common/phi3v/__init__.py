@@ -1,4 +1,8 @@
-"""A native Phi-3-vision / Phi-3.5-vision for transformers 5."""
+"""Phi-3-vision and Phi-3.5-vision for transformers 5; importing it registers them.
+
+Imports no other room and knows nothing of training; the only place that knows the names of the model's parts, what takes LoRA
+adapters, which tokens end a turn, and how many FLOPs a batch costs. Begin with :mod:`common.phi3v.modeling`.
+"""
 
 from transformers import (
     AutoConfig,

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 128  # tokens that a layer makes room for at once
+ROOM = 128  # tokens that are preallocated at once
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer, (batch, heads, tokens, head size), at the beginning of tensors with room for more.
 
     What :meth:`update` returned before is written over by the next one after a :meth:`crop`; with gradients, which that would
     spoil, it copies as its base does.
     """
 
-    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
         begun = self.get_seq_length()
@@ -25,9 +25,9 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         new_tokens = key_states.shape[-2]
         if not self._fits(begun + new_tokens):
-            self._rooms = tuple(_with_room(states, new_tokens + ROOM) for states in (self.keys, self.values))
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[..., begun : begun + new_tokens, :] = states
+            self._buffers = tuple(_preallocate(states, new_tokens + ROOM) for states in (self.keys, self.values))
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., begun : begun + new_tokens, :] = states
         self._fill(begun + new_tokens)
         return self.keys, self.values
 
@@ -37,28 +37,28 @@ class RoomyLayer(DynamicLayer):
         if tokens == 0 or torch.is_grad_enabled():
             super().batch_select_indices(indices)
             return
-        self._rooms = tuple(_with_room(states, ROOM, indices) for states in (self.keys, self.values))
+        self._buffers = tuple(_preallocate(states, ROOM, indices) for states in (self.keys, self.values))
         self._fill(tokens)
 
     def _fill(self, tokens: int) -> None:
-        self.keys, self.values = (room[..., :tokens, :] for room in self._rooms)
+        self.keys, self.values = (buffer[..., :tokens, :] for buffer in self._buffers)
 
     def _fits(self, end: int) -> bool:
-        """Whether keys and values still lie in the rooms, as they don't once beams changed places, and there is room left."""
-        if self._rooms is None:
+        """Whether keys and values still lie in the buffers, as they don't once beams changed places, and there is room left."""
+        if self._buffers is None:
             return False
         return all(
-            room.shape[-2] >= end and states.data_ptr() == room.data_ptr()
-            for room, states in zip(self._rooms, (self.keys, self.values), strict=True)
+            buffer.shape[-2] >= end and states.data_ptr() == buffer.data_ptr()
+            for buffer, states in zip(self._buffers, (self.keys, self.values), strict=True)
         )
 
 
 def new_cache() -> Cache:
     """An empty cache."""
-    return Cache(layer_class_to_replicate=RoomyLayer)
+    return Cache(layer_class_to_replicate=PreallocatedLayer)
 
 
-def _with_room(states: torch.Tensor, more: int, rows: torch.Tensor | None = None) -> torch.Tensor:
+def _preallocate(states: torch.Tensor, more: int, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Copy states, or some rows of them, into a tensor with room for more tokens."""
     batch, heads, tokens, size = states.shape
     room = states.new_empty((batch if rows is None else len(rows), heads, tokens + more, size))

@@ -22,7 +22,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils.output_capturing import capture_outputs
 
-from . import attention as attention  # registers the implementation `varlen`
+from . import attention as attention
 from .cache import new_cache
 from .configuration import Phi3VConfig
 from .image_processing import CROP_SIZE
@@ -40,7 +40,7 @@ class Phi3VModel(Phi3Model):
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
-        self.in_step = False
+        self.same_modules_always = False
         for layer in self.layers[-1:]:
             layer.__class__ = Phi3VLastLayer  # of the same modules: a second set would have to be drawn
         self.rotary_emb = Phi3VRotaryEmbedding(config)
@@ -80,7 +80,7 @@ class Phi3VModel(Phi3Model):
         if pixel_values is None:
             if (input_ids < 0).any():
                 raise ValueError("input_ids hold placeholders of pictures (negative ids), but pixel_values is missing")
-            return self._touch_vision(embeddings) if self.training or self.in_step else embeddings
+            return self._touch_vision(embeddings) if self.training or self.same_modules_always else embeddings
         sizes = [tuple(size) for size in image_sizes.tolist()]
         features = self.vision_embed_tokens(pixel_values, sizes)
         placeholders, index = _feature_index(input_ids, self.vision_embed_tokens.num_tokens(sizes))
@@ -89,7 +89,7 @@ class Phi3VModel(Phi3Model):
     def _touch_vision(self, embeddings: torch.Tensor) -> torch.Tensor:
         # Ranks that see pictures wait for every vision gradient of those that see none: give them zeros.
         vision = self.vision_embed_tokens
-        if not self.in_step and not any(parameter.requires_grad for parameter in vision.parameters()):
+        if not self.same_modules_always and not any(parameter.requires_grad for parameter in vision.parameters()):
             return embeddings
         blank = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=embeddings.device)
         features = vision(blank, [(CROP_SIZE, CROP_SIZE)])
@@ -218,9 +218,9 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         for module in self.model.vision_embed_tokens.tower.unused_modules():
             module.requires_grad_(False)
 
-    def keep_in_step(self) -> None:
+    def run_same_modules_always(self) -> None:
         """Let every forward pass run the same modules as often, whatever its batch: ZeRO-3 gathers weights from all."""
-        self.model.in_step = True
+        self.model.same_modules_always = True
         self.model.vision_embed_tokens.crops_per_chunk = sys.maxsize
 
     def forward(

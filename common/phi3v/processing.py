@@ -193,6 +193,12 @@ class Phi3VProcessor(ProcessorMixin):
         return owner if qualified else hub_repository(self.tokenizer.name_or_path)
 
 
+def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
+    """Ids that end an answer: the tokenizer's end of text, and the end of a turn."""
+    tokenizer = processor.tokenizer
+    return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, padding_side: str) -> dict[str, torch.Tensor]:
     """Pad token ids to a batch; the mask comes from the lengths, since the pad id also ends answers.
 

@@ -1,12 +1,6 @@
-"""The report of a run: its figures, curves, distributions and a gallery of samples, in one HTML file that needs nothing else.
+"""What a run leaves for people: ``run.json``, the model card, and the HTML report with its figures, curves and gallery.
 
-A run directory holds what the training scripts write: `run.json`, `eval_before.json`, `eval_after.json`,
-`trainer_state.json`, `train_results.json` and `gallery/<id>_<k>.jpg`. Any of them may be missing: the report shows what
-there is and says what is not. What it shows depends on what the evaluations hold, not on the name of a task.
+May import :mod:`common.evaluation.metrics` and :mod:`common.runtime`; since it loads matplotlib and scikit-learn, it is
+imported late and on the main process. Begin with :func:`common.report.page.write_report`; what a run directory holds is in
+:mod:`common.report.run`.
 """
-
-from .gallery import save_gallery_images, select_gallery
-from .page import write_comparison, write_report
-from .run import FILES, Run, read_run
-
-__all__ = ["FILES", "Run", "read_run", "save_gallery_images", "select_gallery", "write_comparison", "write_report"]

@@ -177,8 +177,8 @@ def score_chart(evaluations: dict[str, Sequence[float]]) -> Chart:
     for index, (when, scores) in enumerate(evaluations.items()):
         counts = np.bincount(np.searchsorted(edges, scores, side="right") - 1, minlength=len(labels))
         shares = counts / max(len(scores), 1)
-        places = np.arange(len(labels)) + (index - (len(evaluations) - 1) / 2) * 0.4
-        bars = axes.bar(places, 100 * shares, 0.38, color=BEFORE if when == "before" else AFTER, label=when)
+        positions = np.arange(len(labels)) + (index - (len(evaluations) - 1) / 2) * 0.4
+        bars = axes.bar(positions, 100 * shares, 0.38, color=BEFORE if when == "before" else AFTER, label=when)
         axes.bar_label(bars, [f"{100 * share:.0f}" if share else "" for share in shares], fontsize=6.5, padding=1.5)
         captions.append(f"{when}: {counts[0]:,} of {len(scores):,} below 0.5, {counts[-1]:,} exact")
     axes.set_xticks(range(len(labels)), labels)

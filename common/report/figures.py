@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from statistics import median
 
-from ..metrics import normalise_answer
+from common.evaluation.metrics import normalise_answer
+
 from .charts import Chart, confusion_chart, number, probability_chart, roc_chart, score_chart, series, transition_chart
 from .run import RIGHT, Run, predictions_by_id
 
@@ -20,7 +21,7 @@ OTHER = "(other)"  # an answer that is none of the classes
 MOST_CLASSES = 120  # that a confusion matrix can show; answers are open where there are more
 
 
-def figures(run: Run) -> list[dict]:
+def metric_table(run: Run) -> list[dict]:
     """Return every figure of the evaluations, the main metric first."""
     keys = [run.metric] if run.metric else []
     keys += [
@@ -58,7 +59,7 @@ def facts(run: Run) -> dict[str, str]:
     if epochs is not None:
         found["Epochs"] = number(round(epochs, 2))
     if "train_runtime" in run.results:
-        found["Training time"] = _duration(run.results["train_runtime"])
+        found["Training time"] = format_duration(run.results["train_runtime"])
     if "train_loss" in run.results:
         found["Mean loss"] = number(run.results["train_loss"])
     for key, name in {"images_per_second": "Images per second", "tokens_per_second": "Tokens per second"}.items():
@@ -152,7 +153,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

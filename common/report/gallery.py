@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..files import replacing
+from common.runtime import replacing
+
 from .run import RIGHT, Run, predictions_by_id
 
 GROUPS = {
@@ -85,12 +86,12 @@ def gallery(run: Run, groups: dict[str, list[str]]) -> dict:
     first, last = predictions_by_id(run.before), predictions_by_id(run.after)
     samples = []
     for group, ids in groups.items():
-        for place, key in enumerate(ids):
+        for number, key in enumerate(ids):
             row = last.get(key) or first[key]
             samples.append(
                 {
                     "group": group,
-                    "foremost": place < FOREMOST,
+                    "foremost": number < FOREMOST,
                     "id": key,
                     "question": row["question"],
                     "answers": list(dict.fromkeys(row["answers"])),

@@ -2,17 +2,21 @@
 
 import json
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import jinja2
 
-from ..files import replacing, write_file
+from common.data.conversations import pictures
+from common.data.pictures import decode_picture
+from common.runtime import InputError, replacing, write_file
+
 from .charts import DASHES, SERIES, curve_charts
-from .figures import class_table, confusions, evaluation_charts, facts, figures, outcomes
-from .gallery import GROUPS, gallery, select_gallery
+from .figures import class_table, confusions, evaluation_charts, facts, metric_table, outcomes
+from .gallery import GROUPS, gallery, save_gallery_images, select_gallery
 from .run import Run, read_run
 
 
@@ -35,7 +39,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     ------
     FileNotFoundError
         If there is no such directory, or it holds none of a run's files.
-    ValueError
+    InputError
         If one of the files is not what it should be; the message names the file.
     """
     run = read_run(output_dir)
@@ -52,7 +56,7 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
             run=run,
             title=run.settings.get("task") or run.directory.resolve().name,
             subtitle=" · ".join(run.settings[key] for key in ("base_model", "method") if key in run.settings),
-            figures=figures(run),
+            figures=metric_table(run),
             facts=facts(run),
             outcomes=outcomes(run),
             curves=curves,
@@ -67,6 +71,31 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     )
     write_file(path, page)
     return path
+
+
+def report_run(output_dir: Path, conversation_of: Callable[[int], dict]) -> None:
+    """Write the report at the end of a run, with the pictures of the samples that it shows.
+
+    Parameters
+    ----------
+    output_dir : Path
+    conversation_of : callable
+        Gives the conversation of an evaluation row, by its number.
+    """
+    try:
+        run = read_run(output_dir)
+        rows: dict[str, int] = {}
+        for row, entry in enumerate(run.after["predictions"]):
+            rows.setdefault(entry["id"], row)  # of rows of the same id the report shows the first, too
+        chosen = select_gallery(run.before, run.after)
+        save_gallery_images(
+            output_dir,
+            lambda key: [decode_picture(picture) for picture in pictures(conversation_of(rows[key]))],
+            [key for keys in chosen.values() for key in keys],
+        )
+        print(f"report: {write_report(output_dir)}")
+    except Exception as error:  # the model is saved and scored; a report can be made again
+        print(f"warning: no report.html ({error!r}); python -m tools.report {output_dir} makes it", file=sys.stderr)
 
 
 def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
@@ -86,7 +115,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    FileNotFoundError, InputError
         As `write_report`.
     """
     runs = [read_run(directory) for directory in directories]
@@ -98,7 +127,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
         .render(
             names=names,
             runs=runs,
-            figures=[figures(run) for run in runs],
+            figures=[metric_table(run) for run in runs],
             facts=_rows([facts(run) for run in runs]),
             different={key: values for key, values in settings.items() if len(set(values)) > 1},
             same={key: values[0] for key, values in settings.items() if len(set(values)) == 1},
@@ -125,7 +154,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{runs[0].directory} and others of the runs are the same directory; name each only once")
+    raise InputError(f"{runs[0].directory} and others of the runs are the same directory; name each only once")
 
 
 def _settings(run: Run) -> dict[str, dict[str, str]]:

@@ -2,8 +2,16 @@
 
 import json
 import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from common.runtime import InputError, hardware, is_main_process, local_world_size, read_json, versions, world_size, write_file
 
 FILES = {
     "run.json": "the command, versions, data and hyperparameters are not known",
@@ -40,6 +48,73 @@ class Run:
         return self.state.get("log_history", [])
 
 
+def write_run(
+    output_dir: str | Path,
+    task: str,
+    base_model: str,
+    base_revision: str | None,
+    method: str,
+    data: str,
+    hyperparameters: dict[str, Any],
+    datasets: Sequence[str] = (),
+) -> None:
+    """Write ``run.json`` from the first process: what is being run, by which command, on what, since when.
+
+    Parameters
+    ----------
+    output_dir : str or Path
+        The run's directory.
+    task : str
+        As people call it, ``"DocVQA"`` say.
+    base_model : str
+        Hub id or directory.
+    base_revision : str, optional
+        Commit of a hub model; see :func:`common.model.checkpoint.base_revision`.
+    method : str
+        ``"full"``, ``"LoRA"`` and so on.
+    data : str
+        Which rows trained and which evaluate, in words.
+    hyperparameters : dict
+        Values by flag. What JSON doesn't know, paths say, is written as text.
+    datasets : sequence of str
+        Hub ids of the data sets, if any.
+    """
+    if not is_main_process():
+        return
+    run = {
+        "task": task,
+        "command": launch_command(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": base_model,
+        "base_revision": base_revision,
+        "method": method,
+        "data": data,
+        "hardware": hardware(),
+        "versions": versions(),
+        "hyperparameters": hyperparameters,
+    }
+    if datasets:
+        run["datasets"] = list(datasets)
+    write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def remove_report(output_dir: Path) -> None:
+    """Remove the report of an earlier run, and the pictures that it shows."""
+    (output_dir / "report.html").unlink(missing_ok=True)
+    shutil.rmtree(output_dir / "gallery", ignore_errors=True)
+
+
+def launch_command() -> str:
+    """The command line that started this process, as it is typed: with ``torchrun`` where that was used."""
+    script = shlex.join(sys.argv)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python {script}"
+    processes, nodes = local_world_size(), ""
+    if world_size() > processes:
+        nodes = f"--nnodes={world_size() // processes} "
+    return f"torchrun --nproc_per_node={processes} {nodes}{script}"
+
+
 def read_run(directory: str | os.PathLike) -> Run:
     """Read what a run directory holds.
 
@@ -55,13 +130,17 @@ def read_run(directory: str | os.PathLike) -> Run:
     ------
     FileNotFoundError
         If there is no such directory, or it holds none of a run's files.
-    ValueError
+    InputError
         If one of the files is not what it should be; the message names the file.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; give the --output_dir of a training run")
-    contents = {name: _read_json(directory / name) for name in FILES if (directory / name).is_file()}
+    contents = {
+        name: read_json(directory / name, "delete it or run the training again")
+        for name in FILES
+        if (directory / name).is_file()
+    }
     if not contents:
         raise FileNotFoundError(f"{directory} holds none of a run's files ({', '.join(FILES)}): is it an --output_dir?")
     for name in contents.keys() & {"eval_before.json", "eval_after.json"}:
@@ -82,21 +161,11 @@ def predictions_by_id(evaluation: dict | None) -> dict[str, dict]:
     return {str(row["id"]): row for row in reversed((evaluation or {}).get("predictions", []))}
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it or run the training again") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(contents).__name__}")
-    return contents
-
-
 def _check_evaluation(evaluation: dict, path: Path) -> None:
     metric = evaluation.get("metric")
     if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
-        raise ValueError(f"{path}: 'metric' must name the key of a number in the same file, not {metric!r}")
+        raise InputError(f"'metric' must name the key of a number in the same file, not {metric!r}", str(path))
     for row, prediction in enumerate(evaluation.get("predictions", [])):
         absent = {"id", "question", "prediction", "answers", "score"} - set(prediction)
         if absent or not prediction["answers"]:
-            raise ValueError(f"{path}: prediction {row} has no {', '.join(sorted(absent)) or 'answers'}")
+            raise InputError(f"prediction {row} has no {', '.join(sorted(absent)) or 'answers'}", str(path))

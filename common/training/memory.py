@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from .flops import TrainingFlops
-from .generation import autocast
-from .model import base_model, set_gradient_checkpointing
-from .phi3v.image_processing import CROP_SIZE
-from .phi3v.last_layer import answer_spans
+from common.arguments import Setup, uses_adapters
+from common.model.loading import autocast, base_model, set_gradient_checkpointing
+from common.phi3v.flops import TrainingFlops
+from common.phi3v.image_processing import CROP_SIZE
+from common.phi3v.last_layer import answer_spans
+from common.runtime import gather, local_world_size, world_size
+
+from .deepspeed import zero_settings
 
 MODES = ("none", "selective", "full")
 # Share of the free memory that a plan may fill: the rest goes to temporary tensors, communication and fragmentation.
@@ -79,7 +78,7 @@ class Trial:
         Parameters
         ----------
         mode : {"none", "selective", "full"}
-            As :func:`common.model.set_gradient_checkpointing` takes it.
+            As :func:`common.model.loading.set_gradient_checkpointing` takes it.
         tokens, views : int
             Of the largest batch.
         """
@@ -110,14 +109,11 @@ def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
     tokens, views : int
         Of the largest batch.
     """
-    modes = [trial.choose(tokens, views) if trial else MODES[-1]]
-    if dist.is_initialized():
-        [own], modes = modes, [None] * dist.get_world_size()
-        dist.all_gather_object(modes, own)
-    return max(modes, key=MODES.index)
+    mode = trial.choose(tokens, views) if trial else MODES[-1]
+    return max(gather(mode), key=MODES.index)
 
 
-def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, flops: TrainingFlops) -> Trial | None:
+def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
     """Run a few small batches forward, as training will.
 
     Parameters
@@ -125,7 +121,9 @@ def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, fl
     model : torch.nn.Module
         On the device, before DeepSpeed or DDP wrap it; unchanged afterwards.
     args : argparse.Namespace
-        As :func:`common.training.start` left them.
+        The script's flags.
+    setup : Setup
+        What was settled of them.
     flops : TrainingFlops
         Counts what a batch costs.
 
@@ -134,26 +132,27 @@ def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, fl
     Trial or None
         None where no trial is possible: ZeRO-3 has no whole weights yet, or not even the trial fits.
     """
-    if zero_stage(args.deepspeed) == 3:
+    if setup.zero_stage == 3:
         return None
+    device = setup.device
     footprints, training = {}, model.training
     model.train()
     # DeepSpeed trains without autocast, on halves; adapters are still fp32 here.
-    precision = nullcontext() if args.deepspeed and not args.use_lora else autocast(model, args)
+    precision = nullcontext() if setup.deepspeed and not uses_adapters(args) else autocast(model, args.bf16)
     # Dropout's draws must not move those of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
             for mode in ("none", "full"):
                 set_gradient_checkpointing(model, mode)
                 sizes = ((1, SHORT_TEXT), (1, LONG_TEXT), (2, SHORT_TEXT))
-                batches = [_batch(model, images, text, args.packing, device) for images, text in sizes]
+                batches = [_batch(model, images, text, setup.packing, device) for images, text in sizes]
                 short, long, double = (kept_bytes(model, batch) for batch in batches)
                 tokens, views = ([vars(flops.sizes(batch))[unit] for batch in batches] for unit in ("tokens", "views"))
                 per_token = (long - short) / (tokens[1] - tokens[0])
                 per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
                 footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
             # A GPU shows its speed on large batches only; without a graph they need little memory.
-            timed = _batch(model, 8, 2000, args.packing, device) if device.type == "cuda" else batches[1]
+            timed = _batch(model, 8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
             seconds = _seconds_forward(model, timed, device)
         except torch.OutOfMemoryError:
             return None
@@ -165,8 +164,8 @@ def try_out(model: nn.Module, args: argparse.Namespace, device: torch.device, fl
         footprints["none"],
         footprints["full"],
         num_layers=len(base_model(model).model.layers),
-        states=state_bytes(model, args),
-        step=step_bytes(model, args),
+        states=state_bytes(model, args.optim, setup),
+        step=step_bytes(model, setup),
         free=free_bytes(device),
         flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
     )
@@ -191,38 +190,38 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     return sum(kept.values())
 
 
-def state_bytes(model: nn.Module, args: argparse.Namespace) -> float:
+def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
     """Bytes that gradients, optimizer states and master weights add on this process's device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps them elsewhere
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    moments = 2 if "8bit" in args.optim else 0 if args.optim in ("adafactor", "sgd") else 8
-    if args.deepspeed is None:
+    processes = world_size()
+    moments = 2 if "8bit" in optim else 0 if optim in ("adafactor", "sgd") else 8
+    if setup.deepspeed is None:
         gradients = sum(parameter.nbytes for parameter in trained)
-        return gradients + (0 if "paged" in args.optim else moments * count)
-    zero, halves = _zero_settings(args.deepspeed), _in_halves(args)
-    if "paged" in args.optim:
+        return gradients + (0 if "paged" in optim else moments * count)
+    zero, halves = zero_settings(setup.deepspeed), setup.precision != "fp32"
+    if "paged" in optim:
         moments = 0
     masters_and_moments = (4 + moments if halves else moments) * count
     gradients = (2 if halves else 4) * count
     stage, offloads = zero.get("stage", 0), "offload_optimizer" in zero
-    partition = world_size if stage >= 1 else 1
+    partition = processes if stage >= 1 else 1
     bucket = zero.get("reduce_bucket_size", 5e8)
     if bucket == "auto":
         bucket = model.config.hidden_size**2  # as transformers fills it in
     buckets = 2 * (2 if halves else 4) * min(bucket, count)
-    return (0 if offloads else masters_and_moments / partition) + gradients / (world_size if stage >= 2 else 1) + buckets
+    return (0 if offloads else masters_and_moments / partition) + gradients / (processes if stage >= 2 else 1) + buckets
 
 
-def step_bytes(model: nn.Module, args: argparse.Namespace) -> float:
+def step_bytes(model: nn.Module, setup: Setup) -> float:
     """Bytes that an optimizer step takes for a while: DeepSpeed's fp32 copy of the gradients that a process owns."""
-    if args.deepspeed is None or not _in_halves(args):
+    if setup.deepspeed is None or setup.precision == "fp32":
         return 0
-    zero = _zero_settings(args.deepspeed)
+    zero = zero_settings(setup.deepspeed)
     if zero.get("stage", 0) not in (1, 2) or "offload_optimizer" in zero:
         return 0
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return 4 * count / (dist.get_world_size() if dist.is_initialized() else 1)
+    return 4 * count / world_size()
 
 
 def free_bytes(device: torch.device) -> float:
@@ -230,21 +229,7 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def zero_stage(deepspeed: str | None) -> int | None:
-    """The ZeRO stage of a DeepSpeed configuration file, None without one."""
-    return _zero_settings(deepspeed).get("stage", 0) if deepspeed else None
-
-
-def _zero_settings(deepspeed: str) -> dict[str, Any]:
-    return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})
-
-
-def _in_halves(args: argparse.Namespace) -> bool:
-    """Whether DeepSpeed holds the weights in bf16 or fp16."""
-    return args.bf16 or torch.cuda.is_available()
+    return psutil.virtual_memory().available / local_world_size()
 
 
 def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:

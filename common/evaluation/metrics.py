@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
-from sklearn.metrics import roc_auc_score
 
 ANLS_THRESHOLD = 0.5
 
@@ -65,6 +64,8 @@ def auroc(labels: Sequence[int], scores: Sequence[float]) -> float:
     """Area under the ROC curve, scikit-learn's; NaN if all labels are the same."""
     if len(set(labels)) < 2:
         return float("nan")
+    from sklearn.metrics import roc_auc_score  # loads a second or two of libraries
+
     return float(roc_auc_score(labels, scores))
 
 

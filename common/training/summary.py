@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 
-from .arguments import PARTS
-from .flops import BatchSizes, TrainingFlops
-from .memory import Trial, state_bytes, zero_stage
-from .model import count_parameters, training_precision
-from .planning import Lengths, PlannedBatches
-from .streaming import StreamedBatches
+from common.arguments import Setup, method_name, uses_adapters
+from common.data.batches import Lengths, PlannedBatches
+from common.data.streaming import StreamedBatches
+from common.model.loading import count_parameters
+from common.phi3v.flops import BatchSizes, TrainingFlops
+from common.phi3v.parts import PARTS
+from common.runtime import world_size
+
+from .memory import Trial, state_bytes
 
 GIB = 2**30
 # What is not measured without encoding answers; few, and they cost little.
@@ -26,16 +28,9 @@ TOKENS_PER_VIEW = 144
 RECOMPUTING = {"none": "nothing", "selective": "every second layer", "full": "all layers"}
 
 
-def method_name(args: argparse.Namespace) -> str:
-    """The method as people call it: full, LoRA or QLoRA, and which parts train if not all."""
-    name = "QLoRA" if args.use_qlora else "LoRA" if args.use_lora else "full"
-    if args.freeze_vision_model:
-        return f"{name}, frozen vision"
-    return f"{name}, {' and '.join(args.train_only)} only" if args.train_only else name
-
-
 def summarize(
     args: argparse.Namespace,
+    setup: Setup,
     model: nn.Module,
     num_rows: int,
     batches: PlannedBatches | StreamedBatches,
@@ -49,7 +44,9 @@ def summarize(
     Parameters
     ----------
     args : argparse.Namespace
-        As :func:`common.training.start` left them.
+        The script's flags.
+    setup : Setup
+        What was settled of them.
     lengths : Lengths
         Of some samples.
     recomputation : {"none", "selective", "full"}
@@ -62,7 +59,7 @@ def summarize(
     str
         Lines of a name and what it is.
     """
-    world_size, device = PartialState().num_processes, PartialState().device
+    processes = world_size()
     steps = number_of_steps(args, batches)
     low, mean, high = lengths.tokens.min(), lengths.tokens.mean(), lengths.tokens.max()
     counts = count_parameters(model)
@@ -71,15 +68,15 @@ def summarize(
     rates = [f"learning rate {args.learning_rate:g}"]
     rates += [f"{part} {rate:g}" for part in PARTS[1:] if (rate := getattr(args, f"{part}_learning_rate"))]
     kernels = [name for name, used in (("Liger", args.use_liger_kernel), ("torch.compile", args.torch_compile)) if used]
-    wrapper = f"DeepSpeed {Path(args.deepspeed).name}" if args.deepspeed else "DDP" if world_size > 1 else "one process"
+    wrapper = f"DeepSpeed {Path(setup.deepspeed).name}" if setup.deepspeed else "DDP" if processes > 1 else "one process"
     lines = {
         "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",
         "training": ", ".join(parts),
-        "method": method_name(args) + (lora if args.use_lora else ""),
-        "attention": f"{args.attention[0]} ({args.attention[1]}), packing {'on' if args.packing else 'off'}",
-        "precision": ", ".join([f"{training_precision(args, device)} on {_device_name(device)}", *kernels]),
+        "method": method_name(args) + (lora if uses_adapters(args) else ""),
+        "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
+        "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
-        "batch": _batch(args, world_size, batches.accumulation),
+        "batch": _batch(args, processes, batches.accumulation),
         "steps": f"{steps:,} on {num_rows:,} rows, {_warmup(args, steps)}",
         "samples": f"{low:,} to {high:,} tokens, {mean:,.0f} on average, and {lengths.views.mean():.1f} crops and global views",
         "recomputing": RECOMPUTING[recomputation] + ("" if args.gradient_checkpointing == "auto" else ", as asked for"),
@@ -88,13 +85,13 @@ def summarize(
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         needed = loaded + trial.needed(recomputation, *batches.largest(lengths))
         lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
-        flops_a_process = steps * args.batch_size / world_size * _flops_per_sample(flops, lengths, recomputation, args.packing)
+        flops_a_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, setup.packing)
         seconds = flops_a_process / trial.flops_per_second
-        lines["time"] = f"about {duration(seconds)}, saving and evaluating not counted"
-    elif zero_stage(args.deepspeed) == 3:
+        lines["time"] = f"about {approximate_duration(seconds)}, saving and evaluating not counted"
+    elif setup.zero_stage == 3:
         bytes_of_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
-        weights = bytes_of_weight * sum(total for _, total in counts.values()) / world_size
-        needed = (weights + state_bytes(model, args)) / GIB
+        weights = bytes_of_weight * sum(total for _, total in counts.values()) / processes
+        needed = (weights + state_bytes(model, args.optim, setup)) / GIB
         lines["memory"] = f"about {needed:.1f} GiB a process for weights and states; the rest can't be tried out under ZeRO-3"
         lines["time"] = "not estimated, for the same reason"
     else:
@@ -107,7 +104,7 @@ def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | Streamed
     return args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // batches.accumulation
 
 
-def duration(seconds: float) -> str:
+def approximate_duration(seconds: float) -> str:
     """Seconds in words of a fitting size."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
@@ -121,8 +118,8 @@ def _warmup(args: argparse.Namespace, steps: int) -> str:
     return f"all within --warmup_steps {args.warmup_steps:g}: the learning rate never reaches its peak"
 
 
-def _batch(args: argparse.Namespace, world_size: int, accumulation: int) -> str:
-    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+def _batch(args: argparse.Namespace, count: int, accumulation: int) -> str:
+    processes = f"{count} process{'es' if count > 1 else ''}"
     if args.max_tokens_per_batch:
         return f"{args.batch_size} samples a step = {processes} × {accumulation} of up to {args.max_tokens_per_batch:,} tokens"
     return f"{args.batch_size} samples a step = {processes} × {args.batch_size_per_gpu} at once × {accumulation} accumulated"

@@ -7,18 +7,17 @@ it was quantized.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
-from safetensors import safe_open
 from transformers import AutoConfig
 
-from .files import write_file
-from .phi3v import Phi3VConfig
+from common.phi3v import Phi3VConfig
+from common.runtime import read_json, write_file
+
+from .checkpoint import find_snapshot, open_tensors
 
 BASE_DESCRIPTION = "base_model.json"
 COMPARED_SETTINGS = (
@@ -32,12 +31,6 @@ COMPARED_SETTINGS = (
     "rope_scaling",
     "vision_config",
 )
-
-
-def base_revision(name_or_path: str) -> str | None:
-    """Commit of a hub model as it was fetched last; None for a directory."""
-    directory = find_snapshot(name_or_path)
-    return directory.name if directory.parent.name == "snapshots" else None
 
 
 def write_base_description(directory: Path, model: PeftModel) -> None:
@@ -70,7 +63,7 @@ def fingerprint(directory: Path) -> str:
     Takes well under a second, since next to nothing is read.
     """
     digest = hashlib.sha256()
-    files = _open_tensors(directory)
+    files = open_tensors(directory)
     for name in sorted(files):
         tensor = files[name].get_slice(name)
         part = tensor[:] if len(tensor.get_shape()) == 1 else tensor[:1]
@@ -79,35 +72,9 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(directory: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Some tensors of a checkpoint, as they are on disk."""
-    files = _open_tensors(directory)
-    return {name: files[name].get_tensor(name) for name in names}
-
-
-def _open_tensors(directory: Path) -> dict[str, Any]:
-    """The open file that holds each tensor of a checkpoint."""
-    files: dict[str, Any] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        file = safe_open(path, framework="pt")
-        files |= dict.fromkeys(file.keys(), file)
-    return files
-
-
-def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:
-    """Directory of a checkpoint; for a hub id that of the local copy, whatever the hub has by now."""
-    directory = Path(name_or_path)
-    if directory.is_dir():
-        return directory.resolve()
-    return Path(snapshot_download(name_or_path, revision=revision, local_files_only=True))
-
-
 def read_base_description(adapter: Path) -> dict[str, Any]:
     path = adapter / BASE_DESCRIPTION
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON ({error}): copy it anew, or delete it to go without its checks") from None
+    return read_json(path, "copy it again, or delete it to go without its checks") if path.is_file() else {}
 
 
 def _settings(config: Phi3VConfig) -> dict[str, Any]:

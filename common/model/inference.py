@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from .adapter_base import compare_settings, find_snapshot, fingerprint, read_base_description
-from .model import check_checkpoint, stop_token_ids
-from .phi3v import Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v.processing import stop_token_ids
+from common.runtime import InputError
+
+from .adapters import compare_settings, fingerprint, read_base_description
+from .checkpoint import check_checkpoint, find_snapshot, load_processor
+from .loading import avoid_avx512_kernel
 
 
 def load_for_inference(
@@ -55,12 +58,12 @@ def load_for_inference(
 
     Raises
     ------
-    ValueError
+    InputError
         If something is missing, an adapter doesn't fit its base, or that base is another than the adapter's.
     """
     adapter = find_adapter(name_or_path)
     if adapter is None and base is not None:
-        raise ValueError(f"{name_or_path} is no adapter (it has no adapter_config.json): leave --base out")
+        raise InputError(f"{name_or_path} is no adapter (it has no adapter_config.json): leave --base out")
     if adapter is None:
         model = load_full(str(name_or_path), device, dtype)
         return model, load_processor(str(name_or_path))
@@ -80,7 +83,7 @@ def find_adapter(name_or_path: str | Path) -> Path | None:
 
     Raises
     ------
-    ValueError
+    InputError
         If the adapter has no weights.
     """
     directory = Path(name_or_path)
@@ -92,7 +95,7 @@ def find_adapter(name_or_path: str | Path) -> Path | None:
     if not (directory / "adapter_config.json").is_file():
         return None
     if not (directory / "adapter_model.safetensors").is_file():
-        raise ValueError(f"adapter {name_or_path} lacks adapter_model.safetensors: copy the adapter's files there again")
+        raise InputError(f"adapter {name_or_path} lacks adapter_model.safetensors: copy the adapter's files there again")
     return directory
 
 
@@ -107,13 +110,10 @@ def load_full(
 
     Raises
     ------
-    ValueError
+    InputError
         If the checkpoint is missing or incomplete, or no Phi-3-V.
     """
-    try:
-        check_checkpoint(name_or_path)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("--model_name_or_path ")) from None
+    check_checkpoint(name_or_path)
     dtype = dtype or inference_dtype(device)
     if quantization:
         quantization = BitsAndBytesConfig.from_dict(quantization | {"bnb_4bit_compute_dtype": dtype})
@@ -127,11 +127,8 @@ def load_full(
             quantization_config=quantization,
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{name_or_path}: its weights can't be read ({error}): copy the checkpoint's files anew") from None
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            # A CPU with AVX512-BF16 would compute in bf16, whatever is asked for, and drop gradients from then on.
-            module.support_avx512bf16_for_cpu = False
+        raise InputError(f"{name_or_path}: its weights can't be read ({error}): copy the checkpoint's files anew") from None
+    avoid_avx512_kernel(model)
     processor = load_processor(name_or_path, revision)
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)
@@ -158,7 +155,7 @@ def load_base(
 
     Raises
     ------
-    ValueError
+    InputError
         If the base is missing or another than the adapter was trained on. Where ``base`` is given and only its weights
         differ, it is a warning instead.
     """
@@ -168,19 +165,19 @@ def load_base(
     try:
         differences = compare_settings(name, revision, trained_on)
         model = load_full(name, device, dtype, revision, quantization) if not differences else None
-    except (OSError, ValueError) as error:
-        raise ValueError(
+    except (OSError, InputError) as error:
+        raise InputError(
             f"adapter {adapter} needs its base model, {name}, which can't be loaded: {str(error).splitlines()[0]}. "
             "Where it lies elsewhere, say so with --base DIR"
         ) from None
     remedy = "give the right one with --base DIR"
     if differences:
         was = trained_on["name"]
-        raise ValueError(f"adapter {adapter} was trained on {was}, and {name} is another model ({differences}): {remedy}")
+        raise InputError(f"adapter {adapter} was trained on {was}, and {name} is another model ({differences}): {remedy}")
     if trained_on and trained_on["weights"] != fingerprint(find_snapshot(name, revision)):
         message = f"adapter {adapter} was trained on {trained_on['name']}, and {name} has other weights"
         if not base:
-            raise ValueError(f"{message}: {remedy}")
+            raise InputError(f"{message}: {remedy}")
         warnings.warn(f"{message}; its answers may be worse", stacklevel=2)
     return model
 
@@ -190,17 +187,17 @@ def attach_adapter(model: Phi3VForCausalLM, adapter: Path) -> PeftModel:
 
     Raises
     ------
-    ValueError
+    InputError
         If shapes don't fit.
     """
     try:
         misfit = next(_misfits(model, adapter), None)
     except SafetensorError as error:
         path = adapter / "adapter_model.safetensors"
-        raise ValueError(f"{path} is damaged ({error}): copy the adapter's files anew") from None
+        raise InputError(f"{path} is damaged ({error}): copy the adapter's files anew") from None
     if misfit is not None:
         module, expected, found = misfit
-        raise ValueError(
+        raise InputError(
             f"adapter {adapter} doesn't fit {model.name_or_path}: its weights for {module} are for {expected} features, "
             f"the base has {found}; give the model it was trained on with --base DIR"
         )
@@ -223,24 +220,19 @@ def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
     return load_processor(str(adapter) if beside else model.name_or_path)
 
 
-def load_processor(name_or_path: str, revision: str | None = None) -> Phi3VProcessor:
-    """Load the processor saved with a model or adapter."""
-    return Phi3VProcessor.from_pretrained(name_or_path, revision=revision or "main")
-
-
 def find_base(adapter: Path) -> tuple[str, str | None]:
     """Name or directory of an adapter's base, and its revision on the hub.
 
     Raises
     ------
-    ValueError
+    InputError
         If the adapter doesn't name its base.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     trained_on = read_base_description(adapter)
     name = config.get("base_model_name_or_path") or trained_on.get("name")
     if not name:
-        raise ValueError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path: give the base with --base DIR")
+        raise InputError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path: give the base with --base DIR")
     # A path relative to where training was started; the description has the whole one.
     if not Path(name).is_dir() and Path(trained_on.get("path") or os.devnull).is_dir():
         name = trained_on["path"]

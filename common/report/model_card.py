@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shlex
-import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .files import write_file
-from .machine import hardware, versions
+from common.runtime import InputError, is_main_process, read_json, write_file
 
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -61,56 +54,6 @@ model = peft.AutoPeftModelForCausalLM.from_pretrained({name!r}, dtype=torch.bflo
 processor = transformers.AutoProcessor.from_pretrained({name!r})"""
 
 
-def write_run(
-    output_dir: str | Path,
-    task: str,
-    base_model: str,
-    base_revision: str | None,
-    method: str,
-    data: str,
-    hyperparameters: dict[str, Any],
-    datasets: Sequence[str] = (),
-) -> None:
-    """Write ``run.json`` from the first process: what is being run, by which command, on what, since when.
-
-    Parameters
-    ----------
-    output_dir : str or Path
-        The run's directory.
-    task : str
-        As people call it, ``"DocVQA"`` say.
-    base_model : str
-        Hub id or directory.
-    base_revision : str, optional
-        Commit of a hub model; see :func:`common.adapter_base.base_revision`.
-    method : str
-        ``"full"``, ``"LoRA"`` and so on.
-    data : str
-        Which rows trained and which evaluate, in words.
-    hyperparameters : dict
-        Values by flag. What JSON doesn't know, paths say, is written as text.
-    datasets : sequence of str
-        Hub ids of the data sets, if any.
-    """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    run = {
-        "task": task,
-        "command": launch_command(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": base_model,
-        "base_revision": base_revision,
-        "method": method,
-        "data": data,
-        "hardware": hardware(),
-        "versions": versions(),
-        "hyperparameters": hyperparameters,
-    }
-    if datasets:
-        run["datasets"] = list(datasets)
-    write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
 def write_model_card(output_dir: str | Path, name: str | Path | None = None, licence: str = "mit") -> None:
     """Write the model card ``README.md`` from the first process, out of what the run has written to its directory.
 
@@ -126,15 +69,15 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no ``run.json``.
     """
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if not is_main_process():
         return
     directory, name = Path(output_dir), str(name or output_dir)
-    run, before, after = (_read(directory / file) for file in RUN_FILES)
+    run, before, after = (read_json(path, "delete it") if (path := directory / file).is_file() else {} for file in RUN_FILES)
     if not run:
-        raise ValueError(f"{directory} has no run.json, which the model card is made from: is it an --output_dir?")
+        raise InputError(f"{directory} has no run.json, which the model card is made from: is it an --output_dir?")
     is_adapter = (directory / "adapter_config.json").is_file()
     data = _front_matter(run, after, Path(name).name, is_adapter, licence)
     card = CARD.format(
@@ -150,16 +93,6 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     write_file(directory / "README.md", str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card}")))
 
 
-def launch_command() -> str:
-    """The command line that started this process, as it is typed: with ``torchrun`` where that was used."""
-    script = shlex.join(sys.argv)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return f"python {script}"
-    processes, world_size = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    nodes = f"--nnodes={world_size // processes} " if world_size > processes else ""
-    return f"torchrun --nproc_per_node={processes} {nodes}{script}"
-
-
 def _front_matter(run: dict[str, Any], after: dict[str, Any], name: str, is_adapter: bool, licence: str) -> ModelCardData:
     datasets = run.get("datasets", [])
     results = {}
@@ -172,7 +105,7 @@ def _front_matter(run: dict[str, Any], after: dict[str, Any], name: str, is_adap
                 metric_type=metric,
                 metric_value=value,
             )
-            for metric, value in _figures(after).items()
+            for metric, value in _metrics(after).items()
         ]
     return ModelCardData(
         # The hub takes ids alone here.
@@ -198,13 +131,13 @@ def _introduction(run: dict[str, Any], is_adapter: bool) -> str:
 def _results(before: dict[str, Any], after: dict[str, Any]) -> str:
     if not (before or after):
         return ""
-    first, last = _figures(before), _figures(after)
+    first, last = _metrics(before), _metrics(after)
     rows = [f"| {metric} | {_score(first, metric)} | {_score(last, metric)} |" for metric in first | last]
     samples = (after or before)["samples"]
     return "\n".join(["## Results\n", f"| {samples:,} samples | before | after |", "| --- | --- | --- |", *rows, "\n"])
 
 
-def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
+def _metrics(evaluation: dict[str, Any]) -> dict[str, float]:
     """The main metric first, then the others."""
     figures = {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
     return {key: figures[key] for key in sorted(figures, key=lambda key: key != evaluation["metric"])}
@@ -225,7 +158,3 @@ def _is_hub_id(name: str) -> bool:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .phi3v import Phi3VForCausalLM
-from .phi3v.image_processing import num_views
+from .image_processing import num_views
+from .modeling import Phi3VForCausalLM
 
 # Dense bf16 peak in TFLOP/s (fp16 where there is no bf16) by words of the device's name, the more particular first.
 # From NVIDIA's and AMD's data sheets, without sparsity.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from .conversations import Conversation, count_tokens, encode_conversation, open_picture, pictures
-from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
-from .planning import Lengths
-from .progress import Progress
+from common.phi3v import Phi3VProcessor
+from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
+from common.runtime import InputError, Progress, gather, rank, world_size
+
+from .batches import Lengths
+from .conversations import Conversation, count_tokens, encode_conversation, pictures
+from .pictures import open_picture
+from .rows import Rows
 
 ROWS_AT_ONCE = 64  # whose pictures, stored in the data set, are in memory together
 
@@ -32,7 +35,7 @@ class TrainingData(Dataset):
     processor : Phi3VProcessor
     seed : int
     name : str
-        What messages call a row.
+        What messages call a row that does not know its place.
     """
 
     def __init__(
@@ -47,7 +50,8 @@ class TrainingData(Dataset):
         self.to_conversation = to_conversation
         self.processor = processor
         self.seed = seed
-        self.name = name
+        # Rows of the tasks know where they stand in their data set.
+        self.place = rows.place if isinstance(rows, Rows) else partial("{} {}".format, name)
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
         # Until measured, each row may become another conversation in another epoch; most data sets draw nothing.
@@ -67,9 +71,9 @@ class TrainingData(Dataset):
         epoch, row = key
         try:
             sample = encode_conversation(self.conversation(epoch, row), self.processor)
-        except ValueError as error:
-            raise ValueError(f"{self.name} {row}: {error}") from None
-        return sample | {"place": f"{self.name} {row}"}
+        except InputError as error:
+            raise error.at(self.place(row)) from None
+        return sample | {"place": self.place(row)}
 
     def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
         """Tokens and views of some rows in an epoch, from picture sizes and text, decoding nothing.
@@ -84,7 +88,7 @@ class TrainingData(Dataset):
 
         Raises
         ------
-        ValueError
+        InputError
             Naming the row and what is wrong with it.
         """
         new = rows[self._varies[rows]]
@@ -109,21 +113,17 @@ class TrainingData(Dataset):
 
         Raises
         ------
-        ValueError
+        InputError
             Naming the row and what is wrong with it.
         """
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         rows = np.flatnonzero(self._varies)
         if len(rows):
-            share = rows[rank::world_size]
+            share = rows[rank() :: world_size()]
             with Progress("Planning batches", "rows", len(share), bar) as progress:
-                shares = [self._measure(epoch, share, progress.update)]
-            if world_size > 1:
-                own, shares = shares[0], [None] * world_size
-                dist.all_gather_object(shares, own)
-            for index, (measured, varies) in enumerate(shares):
-                self._measured[rows[index::world_size]] = measured
-                self._varies[rows[index::world_size]] = varies
+                own = self._measure(epoch, share, progress.update)
+            for index, (measured, varies) in enumerate(gather(own)):
+                self._measured[rows[index :: world_size()]] = measured
+                self._varies[rows[index :: world_size()]] = varies
         tokens, views = self._measured.T.copy()
         return Lengths(tokens=tokens, views=views)
 
@@ -139,15 +139,15 @@ class TrainingData(Dataset):
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
             conversations, image_tokens = [], []
-            for place, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
+            for position, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
                 generator = self._generator(epoch, row)
                 untouched = generator.getstate()
                 conversations.append(self.to_conversation(content, generator))
-                varies[place] = generator.getstate() != untouched
-                sizes = self._sizes(row, conversations[-1], keep=varies[place])
+                varies[position] = generator.getstate() != untouched
+                sizes = self._sizes(row, conversations[-1], keep=varies[position])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
-                measured[place, 1] = sum(num_views(*size) for size in sizes)
-            names = [f"{self.name} {row}" for row in chosen]
+                measured[position, 1] = sum(num_views(*size) for size in sizes)
+            names = [self.place(row) for row in chosen]
             tokens = count_tokens(conversations, image_tokens, names, self.processor)
             measured[start : start + len(chosen), 0] = tokens
             if count_done:
@@ -166,8 +166,8 @@ class TrainingData(Dataset):
         num_crops = self.processor.image_processor.num_crops
         try:
             sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in pictures(conversation)]
-        except ValueError as error:
-            raise ValueError(f"{self.name} {row}: {error}") from None
+        except InputError as error:
+            raise error.at(self.place(row)) from None
         if keep:
             self._image_sizes[row] = sizes
         return sizes

@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.cache_utils import Cache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from .collator import load_crops
-from .conversations import Conversation, Picture, encode_prompt
-from .model import base_model, stop_token_ids
-from .phi3v import Phi3VForCausalLM, Phi3VProcessor
-from .phi3v.cache import new_cache
-from .phi3v.processing import pad_rows
-from .progress import track
-from .workers import WorkerLoader
+from common.data.collator import load_crops
+from common.data.conversations import Conversation, encode_prompt
+from common.data.loader import WorkerLoader
+from common.data.pictures import Picture
+from common.model.loading import autocast, base_model
+from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
+from common.phi3v.cache import new_cache
+from common.phi3v.processing import pad_rows, stop_token_ids
+from common.runtime import InputError, gather, rank, track, world_size
 
 T = TypeVar("T")
 
@@ -44,10 +44,10 @@ class _Prompts(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             prompt = encode_prompt(self.conversations[index], self.processor)
-        except ValueError as error:
-            raise ValueError(f"evaluation row {index}: {error}") from None
+        except InputError as error:
+            raise error.at(f"evaluation row {index}") from None
         ids = prompt["input_ids"]
-        begin_length = max((place for place, token in enumerate(ids) if token < 0), default=0) + 1
+        begin_length = max((position for position, token in enumerate(ids) if token < 0), default=0) + 1
         content = hashlib.blake2b(np.array(ids[:begin_length]).tobytes())
         for picture in prompt["images"]:
             content.update(_picture_content(picture))
@@ -73,8 +73,8 @@ class _PromptCollator:
         if max(len(prompt["input_ids"]) for prompt in prompts) > self.limit:
             return self._pad([prompt["input_ids"] for prompt in prompts]) | self._pictures(prompts)
         begun = {prompt["beginning"]: prompt for prompt in prompts}
-        places = {beginning: place for place, beginning in enumerate(begun)}
-        rows = torch.tensor([places[prompt["beginning"]] for prompt in prompts])
+        numbers = {beginning: number for number, beginning in enumerate(begun)}
+        rows = torch.tensor([numbers[prompt["beginning"]] for prompt in prompts])
         begin = self._pad([prompt["input_ids"][: prompt["begin_length"]] for prompt in begun.values()])
         rest = self._pad([prompt["input_ids"][prompt["begin_length"] :] for prompt in prompts])
         whole = {name: torch.cat([begin[name][rows], rest[name]], dim=1) for name in rest}
@@ -106,14 +106,14 @@ def share_by_length(
     batch_size: int,
     rank: int,
     world_size: int,
-    in_step: bool = False,
+    same_number: bool = False,
     beginnings: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Batches of one process: prompts of like length together, longest first, dealt to the processes in turn.
 
     Parameters
     ----------
-    in_step : bool
+    same_number : bool
         Give every process as many batches, the last ones a second time if need be.
     beginnings : sequence of str, optional
         Prompts that begin alike are kept together.
@@ -121,16 +121,16 @@ def share_by_length(
     Returns
     -------
     list of list of int
-        Indices. Over all processes every index occurs (without ``in_step`` once).
+        Indices. Over all processes every index occurs (without ``same_number`` once).
     """
     beginnings = range(len(lengths)) if beginnings is None else beginnings
     longest: dict[Any, int] = {}
     for beginning, length in zip(beginnings, lengths, strict=True):
         longest[beginning] = max(length, longest.get(beginning, 0))
-    first = {beginning: place for place, beginning in enumerate(longest)}
+    first = {beginning: number for number, beginning in enumerate(longest)}
     order = sorted(range(len(lengths)), key=lambda i: (-longest[beginnings[i]], first[beginnings[i]], -lengths[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    if in_step:
+    if same_number:
         batches += [batches[-1]] * (-len(batches) % world_size)
     return batches[rank::world_size]
 
@@ -149,7 +149,7 @@ def generate_answers(
     model : torch.nn.Module
         Not wrapped by DDP or DeepSpeed.
     conversations : sequence of dict
-        See :mod:`common.conversations`; the answer to the last turn is ignored.
+        See :mod:`common.data.conversations`; the answer to the last turn is ignored.
     args : argparse.Namespace
         ``eval_batch_size``, ``max_new_tokens``, ``dataloader_num_workers``, ``bf16``, ``tqdm``.
 
@@ -211,7 +211,7 @@ def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[s
     """Answer some prompts."""
     stops = stop_token_ids(processor)
     if "past_key_values" in prompts:
-        answers = _go_on(base, **prompts, max_new_tokens=max_new_tokens, stops=stops)
+        answers = _continue_answers(base, **prompts, max_new_tokens=max_new_tokens, stops=stops)
     else:
         options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
         whole = base.generate(**prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options)
@@ -219,7 +219,7 @@ def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[s
     return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def _go_on(
+def _continue_answers(
     base: Phi3VForCausalLM,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
@@ -242,16 +242,16 @@ def _go_on(
         ).logits
         new = logits[:, -1:].argmax(-1)
         left = []
-        for place, (prompt, [token]) in enumerate(zip(going, new.tolist(), strict=True)):
+        for row, (prompt, [token]) in enumerate(zip(going, new.tolist(), strict=True)):
             if not answers[prompt] or answers[prompt][-1] not in stops:
                 answers[prompt].append(token)
-                left += [place] * (token not in stops)
+                left += [row] * (token not in stops)
         if not left:
             break
         if len(left) <= SHARE_LEFT * len(going):
             rows = torch.tensor(left, device=new.device)
             past_key_values.batch_select_indices(rows)
-            new, attention_mask, going = new[rows], attention_mask[rows], [going[place] for place in left]
+            new, attention_mask, going = new[rows], attention_mask[rows], [going[row] for row in left]
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)
     return answers
 
@@ -305,14 +305,6 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def autocast(model: nn.Module, args: argparse.Namespace) -> torch.autocast:
-    """Autocast as in training: to bf16 or fp16 where weights are wider, else off."""
-    device = base_model(model).device
-    dtype = torch.bfloat16 if args.bf16 else torch.float16
-    enabled = args.bf16 or device.type == "cuda"
-    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
-
-
 @contextmanager
 def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
     was_training, config = model.training, base_model(model).config
@@ -322,7 +314,7 @@ def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
         # For each token it takes padding out of every layer's whole cache.
         config._attn_implementation = "sdpa"
     # Compiled layers would be compiled anew for the cache's growing shapes.
-    with autocast(model, args), torch.compiler.set_stance("force_eager"):
+    with autocast(model, args.bf16), torch.compiler.set_stance("force_eager"):
         yield
     config._attn_implementation = attention
     model.train(was_training)
@@ -336,16 +328,15 @@ def _prompt_batches(
     most_new_tokens: int,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """This process's share of the prompts: indices, and left-padded batches on the model's device."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     prompts = _Prompts(conversations, processor)
-    share = (prompts[index] for index in range(rank, len(prompts), world_size))
+    share = (prompts[index] for index in range(rank(), len(prompts), world_size()))
     lengths, beginnings = zip(
         *_gather_in_order([(len(prompt["input_ids"]), prompt["beginning"]) for prompt in share]), strict=True
     )
     # ZeRO-3 gathers the weights of each layer from all processes: none may have a batch more than another.
-    in_step = is_deepspeed_zero3_enabled()
-    batches = share_by_length(lengths, args.eval_batch_size, rank, world_size, in_step, beginnings)
-    limit = 0 if in_step else base_model(model).model.rotary_emb.limit - most_new_tokens
+    same_number = is_deepspeed_zero3_enabled()
+    batches = share_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, beginnings)
+    limit = 0 if same_number else base_model(model).model.rotary_emb.limit - most_new_tokens
     loader = WorkerLoader(
         prompts,
         batch_sampler=batches,
@@ -359,19 +350,13 @@ def _prompt_batches(
 
 def _gather_results(results: dict[int, T]) -> list[T]:
     """Put together, by index, what each process found out."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        shares: list[dict[int, T]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(shares, results)
-        results = {index: result for share in shares for index, result in share.items()}
-    return [results[index] for index in range(len(results))]
+    merged = {index: result for share in gather(results) for index, result in share.items()}
+    return [merged[index] for index in range(len(merged))]
 
 
 def _gather_in_order(share: list[T]) -> list[T]:
     """Put together what each process measured of items ``rank``, ``rank + world_size``, …."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return share
-    shares: list[list[T]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
+    shares = gather(share)
     merged: list[Any] = [None] * sum(map(len, shares))
     for index, part in enumerate(shares):
         merged[index :: len(shares)] = part

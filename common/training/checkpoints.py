@@ -8,21 +8,17 @@ import errno
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import replacing, write_file
-from .memory import zero_stage
-from .summary import method_name
+from common.arguments import method_name, uses_adapters
+from common.runtime import InputError, gather, replacing, sum_over_processes
 
 # Written last, once every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
@@ -37,7 +33,7 @@ def saving() -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    InputError
         In place of what a full disk makes the libraries raise; what else goes wrong passes as it is.
     """
     try:
@@ -45,7 +41,7 @@ def saving() -> Iterator[None]:
     except Exception as error:
         if not any(words in str(error) for words in NO_ROOM):
             raise
-        raise ValueError(
+        raise InputError(
             f"saving failed ({error}): make room on the disk and start again with --resume_from_checkpoint auto; "
             "earlier checkpoints are intact"
         ) from error
@@ -61,7 +57,7 @@ def write_manifest(directory: Path) -> None:
         os.fsync(file.fileno())
 
 
-def what_is_torn(directory: Path) -> str | None:
+def why_incomplete(directory: Path) -> str | None:
     """Say what a checkpoint lacks, or None if it is complete."""
     if not directory.is_dir():
         return "there is no such directory"
@@ -99,28 +95,28 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, 
 
     Raises
     ------
-    ValueError
+    InputError
         If a directory was named that is no complete checkpoint.
     """
     if wanted is None:
         return None, []
     if wanted != "auto":
-        if reason := _what_is_torn_anywhere(Path(wanted)):
-            raise ValueError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto, or an earlier one")
+        if reason := _incomplete_anywhere(Path(wanted)):
+            raise InputError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto, or an earlier one")
         return Path(wanted), []
     passed_over = []
     steps = [path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    for step in sorted({int(step) for step in gather_object(steps) if step.isdigit()}, reverse=True):
+    for step in sorted({int(step) for names in gather(steps) for step in names if step.isdigit()}, reverse=True):
         path = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        reason = _what_is_torn_anywhere(path)
+        reason = _incomplete_anywhere(path)
         if reason is None:
             return path, passed_over
         passed_over.append(f"{path.name} ({reason})")
     return None, passed_over
 
 
-def _what_is_torn_anywhere(directory: Path) -> str | None:
-    return next((reason for reason in gather_object([what_is_torn(directory)]) if reason), None)
+def _incomplete_anywhere(directory: Path) -> str | None:
+    return next((reason for reason in gather(why_incomplete(directory)) if reason), None)
 
 
 class StopOnSignal(TrainerCallback):
@@ -135,10 +131,7 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def _agree(self) -> bool:
-        received = torch.tensor(int(self.received), device=PartialState().device)
-        if dist.is_initialized():
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
-        return bool(received)
+        return bool(sum_over_processes(torch.tensor(int(self.received), device=PartialState().device)))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Listen."""
@@ -186,23 +179,22 @@ class EarlyStopping(EarlyStoppingCallback):
         return control
 
 
-def run_settings(args: argparse.Namespace, num_processes: int) -> dict[str, Any]:
+def run_settings(args: argparse.Namespace, zero_stage: int | None, num_processes: int) -> dict[str, Any]:
     """What a run has to keep when it goes on from a checkpoint, by name: other weights, states or rows would not fit it."""
-    stage = zero_stage(args.deepspeed)
     settings = {
         "method": method_name(args),
         "optimizer (--optim)": args.optim,
-        "sharding (--deepspeed)": "none" if args.deepspeed is None else f"ZeRO-{stage}",
+        "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
         "--batch_size": args.batch_size,
     }
-    if args.use_lora:
+    if uses_adapters(args):
         settings["--lora_rank"] = args.lora_rank
-    if stage or args.streaming:  # each process has states, or a part of the stream, of its own
+    if zero_stage or args.streaming:  # each process has states, or a part of the stream, of its own
         settings["number of processes"] = num_processes
     return settings
 
 
-def check_goes_on(checkpoint: Path, settings: dict[str, Any]) -> None:
+def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Check that a run can go on from a checkpoint exactly.
 
     Parameters
@@ -214,63 +206,15 @@ def check_goes_on(checkpoint: Path, settings: dict[str, Any]) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming what the checkpoint's run had and this one has not.
     """
     path = checkpoint / TOTALS
     then = json.loads(path.read_text()).get("settings", settings) if path.is_file() else settings
     for name in then | settings:
         if then.get(name) != settings.get(name):
-            raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: {name} is {settings.get(name)}, and the checkpoint's run had "
-                f"{then.get(name)}: go on with the same, or begin anew in another --output_dir"
+            raise InputError(
+                f"{name} is {settings.get(name)}, and the checkpoint's run had "
+                f"{then.get(name)}: go on with the same, or begin anew in another --output_dir",
+                f"--resume_from_checkpoint {checkpoint}",
             )
-
-
-class Totals(TrainerCallback):
-    """What the Trainer counts anew in every session, kept with the checkpoints: figures of a resumed run are the whole run's.
-
-    Parameters
-    ----------
-    trainer : FinetuningTrainer
-        To which this callback is added last.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def save(self, directory: Path) -> None:
-        """Write the totals into a checkpoint; all processes together."""
-        trainer = self.trainer
-        running_loss = trainer.accelerator.gather(trainer._tr_loss.reshape(1)).tolist()
-        totals = {
-            "loss": trainer._total_loss_scalar,
-            "running_loss": running_loss,  # of each process, since the last log line
-            "settings": run_settings(trainer.flags, trainer.args.world_size),
-            "last_logged": trainer._globalstep_last_logged,
-            "seconds": time.time() - self.began,
-            "evaluation_due": trainer.stop_on_signal.evaluation_due,
-        }
-        if trainer.args.should_save:
-            write_file(directory / TOTALS, totals)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Go on with the checkpoint's totals, make up for an evaluation that it lacks, and see whether all is done."""
-        trainer, checkpoint = self.trainer, self.trainer.flags.resume_from_checkpoint
-        self.began = time.time()
-        # A Trainer that resumes goes by the intervals of the checkpoint, whatever the flags say by now.
-        state.compute_steps(args, state.max_steps)
-        if checkpoint and (checkpoint / TOTALS).exists():
-            totals = json.loads((checkpoint / TOTALS).read_text())
-            running = totals["running_loss"]
-            as_before = len(running) == args.world_size
-            trainer._tr_loss += running[args.process_index] if as_before else sum(running) / len(running)
-            trainer._total_loss_scalar, trainer._globalstep_last_logged = totals["loss"], totals["last_logged"]
-            trainer._initial_global_step = 0
-            self.began -= totals["seconds"]
-            if totals["evaluation_due"] and trainer._determine_best_metric(trainer._evaluate(None, None), None):
-                state.best_model_checkpoint = str(checkpoint)
-        control.should_training_stop |= state.global_step >= state.max_steps
-        return control

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import bnb, layer
 from torch import nn
@@ -55,7 +54,7 @@ class _LoraLinear(torch.autograd.Function):
 
 def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     weight = base.weight
-    if isinstance(base, Linear4bit):
+    if getattr(weight, "quant_state", None) is not None:
         weight = dequantize_4bit(weight.data, weight.quant_state)
     return weight.to(dtype)
 

@@ -4,30 +4,29 @@ A conversation is a plain dict, a line of the general JSONL format::
 
     {"id": "42", "conversations": [{"images": ["a.jpg", "b.jpg"], "user": "Same?", "assistant": "Yes."}, …]}
 
-Pictures are numbered through the whole conversation. A picture is a path, a dict ``{"bytes": …, "path": …}`` as
-``datasets`` stores it, or a PIL image. Where the user's text holds no image tag, its pictures' tags are put before it.
+Pictures are numbered through the whole conversation; see :mod:`common.data.pictures` for what they may be.
+Where the user's text holds no image tag, its pictures' tags are put before it.
 """
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import convert_picture
-from .phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
+from common.phi3v import Phi3VProcessor
+from common.phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
+from common.runtime import InputError
 
-Picture = str | Path | dict[str, Any] | Image.Image
+from .pictures import Picture, check_picture, open_picture
+
 Conversation = dict[str, Any]
 
 # Special tokens of the published tokenizers, but for tags of pictures.
 CHAT_MARK = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands in the last bytes of a file that is whole
 
 
 def check_conversation(conversation: Any, name: str) -> None:
@@ -42,24 +41,24 @@ def check_conversation(conversation: Any, name: str) -> None:
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the row, what is wrong first, and what belongs there.
     """
     for fault in conversation_faults(conversation, name):
-        raise ValueError(fault)
+        raise fault
 
 
-def conversation_faults(conversation: Any, name: str) -> Iterator[str]:
-    """All that :func:`check_conversation` finds wrong, as messages."""
+def conversation_faults(conversation: Any, name: str) -> Iterator[InputError]:
+    """All that :func:`check_conversation` finds wrong."""
     turns = conversation.get("conversations") if isinstance(conversation, dict) else None
     if not isinstance(turns, list) or not turns:
-        yield f'{name}: "conversations" must be a list of at least one turn'
+        yield InputError('"conversations" must be a list of at least one turn', name)
         return
     whole = True
     for number, turn in enumerate(turns, start=1):
         for fault in _turn_faults(turn):
             whole = False
-            yield f"{name}, turn {number}: {fault}"
+            yield InputError(fault, f"{name}, turn {number}")
     if not whole:
         return
     num_images, tags = 0, []
@@ -68,9 +67,9 @@ def conversation_faults(conversation: Any, name: str) -> Iterator[str]:
         num_images += len(turn.get("images") or [])
         tags += image_numbers(content)
         try:
-            check_image_numbers(tags, num_images)
-        except ValueError as error:
-            yield f"{name}, turn {number}: {error}" if len(turns) > 1 else f"{name}: {error}"
+            _check_tags(tags, num_images)
+        except InputError as error:
+            yield error.at(f"{name}, turn {number}" if len(turns) > 1 else name)
             return
 
 
@@ -96,95 +95,6 @@ def _turn_faults(turn: Any) -> Iterator[str]:
 def pictures(conversation: Conversation) -> list[Picture]:
     """All pictures of a conversation, in the order of their numbers."""
     return [picture for turn in conversation["conversations"] for picture in turn.get("images") or []]
-
-
-def open_picture(picture: Picture) -> Image.Image:
-    """Open a picture without decoding it: its size is known, its pixels are read on use.
-
-    Raises
-    ------
-    ValueError
-        If there is no such file, or it is no picture; names it.
-    """
-    if isinstance(picture, Image.Image):
-        return picture
-    source = picture
-    if isinstance(picture, dict):
-        source = io.BytesIO(picture["bytes"]) if picture.get("bytes") is not None else picture["path"]
-    try:
-        return Image.open(source)
-    except FileNotFoundError:
-        raise ValueError(f"{_name(picture)} is missing: put the file there, or take its row out of the data") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError, OSError, ValueError) as error:
-        raise ValueError(f"{_name(picture)} can't be read ({error}): replace it, or take its row out") from None
-
-
-def decode_picture(picture: Picture) -> Image.Image:
-    """Open a picture and decode its pixels: grey ones as mode L, all others as RGB.
-
-    Raises
-    ------
-    ValueError
-        As :func:`open_picture`, and if the file is cut short.
-    """
-    image = open_picture(picture)
-    try:
-        return convert_picture(image)
-    except (Image.DecompressionBombError, NotImplementedError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{_name(picture)} can't be decoded ({error}): replace it, or take its row out") from None
-
-
-def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
-    """Check that a picture is there and can be decoded, by what takes little time; where that shows a fault, by decoding it.
-
-    PNG files hold checksums, which are read in about a fiftieth of the time that decoding takes; others have an end that is
-    missing from a file cut short.
-
-    Parameters
-    ----------
-    picture : Picture
-    whole : bool
-        Read files to their end: checksums of PNG files, and other formats are decoded. Otherwise only the last bytes of a file
-        are looked at, and damage before them is found once it is decoded for a batch. Of pictures stored in rows, which are
-        in memory, checksums are always looked at.
-
-    Returns
-    -------
-    tuple of int
-        Width and height in pixels.
-
-    Raises
-    ------
-    ValueError
-        As :func:`decode_picture`.
-    """
-    image = open_picture(picture)
-    size = image.size
-    if not isinstance(picture, Image.Image):
-        with image:
-            if image.format == "PNG" and (whole or isinstance(picture, dict)):
-                sound = _checksums_hold(image)
-            else:
-                sound = not whole and _ends_well(image, unknown=isinstance(picture, dict))
-        if not sound:
-            decode_picture(picture)
-    return size
-
-
-def _checksums_hold(image: Image.Image) -> bool:
-    try:
-        image.verify()
-    except (OSError, SyntaxError, ValueError):
-        return False
-    return True
-
-
-def _ends_well(image: Image.Image, unknown: bool) -> bool:
-    """Whether a file's last bytes are its format's; `unknown` of a format that has none."""
-    if image.format not in ENDS:
-        return unknown
-    image.fp.seek(max(0, image.fp.seek(0, io.SEEK_END) - 64))
-    return ENDS[image.format] in image.fp.read()
 
 
 def prompt_text(conversation: Conversation, processor: Phi3VProcessor) -> str:
@@ -219,7 +129,7 @@ def encode_prompt(
         if isinstance(image, dict):
             check_picture(image)
     image_tokens = image_tokens or count_image_tokens(images, processor)
-    return {"input_ids": processor.tokenize(prompt_text(conversation, processor), image_tokens), "images": images}
+    return {"input_ids": _tokenize(prompt_text(conversation, processor), image_tokens, processor), "images": images}
 
 
 def encode_conversation(
@@ -252,7 +162,7 @@ def encode_conversation(
         end = len(processor.tokenize(f"{history}{turns[number - 1]['assistant']}<|end|>\n", used))
         spans.append((begin, end))
 
-    input_ids = processor.tokenize(prompt_text(conversation, processor), image_tokens)
+    input_ids = _tokenize(prompt_text(conversation, processor), image_tokens, processor)
     labels = [-100] * len(input_ids)
     for begin, end in spans:
         labels[begin:end] = input_ids[begin:end]
@@ -274,7 +184,7 @@ def count_tokens(
 
     Raises
     ------
-    ValueError
+    InputError
         Naming the conversation whose image tags don't fit its pictures.
     """
     split, answers, counts = [], [], []
@@ -282,9 +192,9 @@ def count_tokens(
         pieces = IMAGE_TAG.split(prompt_text(conversation, processor))
         numbers = [int(number) for number in pieces[1::2]]
         try:
-            check_image_numbers(numbers, len(tokens))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            _check_tags(numbers, len(tokens))
+        except InputError as error:
+            raise error.at(name) from None
         split.append(pieces[::2])
         answers.append(_last_answer(conversation, processor))
         counts.append(sum(tokens[number - 1] for number in numbers))
@@ -301,19 +211,22 @@ def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list
     return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
 
 
+def _tokenize(text: str, image_tokens: list[int], processor: Phi3VProcessor) -> list[int]:
+    _check_tags(image_numbers(text), len(image_tokens))
+    return processor.tokenize(text, image_tokens)
+
+
+def _check_tags(numbers: list[int], num_images: int) -> None:
+    try:
+        check_image_numbers(numbers, num_images)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
 def _is_picture(entry: Any) -> bool:
     if isinstance(entry, dict):
         return entry.get("bytes") is not None or isinstance(entry.get("path"), str)
     return isinstance(entry, str | Path | Image.Image)
-
-
-def _name(picture: Picture) -> str:
-    """What messages call a picture."""
-    if isinstance(picture, Image.Image):
-        name = getattr(picture, "filename", "")
-    else:
-        name = picture.get("path") if isinstance(picture, dict) else picture
-    return f"picture {name}" if name else "a picture stored in the data set"
 
 
 def _last_answer(conversation: Conversation, processor: Phi3VProcessor) -> str:

@@ -19,17 +19,24 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import are_progress_bars_disabled, load_dataset_builder
 
+from common.runtime import InputError, on_main_process, track
+
 from .conversations import Conversation, check_conversation
-from .progress import track
-from .sources import parse_conversation
+from .rows import Rows
+from .sources import load_hub, parse_conversation
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
 READERS_OF_FOOTERS = 16
+
+
+def open_hub(
+    *name: str, columns: list[str], split: str = "train", each: str | None = None, streaming: bool = False
+) -> Rows | Stream:
+    """Rows of a data set of the hub, streamed or not; parameters as :func:`stream_hub` and :func:`~.sources.load_hub`."""
+    return (stream_hub if streaming else load_hub)(*name, columns=columns, split=split, each=each)
 
 
 def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = None) -> Stream:
@@ -46,7 +53,7 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
 
     Raises
     ------
-    ValueError
+    InputError
         If there is no such shard, or one can't be read, or all are empty.
     """
 
@@ -61,10 +68,10 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
     def index() -> list[Span]:
         shards = sorted(glob.glob(str(pattern)))
         if not shards:
-            raise ValueError(f"{pattern} is missing: put the data's shards there, or name others")
+            raise InputError(f"{pattern} is missing: put the data's shards there, or name others")
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
-    return Stream(_of_main_process(index), read).select(0, limit)
+    return Stream(on_main_process(index), read).select(0, limit)
 
 
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
@@ -82,7 +89,7 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
 
     Raises
     ------
-    ValueError
+    InputError
         If the hub can't be reached, or has no such data set, or the data set has other files or columns.
     """
 
@@ -97,13 +104,13 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
         try:
             files = load_dataset_builder(*name).config.data_files or {}
         except (OSError, ValueError) as error:
-            raise ValueError(f"the hub's data set {' '.join(name)} can't be streamed: {error}") from None
+            raise InputError(f"the hub's data set {' '.join(name)} can't be streamed: {error}") from None
         shards = [file for file in files.get(split, []) if file.endswith(".parquet")]
         if not shards:
-            raise ValueError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
+            raise InputError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
         return _index(shards, lambda shard: _index_row_groups(shard, columns, each))
 
-    return Stream(_of_main_process(index), read)
+    return Stream(on_main_process(index), read)
 
 
 def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]) -> list[Span]:
@@ -116,7 +123,7 @@ def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]
                 spans.append(Span(shard, position, first, number, 0, rows))
                 number += rows
     if not number:
-        raise ValueError(f"{', '.join(shards)}: no rows")
+        raise InputError(f"{', '.join(shards)}: no rows")
     return spans
 
 
@@ -146,13 +153,13 @@ def _open_parquet(shard: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(fsspec.open(shard, "rb").open())
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{shard} can't be read as Parquet ({error}): fetch or write it again") from None
+        raise InputError(f"{shard} can't be read as Parquet ({error}): fetch or write it again") from None
 
 
 def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | None = None) -> list[tuple[int, int, int]]:
     file = _open_parquet(shard)
     if missing := set(columns or ["conversations"]) - set(file.schema_arrow.names):
-        raise ValueError(f"{shard} has no column {', '.join(sorted(missing))}")
+        raise InputError(f"{shard} has no column {', '.join(sorted(missing))}")
     pieces, first = [], 0
     for group in range(file.num_row_groups):
         rows = in_group = file.metadata.row_group(group).num_rows
@@ -167,17 +174,3 @@ def _read_row_group(span: Span, columns: list[str] | None = None) -> Iterator[tu
     batches = _open_parquet(span.shard).iter_batches(batch_size=16, row_groups=[span.position], columns=columns)
     rows = chain.from_iterable(batch.to_pylist() for batch in batches)
     return ((f"{span.shard}, row {number}", row) for number, row in enumerate(rows, start=span.first))
-
-
-def _of_main_process(load: Callable[[], list[Span]]) -> list[Span]:
-    """Call on the first process alone; all get what it returned, or raise the same error."""
-    outcome: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome = [load()]
-        except ValueError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    return outcome[0]

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from .conversations import decode_picture
-from .phi3v import Phi3VProcessor
-from .phi3v.image_processing import grid_to_crops, to_crop_grid
-from .phi3v.last_layer import answer_spans
-from .phi3v.processing import pad_rows
+from common.phi3v import Phi3VProcessor
+from common.phi3v.image_processing import grid_to_crops, to_crop_grid
+from common.phi3v.last_layer import answer_spans
+from common.phi3v.processing import pad_rows
+from common.runtime import InputError
+
+from .pictures import decode_picture
 
 
 def load_crops(
@@ -22,7 +24,7 @@ def load_crops(
     Parameters
     ----------
     images : list
-        Pictures as in :mod:`common.conversations`.
+        Pictures as in :mod:`common.data.pictures`.
     num_crops : int
     places : sequence of str, optional
         Names the row of each picture in messages.
@@ -34,15 +36,15 @@ def load_crops(
 
     Raises
     ------
-    ValueError
+    InputError
         If a picture can't be decoded; names it and its row.
     """
     grids = []
     for image, place in zip(images, places or [None] * len(images), strict=True):
         try:
             grids.append(to_crop_grid(decode_picture(image), num_crops))
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}" if place else str(error)) from None
+        except InputError as error:
+            raise error.at(place) from None
     return torch.cat([grid_to_crops(grid) for grid in grids]), torch.tensor([grid.shape[:2] for grid in grids])
 
 
@@ -60,7 +62,7 @@ class Collator:
 
     Notes
     -----
-    Called with a list of samples (see :func:`common.conversations.encode_conversation`) it returns a dict of
+    Called with a list of samples (see :func:`common.data.conversations.encode_conversation`) it returns a dict of
 
     - padded: ``input_ids``, ``attention_mask``, ``labels``, int64 (batch, longest sample);
     - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int,

@@ -9,19 +9,22 @@ process), so that a resumed run goes on with the very next row, without reading 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.utils.data
-from datasets import Dataset
 
-from .conversations import Conversation, check_picture, encode_conversation, pictures
-from .data import TrainingData
-from .phi3v import Phi3VProcessor
-from .planning import Lengths
+from common.phi3v import Phi3VProcessor
+from common.runtime import InputError
+
+from .batches import Lengths
+from .conversations import Conversation, encode_conversation, pictures
+from .pictures import check_picture
+from .rows import Rows
+from .samples import TrainingData
 
 ROWS_PER_WINDOW = 512  # two of them, pictures still encoded, are in a process's memory at a time
 
@@ -57,11 +60,19 @@ class Stream:
     spans : list of Span
     read : callable
         Gives the rows of a piece, each with its place, from the piece's beginning.
+    convert : callable, optional
+        Turns what a shard holds, and an identifier, into the row that the task reads.
     """
 
-    def __init__(self, spans: list[Span], read: Callable[[Span], Iterator[tuple[str, dict[str, Any]]]]) -> None:
+    def __init__(
+        self,
+        spans: list[Span],
+        read: Callable[[Span], Iterator[tuple[str, dict[str, Any]]]],
+        convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
+    ) -> None:
         self.spans = spans
         self.read = read
+        self.convert = convert
         self._len = sum(span.stop - span.start for span in spans)
 
     def __len__(self) -> int:
@@ -69,18 +80,24 @@ class Stream:
 
     def select(self, begin: int, limit: int | None = None) -> Stream:
         """The rows from ``begin`` on, at most ``limit``, in the shards' order."""
-        return Stream(_cut(self.spans, begin, len(self) if limit is None else begin + limit), self.read)
+        return Stream(_cut(self.spans, begin, len(self) if limit is None else begin + limit), self.read, self.convert)
 
-    def head(self, count: int) -> Dataset:
+    def map(self, convert: Callable[[dict[str, Any], str], dict[str, Any]]) -> Stream:
+        """The same rows, as ``convert`` makes them of what a shard holds and of its number among all rows."""
+        return Stream(self.spans, self.read, convert)
+
+    def head(self, count: int) -> Rows:
         """The first rows, in memory."""
-        return Dataset.from_list([row.content for span in self.select(0, count).spans for row in self._rows_of(span, epoch=0)])
+        rows = [row for span in self.select(0, count).spans for row in self._rows_of(span, epoch=0)]
+        places = [row.place for row in rows]
+        return Rows([row.content for row in rows], places.__getitem__)
 
     def rows(self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, begin: int = 0) -> Iterator[Row]:
         """What a process reads in an epoch, but for its first ``begin`` rows.
 
         Raises
         ------
-        ValueError
+        InputError
             Naming shard and row, if one is malformed.
         """
         order = np.random.default_rng([seed, epoch]).permutation(len(self.spans))
@@ -98,7 +115,8 @@ class Stream:
 
     def _rows_of(self, span: Span, epoch: int) -> Iterator[Row]:
         for index, (place, content) in enumerate(islice(self.read(span), span.start, span.stop), start=span.start):
-            yield Row(epoch, span.number + index, place, content)
+            number = span.number + index
+            yield Row(epoch, number, place, self.convert(content, str(number)) if self.convert else content)
 
 
 class StreamedBatches:
@@ -149,7 +167,7 @@ class StreamedBatches:
 
 
 class StreamedData(torch.utils.data.Dataset):
-    """Encoded conversations, indexed by rows as they come; parameters as for :class:`common.data.TrainingData`."""
+    """Encoded conversations, indexed by rows as they come; parameters as for :class:`common.data.samples.TrainingData`."""
 
     def __init__(
         self,
@@ -179,9 +197,20 @@ class StreamedData(torch.utils.data.Dataset):
             for picture in pictures(conversation):
                 check_picture(picture)  # as is done beforehand with rows that are not streamed
             sample = encode_conversation(conversation, self.processor)
-        except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from None
+        except InputError as error:
+            raise error.at(row.place) from None
         return sample | {"place": row.place}
+
+
+def training_data(
+    rows: Sequence[Any] | Stream,
+    to_conversation: Callable[[Any, random.Random], Conversation],
+    processor: Phi3VProcessor,
+    seed: int,
+) -> TrainingData | StreamedData:
+    """Rows, in memory or streamed, as training samples."""
+    data = StreamedData if isinstance(rows, Stream) else TrainingData
+    return data(rows, to_conversation, processor, seed)
 
 
 def _cut(spans: list[Span], begin: int, end: int) -> list[Span]:

@@ -1,0 +1,153 @@
+"""The start of a run: flags checked, processes joined, and what depends on the machine settled."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import logging
+import os
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
+
+from common.arguments import Setup, check_arguments
+from common.model.checkpoint import fetch_checkpoint
+from common.model.loading import choose_attention, training_precision
+from common.runtime import (
+    InputError,
+    cores_per_process,
+    first_on_each_machine,
+    limit_library_bars,
+    local_world_size,
+    say,
+    world_size,
+)
+
+from .checkpoints import check_resumable, find_checkpoint, run_settings
+from .deepspeed import choose_deepspeed, do_without_compiler, zero_stage
+
+PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+DEVICES = Path("/dev")
+TIMEOUT = timedelta(hours=3)  # that others wait while one process fetches the model and the data, on a slow line too
+
+
+def _leave_process_group() -> None:
+    """Leave the process group of a run that failed, without waiting for the other processes.
+
+    Registered with :mod:`atexit`, so that the error is printed first: the other processes may be ended as soon as they notice.
+    """
+    if dist.is_initialized():
+        time.sleep(1)  # the others may just be waking up from the collective that told them, too, what is wrong
+        dist.group.WORLD.abort()
+        dist.destroy_process_group()
+
+
+def start(args: argparse.Namespace) -> Setup:
+    """Check the flags, join the other processes, and settle what depends on the machine and the model.
+
+    Raises
+    ------
+    InputError
+        For flags that this machine or model can't follow.
+    """
+    check_arguments(args)
+    on_gpu = torch.cuda.is_available()
+    _prepare_environment(on_gpu)
+    _check_gpus()
+    device = PartialState(cpu=not on_gpu, timeout=TIMEOUT).device
+    atexit.register(_leave_process_group)
+    _quieten(args.tqdm)
+    _check_names(args, on_cpu=not on_gpu)
+    revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))
+    precision = training_precision(args.bf16, device)
+    attention, reason = choose_attention(args.attn_implementation, args.use_flash_attention, device)
+    packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
+    deepspeed = choose_deepspeed(args)
+    stage = zero_stage(deepspeed)
+    if deepspeed and not on_gpu:
+        do_without_compiler()
+    checkpoint, incomplete = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    for passed_over in incomplete:
+        say(f"passing over {passed_over}", sys.stdout)
+    if checkpoint:
+        check_resumable(checkpoint, run_settings(args, stage, world_size()))
+        say(f"going on from {checkpoint}", sys.stdout)
+    set_seed(args.seed)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    return Setup(device, precision, attention, reason, packing, deepspeed, stage, revision, checkpoint)
+
+
+def _prepare_environment(on_gpu: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        # Started without torchrun: a group of one, so that DeepSpeed needs no launcher.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # torchrun sets OMP_NUM_THREADS to 1, on which DeepSpeed's optimizer for offloaded states would run, too.
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(cores_per_process())
+    # DeepSpeed calls ninja by its name, which stands beside Python where the environment is not activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # Else DDP moves to the GPU what the model reads on the CPU, and every forward pass waits for it.
+    os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _check_gpus() -> None:
+    processes, gpus = local_world_size(), torch.cuda.device_count()
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and not torch.cuda.is_available() and not hidden and any(DEVICES.glob("nvidia[0-9]*")):
+        raise InputError(
+            f"this machine has a GPU that PyTorch, built for CUDA {torch.version.cuda}, can't use: nvidia-smi says whether the "
+            "driver works, and up to which CUDA; update it, or install PyTorch for an older CUDA. To train on the CPU all the "
+            "same, set CUDA_VISIBLE_DEVICES to nothing"
+        )
+    if processes > gpus > 0:
+        raise InputError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
+
+
+def _quieten(bars: bool) -> None:
+    # Notes to developers of these libraries; what concerns a user of the recipes is said by the recipes.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    limit_library_bars(bars)
+
+
+def _check_names(args: argparse.Namespace, on_cpu: bool) -> None:
+    names = [name.value for name in OptimizerNames]
+    if args.optim not in names:
+        raise InputError(f"there is no such optimizer; take one of {', '.join(names)}", f"--optim {args.optim}")
+    try:
+        # Some come from packages that are not here, or need settings that the recipes don't have.
+        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(args.output_dir, optim=args.optim, use_cpu=on_cpu))
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{error}", f"--optim {args.optim}") from None
+    try:
+        for callback in get_reporting_integration_callbacks([] if args.report_to == "none" else [args.report_to]):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"{error}", f"--report_to {args.report_to}") from None
+
+
+def _choose_packing(asked: bool | None, max_tokens: int | None, attention: str) -> bool:
+    possible = attention in PACKING_ATTENTION
+    if asked and not possible:
+        raise InputError(
+            f"--packing needs an attention kernel for samples of any length, not {attention}: "
+            "leave out --packing, or --attn_implementation"
+        )
+    if max_tokens and not possible:
+        raise InputError(f"--max_tokens_per_batch needs packing, which {attention} attention can't do")
+    return possible if asked is None else asked

@@ -1,0 +1,132 @@
+"""The rooms of common/: who may import whom, read from the source, and what importing them loads."""
+
+import ast
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+from conftest import ROOT
+
+COMMON = ROOT / "common"
+# From the ground up; each may import what stands before it.
+ROOMS = ("runtime", "phi3v", "arguments", "data", "model", "evaluation", "report", "training")
+MOST_FLOORS = 6
+
+
+def modules():
+    return sorted(path for path in COMMON.rglob("*.py") if path.name != "__init__.py" or path.parent != COMMON)
+
+
+def room_of(path):
+    return path.relative_to(COMMON).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Full names of what a module of common/ imports, wherever in it."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = (
+                [*package[: len(package) - node.level + 1], *(node.module or "").split(".")] if node.level else [node.module]
+            )
+            module = ".".join(filter(None, parts))
+            for alias in node.names:  # a name in a module, or a module itself
+                submodule = ROOT.joinpath(*module.split("."), f"{alias.name}.py")
+                yield f"{module}.{alias.name}" if submodule.is_file() else module
+
+
+def edges():
+    """Pairs of rooms of which the first imports the second."""
+    for path in modules():
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[0] == "common" and len(parts) > 1 and parts[1] != room_of(path):
+                yield room_of(path), parts[1]
+
+
+def test_there_are_eight_rooms():
+    assert {room_of(path) for path in modules()} == set(ROOMS)
+
+
+def test_imports_go_only_down():
+    assert not [(upper, lower) for upper, lower in set(edges()) if ROOMS.index(lower) >= ROOMS.index(upper)]
+
+
+def test_the_longest_chain_of_imports_has_six_floors():
+    below = set(edges())
+
+    @cache
+    def floor(room):
+        return 1 + max((floor(lower) for upper, lower in below if upper == room), default=0)
+
+    assert max(map(floor, ROOMS)) <= MOST_FLOORS
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in modules()}
+    below = {name: {found for found in imported(path) if found in names} for name, path in names.items()}
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, [*path[path.index(name) :], name]
+        if name not in done:
+            path.append(name)
+            for lower in below[name]:
+                visit(lower)
+            done.add(path.pop())
+
+    for name in names:
+        visit(name)
+
+
+def test_a_room_gives_its_modules_and_nothing_else():
+    """What is used is imported from where it stands; only phi3v registers its classes."""
+    for path in COMMON.glob("*/__init__.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        assert path.parent.name == "phi3v" or len(tree.body) == 1, path
+
+
+def test_the_model_and_the_runtime_know_no_other_room():
+    assert not [edge for edge in edges() if edge[0] in ("phi3v", "runtime")]
+
+
+def test_flags_are_not_rewritten():
+    """What follows from them is in a Setup of its own."""
+    for path in [*modules(), *ROOT.glob("finetune_hf_trainer_*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+            for target in (part for each in targets for part in ast.walk(each)):
+                owner = ast.unparse(target.value) if isinstance(target, ast.Attribute) else ""
+                assert owner not in ("args", "flags", "self.flags"), (path, ast.unparse(node))
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "matplotlib", "sklearn"])
+def test_heavy_libraries_are_imported_where_they_are_used(name):
+    """At the top of the report's modules alone, which are themselves imported late."""
+    for path in modules():
+        if room_of(path) != "report":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tops = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            found = [alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names]
+            found += [node.module or "" for node in tops if isinstance(node, ast.ImportFrom)]
+            assert not any(module.split(".")[0] == name for module in found), path
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("common", ["matplotlib", "sklearn", "bitsandbytes"]),
+        # PEFT, which transformers' Trainer imports, loads bitsandbytes itself.
+        ("finetune_hf_trainer_hateful_memes", ["matplotlib", "sklearn"]),
+    ],
+)
+def test_training_starts_without_what_only_reports_need(module, absent):
+    code = f"import sys, {module}; assert 'Phi3VConfig' in str(sys.modules['common.phi3v'].__all__)\n"
+    code += f"print([name for name in {absent} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
