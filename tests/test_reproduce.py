@@ -14,7 +14,7 @@ import torch
 from browser import chromium, overflow, watched
 from conftest import ROOT
 
-from common.arguments import check_arguments
+from common.arguments import check_arguments, uses_adapters
 from tools import embedded, matrix, reproduce, runs
 from tools.results_page import load_published, render_page
 
@@ -86,7 +86,7 @@ def test_a_row_runs_as_published(task, model, row, method, rate, epochs, lora, f
     check_arguments(args)
     assert (args.model_name_or_path, args.batch_size, args.learning_rate, args.num_train_epochs) == (model, 64, rate, epochs)
     assert args.bf16 is not row.endswith("-fp16")
-    assert (args.use_lora, args.use_qlora) == (method in ("lora", "qlora"), method == "qlora")
+    assert (uses_adapters(args), args.use_qlora) == (method in ("lora", "qlora"), method == "qlora")
     assert args.freeze_vision_model is (method == "frozen") and args.train_only is None
     assert not lora or (args.lora_rank, args.lora_rank * args.lora_alpha_ratio) == lora
     assert args.resume_from_checkpoint == "auto" and args.save_strategy == "steps"

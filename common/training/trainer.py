@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from common.arguments import Setup, method_name, trained_parts
+from common.arguments import Setup, method_name, trained_parts, uses_adapters
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
@@ -33,7 +33,18 @@ from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
 from common.report.run import remove_report, write_run
-from common.runtime import InputError, broadcast, is_main_process, rank, say, sum_over_processes, track, world_size, write_file
+from common.runtime import (
+    InputError,
+    broadcast,
+    cores_per_process,
+    is_main_process,
+    rank,
+    say,
+    sum_over_processes,
+    track,
+    world_size,
+    write_file,
+)
 
 from .checkpoints import MANIFEST, TOTALS, EarlyStopping, StopOnSignal, run_settings, saving, write_manifest
 from .memory import estimate_memory, least_recomputation
@@ -70,6 +81,8 @@ def build_trainer(
     flags = {name: value for name, value in vars(args).items() if name not in NO_FLAGS}
     settled = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
     settled |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
+    settled |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
+    settled["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
     write_run(
         args.output_dir,
         task=args.task,
