@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import bnb, layer
 from torch import nn
@@ -55,6 +54,8 @@ class _LoraLinear(torch.autograd.Function):
 def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     weight = base.weight
     if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit  # slow to import, and only QLoRA needs it
+
         weight = dequantize_4bit(weight.data, weight.quant_state)
     return weight.to(dtype)
 
