@@ -40,7 +40,20 @@ class CudaTensor(torch.Tensor):
     def tolist(self) -> list:  # PyTorch's reads memory that a subclass does not have
         return self.value.tolist()
 
-    # Brackets are no operation of their own: what PyTorch makes of them asks for CUDA before any of these runs.
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.value.untyped_storage()
+
+    def nonzero(self, as_tuple: bool = False) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        places = torch.ops.aten.nonzero(self)
+        return places.unbind(1) if as_tuple else places
+
+    def contiguous(self) -> torch.Tensor:
+        return self if self.is_contiguous() else torch.ops.aten.clone(self, memory_format=torch.contiguous_format)
+
+    # PyTorch's own nonzero(), contiguous() and brackets ask for CUDA before they run an operation that could be seen here.
     def __getitem__(self, index) -> torch.Tensor:
         view, tensors = _basic_index(self, index)
         return torch.ops.aten.index(view, tensors) if tensors else view
@@ -91,7 +104,10 @@ class _Dispatch(TorchDispatchMode):
         name = function._schema.name
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         on_cuda = any(isinstance(tensor, CudaTensor) for tensor in tensors)
-        checked = [args[0], *args[2:3]] if name in INDEXING else tensors
+        if name in INDEXING and isinstance(args[0], CudaTensor):
+            checked = [args[0], *args[2:3]]
+        else:
+            checked = tensors
         checked = [tensor for tensor in checked if isinstance(tensor, torch.Tensor) and tensor.ndim]
         if name not in COPIES and len({isinstance(tensor, CudaTensor) for tensor in checked}) > 1:
             raise MixedDevices(f"{name}: {', '.join(f'{tuple(t.shape)} on {t.device}' for t in checked)}")
@@ -126,7 +142,6 @@ def _varlen_attention(query, key, value, cu_seq_q, *args, scale=None, **kwargs):
 @contextmanager
 def pretend_cuda(capability: tuple[int, int] = (9, 0)):
     """Let ``cuda`` be a device of this machine, with the compute capability of an H100 by default."""
-    torch._C._ensureCUDADeviceGuardSet()  # one that does nothing, for a build without CUDA
     with ExitStack() as stack:
         for target, value in (
             ("torch.cuda.get_device_capability", lambda device=None: capability),
@@ -138,10 +153,14 @@ def pretend_cuda(capability: tuple[int, int] = (9, 0)):
             ("torch.cuda.memory_reserved", lambda device=None: 0),
             ("torch.cuda.memory_allocated", lambda device=None: 0),
             ("torch.cuda.mem_get_info", lambda device=None: (80 * 10**9, 80 * 10**9)),
+            ("torch.nonzero", lambda tensor, **kwargs: tensor.nonzero(**kwargs)),
             ("torch.random.fork_rng", lambda devices=(): _fork_rng(devices=())),
         ):
             stack.enter_context(mock.patch(target, value))
         stack.enter_context(_Dispatch())
+        # torch.tensor(..., device="cuda") makes its values on the CPU and copies them by an operation that is dispatched.
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
         yield CUDA
 
 

@@ -162,6 +162,7 @@ def generate_answers(
     return answers
 
 
+@torch.no_grad()
 def generate_and_compare(
     model: nn.Module,
     processor: Phi3VProcessor,
