@@ -386,5 +386,5 @@ def test_a_bad_row_ends_the_run(model, tmp_path):
 
 def test_flags_that_contradict_streaming(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(tmp_path, tmp_path, streaming=True, max_tokens_per_batch=900)])
-    with pytest.raises(ValueError, match="--max_tokens_per_batch plans batches by the lengths of all rows"):
+    with pytest.raises(ValueError, match="--max_tokens_per_batch requires the lengths of all rows"):
         ucf101.main()
