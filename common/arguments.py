@@ -112,12 +112,16 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="output directory (default: output)")
     group.add_argument("--batch_size", type=int, default=16, help="samples per optimizer step over all processes (default: 16)")
-    group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per micro-batch (default: 1)")
+    group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per process per micro-batch (default: 1)")
     group.add_argument("--num_train_epochs", type=int, default=1, help="number of epochs (default: %(default)s)")
     group.add_argument("--max_steps", type=int, default=-1, help="maximum number of optimizer steps (default: no limit)")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
-    group.add_argument("--vision_learning_rate", type=float, help="for the vision tower (default: --learning_rate)")
-    group.add_argument("--projector_learning_rate", type=float, help="for the projector (default: --learning_rate)")
+    group.add_argument(
+        "--vision_learning_rate", type=float, help="learning rate of the vision tower (default: --learning_rate)"
+    )
+    group.add_argument(
+        "--projector_learning_rate", type=float, help="learning rate of the projector (default: --learning_rate)"
+    )
     group.add_argument(
         "--optim", default="adamw_torch_fused", help="optimizer, by its name in TrainingArguments (default: %(default)s)"
     )
