@@ -1,6 +1,6 @@
 """Phi-3-vision and Phi-3.5-vision, built from the Phi-3 decoder and the CLIP vision tower of transformers.
 
-Parameter names in memory, in checkpoints and in adapters are the published ones. There are deliberate differences to the
+Parameter names in memory, in checkpoints and in adapters are the published ones. There are deliberate differences from the
 published code: image features are assigned to placeholders by image number, LongRoPE uses the length of each sample, blank
 crops and the unused last layer of the tower are skipped, and training computes the head only for supervised tokens and, in
 packed batches, the last decoder layer only for answers.
@@ -93,7 +93,7 @@ class Phi3VModel(Phi3Model):
             return embeddings
         blank = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=embeddings.device)
         features = vision(blank, [(CROP_SIZE, CROP_SIZE)])
-        return embeddings + (0.0 * features).sum().to(embeddings.dtype)  # the sum could overflow in fp16
+        return embeddings + (0.0 * features).sum().to(embeddings.dtype)  # zeroed first: the sum could overflow in fp16
 
     @capture_outputs
     def forward(
