@@ -1,20 +1,20 @@
-"""What the task scripts share, in eight rooms; imports go only down this list.
+"""Code shared by the task scripts. A module may only import modules further down in this list.
 
-report/       what a run leaves for people: run.json, model card, HTML; imported late
-training/     a run from start to end: the Trainer, checkpoints, the memory estimate
+report/       run.json, the model card and the HTML report; imported only when needed
+training/     the steps of a run: the Trainer, checkpoints, the memory estimate
 evaluation/   batched generation, metrics, predictions
-model/        a checkpoint, checked and loaded
-data/         rows to batches
-arguments.py  the flags
-phi3v/        the model itself
-runtime.py    this process among others
+model/        checking and loading checkpoints
+data/         from dataset rows to batches
+arguments.py  command-line flags
+phi3v/        the model
+runtime.py    processes, files, progress, input errors
 
-Importing it registers Phi-3-vision and Phi-3.5-vision with transformers.
+Importing this package registers Phi-3-vision and Phi-3.5-vision with transformers.
 """
 
 import logging
 
 from . import phi3v as phi3v
 
-# bitsandbytes asks CPU users for a package that nothing here needs.
+# bitsandbytes logs an error about a package that is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

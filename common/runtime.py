@@ -1,4 +1,4 @@
-"""This process among others, and its machine: input errors, ranks, collectives, whole-file writes, progress, versions."""
+"""Process and machine utilities: input errors, ranks, collectives, atomic file writes, progress, hardware and versions."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ LIBRARIES += ("flash-attn", "liger-kernel")
 
 
 class InputError(ValueError):
-    """What the user gave can't be used: a flag, a file, a row. A script ends with its message alone, without a traceback.
+    """Invalid user input: a flag, a file or a row. A script exits with the message only, without a traceback.
 
     Parameters
     ----------
     message : str
-        What is wrong and what to do.
+        What is wrong and how to fix it.
     place : str, optional
-        Where: a flag, a file and its line, a data set's row. Stands before the message.
+        Location of the error, put before the message: a flag, a file and line, or a dataset row.
     """
 
     def __init__(self, message: str, place: str | None = None) -> None:
@@ -44,39 +44,39 @@ class InputError(ValueError):
         self.place = place
 
     def at(self, place: str | None) -> InputError:
-        """The same error, met at a place of which it does not know."""
+        """Return the same error with its location added."""
         return InputError(str(self), place)
 
 
 def rank() -> int:
-    """This process's number over all machines, as torchrun sets it; 0 without torchrun."""
+    """Global rank of this process, as set by torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """Number of processes over all machines, as torchrun sets it; 1 without torchrun."""
+    """Number of processes on all machines, as set by torchrun; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Number of processes on this machine, as set by torchrun; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cores_per_process() -> int:
-    """Cores that this process may use: its share of those given to this machine's processes."""
-    # macOS has no affinities.
+    """CPU cores available to this process: its share of the cores available on this machine."""
+    # macOS does not support CPU affinity.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world_size())
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process over all machines."""
+    """Whether this process has global rank 0."""
     return rank() == 0
 
 
 def gather(value: T) -> list[T]:
-    """Give every process the values of all of them, by rank."""
+    """Return the values of all processes, in order of rank, on every process."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -85,7 +85,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """Give every process the first one's value."""
+    """Return the main process's value on every process."""
     if world_size() == 1:
         return value
     values = [value]
@@ -94,14 +94,14 @@ def broadcast(value: T) -> T:
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Add up a tensor, which is on the device that collectives use, over all processes, in place."""
+    """Sum a tensor over all processes in place; it must be on the device of the process group's backend."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def on_main_process(load: Callable[[], T]) -> T:
-    """Call a function on the first process alone; all return its result, or raise the same input error."""
+    """Call a function on the main process only; all processes return its result or raise its input error."""
     result: T | InputError | None = None
     if is_main_process():
         try:
@@ -115,26 +115,26 @@ def on_main_process(load: Callable[[], T]) -> T:
 
 
 def first_on_each_machine(prepare: Callable[[], T]) -> T:
-    """Call a function on each machine's first process, then on the others; an input error must not keep those waiting."""
+    """Call a function on the first process of each machine, then on the other processes."""
     with PartialState().local_main_process_first():
         try:
             return prepare()
         except InputError as error:
-            failure = error
+            failure = error  # raised after the barrier, for which the other processes wait
     raise failure
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Write a line from the first process, to stderr unless told otherwise."""
+    """Print a line on the main process, to stderr by default."""
     if is_main_process():
         print(text, file=stream or sys.stderr, flush=True)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, whose file takes the place of the one at `path` once it is complete."""
+    """Yield a temporary path next to ``path``; its file replaces ``path`` when the block completes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of several machines may write the same file of a shared file system.
+    # Processes on several machines may write the same file on a shared file system.
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
         yield temporary
@@ -144,7 +144,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | dict[str, Any]) -> None:
-    """Write a text, or an object as JSON, whole or not at all."""
+    """Write a text, or a dict as JSON, atomically."""
     text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -157,27 +157,27 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     ----------
     path : Path
     remedy : str
-        What to do otherwise, for the message.
+        How to fix an invalid file, for the message.
 
     Raises
     ------
     InputError
-        If the file is missing or holds something else; names it.
+        If the file is missing or does not contain a JSON object; the message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        json.dumps(content, ensure_ascii=False).encode()  # escapes can spell half characters
+        json.dumps(content, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is missing: {remedy}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(content).__name__}: {remedy}")
+        raise InputError(f"{path} must contain a JSON object, got {type(content).__name__}: {remedy}")
     return content
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's ``main``. Bad input ends it with its message and exit code 1; anything else shows its traceback."""
+    """Run a script's ``main``; an :class:`InputError` exits with its message and code 1, other errors show their traceback."""
     try:
         main()
     except InputError as error:
@@ -187,29 +187,28 @@ def run(main: Callable[[], None]) -> None:
 
 
 def show_bars(wanted: bool) -> bool:
-    """Whether this process shows bars: the first one, on a terminal, unless ``--no-tqdm`` was given."""
+    """Whether this process shows progress bars: the main process on a terminal, unless ``--no-tqdm`` was given."""
     return wanted and is_main_process() and sys.stderr.isatty()
 
 
 def limit_library_bars(wanted: bool) -> None:
-    """Switch the bars of transformers, datasets and the hub off unless :func:`show_bars` says otherwise."""
+    """Disable the progress bars of transformers, datasets and huggingface_hub where :func:`show_bars` is False."""
     if not show_bars(wanted):
-        logging.disable_progress_bar()  # those of the hub too
+        logging.disable_progress_bar()  # also disables those of huggingface_hub
         datasets.disable_progress_bars()
 
 
 class Progress:
-    """Show on stderr how far a step is, as a context manager.
+    """Context manager that shows progress on stderr.
 
     Parameters
     ----------
     description, unit : str
-        What is done, and to what.
+        Label, and name of the items.
     total : int
-        To how many.
+        Number of items.
     bar : bool
-        False for ``--no-tqdm``. Without a bar a line is written at each tenth of the way, but not within ten seconds of the
-        last one, and at the end.
+        False with ``--no-tqdm``. Without a bar, a line is printed at every 10 %, at most once in ten seconds, and at the end.
     """
 
     def __init__(self, description: str, unit: str, total: int, bar: bool = True) -> None:
@@ -221,7 +220,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Go on by some, with a note, the loss say, on how it goes."""
+        """Advance by ``count`` items, and show a note, such as the loss."""
         before, self.done = self.done, self.done + count
         if not self._lines:
             self._bar.set_postfix_str(note, refresh=False)
@@ -230,11 +229,11 @@ class Progress:
         now = time.monotonic()
         tenth = self.done * 10 // self.total > before * 10 // self.total
         if self.done == self.total or (tenth and now - self._last_line >= SECONDS_BETWEEN_LINES):
-            self._last_line, gone = now, now - self._start
-            left = gone / self.done * (self.total - self.done)
-            times = f"{tqdm.format_interval(gone)} gone, {tqdm.format_interval(left)} left"
-            figures = f"{self.done:,} of {self.total:,} {self.unit}, {times}{note and f', {note}'}"
-            say(f"{self.description}: {self.done / self.total:.0%}, {figures}")
+            self._last_line, elapsed = now, now - self._start
+            remaining = elapsed / self.done * (self.total - self.done)
+            times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(remaining)} left"
+            details = f"{self.done:,} of {self.total:,} {self.unit}, {times}{note and f', {note}'}"
+            say(f"{self.description}: {self.done / self.total:.0%}, {details}")
 
     def __enter__(self) -> Progress:
         return self
@@ -244,7 +243,7 @@ class Progress:
 
 
 def track(items: Collection[T], description: str, unit: str, bar: bool = True) -> Iterator[T]:
-    """Give items one by one and show how many are done; parameters as :class:`Progress`."""
+    """Iterate over items and show progress; see :class:`Progress` for the parameters."""
     with Progress(description, unit, len(items), bar) as progress:
         for item in items:
             yield item
@@ -252,7 +251,7 @@ def track(items: Collection[T], description: str, unit: str, bar: bool = True) -
 
 
 def hardware() -> str:
-    """What a run is computed on, over all processes: ``8 × NVIDIA A100-SXM4-80GB``, say."""
+    """Describe the hardware of all processes, for example ``8 × NVIDIA A100-SXM4-80GB``."""
     count = world_size()
     if torch.cuda.is_available():
         return f"{count} × {torch.cuda.get_device_name()}"
@@ -261,7 +260,7 @@ def hardware() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name and, where Linux tells them, its family and model: some clouds hide the name."""
+    """Name of the CPU and, on Linux, its family and model, since some clouds hide the name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -273,7 +272,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of CUDA as torch was built for it, and of the libraries that are installed."""
+    """Versions of Python, of the CUDA that PyTorch was built for, and of the installed libraries."""
     found = {"python": platform.python_version()}
     for library in LIBRARIES:
         with suppress(PackageNotFoundError):

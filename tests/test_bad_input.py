@@ -40,14 +40,14 @@ def data(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"num_crops": 0}, "--num_crops must be from 1 to 16, not 0"),
-        ({"num_crops": 17}, "--num_crops must be from 1 to 16, not 17"),
-        ({"batch_size": 5}, "--batch_size 5 can't be divided over 1 process(es) × --batch_size_per_gpu 2"),
+        ({"num_crops": 0}, "--num_crops must be from 1 to 16, got 0"),
+        ({"num_crops": 17}, "--num_crops must be from 1 to 16, got 17"),
+        ({"batch_size": 5}, "--batch_size 5 is not divisible by 1 process(es) × --batch_size_per_gpu 2"),
         ({"learning_rate": 0}, "--learning_rate must be above 0"),
         ({"max_eval_samples": 0}, "--max_eval_samples must be at least 1"),
         ({"use_flash_attention": True}, "--use_flash_attention: no flash kernel runs on a CPU"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn 2 is not installed"),
-        ({"use_flash_attention": True, "attn_implementation": "eager"}, "contradict"),
+        ({"use_flash_attention": True, "attn_implementation": "eager"}, "are incompatible"),
         (
             {"use_flash_attention": True, "attn_implementation": "varlen"},
             "--use_flash_attention: no flash kernel runs on a CPU",
@@ -61,19 +61,19 @@ def data(tmp_path):
         ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: there is no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
-        ({"train_only": "decoder,head"}, "no part 'head'"),
-        ({"train_only": "projector", "use_lora": True}, "leave it out with --use_lora"),
-        ({"lora_rank": 8}, "--lora_rank needs --use_lora or --use_qlora"),
-        ({"use_dora": True}, "--use_dora needs --use_lora or --use_qlora"),
-        ({"freeze_vision_model": True, "vision_learning_rate": 1e-5}, "the vision part doesn't train, only decoder"),
-        ({"train_only": "projector", "vision_learning_rate": 1e-5}, "the vision part doesn't train, only projector"),
-        ({"warmup_steps": 2.5}, "--warmup_steps must be a whole number of steps, or below 1 a share of all, not 2.5"),
-        ({"save_steps": 2}, "--save_steps needs --save_strategy steps"),
-        ({"save_total_limit": 2}, "--save_total_limit needs --save_strategy steps or epoch"),
-        ({"eval_steps": 2}, "--eval_steps needs --eval_strategy steps"),
-        ({"hub_model_id": "me/mine"}, "--hub_model_id needs --push_to_hub"),
-        ({"load_best_model_at_end": True}, "--load_best_model_at_end needs"),
-        ({"early_stopping_patience": 2}, "--early_stopping_patience needs --load_best_model_at_end"),
+        ({"train_only": "decoder,head"}, "unknown part 'head'"),
+        ({"train_only": "projector", "use_lora": True}, "remove it, or --use_lora and --use_qlora"),
+        ({"lora_rank": 8}, "--lora_rank requires --use_lora or --use_qlora"),
+        ({"use_dora": True}, "--use_dora requires --use_lora or --use_qlora"),
+        ({"freeze_vision_model": True, "vision_learning_rate": 1e-5}, "vision is not trained, only decoder"),
+        ({"train_only": "projector", "vision_learning_rate": 1e-5}, "vision is not trained, only projector"),
+        ({"warmup_steps": 2.5}, "--warmup_steps must be an integer, or a fraction of all steps below 1, got 2.5"),
+        ({"save_steps": 2}, "--save_steps requires --save_strategy steps"),
+        ({"save_total_limit": 2}, "--save_total_limit requires --save_strategy steps or epoch"),
+        ({"eval_steps": 2}, "--eval_steps requires --eval_strategy steps"),
+        ({"hub_model_id": "me/mine"}, "--hub_model_id requires --push_to_hub"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end requires"),
+        ({"early_stopping_patience": 2}, "--early_stopping_patience requires --load_best_model_at_end"),
         ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such directory"),
         ({"model_name_or_path": "/no/such/model"}, "there is no such directory"),
         (
@@ -81,7 +81,7 @@ def data(tmp_path):
             "there is no such directory, and the hub can't be reached",
         ),
         ({"data_dir": "/no/such/data"}, "--data_dir takes the folder of DocVQA's official files"),
-        ({"data_dir": None}, "on a machine without access use --data_dir"),
+        ({"data_dir": None}, "without access to the Hub, use --data_dir"),
     ],
 )
 def test_flags(options, expected, monkeypatch, data, tmp_path):
@@ -131,19 +131,19 @@ def test_a_deepspeed_file_with_an_optimizer_of_its_own(monkeypatch, data, tmp_pa
 
 def break_missing(data):
     (data / "documents" / "train2.png").unlink()
-    return "train2.png is missing", "take its row out"
+    return "train2.png is missing", "remove its row"
 
 
 def break_no_picture(data):
     (data / "documents" / "train1.png").write_text("not a picture")
-    return "train1.png can't be read", "replace it"
+    return "train1.png cannot be read", "replace it"
 
 
 def break_cut_short(data):
     path = data / "documents" / "val0.png"
     Image.effect_noise((300, 300), 50).save(path)
     path.write_bytes(path.read_bytes()[:20_000])
-    return "val0.png can't be decoded", "replace it"
+    return "val0.png cannot be decoded", "replace it"
 
 
 def break_json(data):
@@ -178,19 +178,19 @@ def break_answer(data):
 
 def break_tags(data):
     change_entry(data, 1, question="<|image_1|> or <|image_2|>?")
-    return 'entry 1 of "data": the text', "match its 1 picture"
+    return 'entry 1 of "data": the text', "match its 1 image"
 
 
 def break_second_answer(data):
     """Which of several is drawn depends on the epoch."""
     change_entry(data, 3, answers=["1", "2<|end|>3"])
-    return 'entry 3 of "data", turn 1: "assistant" holds <|end|>', "leave it out"
+    return 'entry 3 of "data", turn 1: "assistant" contains the special token <|end|>', "remove it"
 
 
 def break_text(data):
     """Which the published tokenizers take for the mark that begins a text."""
     change_entry(data, 0, question="What is <s>struck</s> out?")
-    return 'entry 0 of "data", turn 1: "user" holds <s>', "leave it out"
+    return 'entry 0 of "data", turn 1: "user" contains the special token <s>', "remove it"
 
 
 def break_character(data):
@@ -287,8 +287,8 @@ def test_bad_data_ends_every_process(damage, data, tmp_path):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ('{"conversations": [{"user": "Why?",', "train.jsonl, line 2: no JSON"),
-        ('{"conversations": [{"user": "Why?"}]}', 'train.jsonl, line 2, turn 1: "assistant" must be a text'),
+        ('{"conversations": [{"user": "Why?",', "train.jsonl, line 2: invalid JSON"),
+        ('{"conversations": [{"user": "Why?"}]}', 'train.jsonl, line 2, turn 1: "assistant" must be a non-empty string'),
         (
             '{"conversations": [{"user": "Why?", "assistant": "So.", "images": ["gone.png"]}]}',
             "images/gone.png is missing: put the file there",
@@ -340,7 +340,7 @@ def test_a_stored_picture_that_is_damaged_is_named_by_its_row(split, place, how,
         target=partial(be_process_with_hub, tmp_path / "mini"),
     )
     assert codes == [1], said
-    assert f"error: {tmp_path / 'mini'}, {place}: a picture stored in the data set can't be decoded" in said
+    assert f"error: {tmp_path / 'mini'}, {place}: an image stored in the dataset cannot be decoded" in said
     assert "Traceback" not in said
     assert (tmp_path / "out/eval_before.json").exists() == (how == "damaged without checksums")
 
@@ -402,7 +402,7 @@ def test_a_page_of_the_release_that_is_damaged_before_its_end_is_named_before_tr
     page = data / "documents/train0.png"
     whole = page.read_bytes()
     page.write_bytes(whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :])
-    assert f"{page} can't be decoded" in message(monkeypatch, data, tmp_path / "out")
+    assert f"{page} cannot be decoded" in message(monkeypatch, data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -413,7 +413,7 @@ def test_a_worker_says_what_the_process_itself_would_say(workers):
     loader = WorkerLoader([0], collate, batch_sampler=[[0]], num_workers=workers)
     with pytest.raises(SystemExit) as ended:
         run(lambda: next(iter(loader)))
-    assert str(ended.value).startswith("error: training row 5: picture a.png can't be read (")
+    assert str(ended.value).startswith("error: training row 5: image a.png cannot be read (")
     assert "\n" not in str(ended.value)
 
 

@@ -115,22 +115,22 @@ def test_all_problems_in_one_report(folder):
     assert code == 1
     found = problems(output)
     expected = [
-        ("invalid row", "line 2: no JSON"),
+        ("invalid row", "line 2: invalid JSON"),
         ("invalid row", 'line 3: "conversations" must be a list'),
         ("invalid row", 'line 4, turn 1: "user" must be'),
         ("invalid row", "line 5: the text's image tags"),
-        ("invalid row", 'line 6, turn 1: "images" must be a list of names of files'),
-        ("unusable picture", f"line 7: picture {folder}/gone.jpg is missing"),
-        ("unusable picture", f"line 7: picture {folder}/text.jpg can't be read"),
-        ("unusable picture", "line 8: picture"),
+        ("invalid row", 'line 6, turn 1: "images" must be a list of file names'),
+        ("unusable picture", f"line 7: image {folder}/gone.jpg is missing"),
+        ("unusable picture", f"line 7: image {folder}/text.jpg cannot be read"),
+        ("unusable picture", "line 8: image"),
         ("row too long", "line 9: 15,0"),
         ("repeated row", f"line 10: the same pictures and texts as {data}, line 1"),
-        ("invalid row", "line 11: no JSON"),
-        ("invalid row", 'line 12: "id" must be a text: put it in quotes'),
+        ("invalid row", "line 11: invalid JSON"),
+        ("invalid row", 'line 12: "id" must be a string: put it in quotes'),
         ("invalid row", 'line 13, turn 1: "user" must be'),
         ("invalid row", 'line 13, turn 2: "assistant" must be'),
-        ("invalid row", 'line 13: "id" must be a text'),
-        ("unusable picture", f"line 13: picture {folder}/gone.jpg is missing"),
+        ("invalid row", 'line 13: "id" must be a string'),
+        ("unusable picture", f"line 13: image {folder}/gone.jpg is missing"),
     ]
     assert [kind for kind, _ in found] == [kind for kind, _ in expected]
     for (_, message), (_, start) in zip(found, expected, strict=True):

@@ -106,16 +106,16 @@ def test_a_turn_has_no_beginning_of_text_of_its_own(processor):
         ([], '"conversations" must be a list of at least one turn'),
         ({"conversations": []}, '"conversations" must be a list of at least one turn'),
         ({"conversations": ["Hi"]}, "turn 1: a turn must be an object"),
-        ({"conversations": [turn("Hi", "Ho"), {"user": "Hi"}]}, 'turn 2: "assistant" must be a text that is not empty'),
-        ({"conversations": [turn(" ", "Ho")]}, 'turn 1: "user" must be a text that is not empty'),
-        ({"conversations": [turn("Hi", 3)]}, 'turn 1: "assistant" must be a text that is not empty'),
+        ({"conversations": [turn("Hi", "Ho"), {"user": "Hi"}]}, 'turn 2: "assistant" must be a non-empty string'),
+        ({"conversations": [turn(" ", "Ho")]}, 'turn 1: "user" must be a non-empty string'),
+        ({"conversations": [turn("Hi", 3)]}, 'turn 1: "assistant" must be a non-empty string'),
         ({"conversations": [turn("Hi", "Ho") | {"images": "a.jpg"}]}, 'turn 1: "images" must be a list'),
-        ({"conversations": [turn("<|image_1|> <|image_2|>", "Ho", "a.jpg")]}, "don't match its 1 picture"),
-        ({"conversations": [turn("<|image_2|>", "Ho", "a.jpg")]}, "don't match its 1 picture"),
+        ({"conversations": [turn("<|image_1|> <|image_2|>", "Ho", "a.jpg")]}, "do not match its 1 image"),
+        ({"conversations": [turn("<|image_2|>", "Ho", "a.jpg")]}, "do not match its 1 image"),
         ({"conversations": [turn("Look", "Ho", "a"), turn("<|image_1|>", "Ho", "b")]}, "turn 2: the text's image tags"),
         ({"conversations": [turn("<|image_2|>", "Ho"), turn("<|image_1|>", "Ho", "a", "b")]}, "turn 1: the text's image tags"),
-        ({"conversations": [turn("<|image_1|>", "Ho", "a", "b"), turn("<|image_2|>", "Ho")]}, "don't match its 2 picture"),
-        ({"conversations": [turn("Look", "<|image_1|>", "a"), turn("Hi", "Ho")]}, "turn 1: image tags belong into"),
+        ({"conversations": [turn("<|image_1|>", "Ho", "a", "b"), turn("<|image_2|>", "Ho")]}, "do not match its 2 image"),
+        ({"conversations": [turn("Look", "<|image_1|>", "a"), turn("Hi", "Ho")]}, "turn 1: image tags are only allowed in"),
     ],
 )
 def test_what_is_no_conversation_is_refused_by_name(content, message):
@@ -133,9 +133,9 @@ def test_a_stored_picture_that_is_cut_short_is_found_before_it_is_asked_about(pr
     assert check_picture({"bytes": whole, "path": None}) == (300, 200)
     assert encode_prompt(asked, processor)["images"] == [{"bytes": whole, "path": None}]
     cut = {"bytes": whole[: len(whole) // 2], "path": "a.png"}
-    with pytest.raises(ValueError, match="picture a.png can't be decoded"):
+    with pytest.raises(ValueError, match="image a.png cannot be decoded"):
         check_picture(cut)
-    with pytest.raises(ValueError, match="picture a.png can't be decoded"):
+    with pytest.raises(ValueError, match="image a.png cannot be decoded"):
         encode_prompt({"conversations": [turn("What?", "Noise.", cut)]}, processor)
 
 
@@ -148,5 +148,5 @@ def test_a_whole_picture_with_something_after_its_end_is_no_mistake():
 def test_a_picture_of_a_kind_that_nothing_decodes_is_named():
     """As Pillow says of some DDS files, in its own way."""
     fields = [124, 0x1007, 8, 8, 0, 0, 0, *[0] * 11, 32, 0x4, int.from_bytes(b"none", "little"), *[0] * 5, 0x1000, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match="picture none.dds can't be (read|decoded)"):
+    with pytest.raises(ValueError, match="image none.dds cannot be (read|decoded)"):
         check_picture({"bytes": b"DDS " + struct.pack("<31I", *fields) + bytes(64), "path": "none.dds"})

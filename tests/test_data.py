@@ -99,7 +99,7 @@ def test_a_row_that_can_not_be_measured_is_named(rows, processor, tmp_path):
     with pytest.raises(ValueError, match=r"training row 70: the text's image tags"):
         TrainingData([*rows[:70], tagged], as_it_is, processor, seed=0).lengths(0)
     gone = {"conversations": [{"images": [str(tmp_path / "gone.png")], "user": "See?", "assistant": "No."}]}
-    with pytest.raises(ValueError, match=r"training row 2: picture .*gone\.png is missing"):
+    with pytest.raises(ValueError, match=r"training row 2: image .*gone\.png is missing"):
         TrainingData([*rows[:2], gone], as_it_is, processor, seed=0).lengths(0)
 
 
@@ -119,5 +119,5 @@ def test_a_stored_picture_that_can_not_be_decoded_is_named_by_its_row(processor)
     }
     for place, sample in kinds.items():
         good = TrainingData([text], as_it_is, processor, 0)[0, 0]
-        with pytest.raises(ValueError, match=f"^{place}: a picture stored in the data set can't be decoded"):
+        with pytest.raises(ValueError, match=f"^{place}: an image stored in the dataset cannot be decoded"):
             Collator(processor)([good, sample()])

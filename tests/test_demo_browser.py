@@ -193,12 +193,12 @@ def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path
         expect(page.get_by_text("Type a question first.")).to_be_visible()
         ask(page, "What does <|image_2|> show?", [documents[0][0]])
         button.click()
-        expect(page.get_by_text("don't match its 1 picture(s)")).to_be_visible(timeout=30_000)
+        expect(page.get_by_text("do not match its 1 image(s)")).to_be_visible(timeout=30_000)
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
         ask(page, "What?", [str(tmp_path / "torn.png")])
         page.get_by_role("button", name="Answer", exact=True).click()
-        expect(page.get_by_text(re.compile(r"torn\.png can't be"))).to_be_visible(timeout=30_000)
+        expect(page.get_by_text(re.compile(r"torn\.png cannot be"))).to_be_visible(timeout=30_000)
 
 
 def test_only_this_machine_is_listened_to(address):

@@ -90,7 +90,7 @@ def alone_at_a_limit(request, conversations, processor):
 
 @pytest.mark.parametrize(("batch_size", "room"), [(1, 64), (4, 5), (8, 1)])
 def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, room, alone_at_a_limit, monkeypatch):
-    monkeypatch.setattr(cache, "ROOM", room)
+    monkeypatch.setattr(cache, "PREALLOCATED_TOKENS", room)
     model, expected = alone_at_a_limit
     answers, found = generate_and_compare(model, processor, conversations, ANSWERS, flags(batch_size))
     assert answers == [answer for answer, _ in expected]

@@ -103,7 +103,7 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
         script.load_rows(flags(monkeypatch))
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
-    with pytest.raises(ValueError, match="no training rows are left: the data set is smaller than what is asked of it"):
+    with pytest.raises(ValueError, match="no training rows are left: the dataset has fewer rows than requested"):
         script.load_rows(flags(monkeypatch))
 
 
@@ -165,8 +165,8 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
         ),
         ('{"id": 1, "img": "img/train00000.png", "label": 2}', "train.jsonl, line 7: needs"),
         ('{"id": 1, "label": 1}', "train.jsonl, line 7: needs"),
-        ('{"id": 1,', "train.jsonl, line 7: no JSON"),
-        ("[1]", "train.jsonl, line 7: must be a JSON object, not list"),
+        ('{"id": 1,', "train.jsonl, line 7: invalid JSON"),
+        ("[1]", "train.jsonl, line 7: expected a JSON object, got list"),
         ('{"id": 1, "img": "img/gone.png", "label": 1}', "gone.png is missing: put the file there"),
     ],
 )

@@ -319,9 +319,9 @@ def test_optimizers(optim, name, dtype, train, tmp_path):
             {"optim": "adamw_bnb_8bit", "deepspeed": "common/deepspeed/zero2_offload.json"},
             "zero2_offload.json offloads the optimizer, .* whatever --optim adamw_bnb_8bit says: leave --optim out",
         ),
-        ({"use_lora": True, "lora_dropout": 1.5}, "--lora_dropout must be below 1, not 1.5"),
+        ({"use_lora": True, "lora_dropout": 1.5}, "--lora_dropout must be below 1, got 1.5"),
         ({"use_lora": True, "lora_rank": 1, "lora_alpha_ratio": 0.4}, "--lora_rank 1 × --lora_alpha_ratio 0.4 must give"),
-        ({"use_qlora": True, "init_lora_weights": "olora"}, "--init_lora_weights olora takes the adapters out of the base's"),
+        ({"use_qlora": True, "init_lora_weights": "olora"}, "--init_lora_weights olora modifies the base weights"),
     ],
 )
 def test_what_a_library_refuses_is_said_before_training(options, expected, model, data, tmp_path, monkeypatch):

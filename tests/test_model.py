@@ -334,7 +334,7 @@ def test_placeholders_without_their_picture_are_refused(processor, samples):
     with pytest.raises(ValueError, match="pixel_values is missing"):
         model(input_ids=batch["input_ids"])
     batch["input_ids"][batch["input_ids"] == -1] = 5
-    with pytest.raises(ValueError, match="placeholders don't match"):
+    with pytest.raises(ValueError, match="placeholders do not match"):
         model(**batch)
 
 

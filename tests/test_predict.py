@@ -49,13 +49,13 @@ def test_predictions_do_not_depend_on_the_batch(lora, receipts, predict, tmp_pat
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "line 2: no JSON"),
-        ("[]", "line 2: must be a JSON object, not list"),
+        ("{", "line 2: invalid JSON"),
+        ("[]", "line 2: expected a JSON object, got list"),
         ('{"conversations": []}', 'line 2: "conversations" must be'),
         ('{"conversations": [{"user": " "}]}', 'line 2, turn 1: "user" must be'),
         ('{"conversations": [{"user": "a"}, {"user": "b"}]}', 'line 2, turn 1: "assistant" must be'),
-        ('{"conversations": [{"user": "a", "images": ["no.png"]}]}', "line 2: picture .*no.png is missing"),
-        ('{"conversations": [{"user": "a", "images": [7]}]}', 'line 2, turn 1: "images" must be a list of names'),
+        ('{"conversations": [{"user": "a", "images": ["no.png"]}]}', "line 2: image .*no.png is missing"),
+        ('{"conversations": [{"user": "a", "images": [7]}]}', 'line 2, turn 1: "images" must be a list of file names'),
         ('{"conversations": [{"user": "<|image_2|>", "images": ["no.png"]}]}', "line 2: the text's image tags"),
     ],
 )

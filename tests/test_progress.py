@@ -64,8 +64,8 @@ def test_without_a_bar_there_are_plain_lines(screen, clock, terminal, bar):
             clock.now += 6
             progress.update(100, note="loss 0.5")
     assert shown.getvalue().splitlines() == [
-        f"Reading: {share}%, {20 * share:,} of 2,000 files, {gone} gone, {left} left, loss 0.5"
-        for share, gone, left in [
+        f"Reading: {share}%, {20 * share:,} of 2,000 files, {elapsed} elapsed, {left} left, loss 0.5"
+        for share, elapsed, left in [
             (10, "00:12", "01:48"),
             (20, "00:24", "01:36"),
             (30, "00:36", "01:24"),
@@ -84,7 +84,7 @@ def test_what_is_quick_says_only_that_it_is_done(screen, clock):
     shown = screen(terminal=False)
     for _ in track(range(40), "Reading", "files"):
         clock.now += 0.125
-    assert shown.getvalue() == "Reading: 100%, 40 of 40 files, 00:05 gone, 00:00 left\n"
+    assert shown.getvalue() == "Reading: 100%, 40 of 40 files, 00:05 elapsed, 00:00 left\n"
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -117,7 +117,7 @@ def test_counting_the_rows_of_shards_is_shown(screen, tmp_path, monkeypatch, no_
     for number in range(2):
         (tmp_path / f"{number}.jsonl").write_text('{"conversations": [{"user": "a", "assistant": "b"}]}\n' * 3)
     assert len(stream_conversations(tmp_path / "*.jsonl", tmp_path)) == 6
-    line = "Counting rows: 100%, 2 of 2 shards, 00:00 gone, 00:00 left\n"
+    line = "Counting rows: 100%, 2 of 2 shards, 00:00 elapsed, 00:00 left\n"
     assert shown.getvalue() == line if no_tqdm else "\rCounting rows: 100%" in shown.getvalue()
 
 

@@ -173,7 +173,7 @@ def test_a_corrupt_file_is_an_error_that_names_it_and_leaves_the_old_report(tmp_
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ([], "must hold a JSON object, not a list"),
+        ([], "must contain a JSON object, got list"),
         ({"anls": 0.5}, "'metric' must name the key of a number"),
         ({"metric": "anls"}, "'metric' must name the key of a number"),
         (

@@ -71,27 +71,27 @@ def test_a_file_that_changed_is_read_anew(tmp_path, image_dir):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"conversations": [{"user": "a", "assistant":', "no JSON"),
-        ('["a"]', "must be a JSON object, not list"),
-        ({"id": 7, "conversations": [turn()]}, '"id" must be a text: put it in quotes'),
+        ('{"conversations": [{"user": "a", "assistant":', "invalid JSON"),
+        ('["a"]', "expected a JSON object, got list"),
+        ({"id": 7, "conversations": [turn()]}, '"id" must be a string: put it in quotes'),
         ({"id": "7"}, '"conversations" must be a list of at least one turn'),
         ({"conversations": []}, '"conversations" must be a list of at least one turn'),
         ({"conversations": {"user": "a"}}, '"conversations" must be a list of at least one turn'),
         ({"conversations": [None]}, "turn 1: a turn must be an object"),
-        ({"conversations": [turn(), {"user": "a"}]}, 'turn 2: "assistant" must be a text that is not empty'),
-        ({"conversations": [turn(" \n")]}, 'turn 1: "user" must be a text that is not empty'),
-        ({"conversations": [turn(assistant=5)]}, 'turn 1: "assistant" must be a text that is not empty'),
+        ({"conversations": [turn(), {"user": "a"}]}, 'turn 2: "assistant" must be a non-empty string'),
+        ({"conversations": [turn(" \n")]}, 'turn 1: "user" must be a non-empty string'),
+        ({"conversations": [turn(assistant=5)]}, 'turn 1: "assistant" must be a non-empty string'),
         ({"conversations": [turn(images="a/left.png")]}, 'turn 1: "images" must be a list'),
-        ({"conversations": [turn(images=[None])]}, '"images" must be a list of names of files'),
-        ({"conversations": [turn("What?<|end|>")]}, '"user" holds <|end|>, which is no text to the model'),
-        ({"conversations": [turn("What is <s>struck</s> out?")]}, '"user" holds <s>'),
-        ({"conversations": [turn(assistant="So.<|endoftext|>")]}, '"assistant" holds <|endoftext|>'),
-        ('{"id": "1", "id": "2", "conversations": [{"user": "a", "assistant": "b"}]}', '"id" is there twice'),
-        (f"{json.dumps({'conversations': [turn()]})} {json.dumps({'conversations': [turn()]})}", "no JSON (Extra data"),
-        (json.dumps({"conversations": [turn()]}, indent=1), "no JSON"),
+        ({"conversations": [turn(images=[None])]}, '"images" must be a list of file names'),
+        ({"conversations": [turn("What?<|end|>")]}, '"user" contains the special token <|end|>: remove it'),
+        ({"conversations": [turn("What is <s>struck</s> out?")]}, '"user" contains the special token <s>'),
+        ({"conversations": [turn(assistant="So.<|endoftext|>")]}, '"assistant" contains the special token <|endoftext|>'),
+        ('{"id": "1", "id": "2", "conversations": [{"user": "a", "assistant": "b"}]}', 'duplicate key "id"'),
+        (f"{json.dumps({'conversations': [turn()]})} {json.dumps({'conversations': [turn()]})}", "invalid JSON (Extra data"),
+        (json.dumps({"conversations": [turn()]}, indent=1), "invalid JSON"),
         ({"conversations": [turn("a" * 40_000_000)]}, "longer than 16,777,216 bytes: split the conversation"),
-        ({"conversations": [turn("<|image_2|>", images=["a/left.png"])]}, "number the tags from <|image_1|> without a gap"),
-        ({"conversations": [turn("<|image_1|>")]}, "number the tags from <|image_1|> without a gap"),
+        ({"conversations": [turn("<|image_2|>", images=["a/left.png"])]}, "number the tags consecutively from <|image_1|>"),
+        ({"conversations": [turn("<|image_1|>")]}, "number the tags consecutively from <|image_1|>"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, image_dir, row, message):
@@ -111,7 +111,7 @@ def test_bad_rows_are_left_out_and_counted_if_asked_for(tmp_path, image_dir, cap
         rows = load_conversations(path, image_dir, skip_bad=True)
         assert [row["id"] for row in rows] == ["0", "1", "2"]
         said = capsys.readouterr().err
-        assert "data.jsonl: 2 bad rows left out" in said and "none.png is missing" in said
+        assert "data.jsonl: 2 invalid rows skipped" in said and "none.png is missing" in said
     with pytest.raises(ValueError, match=r"data\.jsonl, line 2"):
         load_conversations(path, image_dir)
 
@@ -129,10 +129,10 @@ def test_a_picture_that_is_missing_or_cut_short_is_named(tmp_path, image_dir):
         load_conversations(path, image_dir)
     content = (image_dir / "a/left.png").read_bytes()
     (image_dir / "b.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"images/b\.png can't be (read|decoded)"):
+    with pytest.raises(ValueError, match=r"images/b\.png cannot be (read|decoded)"):
         load_conversations(path, image_dir)
     unheard_of = write(tmp_path / "name.jsonl", {"conversations": [turn(images=["a\0.png"])]})
-    with pytest.raises(ValueError, match="a\0.png can't be read .embedded null byte.: replace it"):
+    with pytest.raises(ValueError, match="a\0.png cannot be read .embedded null byte.: replace it"):
         load_conversations(unheard_of, image_dir)
     assert len(load_conversations(path, image_dir, limit=1)) == 1  # whose rows are not used is not asked for
 
@@ -152,7 +152,7 @@ def test_damage_before_a_files_end_is_found_where_the_whole_file_is_asked_for(ki
     half = len(whole) // 2
     path.write_bytes(whole[:half] + b"\xff\xc0" + bytes(100) + whole[half + 102 :])
     check_pictures([path], whole=False)
-    with pytest.raises(ValueError, match=f"{path.name} can't be decoded"):
+    with pytest.raises(ValueError, match=f"{path.name} cannot be decoded"):
         check_pictures([path])
 
 
@@ -168,9 +168,9 @@ def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
     good = {"picture": whole, "asked": ["What?", "Which is <|image_1|>?"]}
     check_rows(rows(good, good), conversations, "training row")
     for wrong, message in (
-        ({"picture": whole[: len(whole) // 2]}, "a picture stored in the data set can't be (read|decoded)"),
+        ({"picture": whole[: len(whole) // 2]}, "an image stored in the dataset cannot be (read|decoded)"),
         ({"asked": ["What?", "<|image_2|>?"]}, "the text's image tags"),
-        ({"asked": []}, "nothing is asked"),
+        ({"asked": []}, "the row has no question"),
     ):
         with pytest.raises(ValueError, match=f"^mine, row 1: {message}"):
             check_rows(rows(good, good | wrong), conversations, "training row")
@@ -179,7 +179,7 @@ def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
 
 
 def test_a_hub_without_access_is_named():
-    with pytest.raises(ValueError, match="nobody/nothing at_all can't be loaded .* use --data_dir"):
+    with pytest.raises(ValueError, match="nobody/nothing at_all cannot be loaded from the Hub .* use --data_dir"):
         load_hub("nobody/nothing", "at_all", columns=["images"])
 
 

@@ -186,8 +186,8 @@ def test_parquet_of_the_general_format_holds_its_pictures(tmp_path):
 
 
 BAD = {
-    "no JSON": ('{"conversations": [\n', "line 3: no JSON"),
-    "no answer": ('{"conversations": [{"user": "Why?"}]}\n', 'line 3, turn 1: "assistant" must be a text'),
+    "invalid JSON": ('{"conversations": [\n', "line 3: invalid JSON"),
+    "no answer": ('{"conversations": [{"user": "Why?"}]}\n', 'line 3, turn 1: "assistant" must be a non-empty string'),
     "a tag too many": ('{"conversations": [{"user": "<|image_1|>", "assistant": "Yes"}]}\n', "line 3: "),
 }
 
@@ -214,11 +214,11 @@ def test_a_picture_that_is_missing_or_cut_short_is_named_with_its_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(line(0) + json.dumps(row) + "\n")
     stream = stream_conversations(tmp_path / "a.jsonl", tmp_path)
     data = StreamedData(stream, ucf101.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
-    with pytest.raises(ValueError, match="a.jsonl, line 2: picture .*no.png is missing"):
+    with pytest.raises(ValueError, match="a.jsonl, line 2: image .*no.png is missing"):
         [data[row] for row in stream.rows(0, 0)]
     Image.effect_noise((90, 90), 50).save(tmp_path / "no.png")
     (tmp_path / "no.png").write_bytes((tmp_path / "no.png").read_bytes()[:2000])
-    with pytest.raises(ValueError, match="a.jsonl, line 2: picture .*no.png can't be decoded"):
+    with pytest.raises(ValueError, match="a.jsonl, line 2: image .*no.png cannot be decoded"):
         [data[row] for row in stream.rows(0, 0)]
 
 
@@ -229,7 +229,7 @@ def test_shards_that_are_not_there_or_empty_or_no_parquet(tmp_path):
     with pytest.raises(ValueError, match="empty.jsonl: no rows"):
         stream_conversations(tmp_path / "empty.jsonl", tmp_path)
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="cut.parquet can't be read as Parquet"):
+    with pytest.raises(ValueError, match="cut.parquet cannot be read as a Parquet file"):
         stream_conversations(tmp_path / "cut.parquet", tmp_path)
     write_table(tmp_path / "other.parquet", [{"text": "?"}])
     with pytest.raises(ValueError, match="other.parquet has no column conversations"):
@@ -306,7 +306,7 @@ def test_official_files_are_not_streamed(script, monkeypatch, tmp_path):
 
 
 def test_the_hub_out_of_reach():
-    with pytest.raises(ValueError, match="the hub's data set nobody/nothing can't be streamed"):
+    with pytest.raises(ValueError, match="dataset nobody/nothing cannot be streamed from the Hub"):
         stream_hub("nobody/nothing", columns=["images"])
 
 
@@ -386,5 +386,5 @@ def test_a_bad_row_ends_the_run(model, tmp_path):
 
 def test_flags_that_contradict_streaming(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(tmp_path, tmp_path, streaming=True, max_tokens_per_batch=900)])
-    with pytest.raises(ValueError, match="--max_tokens_per_batch plans batches by the lengths of all rows"):
+    with pytest.raises(ValueError, match="--max_tokens_per_batch requires the lengths of all rows"):
         ucf101.main()

@@ -1,5 +1,5 @@
-"""From rows of a data set to batches: conversations, pictures, sources, rows, samples, the plan of the batches, streaming.
+"""From dataset rows to batches: sources, rows, conversations, images, samples, batch planning, collation, streaming.
 
-May import :mod:`common.phi3v` and :mod:`common.runtime`; knows no model weights and no training. Begin with
+May import :mod:`common.phi3v` and :mod:`common.runtime`; contains nothing about model weights or training. Start with
 :mod:`common.data.conversations`, which describes the general format, then :mod:`common.data.samples`.
 """

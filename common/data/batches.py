@@ -1,8 +1,8 @@
-"""Which samples go into which micro-batch of which process: a plan for every epoch, the same on all processes.
+"""Assignment of samples to the micro-batches of all processes: a plan for every epoch, identical on all processes.
 
-Every optimizer step takes exactly ``batch_size`` samples, in processes × accumulation bins. Without packing a bin holds
-``batch_size_per_gpu`` samples as they come; with packing, bins are filled so that tokens and crops are balanced over
-processes and, if there is a token budget, no bin exceeds it (but for a sample that alone does).
+Every optimizer step takes exactly ``batch_size`` samples, distributed over world size × accumulation bins (micro-batches).
+Without packing, a bin contains ``batch_size_per_gpu`` samples in shuffled order. With packing, bins are filled so that the
+work is balanced over processes and no bin exceeds the token budget, if there is one, except for a single longer sample.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Work of the published tower for one crop, in tokens of the published decoder: 577 tokens through 23 layers of 12.6 M
-# parameters against one token through 3.7 G parameters. A frozen tower has no backward pass, two thirds of it.
+# Cost of one view in the published vision tower, in tokens of the published decoder: 577 tokens through 23 layers of 12.6 M
+# parameters, compared with one token through 3.7 G parameters. A frozen tower saves the backward pass, two thirds of the cost.
 TOKENS_PER_VIEW_OF_WORK = 45
 TOKENS_PER_VIEW_OF_FROZEN_WORK = 15
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Size of every sample of an epoch: ``tokens`` and ``views`` (crops and global views), int64 (rows,)."""
+    """Size of each sample: ``tokens`` and ``views`` (crops and global views), int64 (rows,)."""
 
     tokens: np.ndarray
     views: np.ndarray
 
     def work(self, vision_trains: bool = True) -> np.ndarray:
-        """Work of each sample in tokens of the decoder, (rows,)."""
+        """Estimated cost of each sample in decoder tokens, (rows,)."""
         return self.tokens + (TOKENS_PER_VIEW_OF_WORK if vision_trains else TOKENS_PER_VIEW_OF_FROZEN_WORK) * self.views
 
 
 def epoch_steps(num_rows: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Shuffle an epoch's rows and cut them into optimizer steps.
+    """Shuffle the rows of an epoch and split them into optimizer steps.
 
     Returns
     -------
     numpy.ndarray
-        int64 (steps, batch_size). The last step is filled up with the epoch's first rows.
+        int64 (steps, batch_size). The last step is completed with the first rows of the epoch.
     """
     order = np.random.default_rng([seed, epoch]).permutation(num_rows)
     steps = -(-num_rows // batch_size)
@@ -44,14 +44,14 @@ def epoch_steps(num_rows: int, batch_size: int, seed: int, epoch: int) -> np.nda
 
 
 def best_fit(tokens: np.ndarray, budget: int) -> list[list[int]]:
-    """Put samples into as few bins as best fit finds, taking them in order of falling size, so that no bin exceeds the budget.
+    """Pack samples into bins within a token budget by best-fit decreasing, which keeps the number of bins low.
 
     Parameters
     ----------
     tokens : numpy.ndarray
-        Tokens of each sample, (samples,).
+        Number of tokens of each sample, (samples,).
     budget : int
-        Most tokens of a bin. A sample that alone exceeds it gets a bin of its own.
+        Maximum number of tokens per bin. A sample that exceeds it gets its own bin.
 
     Returns
     -------
@@ -74,19 +74,20 @@ def best_fit(tokens: np.ndarray, budget: int) -> list[list[int]]:
 
 
 def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int | None = None) -> list[list[int]]:
-    """Distribute samples over bins, none of them empty, so that the bins' work is balanced.
+    """Distribute samples over non-empty bins with balanced work.
 
     Parameters
     ----------
     tokens, work : numpy.ndarray
-        Tokens and work of each sample, (samples,); at least ``num_bins`` samples.
+        Number of tokens and cost of each sample, (samples,); at least ``num_bins`` samples.
+    num_bins : int
     budget : int, optional
-        Most tokens of a bin. A sample that alone exceeds it gets a bin of its own.
+        Maximum number of tokens per bin. A sample that exceeds it gets its own bin.
 
     Returns
     -------
     list of list of int
-        Indices of the samples in each bin, bins in order of falling work.
+        Indices of the samples in each bin; the bins are in descending order of work.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     bin_tokens, bin_work = np.zeros(num_bins, dtype=np.int64), np.zeros(num_bins)
@@ -109,33 +110,33 @@ def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int |
 
 
 def _split(bins: list[list[int]], work: np.ndarray, num_bins: int) -> list[list[int]]:
-    """Halve the bins of most work until there are as many as there shall be."""
+    """Split the bins with the most work in two until there are ``num_bins``."""
     while len(bins) < num_bins:
         bins.sort(key=lambda members: (len(members) > 1, work[members].sum()))
-        most = np.array(bins.pop())
-        bins += [most[half].tolist() for half in fill_bins(work[most], work[most], 2)]
+        largest = np.array(bins.pop())
+        bins += [largest[half].tolist() for half in fill_bins(work[largest], work[largest], 2)]
     return bins
 
 
 class PlannedBatches:
-    """The micro-batches of one process, epoch by epoch, as a ``batch_sampler``.
+    """Batch sampler that yields the micro-batches of one process, one epoch per iteration.
 
-    Yields lists of keys (epoch, row), so that workers that live on through all epochs know which one they serve.
+    A micro-batch is a list of (epoch, row) keys. They contain the epoch because persistent workers serve all epochs.
 
     Parameters
     ----------
     num_rows, batch_size, seed : int
-        Samples a data set, samples an optimizer step over all processes, seed of the order.
+        Number of rows, samples per optimizer step over all processes, and shuffling seed.
     rank, world_size : int
-        This process, and how many there are.
+        Rank of this process and number of processes.
     accumulation : int
-        Micro-batches a process and step.
+        Micro-batches per process and optimizer step.
     measure : callable, optional
-        Gives the :class:`Lengths` of an epoch's rows; bins are then balanced by them (packing).
+        Returns the :class:`Lengths` of rows in an epoch, by which the bins are balanced (packing).
     max_tokens : int, optional
-        Most tokens of a bin.
+        Maximum number of tokens per micro-batch.
     vision_trains : bool
-        False where the tower is frozen, and a crop so costs less.
+        False if the vision tower is frozen, which makes a view cheaper.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class PlannedBatches:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -165,43 +166,43 @@ class PlannedBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         for rows in epoch_steps(self.num_rows, self.batch_size, self.seed, epoch):
-            # Measured step by step, so that training begins at once however many rows there are.
+            # Measuring one step at a time lets training start immediately, however large the dataset is.
             for number, bin_rows in enumerate(self.bins(rows, self.measure(epoch, rows) if self.measure else None)):
                 if number % self.world_size == self.rank:
                     yield [(epoch, int(row)) for row in bin_rows]
 
     def largest(self, lengths: Lengths) -> tuple[int, int]:
-        """Tokens and views of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
+        """Tokens and views of the largest micro-batch, estimated from the lengths of sampled rows, for the memory estimate."""
         samples = -(-self.batch_size // (self.world_size * self.accumulation))
         tokens, views = samples * lengths.tokens.max(), samples * lengths.views.max()
         if self.max_tokens is not None:
             tokens = max(lengths.tokens.max(), min(tokens, self.max_tokens))
-            # Small samples are more at once than others: the bound is as many views as so many tokens can hold.
+            # A micro-batch can contain many small samples: the bound is the maximum number of views in this many tokens.
             views = np.ceil(tokens * (lengths.views / lengths.tokens).max())
         return int(tokens), int(views)
 
     def bins(self, rows: np.ndarray, lengths: Lengths | None) -> list[list[int]]:
-        """Distribute one step's rows, whose lengths these are, over its bins; bin i belongs to process ``i % world_size``."""
+        """Distribute the rows of one step over its bins by their lengths; bin i belongs to process ``i % world_size``."""
         num_bins = self.world_size * self.accumulation
         if lengths is None:
-            # Neighbours go to one process, so that 1 × 8, 8 × 1 and 4 × 2 take the same samples.
+            # Contiguous parts, so that 1 × 8, 8 × 1 and 4 × 2 micro-batches contain the same samples.
             return [list(part) for part in rows.reshape(num_bins, -1)]
         bins = fill_bins(lengths.tokens, lengths.work(self.vision_trains), num_bins, self.max_tokens)
         return [[rows[index] for index in members] for members in bins]
 
 
 def accumulation_for_budget(epochs: Iterable[Lengths], batch_size: int, seed: int, world_size: int, max_tokens: int) -> int:
-    """Micro-batches a process and step with which no step exceeds the token budget.
+    """Compute the number of micro-batches per process and step that keeps every step within the token budget.
 
     Parameters
     ----------
     epochs : iterable of Lengths
-        Of all rows, epoch by epoch.
+        Lengths of all rows in each epoch.
     batch_size, seed, world_size, max_tokens : int
         As for :class:`PlannedBatches`.
     """
-    most = 1
+    max_bins = 1
     for epoch, lengths in enumerate(epochs):
         for rows in epoch_steps(len(lengths.tokens), batch_size, seed, epoch):
-            most = max(most, len(best_fit(lengths.tokens[rows], max_tokens)))
-    return -(-most // world_size)
+            max_bins = max(max_bins, len(best_fit(lengths.tokens[rows], max_tokens)))
+    return -(-max_bins // world_size)

@@ -1,4 +1,4 @@
-"""Picture references to crops, and samples to a batch: padded, or laid end to end without padding."""
+"""Collation of encoded samples into padded or packed batches, with the crops of their images."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ from .pictures import decode_picture
 def load_crops(
     images: list[Any], num_crops: int, places: Sequence[str | None] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode pictures and cut them into crops; normalisation and global views are the model's work, on its device.
+    """Decode images and split them into crops. The model normalizes them and adds global views on its own device.
 
     Parameters
     ----------
     images : list
-        Pictures as in :mod:`common.data.pictures`.
+        Images as described in :mod:`common.data.pictures`.
     num_crops : int
+        Maximum number of crops per image.
     places : sequence of str, optional
-        Names the row of each picture in messages.
+        Location of the row of each image, for messages.
 
     Returns
     -------
     tuple of torch.Tensor
-        uint8 (all crops of all pictures, 3, 336, 336), and int64 (pictures, 2), height and width after resizing and padding.
+        uint8 (all crops of all images, 3, 336, 336), and int64 (images, 2), height and width after resizing and padding.
 
     Raises
     ------
     InputError
-        If a picture can't be decoded; names it and its row.
+        If an image cannot be decoded; the message names the image and its row.
     """
     grids = []
     for image, place in zip(images, places or [None] * len(images), strict=True):
@@ -49,27 +50,27 @@ def load_crops(
 
 
 class Collator:
-    """Turn encoded conversations into a batch.
+    """Collate encoded conversations into a batch.
 
     Parameters
     ----------
     processor : Phi3VProcessor
-        Gives ``num_crops`` and the pad token.
+        Provides ``num_crops`` and the padding token.
     packing : bool
-        Lay samples end to end in one row with their boundaries, instead of padding them to the longest.
+        Concatenate the samples in one row, with their boundaries, instead of padding them to the longest sample.
     padding_side : {"right", "left"}
         ``"left"`` for generation.
 
     Notes
     -----
-    Called with a list of samples (see :func:`common.data.conversations.encode_conversation`) it returns a dict of
+    Calling it with a list of samples (see :func:`common.data.conversations.encode_conversation`) returns a dict with
 
     - padded: ``input_ids``, ``attention_mask``, ``labels``, int64 (batch, longest sample);
     - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int,
-      ``answer_spans`` int64 (batch, 2); pictures are numbered through the whole row;
-    - and, if there are pictures, ``pixel_values`` uint8 (all crops, 3, 336, 336) and ``image_sizes`` int64 (pictures, 2).
+      ``answer_spans`` int64 (batch, 2); images are numbered over the whole row;
+    - if there are images: ``pixel_values`` uint8 (all crops, 3, 336, 336) and ``image_sizes`` int64 (images, 2).
 
-    A sample's ``place``, if it has one, names its row where a picture can't be decoded.
+    If an image cannot be decoded, the message names the ``place`` of its sample.
     """
 
     def __init__(self, processor: Phi3VProcessor, packing: bool = False, padding_side: str = "right") -> None:

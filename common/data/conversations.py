@@ -1,11 +1,11 @@
-"""Conversations to token ids, labels and picture references, without looking at pixels.
+"""Checking conversations, and encoding them as token ids, labels and image references, without decoding images.
 
-A conversation is a plain dict, a line of the general JSONL format::
+A conversation is a plain dict, one line of the general JSONL format::
 
     {"id": "42", "conversations": [{"images": ["a.jpg", "b.jpg"], "user": "Same?", "assistant": "Yes."}, …]}
 
-Pictures are numbered through the whole conversation; see :mod:`common.data.pictures` for what they may be.
-Where the user's text holds no image tag, its pictures' tags are put before it.
+Images are numbered over the whole conversation; :mod:`common.data.pictures` lists the types of images.
+If the user's text has no image tag, the tags of its images are inserted before it.
 """
 
 from __future__ import annotations
@@ -25,45 +25,45 @@ from .pictures import Picture, check_picture, open_picture
 
 Conversation = dict[str, Any]
 
-# Special tokens of the published tokenizers, but for tags of pictures.
-CHAT_MARK = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
+# Special tokens of the published tokenizers, except image tags.
+SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
 
 
 def check_conversation(conversation: Any, name: str) -> None:
-    """Check that a conversation has the general format's fields, and tags that fit its pictures.
+    """Check that a conversation has the fields of the general format, and image tags that match its images.
 
     Parameters
     ----------
     conversation : Any
-        What was read.
+        Content of the row.
     name : str
-        Names it in messages, ``data.jsonl, line 3`` say.
+        Location for messages, for example ``data.jsonl, line 3``.
 
     Raises
     ------
     InputError
-        Naming the row, what is wrong first, and what belongs there.
+        For the first error found; the message names the row and what is expected.
     """
-    for fault in conversation_faults(conversation, name):
-        raise fault
+    for error in conversation_faults(conversation, name):
+        raise error
 
 
 def conversation_faults(conversation: Any, name: str) -> Iterator[InputError]:
-    """All that :func:`check_conversation` finds wrong."""
+    """Yield all errors that :func:`check_conversation` looks for."""
     turns = conversation.get("conversations") if isinstance(conversation, dict) else None
     if not isinstance(turns, list) or not turns:
         yield InputError('"conversations" must be a list of at least one turn', name)
         return
-    whole = True
+    valid = True
     for number, turn in enumerate(turns, start=1):
         for fault in _turn_faults(turn):
-            whole = False
+            valid = False
             yield InputError(fault, f"{name}, turn {number}")
-    if not whole:
+    if not valid:
         return
     num_images, tags = 0, []
     for number, (turn, content) in enumerate(zip(turns, _user_contents(conversation), strict=True), start=1):
-        # What stands before an answer is all that inference has at that turn.
+        # At inference, a turn only sees the images up to this turn.
         num_images += len(turn.get("images") or [])
         tags += image_numbers(content)
         try:
@@ -79,26 +79,23 @@ def _turn_faults(turn: Any) -> Iterator[str]:
         return
     for field in ("user", "assistant"):
         if not isinstance(turn.get(field), str) or not turn[field].strip():
-            yield f'"{field}" must be a text that is not empty'
-        elif mark := CHAT_MARK.search(turn[field]):
-            yield (
-                f'"{field}" holds {mark[0]}, which is no text to the model, but divides turns or texts: '
-                "leave it out, the chat template puts such marks where they belong"
-            )
+            yield f'"{field}" must be a non-empty string'
+        elif token := SPECIAL_TOKEN.search(turn[field]):
+            yield (f'"{field}" contains the special token {token[0]}: remove it, the chat template inserts special tokens')
     images = turn.get("images") or []
     if not isinstance(images, list) or not all(map(_is_picture, images)):
-        yield '"images" must be a list of names of files, or of pictures'
+        yield '"images" must be a list of file names or images'
     if isinstance(turn.get("assistant"), str) and IMAGE_TAG.search(turn["assistant"]):
-        yield 'image tags belong into "user", not into an answer'
+        yield 'image tags are only allowed in "user", not in "assistant"'
 
 
 def pictures(conversation: Conversation) -> list[Picture]:
-    """All pictures of a conversation, in the order of their numbers."""
+    """All images of a conversation, in the order of their numbers."""
     return [picture for turn in conversation["conversations"] for picture in turn.get("images") or []]
 
 
 def prompt_text(conversation: Conversation, processor: Phi3VProcessor) -> str:
-    """Chat text up to where the answer to the last turn begins, as inference feeds it.
+    """Chat text up to the beginning of the last turn's answer, as used for inference.
 
     The last turn's ``assistant`` is ignored and may be missing.
     """
@@ -111,22 +108,23 @@ def prompt_text(conversation: Conversation, processor: Phi3VProcessor) -> str:
 def encode_prompt(
     conversation: Conversation, processor: Phi3VProcessor, image_tokens: list[int] | None = None
 ) -> dict[str, Any]:
-    """Tokens of a prompt for inference.
+    """Encode a prompt for inference.
 
     Parameters
     ----------
+    conversation : Conversation
+    processor : Phi3VProcessor
     image_tokens : list of int, optional
-        Tokens of each picture where they are known already; else each picture's header is read, and one that is stored in the
-        data set, which nobody has looked at before, is checked.
+        Number of tokens of each image, if known. By default, they are computed from the image headers.
 
     Returns
     -------
     dict
-        ``input_ids`` list of int (−k for picture k), ``images`` list of pictures.
+        ``input_ids`` list of int (−k for image k), ``images`` list of images.
     """
     images = pictures(conversation)
     for image in images:
-        if isinstance(image, dict):
+        if isinstance(image, dict):  # images stored in the dataset have not been checked before
             check_picture(image)
     image_tokens = image_tokens or count_image_tokens(images, processor)
     return {"input_ids": _tokenize(prompt_text(conversation, processor), image_tokens, processor), "images": images}
@@ -135,21 +133,23 @@ def encode_prompt(
 def encode_conversation(
     conversation: Conversation, processor: Phi3VProcessor, image_tokens: list[int] | None = None
 ) -> dict[str, Any]:
-    """Tokens and labels of a conversation for training.
+    """Encode a conversation with labels for training.
 
-    Every answer is trained on and ends in ``<|end|>`` and a newline; ``<|endoftext|>`` ends the last one. What stands
-    before an answer is what inference would feed for that history.
+    All answers are supervised. Each answer ends with ``<|end|>`` and a newline, the last one also with ``<|endoftext|>``.
+    The tokens before an answer are the same as at inference with this history.
 
     Parameters
     ----------
+    conversation : Conversation
+    processor : Phi3VProcessor
     image_tokens : list of int, optional
         As in :func:`encode_prompt`.
 
     Returns
     -------
     dict
-        ``input_ids`` list of int (−k for picture k), ``labels`` list of int (−100 outside answers), ``images`` list of
-        pictures.
+        ``input_ids`` list of int (−k for image k), ``labels`` list of int (−100 outside answers), ``images`` list of
+        images.
     """
     turns = conversation["conversations"]
     images = pictures(conversation)
@@ -173,19 +173,21 @@ def encode_conversation(
 def count_tokens(
     conversations: Iterable[Conversation], image_tokens: Iterable[list[int]], names: Iterable[str], processor: Phi3VProcessor
 ) -> list[int]:
-    """Tokens of each conversation as :func:`encode_conversation` encodes it, counted many at once.
+    """Count the tokens that :func:`encode_conversation` would produce for each conversation, in one batch.
 
     Parameters
     ----------
+    conversations : iterable of Conversation
     image_tokens : iterable of list of int
-        Tokens of each conversation's pictures.
+        Number of tokens of each image of each conversation.
     names : iterable of str
-        What messages call the conversations.
+        Location of each conversation, for messages.
+    processor : Phi3VProcessor
 
     Raises
     ------
     InputError
-        Naming the conversation whose image tags don't fit its pictures.
+        If the image tags of a conversation do not match its images; the message names the conversation.
     """
     split, answers, counts = [], [], []
     for conversation, tokens, name in zip(conversations, image_tokens, names, strict=True):
@@ -207,7 +209,7 @@ def count_tokens(
 
 
 def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
-    """Tokens that each picture becomes, from its size alone."""
+    """Number of tokens of each image, computed from its size."""
     return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
 
 
@@ -234,7 +236,7 @@ def _last_answer(conversation: Conversation, processor: Phi3VProcessor) -> str:
 
 
 def _count_text_tokens(texts: list[str], processor: Phi3VProcessor, **options: Any) -> dict[str, int]:
-    unique = list(dict.fromkeys(texts))  # questions and answers repeat, and between pictures there is often nothing
+    unique = list(dict.fromkeys(texts))  # many questions, answers and empty texts between images repeat
     encoded = processor.tokenizer(unique, return_attention_mask=False, **options).input_ids
     return dict(zip(unique, map(len, encoded), strict=True))
 

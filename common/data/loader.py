@@ -1,4 +1,4 @@
-"""The worker processes of data loaders: when they are started, and which signals reach them."""
+"""DataLoader whose workers start safely, ignore SIGTERM to the process group and pass on input errors."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from common.runtime import InputError, cores_per_process
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers are forked at a quiet moment and outlive a SIGTERM to their whole process group.
+    """DataLoader whose workers survive a SIGTERM to their process group and pass on input errors.
 
-    After a collective, communication threads register with the interpreter for a moment, to give back what they held. A worker
-    that Python 3.11 forks in that moment inherits a lock that nobody releases, and waits for ever.
+    After a collective, communication threads briefly hold an interpreter lock while they release Python objects. In Python
+    3.11, a worker forked at that time inherits the locked lock and deadlocks, so the loader waits before it forks workers.
 
-    An input error travels from a worker as itself, in place of a batch: torch would hand on only the text of its traceback.
+    An :class:`~common.runtime.InputError` in a worker is returned in place of a batch and raised in the main process. PyTorch
+    itself would only pass on its traceback as text.
 
     Parameters
     ----------
     dataset, collate_fn, batch_sampler, **kwargs
-        As for :class:`torch.utils.data.DataLoader`, but for ``worker_init_fn`` and ``prefetch_factor``.
+        As for :class:`torch.utils.data.DataLoader`, except ``worker_init_fn`` and ``prefetch_factor``.
     num_workers : int
-        At most this process's share of the cores is started.
+        Number of workers, limited to this process's share of the CPU cores.
     ahead : int
-        Batches to have ready, at least two per worker.
+        Number of batches to prefetch, at least two per worker.
     """
 
     def __init__(
@@ -35,8 +36,8 @@ class WorkerLoader(DataLoader):
     ) -> None:
         workers = min(num_workers, cores_per_process())
         super().__init__(
-            _CarryingDataset(dataset),
-            collate_fn=_CarryingCollator(collate_fn),
+            _ErrorReturningDataset(dataset),
+            collate_fn=_ErrorReturningCollator(collate_fn),
             num_workers=workers,
             prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
             worker_init_fn=_leave_process_group,
@@ -49,7 +50,7 @@ class WorkerLoader(DataLoader):
         return raise_input_errors(super().__iter__())
 
 
-class _CarryingDataset(Dataset):
+class _ErrorReturningDataset(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
@@ -63,7 +64,7 @@ class _CarryingDataset(Dataset):
             return error
 
 
-class _CarryingCollator:
+class _ErrorReturningCollator:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
@@ -77,7 +78,7 @@ class _CarryingCollator:
 
 
 def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """Give batches, but raise what a worker handed on in place of one."""
+    """Yield batches, and raise an input error that a worker returned in place of a batch."""
     for batch in batches:
         if isinstance(batch, InputError):
             raise batch
@@ -85,10 +86,10 @@ def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def wait_until_quiet() -> None:
-    """Wait until communication threads have given back what they held, before workers are forked."""
+    """Wait until communication threads have released their Python objects, so that workers can be forked safely."""
     time.sleep(0.05)
 
 
 def _leave_process_group(_: int) -> None:
-    # SIGTERM is sent to the whole group; the process that these workers serve saves first, and ends them itself.
+    # SIGTERM is sent to the whole group, but the training process needs its workers until it has saved a checkpoint.
     os.setsid()

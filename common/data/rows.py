@@ -1,4 +1,4 @@
-"""Rows as a task reads them, each of which knows its own place in the data set that it comes from."""
+"""Dataset rows as a task reads them, with their location in the source for messages."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from common.runtime import InputError, say
 
-MOST_NAMED = 10  # bad rows that are named before they are only counted
+MAX_REPORTED = 10  # further invalid rows are only counted
 
 
 class Rows(Sequence):
-    """Rows of a data set; what each becomes is worked out when it is read.
+    """Rows of a dataset, converted lazily.
 
     Parameters
     ----------
     source : sequence
         A ``datasets.Dataset`` or a list of dicts.
     place : callable
-        Names a row of the source, by its number, in messages.
+        Returns the location of a row of the source, by its index, for messages.
     keys : sequence of (int, int or None), optional
-        The source's row, and the entry of its list ``each``, of each row here; by default all rows.
+        For each row, its index in the source and the index of its entry in the column ``each``. By default, all rows.
     each : str, optional
-        A column of lists: a row here holds one entry of it.
+        A column of lists. Each row contains a single entry of its list.
     convert : callable, optional
-        Turns what the source holds, and an identifier, into the row that the task reads.
+        Converts a source row and an identifier to the row that the task reads.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Rows(Sequence):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         numbers = [self.keys[index][0] for index in indices]
-        # One access of a datasets.Dataset costs as much as one of many rows.
+        # Reading many rows of a datasets.Dataset at once takes as long as reading a single row.
         fetch = getattr(self.source, "__getitems__", None)
         contents = fetch(numbers) if fetch else [self.source[number] for number in numbers]
         return [self._read(index, content) for index, content in zip(indices, contents, strict=True)]
@@ -56,24 +56,24 @@ class Rows(Sequence):
         return (self[index] for index in range(len(self)))
 
     def place(self, index: int) -> str:
-        """What messages call a row."""
+        """Location of a row, for messages."""
         return self._place(self.keys[index][0])
 
     def map(self, convert: Callable[[dict[str, Any], str], dict[str, Any]]) -> Rows:
-        """The same rows, as ``convert`` makes them of a source's row and its number there."""
+        """Return the same rows with another conversion of source row and identifier."""
         return Rows(self.source, self._place, self.keys, self.each, convert)
 
     def select(self, begin: int, limit: int | None = None) -> Rows:
-        """The rows from ``begin`` on, at most ``limit``."""
+        """Return at most ``limit`` rows, starting at ``begin``."""
         end = None if limit is None else begin + limit
         return Rows(self.source, self._place, self.keys[begin:end], self.each, self.convert)
 
     def head(self, count: int) -> Rows:
-        """The first rows."""
+        """Return the first ``count`` rows."""
         return self.select(0, count)
 
     def without(self, bad: set[int]) -> Rows:
-        """All rows but some, by their index here."""
+        """Return all rows except those with the given indices."""
         keys = [key for index, key in enumerate(self.keys) if index not in bad]
         return Rows(self.source, self._place, keys, self.each, self.convert)
 
@@ -86,26 +86,26 @@ class Rows(Sequence):
 
 
 class BadRows:
-    """What happens at a bad row: it ends the run or, with ``--skip_bad_rows``, is left out, named and counted.
+    """Handling of invalid rows: raise their error or, with ``--skip_bad_rows``, report and count them.
 
     Parameters
     ----------
     skip : bool
-        The flag.
+        Whether to skip invalid rows.
     """
 
     def __init__(self, skip: bool) -> None:
         self.skip, self.count = skip, 0
 
     def add(self, error: InputError) -> None:
-        """Raise the error, or count its row."""
+        """Raise the error of a row, or count the row."""
         if not self.skip:
             raise error
         self.count += 1
-        if self.count <= MOST_NAMED:
-            say(f"left out: {error}")
+        if self.count <= MAX_REPORTED:
+            say(f"skipped: {error}")
 
     def report(self, what: str) -> None:
-        """Say how many rows were left out, if any."""
+        """Print the number of skipped rows, if any."""
         if self.count:
-            say(f"{what}: {self.count:,} bad rows left out (--skip_bad_rows)")
+            say(f"{what}: {self.count:,} invalid rows skipped (--skip_bad_rows)")

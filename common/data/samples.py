@@ -1,4 +1,4 @@
-"""Rows of a data set as training samples, a function of (seed, epoch, row) alone."""
+"""Encoded training samples, which depend only on (seed, epoch, row)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .conversations import Conversation, count_tokens, encode_conversation, pict
 from .pictures import open_picture
 from .rows import Rows
 
-ROWS_AT_ONCE = 64  # whose pictures, stored in the data set, are in memory together
+ROWS_AT_ONCE = 64  # limits how many images stored in the dataset are in memory
 
 
 class TrainingData(Dataset):
@@ -28,14 +28,14 @@ class TrainingData(Dataset):
     Parameters
     ----------
     rows : sequence
-        Rows as the task reads them, a ``datasets.Dataset`` say.
+        Rows as the task reads them, for example :class:`Rows` or a ``datasets.Dataset``.
     to_conversation : callable
-        Turns a row and a ``random.Random`` into a conversation. Draws from the generator (which of a page's questions,
-        which of several accepted answers) are the same whoever makes them and whenever.
+        Converts a row and a ``random.Random`` to a conversation. The generator, which may choose one of several questions
+        or accepted answers, is seeded by (seed, epoch, row), so that all processes and workers draw the same.
     processor : Phi3VProcessor
     seed : int
     name : str
-        What messages call a row that does not know its place.
+        Name of a row in messages, if the rows have no location.
     """
 
     def __init__(
@@ -50,18 +50,17 @@ class TrainingData(Dataset):
         self.to_conversation = to_conversation
         self.processor = processor
         self.seed = seed
-        # Rows of the tasks know where they stand in their data set.
         self.place = rows.place if isinstance(rows, Rows) else partial("{} {}".format, name)
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
-        # Until measured, each row may become another conversation in another epoch; most data sets draw nothing.
+        # Whether a row's conversation changes with the epoch. This is assumed until the row is measured; most never change.
         self._varies = np.ones(len(rows), dtype=bool)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def conversation(self, epoch: int, row: int) -> Conversation:
-        """The conversation that a row becomes in an epoch."""
+        """Return the conversation of a row in an epoch."""
         return self.to_conversation(self.rows[row], self._generator(epoch, row))
 
     def _generator(self, epoch: int, row: int) -> random.Random:
@@ -76,20 +75,20 @@ class TrainingData(Dataset):
         return sample | {"place": self.place(row)}
 
     def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
-        """Tokens and views of some rows in an epoch, from picture sizes and text, decoding nothing.
+        """Compute the tokens and views of rows in an epoch from text and image sizes, without decoding images.
 
-        A row whose conversation draws nothing is measured only once.
+        A row whose conversation does not change with the epoch is measured only once.
 
         Parameters
         ----------
         epoch : int
         rows : numpy.ndarray
-            int64 (rows,).
+            Row indices, int64 (rows,).
 
         Raises
         ------
         InputError
-            Naming the row and what is wrong with it.
+            If a row is invalid; the message names the row.
         """
         new = rows[self._varies[rows]]
         if len(new):
@@ -98,13 +97,13 @@ class TrainingData(Dataset):
         return Lengths(tokens=tokens, views=views)
 
     def lengths(self, epoch: int, bar: bool = True) -> Lengths:
-        """As :meth:`measure`, of all rows, each process measuring a share of them; to be called on all processes.
+        """Measure all rows in an epoch; each process measures its share. Must be called on all processes.
 
         Parameters
         ----------
         epoch : int
         bar : bool
-            False for ``--no-tqdm``.
+            False with ``--no-tqdm``.
 
         Returns
         -------
@@ -114,7 +113,7 @@ class TrainingData(Dataset):
         Raises
         ------
         InputError
-            Naming the row and what is wrong with it.
+            If a row is invalid; the message names the row.
         """
         rows = np.flatnonzero(self._varies)
         if len(rows):
@@ -128,22 +127,22 @@ class TrainingData(Dataset):
         return Lengths(tokens=tokens, views=views)
 
     def sample_lengths(self, count: int = 256) -> Lengths:
-        """As :meth:`measure`, of some rows spread over the data."""
+        """Measure up to ``count`` rows, evenly spaced over the dataset."""
         return self.measure(0, np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)))
 
     def _measure(
         self, epoch: int, rows: np.ndarray, count_done: Callable[[int], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and views of some rows, int64 (rows, 2), and whether another epoch may change them, bool (rows,)."""
+        """Tokens and views of rows, int64 (rows, 2), and whether they change with the epoch, bool (rows,)."""
         measured, varies = np.empty((len(rows), 2), dtype=np.int64), np.empty(len(rows), dtype=bool)
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
             conversations, image_tokens = [], []
             for position, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
                 generator = self._generator(epoch, row)
-                untouched = generator.getstate()
+                initial_state = generator.getstate()
                 conversations.append(self.to_conversation(content, generator))
-                varies[position] = generator.getstate() != untouched
+                varies[position] = generator.getstate() != initial_state
                 sizes = self._sizes(row, conversations[-1], keep=varies[position])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
                 measured[position, 1] = sum(num_views(*size) for size in sizes)
@@ -155,12 +154,12 @@ class TrainingData(Dataset):
         return measured, varies
 
     def _rows(self, chosen: list[int]) -> Sequence[Any]:
-        if hasattr(self.rows, "__getitems__"):  # one access of a datasets.Dataset costs as much as one of many rows
+        if hasattr(self.rows, "__getitems__"):  # as fast as reading a single row
             return self.rows.__getitems__(chosen)
         return [self.rows[row] for row in chosen]
 
     def _sizes(self, row: int, conversation: Conversation, keep: bool) -> list[tuple[int, int]]:
-        """Height and width to which each picture is resized and padded."""
+        """Height and width of each image after resizing and padding."""
         if row in self._image_sizes:
             return self._image_sizes[row]
         num_crops = self.processor.image_processor.num_crops

@@ -1,7 +1,7 @@
-"""Shards to stream: JSON lines and Parquet files of the general format, and the Parquet files of the hub's data sets.
+"""Shards for streaming: JSON Lines and Parquet files in the general format, and Parquet files of datasets on the Hub.
 
-The first process counts the rows of each shard's pieces, blocks of lines or row groups, for all: a pass over the lines, and
-over the footers of Parquet files.
+The main process counts the rows of all blocks of lines or row groups and broadcasts the index. It reads JSON Lines files
+once, but only the footers of Parquet files.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from .sources import load_hub, parse_conversation
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
-READERS_OF_FOOTERS = 16
+NUM_INDEX_THREADS = 16
 
 
 def open_hub(
     *name: str, columns: list[str], split: str = "train", each: str | None = None, streaming: bool = False
 ) -> Rows | Stream:
-    """Rows of a data set of the hub, streamed or not; parameters as :func:`stream_hub` and :func:`~.sources.load_hub`."""
+    """Open a dataset from the Hub with :func:`stream_hub` or :func:`~.sources.load_hub`; same parameters."""
     return (stream_hub if streaming else load_hub)(*name, columns=columns, split=split, each=each)
 
 
 def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = None) -> Stream:
-    """Stream shards of the general format: JSON lines, or Parquet files, which may hold the pictures themselves.
+    """Stream shards in the general format: JSON Lines or Parquet files. Parquet files can contain the images.
 
     Parameters
     ----------
     pattern : Path
-        A file, or several by wildcards: ``data/train-*.parquet``.
+        A file, or several with wildcards, for example ``data/train-*.parquet``.
     image_dir : Path
-        Folder that the names of pictures start from.
+        Folder that image names are relative to.
     limit : int, optional
-        Take the first so many rows.
+        Use only the first ``limit`` rows.
 
     Raises
     ------
     InputError
-        If there is no such shard, or one can't be read, or all are empty.
+        If no shard matches, a shard cannot be read, or all shards are empty.
     """
 
     def read(span: Span) -> Iterator[tuple[str, Conversation]]:
@@ -68,29 +68,29 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
     def index() -> list[Span]:
         shards = sorted(glob.glob(str(pattern)))
         if not shards:
-            raise InputError(f"{pattern} is missing: put the data's shards there, or name others")
+            raise InputError(f"{pattern} is missing: put the shards there, or name other ones")
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
     return Stream(on_main_process(index), read).select(0, limit)
 
 
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
-    """Stream the Parquet shards of a data set of the hub, or of a directory in its layout; pictures stay encoded.
+    """Stream the Parquet shards of a dataset on the Hub, or of a directory with the same layout; images stay encoded.
 
     Parameters
     ----------
-    name
-        Hub id or directory, and the configuration's name where there are several.
+    *name : str
+        Hub id or directory and, if there are several configurations, the name of one.
     columns : list of str
-        What to read of each row.
+        Columns to read.
     split : str
     each : str, optional
-        Of these columns, one of lists: every entry becomes a row, its list holding that entry alone.
+        A column of lists, one of ``columns``. Every entry becomes a row, whose list contains only that entry.
 
     Raises
     ------
     InputError
-        If the hub can't be reached, or has no such data set, or the data set has other files or columns.
+        If the Hub cannot be reached, or the dataset does not exist or has no such files or columns.
     """
 
     def read(span: Span) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -104,20 +104,20 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
         try:
             files = load_dataset_builder(*name).config.data_files or {}
         except (OSError, ValueError) as error:
-            raise InputError(f"the hub's data set {' '.join(name)} can't be streamed: {error}") from None
+            raise InputError(f"dataset {' '.join(name)} cannot be streamed from the Hub: {error}") from None
         shards = [file for file in files.get(split, []) if file.endswith(".parquet")]
         if not shards:
-            raise InputError(f"the hub's data set {' '.join(name)} has no Parquet files to stream: leave out --streaming")
+            raise InputError(f"dataset {' '.join(name)} on the Hub has no Parquet files to stream: remove --streaming")
         return _index(shards, lambda shard: _index_row_groups(shard, columns, each))
 
     return Stream(on_main_process(index), read)
 
 
 def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]) -> list[Span]:
-    """Pieces of all shards, from those of each one: position, first line or row, and number of rows."""
+    """Index the pieces of all shards; ``index`` returns position, first line or row, and number of rows of each piece."""
     spans, number = [], 0
-    with ThreadPoolExecutor(READERS_OF_FOOTERS) as readers:
-        shown = track(shards, "Counting rows", "shards", bar=not are_progress_bars_disabled())  # as --no-tqdm says
+    with ThreadPoolExecutor(NUM_INDEX_THREADS) as readers:
+        shown = track(shards, "Counting rows", "shards", bar=not are_progress_bars_disabled())  # they are with --no-tqdm
         for shard, pieces in zip(shown, readers.map(index, shards), strict=True):
             for position, first, rows in pieces:
                 spans.append(Span(shard, position, first, number, 0, rows))
@@ -153,7 +153,7 @@ def _open_parquet(shard: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(fsspec.open(shard, "rb").open())
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{shard} can't be read as Parquet ({error}): fetch or write it again") from None
+        raise InputError(f"{shard} cannot be read as a Parquet file ({error}): download or write it again") from None
 
 
 def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | None = None) -> list[tuple[int, int, int]]:

@@ -1,6 +1,6 @@
-"""Where rows come from: the hub, JSON-lines files, and the general format as an Arrow file that is read where it lies on disk.
+"""Loading rows: from the Hub, from JSON Lines files, and from the general format as a memory-mapped Arrow file.
 
-Every function gives the same rows, or raises the same error, on all processes that find the same files.
+On all processes that see the same files, a function returns the same rows or raises the same error.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ T = TypeVar("T")
 
 TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
 SCHEMA = pa.schema([("id", pa.string()), ("conversations", pa.list_(TURN))])
-BLOCK_SIZE = 16 * 2**20  # bytes read at once, and the longest line
+BLOCK_SIZE = 16 * 2**20  # bytes per read, which limits the length of a line
 
 
 def load_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Rows:
-    """Load a split of a data set of the hub, one process of a machine downloading it; pictures stay encoded.
+    """Load a split of a dataset on the Hub, downloading it once per machine; images stay encoded.
 
     Parameters
     ----------
-    name
-        Hub id or directory, and the configuration's name where there are several.
+    *name : str
+        Hub id or directory and, if there are several configurations, the name of one.
     columns : list of str
-        What to read of each row.
+        Columns to read.
     split : str
     each : str, optional
-        Of these columns, one of lists: every entry becomes a row, its list holding that entry alone.
+        A column of lists, one of ``columns``. Every entry becomes a row, whose list contains only that entry.
 
     Raises
     ------
     InputError
-        If the hub can't be reached, or has no such data set.
+        If the Hub cannot be reached or the dataset does not exist.
     """
 
     def load() -> Dataset:
-        say(f"Fetching {' '.join(name)} from the hub, or from its cache")
+        say(f"Loading {' '.join(name)} from the Hub or its cache")
         try:
             return load_dataset(*name, split=split).select_columns(columns)
         except (OSError, ConnectionError, ValueError) as error:
             raise InputError(
-                f"the hub's data set {' '.join(name)} can't be loaded ({error}); on a machine without access use --data_dir"
+                f"dataset {' '.join(name)} cannot be loaded from the Hub ({error}): without access to the Hub, use --data_dir"
             ) from None
 
     rows = first_on_each_machine(load)
@@ -75,26 +75,26 @@ def load_hub(*name: str, columns: list[str], split: str = "train", each: str | N
 
 
 def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, bytes]]:
-    """Read the lines of a JSON-lines file that are not blank.
+    """Read the non-blank lines of a JSON Lines file.
 
     Parameters
     ----------
     path : Path
     release : str, optional
-        The data set to whose official release it belongs, for messages.
+        Name of the dataset if the file is part of its official release, for messages.
 
     Yields
     ------
     tuple of (str, bytes)
-        File and line, for messages, and the line.
+        Location (file and line) and content of the line.
 
     Raises
     ------
     InputError
-        If there is no such file, or it holds no rows.
+        If the file is missing or has no rows.
     """
     if not path.is_file():
-        remedy = f"--data_dir takes the folder of {release}'s official files" if release else "name a JSON-lines file"
+        remedy = f"--data_dir takes the folder of {release}'s official files" if release else "name a JSON Lines file"
         raise InputError(f"{path} is missing: {remedy}")
     empty = True
     with path.open("rb") as file:
@@ -103,24 +103,24 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
                 yield f"{path}, line {number}", line
                 empty = False
     if empty:
-        raise InputError(f"{path} is empty: it must hold one JSON object a line")
+        raise InputError(f"{path} is empty: expected one JSON object per line")
 
 
 def collect_rows(
     entries: Iterable[tuple[str, Any]], to_row: Callable[[Any], dict[str, Any]], limit: int | None, skip_bad: bool = False
 ) -> Rows:
-    """Turn the entries of a file into rows.
+    """Convert the entries of a file to rows.
 
     Parameters
     ----------
     entries : iterable of (str, Any)
-        Places, for messages, and what stands there.
+        Location, for messages, and content of each entry.
     to_row : callable
-        Turns an entry into a row, or raises an :class:`~common.runtime.InputError` that says what is wrong with it.
+        Converts an entry to a row, or raises an :class:`~common.runtime.InputError`.
     limit : int, optional
-        Take the first so many rows.
+        Use only the first ``limit`` rows.
     skip_bad : bool
-        Leave out bad entries instead of ending at the first.
+        Skip invalid entries instead of raising the first error.
     """
     rows, places, bad = [], [], BadRows(skip_bad)
     for place, entry in entries:
@@ -138,41 +138,41 @@ def collect_rows(
 def read_rows(
     path: Path, release: str, to_row: Callable[[dict[str, Any]], dict[str, Any]], limit: int | None, skip_bad: bool
 ) -> Rows:
-    """Read a JSON-lines file of a data set's official release; parameters as :func:`collect_rows`."""
+    """Read a JSON Lines file of a dataset's official release; see :func:`collect_rows` for the parameters."""
     return collect_rows(read_json_lines(path, release), lambda line: to_row(parse_object(line)), limit, skip_bad)
 
 
 def parse_conversation(line: bytes, place: str) -> Conversation:
-    """Read and check one line of the general format, in which pictures are names of files.
+    """Parse and check one line of the general format, in which images are file names.
 
     Parameters
     ----------
     line : bytes
     place : str
-        File and line, for messages.
+        Location (file and line), for messages.
 
     Raises
     ------
     InputError
-        Naming the place, what is wrong, and what belongs there.
+        If the line is invalid; the message names the location and what is expected.
     """
     conversation = parse_object(line, place)
-    for fault in row_faults(conversation, place):
-        raise fault
+    for error in row_faults(conversation, place):
+        raise error
     return conversation
 
 
 def row_faults(row: dict[str, Any], place: str) -> Iterator[InputError]:
-    """All that is wrong with a row of the general format; of its pictures only their names."""
+    """Yield all errors of a row of the general format, without checking the image files."""
     yield from conversation_faults(row, place)
     if not isinstance(row.get("id") or "", str):
-        yield InputError('"id" must be a text: put it in quotes', place)
+        yield InputError('"id" must be a string: put it in quotes', place)
     if any(isinstance(name, dict) for name in picture_names(row)):
-        yield InputError('"images" must hold names of files', place)
+        yield InputError('"images" must contain file names', place)
 
 
 def picture_names(row: dict[str, Any]) -> list[Any]:
-    """What stands where a row should name its pictures."""
+    """All values in the ``images`` lists of a row, which may be invalid."""
     turns = row.get("conversations")
     found = [turn.get("images") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return [name for images in found if isinstance(images, list) for name in images]
@@ -181,37 +181,37 @@ def picture_names(row: dict[str, Any]) -> list[Any]:
 def load_conversations(
     path: Path, image_dir: Path, limit: int | None = None, bar: bool = True, skip_bad: bool = False
 ) -> Dataset:
-    """Read a file of the general format; see :mod:`common.data.conversations`.
+    """Load a JSONL file in the general format; see :mod:`common.data.conversations`.
 
-    The file is converted to Arrow once, in the cache of ``datasets``, and mapped into memory from there: a million rows start
-    in seconds and take no memory of their own. Every row and every picture is checked.
+    The file is converted to Arrow once, in the cache of ``datasets``, and memory-mapped. Later runs therefore load a million
+    rows in seconds and without copying them to memory. All rows and images are checked.
 
     Parameters
     ----------
     path : Path
         JSONL file.
     image_dir : Path
-        Folder that the names of pictures start from.
+        Folder that image names are relative to.
     limit : int, optional
-        Take the first so many rows.
+        Use only the first ``limit`` rows.
     bar : bool
-        False for ``--no-tqdm``.
+        False with ``--no-tqdm``.
     skip_bad : bool
-        Leave out bad rows instead of ending at the first.
+        Skip invalid rows instead of raising the first error.
 
     Returns
     -------
     datasets.Dataset
-        Rows that are conversations, with ``id`` (None where the file has none) and whole paths of pictures.
+        Conversations, with ``id`` (None if the row has none) and image names joined to ``image_dir``.
 
     Raises
     ------
     InputError
-        Naming the file and line, or the picture, and the remedy.
+        If the file, a row or an image is invalid; the message names the file and line, or the image.
     """
     rows = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path, skip_bad))))
     if skip_bad and (count := sum(1 for _ in read_json_lines(path)) - len(rows)):
-        say(f"{path}: {count:,} bad rows left out (--skip_bad_rows)")
+        say(f"{path}: {count:,} invalid rows skipped (--skip_bad_rows)")
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
@@ -236,31 +236,31 @@ def check_rows(
     bar: bool = True,
     skip_bad: bool = False,
 ) -> Rows:
-    """Check rows: texts, tags, and that pictures are there and can be decoded; each process a share of them.
+    """Check the texts, image tags and images of rows; each process checks its share.
 
     Parameters
     ----------
     rows : Rows
     conversations : callable
-        All conversations that a row can become, on the same pictures.
+        Returns all conversations that a row can be converted to, which must have the same images.
     name : str
-        What a row is, for messages: ``"training row"``.
+        Name of a row in messages, for example ``"training row"``.
     bar : bool
-        False for ``--no-tqdm``.
+        False with ``--no-tqdm``.
     skip_bad : bool
-        Leave out bad rows instead of ending at the first.
+        Skip invalid rows instead of raising the first error.
 
     Returns
     -------
     Rows
-        All of them, or those that are not bad.
+        The valid rows.
 
     Raises
     ------
     InputError
-        Naming a row, and what is wrong with it.
+        If a row is invalid; the message names the row.
     """
-    checked: dict[Picture, InputError | None] = {}  # files, of which several rows may ask
+    checked: dict[Picture, InputError | None] = {}  # rows may share image files
 
     def check_file(picture: str) -> None:
         if picture not in checked:
@@ -276,9 +276,9 @@ def check_rows(
         try:
             found = list(conversations(rows[index]))
             if not found:
-                raise InputError("nothing is asked: take the row out")
+                raise InputError("the row has no question: remove it")
         except IndexError:
-            raise InputError("it lacks a picture or a text: take the row out", place) from None
+            raise InputError("the row is missing an image or a text: remove it", place) from None
         except InputError as error:
             raise error.at(place) from None
         for conversation in found:
@@ -292,45 +292,45 @@ def check_rows(
     bad = _check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)
     rows = rows.without(set(bad)) if bad else rows
     if not len(rows):
-        raise InputError(f"no {name}s are left: the data set is smaller than what is asked of it")
+        raise InputError(f"no {name}s are left: the dataset has fewer rows than requested")
     return rows
 
 
 def check_pictures(
     images: Iterable[Picture], bar: bool = True, count: int | None = None, whole: bool = True, skip_bad: bool = False
 ) -> list[int]:
-    """Check that pictures are there and can be decoded, each process a share of them.
+    """Check that images exist and can be decoded; each process checks its share.
 
     Parameters
     ----------
     images : iterable
     bar : bool
-        False for ``--no-tqdm``.
+        False with ``--no-tqdm``.
     count : int, optional
-        How many pictures there are, where they don't know it themselves.
+        Number of images, if ``images`` has no length.
     whole : bool
-        As :func:`~common.data.pictures.check_picture` takes it.
+        See :func:`~common.data.pictures.check_picture`.
     skip_bad : bool
-        Return which are bad instead of ending at the first.
+        Return the indices of invalid images instead of raising the first error.
 
     Returns
     -------
     list of int
-        Numbers of the bad pictures.
+        Indices of the invalid images.
 
     Raises
     ------
     InputError
-        Naming the first picture that is not.
+        For the first invalid image; the message names it.
     """
     check = partial(check_picture, whole=whole)
-    return _check_all("pictures", images, check, len(images) if count is None else count, bar, skip_bad)
+    return _check_all("images", images, check, len(images) if count is None else count, bar, skip_bad)
 
 
 def _check_all(
     what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool, skip_bad: bool = False
 ) -> list[int]:
-    """Check items, each process a share; an error that one of them finds is raised by all, or the items' numbers returned."""
+    """Check items, each process its share. All processes raise the first error, or return the indices of invalid items."""
     found: list[tuple[int, InputError]] = []
     with Progress(f"Checking {what}", what, len(range(rank(), count, world_size())), bar) as progress:
         for index, item in islice(enumerate(items), rank(), None, world_size()):
@@ -341,47 +341,46 @@ def _check_all(
                 if not skip_bad:
                     break
             progress.update()
-    everywhere = sorted(chain.from_iterable(gather(found)), key=lambda bad: bad[0])
+    all_found = sorted(chain.from_iterable(gather(found)), key=lambda bad: bad[0])
     bad = BadRows(skip_bad)
-    for _, error in everywhere:
+    for _, error in all_found:
         bad.add(error)
     bad.report(what)
-    return [index for index, _ in everywhere]
+    return [index for index, _ in all_found]
 
 
 def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
-    """Read one line of a JSON-lines file.
+    """Parse one line of a JSON Lines file.
 
     Raises
     ------
     InputError
-        If it is no JSON object; names the place.
+        If the line is not a valid JSON object; the message names its location.
     """
     if len(line) > BLOCK_SIZE:
         raise InputError(f"longer than {BLOCK_SIZE:,} bytes: split the conversation", place)
     try:
-        row = json.loads(line, object_pairs_hook=_without_repeats)
-        json.dumps(row, ensure_ascii=False).encode()  # escapes can spell half characters
+        row = json.loads(line, object_pairs_hook=_reject_duplicate_keys)
+        json.dumps(row, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
     except (ValueError, RecursionError) as error:
-        raise InputError(f"no JSON ({error}): write one object a line, in UTF-8", place) from None
+        raise InputError(f"invalid JSON ({error}): write one object per line, in UTF-8", place) from None
     if not isinstance(row, dict):
-        raise InputError(f"must be a JSON object, not {type(row).__name__}: write one object a line", place)
+        raise InputError(f"expected a JSON object, got {type(row).__name__}: write one object per line", place)
     return row
 
 
-def _without_repeats(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each of whose fields may stand there once."""
+def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(fields)) < len(fields):
         [(name, _)] = Counter(name for name, _ in fields).most_common(1)
-        raise InputError(f'"{name}" is there twice')
+        raise InputError(f'duplicate key "{name}"')
     return found
 
 
 def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
-    """Convert a file of the general format to an Arrow file in the cache, unless that was done before."""
+    """Convert a file in the general format to an Arrow file in the cache, if it is not there yet."""
     if not path.is_file():
         raise InputError(
-            f"{path} is missing: put the data's JSONL file there (convert_ucf101.py writes UCF-101's), or name another"
+            f"{path} is missing: put the JSONL file there (convert_ucf101.py writes the one of UCF-101), or name another file"
         )
     state = path.stat()
     version = hashlib.sha256(
@@ -396,7 +395,7 @@ def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
             arrow_json.open_json(
                 path,
                 read_options=arrow_json.ReadOptions(block_size=BLOCK_SIZE),
-                # With a schema given, an answer like 2020-01-01 stays the text that it is.
+                # Without an explicit schema, an answer such as 2020-01-01 would be parsed as a date.
                 parse_options=arrow_json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore"),
             ) as batches,
             pa.ipc.new_stream(str(temporary), SCHEMA) as writer,
@@ -408,19 +407,19 @@ def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
                 num_rows += len(batch)
             with path.open("rb") as file:
                 if num_rows != sum(1 for line in file if line.strip()):
-                    raise InputError("it must hold one conversation a line")  # Arrow takes several, or one over several lines
+                    raise InputError("expected one conversation per line")  # Arrow also accepts other layouts
     except (pa.ArrowInvalid, UnicodeError, InputError) as error:
         if skip_bad:
             return _good_lines_to_arrow(path, arrow)
-        _explain(path)
+        _raise_first_error(path)
         raise InputError(
-            f"{path} can't be read ({error}): write one JSON object a line, with nothing but the format's fields"
+            f"{path} cannot be read ({error}): write one JSON object per line, with only the fields of the general format"
         ) from None
     return arrow
 
 
 def _good_lines_to_arrow(path: Path, arrow: Path) -> Path:
-    """As :func:`_to_arrow`, one line after the other, without those that are bad."""
+    """Convert the valid lines of a file, one by one."""
     bad = BadRows(skip=True)
     with replacing(arrow) as temporary, pa.ipc.new_stream(str(temporary), SCHEMA) as writer:
         for place, line in read_json_lines(path):
@@ -434,7 +433,7 @@ def _good_lines_to_arrow(path: Path, arrow: Path) -> Path:
 
 
 def _check_batch(batch: pa.RecordBatch) -> None:
-    """Check rows as :func:`parse_conversation` does, all at once; the message does not say which."""
+    """Check a batch like :func:`parse_conversation`, but vectorized; the message does not name the row."""
     conversations = batch.column("conversations")
     turns = conversations.flatten()
     texts = pa.chunked_array([pc.struct_field(turns, "user"), pc.struct_field(turns, "assistant")])
@@ -442,14 +441,14 @@ def _check_batch(batch: pa.RecordBatch) -> None:
     lengths = pc.fill_null(pc.list_value_length(conversations), 0)
     empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
     if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
-        raise InputError("a row is not in the general format")
+        raise InputError("a row does not have the general format")
     marked = (pc.match_substring_regex(pc.struct_field(turns, field), r"<[|/su]") for field in ("user", "assistant"))
     rows = pc.list_parent_indices(conversations).filter(pc.or_(*marked)).unique()
     for conversation in batch.take(rows).to_pylist():
         check_conversation(conversation, "a row")
 
 
-def _explain(path: Path) -> None:
-    """Read a file that can't be converted line by line, and raise an error that names the line."""
+def _raise_first_error(path: Path) -> None:
+    """Parse a file line by line and raise the first error, which names its line."""
     for place, line in read_json_lines(path):
         parse_conversation(line, place)

@@ -1,9 +1,9 @@
-"""Rows that no machine's memory could hold, read while training goes on.
+"""Streaming of datasets that do not fit on disk or in memory.
 
-Every epoch puts the pieces of all shards (blocks of lines, row groups) into an order of its own, and each process reads an
-equal stretch of it: no row twice, none lost, whatever the numbers of shards and processes. The rows of a stretch are shuffled
-in windows, of which a thread reads the next one ahead; workers decode and encode. All that is a function of (seed, epoch,
-process), so that a resumed run goes on with the very next row, without reading what was done.
+In every epoch, the pieces of all shards (blocks of lines or row groups) are shuffled, and each process reads an equal,
+contiguous part of them: no row is read twice or skipped, whatever the number of shards and processes. The rows of a part are
+shuffled in windows. A thread prefetches the next window; workers encode the rows and decode their images. The order depends
+only on (seed, epoch, process), so a resumed run continues with the next row without reading the previous ones.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from .pictures import check_picture
 from .rows import Rows
 from .samples import TrainingData
 
-ROWS_PER_WINDOW = 512  # two of them, pictures still encoded, are in a process's memory at a time
+ROWS_PER_WINDOW = 512  # each process holds two windows in memory, with encoded images
 
-# What a process takes, its answer masked, where only the others have rows left: no gradient, but it keeps in step with them.
+# A process without remaining rows takes this sample with a masked answer: the gradient is zero, but collectives still match.
 FILLER = {"conversations": [{"user": "-", "assistant": "-"}]}
 
 
 class Span(NamedTuple):
-    """Neighbouring rows of a shard: ``start`` to ``stop`` of a piece that begins at ``position`` (byte, or row group)."""
+    """Rows ``start`` to ``stop`` of a piece of a shard, which begins at ``position`` (byte offset or row group)."""
 
     shard: str
     position: int
-    first: int  # line or row of the shard that the piece begins with
-    number: int  # of the piece's first row among all rows
+    first: int  # line or row number in the shard of the first row of the piece
+    number: int  # index of the first row of the piece among all rows
     start: int
     stop: int
 
 
 class Row(NamedTuple):
-    """A row on its way to a worker; ``place`` names it in messages."""
+    """A row as sent to a worker, with its index among all rows and its location for messages."""
 
     epoch: int
     number: int
@@ -53,15 +53,15 @@ class Row(NamedTuple):
 
 
 class Stream:
-    """Rows of shards in an order that is a function of (seed, epoch).
+    """Rows of shards, in an order that depends only on (seed, epoch).
 
     Parameters
     ----------
     spans : list of Span
     read : callable
-        Gives the rows of a piece, each with its place, from the piece's beginning.
+        Yields location and content of all rows of a piece.
     convert : callable, optional
-        Turns what a shard holds, and an identifier, into the row that the task reads.
+        Converts the content of a row and an identifier to the row that the task reads.
     """
 
     def __init__(
@@ -79,31 +79,31 @@ class Stream:
         return self._len
 
     def select(self, begin: int, limit: int | None = None) -> Stream:
-        """The rows from ``begin`` on, at most ``limit``, in the shards' order."""
-        return Stream(_cut(self.spans, begin, len(self) if limit is None else begin + limit), self.read, self.convert)
+        """Return at most ``limit`` rows, starting at ``begin``, in the order of the shards."""
+        return Stream(_slice_spans(self.spans, begin, len(self) if limit is None else begin + limit), self.read, self.convert)
 
     def map(self, convert: Callable[[dict[str, Any], str], dict[str, Any]]) -> Stream:
-        """The same rows, as ``convert`` makes them of what a shard holds and of its number among all rows."""
+        """Return the same rows with another conversion of content and index among all rows."""
         return Stream(self.spans, self.read, convert)
 
     def head(self, count: int) -> Rows:
-        """The first rows, in memory."""
+        """Load the first ``count`` rows into memory."""
         rows = [row for span in self.select(0, count).spans for row in self._rows_of(span, epoch=0)]
         places = [row.place for row in rows]
         return Rows([row.content for row in rows], places.__getitem__)
 
     def rows(self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, begin: int = 0) -> Iterator[Row]:
-        """What a process reads in an epoch, but for its first ``begin`` rows.
+        """Yield the rows that a process reads in an epoch, without its first ``begin`` rows.
 
         Raises
         ------
         InputError
-            Naming shard and row, if one is malformed.
+            If a row is invalid; the message names the shard and the row.
         """
         order = np.random.default_rng([seed, epoch]).permutation(len(self.spans))
-        stretch = (rank * len(self) // world_size, (rank + 1) * len(self) // world_size)
+        part = (rank * len(self) // world_size, (rank + 1) * len(self) // world_size)
         window, done = divmod(begin, ROWS_PER_WINDOW)
-        spans = _cut([self.spans[index] for index in order], stretch[0] + window * ROWS_PER_WINDOW, stretch[1])
+        spans = _slice_spans([self.spans[index] for index in order], part[0] + window * ROWS_PER_WINDOW, part[1])
         reading = chain.from_iterable(self._rows_of(span, epoch) for span in spans)
         with ThreadPoolExecutor(1) as reader:
             upcoming = reader.submit(lambda: list(islice(reading, ROWS_PER_WINDOW)))
@@ -120,15 +120,17 @@ class Stream:
 
 
 class StreamedBatches:
-    """The micro-batches of one process, epoch by epoch, as a ``batch_sampler``: lists of rows, or ``[None]`` for a filler.
+    """Batch sampler that yields the micro-batches of one process, one epoch per iteration.
+
+    A micro-batch is a list of rows, or ``[None]`` if the process has no rows left in the epoch.
 
     Parameters
     ----------
     stream : Stream
     batch_size : int
-        Samples an optimizer step over all processes; the epoch's last step takes what is left.
+        Samples per optimizer step over all processes; the last step of an epoch takes the remaining rows.
     batch_size_per_gpu : int
-        Samples a micro-batch.
+        Samples per micro-batch.
     seed, rank, world_size : int
     """
 
@@ -142,11 +144,11 @@ class StreamedBatches:
         self._done = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration goes through."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def begin_at(self, step: int) -> None:
-        """Don't read what the steps before took: their batches, which a resuming Trainer throws away, are empty."""
+        """Do not read the rows of previous steps; yield empty batches instead, which the Trainer skips when it resumes."""
         self._done = divmod(step * self.accumulation, len(self))
 
     def __len__(self) -> int:
@@ -154,12 +156,12 @@ class StreamedBatches:
         return steps * self.accumulation
 
     def largest(self, lengths: Lengths) -> tuple[int, int]:
-        """Tokens and views of a micro-batch as large as they get, by samples of the data: for an estimate of memory."""
+        """Tokens and views of the largest micro-batch, estimated from the lengths of sampled rows, for the memory estimate."""
         return tuple(int(self.batch_size_per_gpu * size.max()) for size in (lengths.tokens, lengths.views))
 
     def __iter__(self) -> Iterator[list[Row | None]]:
-        begun, done = self._done
-        done = done if self.epoch == begun else 0
+        resumed_epoch, done = self._done
+        done = done if self.epoch == resumed_epoch else 0
         yield from ([] for _ in range(done))
         rows = self.stream.rows(self.seed, self.epoch, self.rank, self.world_size, done * self.batch_size_per_gpu)
         for _ in range(done, len(self)):
@@ -167,7 +169,7 @@ class StreamedBatches:
 
 
 class StreamedData(torch.utils.data.Dataset):
-    """Encoded conversations, indexed by rows as they come; parameters as for :class:`common.data.samples.TrainingData`."""
+    """Encoded conversations, indexed by :class:`Row`; see :class:`common.data.samples.TrainingData` for the parameters."""
 
     def __init__(
         self,
@@ -185,7 +187,7 @@ class StreamedData(torch.utils.data.Dataset):
         return len(self.rows)
 
     def sample_lengths(self, count: int = 64) -> Lengths:
-        """Tokens and views of the first rows."""
+        """Measure the first ``count`` rows."""
         return TrainingData(self.rows.head(count), self.to_conversation, self.processor, self.seed).sample_lengths(count)
 
     def __getitem__(self, row: Row | None) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class StreamedData(torch.utils.data.Dataset):
         conversation = self.to_conversation(row.content, random.Random(f"{self.seed}/{row.epoch}/{row.number}"))
         try:
             for picture in pictures(conversation):
-                check_picture(picture)  # as is done beforehand with rows that are not streamed
+                check_picture(picture)  # without streaming, this is done before training
             sample = encode_conversation(conversation, self.processor)
         except InputError as error:
             raise error.at(row.place) from None
@@ -208,13 +210,13 @@ def training_data(
     processor: Phi3VProcessor,
     seed: int,
 ) -> TrainingData | StreamedData:
-    """Rows, in memory or streamed, as training samples."""
+    """Create the dataset of training samples for rows in memory or streamed rows."""
     data = StreamedData if isinstance(rows, Stream) else TrainingData
     return data(rows, to_conversation, processor, seed)
 
 
-def _cut(spans: list[Span], begin: int, end: int) -> list[Span]:
-    """Rows ``begin`` to ``end`` of what spans hold together."""
+def _slice_spans(spans: list[Span], begin: int, end: int) -> list[Span]:
+    """Rows ``begin`` to ``end`` of the concatenated spans."""
     kept, passed = [], 0
     for span in spans:
         start, stop = max(span.start, span.start + begin - passed), min(span.stop, span.start + end - passed)

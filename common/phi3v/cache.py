@@ -1,4 +1,4 @@
-"""A key-value cache that new tokens are written into, instead of being copied with all that came before at every token."""
+"""Key-value cache with preallocated buffers, which avoids copying the whole cache for every new token."""
 
 from __future__ import annotations
 
@@ -7,44 +7,44 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 128  # tokens that are preallocated at once
+PREALLOCATED_TOKENS = 128
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, (batch, heads, tokens, head size), at the beginning of tensors with room for more.
+    """Keys and values of one layer, (batch, heads, tokens, head size), as views of larger preallocated buffers.
 
-    What :meth:`update` returned before is written over by the next one after a :meth:`crop`; with gradients, which that would
-    spoil, it copies as its base does.
+    After a :meth:`crop`, the next :meth:`update` overwrites tensors that were returned before. This would corrupt gradients,
+    so with gradients enabled, keys and values are copied as in the base class.
     """
 
     _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
-        begun = self.get_seq_length()
-        if begun == 0 or torch.is_grad_enabled():
+        past_tokens = self.get_seq_length()
+        if past_tokens == 0 or torch.is_grad_enabled():
             return super().update(key_states, value_states, *args, **kwargs)
         new_tokens = key_states.shape[-2]
-        if not self._fits(begun + new_tokens):
-            self._buffers = tuple(_preallocate(states, new_tokens + ROOM) for states in (self.keys, self.values))
+        if not self._fits(past_tokens + new_tokens):
+            self._buffers = tuple(_preallocate(states, new_tokens + PREALLOCATED_TOKENS) for states in (self.keys, self.values))
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., begun : begun + new_tokens, :] = states
-        self._fill(begun + new_tokens)
+            buffer[..., past_tokens : past_tokens + new_tokens, :] = states
+        self._set_length(past_tokens + new_tokens)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows of the batch, int64 (rows,), or take some several times."""
+        """Select rows of the batch by index, int64 (rows,); an index may be repeated."""
         tokens = self.get_seq_length()
         if tokens == 0 or torch.is_grad_enabled():
             super().batch_select_indices(indices)
             return
-        self._buffers = tuple(_preallocate(states, ROOM, indices) for states in (self.keys, self.values))
-        self._fill(tokens)
+        self._buffers = tuple(_preallocate(states, PREALLOCATED_TOKENS, indices) for states in (self.keys, self.values))
+        self._set_length(tokens)
 
-    def _fill(self, tokens: int) -> None:
+    def _set_length(self, tokens: int) -> None:
         self.keys, self.values = (buffer[..., :tokens, :] for buffer in self._buffers)
 
     def _fits(self, end: int) -> bool:
-        """Whether keys and values still lie in the buffers, as they don't once beams changed places, and there is room left."""
+        """Whether the buffers have capacity for ``end`` tokens and still hold keys and values (beam search replaces those)."""
         if self._buffers is None:
             return False
         return all(
@@ -54,16 +54,16 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def new_cache() -> Cache:
-    """An empty cache."""
+    """Create an empty cache."""
     return Cache(layer_class_to_replicate=PreallocatedLayer)
 
 
 def _preallocate(states: torch.Tensor, more: int, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Copy states, or some rows of them, into a tensor with room for more tokens."""
+    """Copy states, or selected rows of them, to a buffer with capacity for ``more`` additional tokens."""
     batch, heads, tokens, size = states.shape
-    room = states.new_empty((batch if rows is None else len(rows), heads, tokens + more, size))
+    buffer = states.new_empty((batch if rows is None else len(rows), heads, tokens + more, size))
     if rows is None:
-        room[..., :tokens, :] = states
+        buffer[..., :tokens, :] = states
     else:
-        torch.index_select(states, 0, rows, out=room[..., :tokens, :])
-    return room
+        torch.index_select(states, 0, rows, out=buffer[..., :tokens, :])
+    return buffer

@@ -1,4 +1,4 @@
-"""Configuration of Phi-3-vision and Phi-3.5-vision in the layout of the published checkpoints."""
+"""Configuration of Phi-3-vision and Phi-3.5-vision, in the format of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, Phi3Config
 
-# The published code hard-codes its tower; these are the sizes of openai/clip-vit-large-patch14-336.
+# The published code hard-codes the vision tower; this is the configuration of openai/clip-vit-large-patch14-336.
 CLIP_VIT_LARGE_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -27,22 +27,22 @@ HUB_REPOSITORIES = {
 
 
 class Phi3VConfig(Phi3Config):
-    """A Phi-3 decoder with a CLIP tower; reads and writes the published ``config.json``.
+    """Configuration of a Phi-3 decoder with a CLIP vision tower; reads and writes the published ``config.json``.
 
     The decoder's fields are those of :class:`transformers.Phi3Config`.
 
     Parameters
     ----------
     vision_config : dict or CLIPVisionConfig, optional
-        Size of the tower. Published checkpoints have no such key and mean ViT-L/14 at 336 px.
+        Configuration of the vision tower. Published checkpoints do not have this key and use ViT-L/14 at 336 px.
     embd_layer, img_processor : dict, optional
-        Kept as published for other readers. Only the one layout that was ever published is supported
+        Kept for compatibility with other readers of the published format. Only the published layout is supported
         (``hd_transform_order`` ``sub_glb`` with learnable separators).
 
     Raises
     ------
     ValueError
-        If ``embd_layer`` asks for another layout, or the patches of a crop can't be merged two by two.
+        If ``embd_layer`` has another layout, or the patches of a crop cannot be merged 2×2.
     """
 
     model_type = "phi3_v"
@@ -55,7 +55,7 @@ class Phi3VConfig(Phi3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if (scaling := kwargs.get("rope_scaling")) is not None:
             kwargs["rope_scaling"] = _to_longrope(scaling)
-        # Published as flash_attention_2; which kernel runs is the loader's decision, not the file's.
+        # The published files set flash_attention_2, but the attention implementation is selected when the model is loaded.
         kwargs.pop("_attn_implementation", None)
         self._vision_config_is_published = self.vision_config is None
         if not isinstance(self.vision_config, CLIPVisionConfig):
@@ -76,21 +76,21 @@ class Phi3VConfig(Phi3Config):
         layout = (self.embd_layer.get("hd_transform_order"), self.embd_layer.get("with_learnable_separator"))
         if layout != ("sub_glb", True):
             raise ValueError(
-                f"config.json asks for embd_layer {self.embd_layer}; only the published layout is supported: "
+                f"config.json has embd_layer {self.embd_layer}, but only the published layout is supported: "
                 "hd_transform_order 'sub_glb' with with_learnable_separator true"
             )
         if (self.vision_config.image_size // self.vision_config.patch_size) % 2:
             raise ValueError(
-                f"vision_config of config.json has {self.vision_config.image_size} px pictures in patches of "
-                f"{self.vision_config.patch_size} px: an odd number of patches a side can't be merged two by two"
+                f"vision_config in config.json has image_size {self.vision_config.image_size} and patch_size "
+                f"{self.vision_config.patch_size}: the number of patches per side must be even, since they are merged 2×2"
             )
         super().__post_init__(**kwargs)
         if self.rope_parameters["rope_type"] == "longrope":
-            # transformers derives the same factor by itself, with a warning each time.
+            # transformers would compute the same factor, but with a warning each time.
             self.rope_parameters["factor"] = self.max_position_embeddings / self.original_max_position_embeddings
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration under the published keys, so that vLLM and the hub's own code read it too."""
+        """Return the configuration under the published keys, which vLLM and the model code on the Hub can read."""
         output = super().to_dict()
         rope = output.pop("rope_parameters", None)
         if rope:
@@ -120,7 +120,7 @@ class Phi3VConfig(Phi3Config):
 
     @property
     def hub_repository(self) -> str:
-        """Hub repository whose published code belongs to this checkpoint."""
+        """Hub repository with the published code of this checkpoint."""
         auto_map = getattr(self, "auto_map", None) or {}
         owner = auto_map.get("AutoConfig", "").partition("--")
         if owner[1]:
@@ -129,15 +129,15 @@ class Phi3VConfig(Phi3Config):
 
     @property
     def tokens_per_crop_side(self) -> int:
-        """Image tokens along one side of a crop, after merging patches two by two (12 as published)."""
+        """Image tokens per side of a crop after merging 2×2 patches (12 in published checkpoints)."""
         return self.vision_config.image_size // self.vision_config.patch_size // 2
 
 
 def hub_repository(name_or_path: str) -> str:
-    """Return the published hub repository that a model's name or directory points at (Phi-3.5-vision by default)."""
+    """Return the published Hub repository of a model name or directory (Phi-3.5-vision by default)."""
     names, config = [str(name_or_path)], Path(name_or_path) / "config.json"
     if config.is_file():
-        # A download may lie in a directory of any name; the published file says which model it is.
+        # A local directory can have any name; the published config.json contains the name of the model.
         names.insert(0, json.loads(config.read_text(encoding="utf-8")).get("_name_or_path", ""))
     for name in names:
         for model, repository in HUB_REPOSITORIES.items():
@@ -147,7 +147,7 @@ def hub_repository(name_or_path: str) -> str:
 
 
 def _to_longrope(scaling: dict[str, Any]) -> dict[str, Any]:
-    # transformers knows the published type `su` only under its later name.
+    # The published type `su` was later renamed to `longrope` in transformers.
     scaling = dict(scaling)
     rope_type = scaling.pop("type", None) or scaling.get("rope_type")
     scaling["rope_type"] = "longrope" if rope_type in ("su", "longrope") else rope_type

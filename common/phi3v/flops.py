@@ -1,9 +1,10 @@
-"""Model FLOPs of a training step, and the share of the hardware's peak that they are (MFU).
+"""Model FLOPs of a training step, and peak FLOPs of GPUs, for the model FLOPs utilization (MFU).
 
-Counted are the matrix products of decoder, tower, projector and head that a step needs: causal attention only below its
-diagonal, real crops and real tokens only, the head at supervised positions only, and in packed batches the last decoder layer
-where answers are. Recomputation, padding, blank crops and element-wise work are not. A backward pass costs once the forward
-pass for the inputs' gradients, where anything before them trains, and once for the weights' gradients, where they train.
+The count includes the required matrix products of decoder, vision tower, projector and head: attention below the causal
+diagonal, crops and tokens without padding, the head at supervised positions, and in packed batches the last decoder layer at
+the answers. Recomputation, padding, blank crops and element-wise operations are not counted. The backward pass costs as much
+as the forward pass for the gradients of the inputs, if any earlier parameter is trained, and the same for those of trained
+weights.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import nn
 from .image_processing import num_views
 from .modeling import Phi3VForCausalLM
 
-# Dense bf16 peak in TFLOP/s (fp16 where there is no bf16) by words of the device's name, the more particular first.
-# From NVIDIA's and AMD's data sheets, without sparsity.
+# Dense bf16 peak in TFLOP/s (fp16 for GPUs without bf16) by words of the device name, more specific names first. From the
+# data sheets of NVIDIA and AMD, without sparsity.
 PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("GH200", 989.0),
@@ -52,23 +53,23 @@ PEAK_TFLOPS = (
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """What the cost of a batch depends on.
+    """Sizes of a batch that determine its FLOPs.
 
     Attributes
     ----------
     tokens : int
         Tokens without padding.
     pairs : int
-        Pairs of a token and one that it may attend to: a sample of n tokens has n (n + 1) / 2.
+        Query-key pairs of causal attention: n (n + 1) / 2 for a sample of n tokens.
     views : int
-        Crops and global views that the tower runs on.
+        Crops and global views that the vision tower processes.
     image_tokens : int
-        Tokens that pictures became.
+        Image tokens.
     supervised : int
-        Positions at which a token is to be predicted.
+        Supervised tokens.
     answer_tokens, answer_pairs : int
-        Tokens whose output of the last decoder layer is computed, and pairs of such a one and one that it may attend to:
-        ``tokens`` and ``pairs`` in a padded batch.
+        Tokens for which the last decoder layer is computed, and their query-key pairs: equal to ``tokens`` and ``pairs`` in
+        a padded batch.
     """
 
     tokens: int
@@ -81,31 +82,31 @@ class BatchSizes:
 
 
 class TrainingFlops:
-    """Counts the model FLOPs of batches for one model, by which of its parameters train.
+    """Counts the model FLOPs of training batches, depending on which parameters of the model are trained.
 
     Parameters
     ----------
     model : Phi3VForCausalLM
-        Without wrapping; LoRA layers inside are counted as they are.
+        Unwrapped model; LoRA layers in it are counted.
     """
 
     def __init__(self, model: Phi3VForCausalLM) -> None:
         self._vision = model.model.vision_embed_tokens
         self.forward: Counter[str] = Counter()
         self.backward: Counter[str] = Counter()
-        self._gradient_flows = False  # whether anything trains before the layer that is looked at
+        self._gradient_flows = False  # whether the input of the current layer requires a gradient
         self._vision_forward()
         self._gradient_flows |= model.model.embed_tokens.weight.requires_grad
         self._decoder_forward(model)
 
     def __call__(self, batch: dict[str, Any]) -> float:
-        """FLOPs of a training step on a batch as the collator makes it, forward and backward."""
+        """FLOPs of the forward and backward pass of a batch from the collator."""
         return sum(self.count(self.sizes(batch)))
 
     def sizes(self, batch: dict[str, Any]) -> BatchSizes:
-        """Sizes of a batch as the collator makes it, packed or padded.
+        """Compute the sizes of a packed or padded batch from the collator.
 
-        Its tensors may be on any devices. Call this before they move to a GPU: reading values back waits for the GPU.
+        Its tensors may be on any device, but call this before moving them to a GPU: reading their values would synchronize.
         """
         names = ("cu_seq_lens_q", "attention_mask", "answer_spans", "image_sizes", "labels")
         batch = {name: batch[name].cpu() for name in names if name in batch}
@@ -124,7 +125,7 @@ class TrainingFlops:
         )
 
     def count(self, sizes: BatchSizes) -> tuple[float, float]:
-        """FLOPs of the forward and of the backward pass."""
+        """FLOPs of the forward pass and of the backward pass."""
         amounts = vars(sizes)
         return tuple(sum(cost * amounts[unit] for unit, cost in costs.items()) for costs in (self.forward, self.backward))
 
@@ -157,12 +158,12 @@ class TrainingFlops:
         self._linear([model.lm_head], "supervised")
 
     def _linear(self, parallel: list[nn.Module], unit: str, rows: int = 1) -> None:
-        """Count layers that share their input; ``rows`` is how often one unit runs them."""
+        """Count layers that share an input; ``rows`` is the number of input rows per unit."""
         flows = self._gradient_flows
         for layer in parallel:
             base = getattr(layer, "base_layer", layer)
             self._gradient_flows = flows
-            # Not by the weight's shape: a 4-bit weight is stored flat, and ZeRO-3 keeps it elsewhere.
+            # Not from the shape of the weight: 4-bit weights are flattened, and ZeRO-3 partitions them.
             self._product(rows * base.in_features * base.out_features, unit, base.weight.requires_grad)
             for name, down in getattr(layer, "lora_A", {}).items():
                 up = layer.lora_B[name]
@@ -177,7 +178,7 @@ class TrainingFlops:
         self.backward[unit] += 2 * multiplications * (weight_trains + self._gradient_flows)
 
     def _attention(self, multiplications: int, unit: str) -> None:
-        # Two products, queries with keys and weights with values; each of their four inputs has its gradient.
+        # Two products: queries with keys, and attention weights with values. All four inputs need gradients.
         self.forward[unit] += 2 * 2 * multiplications
         self.backward[unit] += 2 * 2 * 2 * multiplications * self._gradient_flows
 
@@ -187,12 +188,12 @@ def _pairs(lengths: torch.Tensor) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak of a device's matrix units in FLOP/s, in bf16 (fp16 where it has none); None for a CPU or an unknown GPU."""
+    """Dense peak FLOP/s of a device in bf16 (fp16 for GPUs without bf16); None for a CPU or an unknown GPU."""
     return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def named_peak_flops(device_name: str) -> float | None:
-    """As :func:`peak_flops`, by the name that the driver gives the device."""
+    """Like :func:`peak_flops`, for a device name as reported by the driver."""
     words = re.split(r"[\s\-_]+", device_name.lower())
     for name, tflops in PEAK_TFLOPS:
         if all(word in words for word in name.lower().split()):

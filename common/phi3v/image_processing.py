@@ -1,7 +1,7 @@
-"""Pictures to crops, bit-identical to the published processor, with PIL and torch alone.
+"""Image processing with PIL and PyTorch, bit-identical to the published processor.
 
-A picture is resized and padded to a grid of 336 px crops (:func:`to_crop_grid`), normalised, and preceded by a global view
-(:func:`normalise_with_global_view`). The second step runs on any device, so that training ships uint8 crops only.
+An image is resized and padded to a grid of 336 px crops (:func:`to_crop_grid`), normalized, and preceded by a global view
+(:func:`normalise_with_global_view`). The second step runs on any device, so that training only transfers uint8 crops.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def check_num_crops(num_crops: int) -> int:
-    """Return ``num_crops`` if it is a number of crops the model was published for, 1 to 16.
+    """Check that ``num_crops`` is an integer from 1 to 16, the range of the published models, and return it.
 
     Raises
     ------
     ValueError
-        Otherwise.
+        If it is not.
     """
     if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
-        raise ValueError(f"num_crops must be a whole number from 1 to {MAX_CROPS}, not {num_crops!r}")
+        raise ValueError(f"num_crops must be an integer from 1 to {MAX_CROPS}, got {num_crops!r}")
     return num_crops
 
 
 def crop_grid_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
-    """Size of a picture after resizing and padding to whole crops, without looking at its pixels.
+    """Compute the size of an image after resizing and padding to whole crops.
 
     Parameters
     ----------
     width, height : int
-        Size of the picture in pixels.
+        Size of the image in pixels.
     num_crops : int
-        Most crops that the picture may be cut into.
+        Maximum number of crops per image.
 
     Returns
     -------
@@ -57,22 +57,22 @@ def crop_grid_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
 
 
 def num_image_tokens(height: int, width: int) -> int:
-    """Tokens of a picture of ``image_sizes`` (height, width): ``(h*w + 1)*144 + 1 + (h + 1)*12`` for h×w crops."""
+    """Number of tokens of an image with ``image_sizes`` (height, width): ``(h*w + 1)*144 + 1 + (h + 1)*12`` for h×w crops."""
     rows, columns = height // CROP_SIZE, width // CROP_SIZE
     return (rows * columns + 1) * TOKENS_PER_SIDE**2 + 1 + (rows + 1) * TOKENS_PER_SIDE
 
 
 def num_views(height: int, width: int) -> int:
-    """Views that the tower runs on for a picture of ``image_sizes`` (height, width): its crops and its global view.
+    """Number of views (crops and global view) that the vision tower processes for ``image_sizes`` (height, width).
 
-    A picture of one crop is its own global view, bit for bit, and is seen once.
+    The only crop of a single-crop image is bit-identical to its global view, so it is processed once.
     """
     crops = (height // CROP_SIZE) * (width // CROP_SIZE)
     return crops + (crops > 1)
 
 
 def convert_picture(image: Image.Image) -> Image.Image:
-    """Decode a picture: grey ones as mode L, all others as RGB."""
+    """Decode an image: grayscale images as mode L, all others as RGB."""
     mode = "L" if image.mode in ("1", "L") else "RGB"
     if image.mode != mode:
         return image.convert(mode)
@@ -81,25 +81,25 @@ def convert_picture(image: Image.Image) -> Image.Image:
 
 
 def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
-    """Resize a picture to whole crops and pad it with white, as uint8.
+    """Resize an image and pad it with white to whole crops.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        Any mode.
+        Image in any mode.
     num_crops : int
-        Most crops that the picture may be cut into.
+        Maximum number of crops per image.
 
     Returns
     -------
     numpy.ndarray
-        uint8, (height, width, 3), or (height, width, 1) for a grey picture, whose channels are equal; both sides
+        uint8, (height, width, 3), or (height, width, 1) for a grayscale image, whose channels are equal; both sides are
         multiples of 336.
     """
     image = convert_picture(image)
     if image.width < image.height:
         height, width = _resized(image.height, image.width, num_crops)
-        # As published, where the picture lies on its side: the long axis is resized, and rounded, first.
+        # The published code transposes portrait images, so that the long side is resized and rounded first.
         image = image.resize((image.width, height), Image.Resampling.BILINEAR)
     else:
         width, height = _resized(image.width, image.height, num_crops)
@@ -113,12 +113,12 @@ def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
 
 
 def grid_to_crops(grid: np.ndarray) -> torch.Tensor:
-    """Crops of a picture of whole crops, row by row.
+    """Split the grid of an image into crops, in row-major order.
 
     Parameters
     ----------
     grid : numpy.ndarray
-        (height, width, 3 or 1), as :func:`to_crop_grid` gives it.
+        (height, width, 3 or 1), as returned by :func:`to_crop_grid`.
 
     Returns
     -------
@@ -129,12 +129,12 @@ def grid_to_crops(grid: np.ndarray) -> torch.Tensor:
 
 
 def cut_crops(pixels: torch.Tensor) -> torch.Tensor:
-    """Cut pictures of whole crops into their crops, row by row.
+    """Split images into crops, in row-major order.
 
     Parameters
     ----------
     pixels : torch.Tensor
-        (..., 3, height, width), both sides multiples of 336.
+        (..., 3, height, width); both sides are multiples of 336.
 
     Returns
     -------
@@ -156,38 +156,38 @@ def join_crops(crops: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def normalise_with_global_view(crops: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """Normalise uint8 crops and put each picture's global view before its crops, on the crops' device.
+    """Normalize uint8 crops and insert the global view of each image before its crops, on the device of the crops.
 
     Parameters
     ----------
     crops : torch.Tensor
-        uint8, (all crops of all pictures, 3, 336, 336).
+        uint8, (all crops of all images, 3, 336, 336).
     image_sizes : list of (int, int)
-        Height and width of each picture in pixels, after resizing and padding.
+        Height and width of each image in pixels, after resizing and padding.
 
     Returns
     -------
     torch.Tensor
-        float32, (views, 3, 336, 336): per picture its global view, then its crops row by row; one view of a picture of one
-        crop, see :func:`num_views`.
+        float32, (views, 3, 336, 336): for each image its global view, then its crops in row-major order; a single view for
+        a single-crop image, see :func:`num_views`.
     """
     mean = torch.tensor(IMAGE_MEAN, device=crops.device).view(3, 1, 1)
     std = torch.tensor(IMAGE_STD, device=crops.device).view(3, 1, 1)
-    normalised = crops.float().div_(255).sub_(mean).div_(std)
+    normalized = crops.float().div_(255).sub_(mean).div_(std)
     views, start = [], 0
     for height, width in image_sizes:
         count = (height // CROP_SIZE) * (width // CROP_SIZE)
-        picture = normalised[start : start + count]
+        image_crops = normalized[start : start + count]
         if count > 1:
-            whole = join_crops(picture, height, width)[None]
+            whole = join_crops(image_crops, height, width)[None]
             views.append(torch.nn.functional.interpolate(whole, size=(CROP_SIZE, CROP_SIZE), mode="bicubic"))
-        views.append(picture)
+        views.append(image_crops)
         start += count
     return torch.cat(views)
 
 
 def _resized(width: int, height: int, num_crops: int) -> tuple[int, int]:
-    # For a picture that is at least as wide as high.
+    # Requires width >= height.
     ratio = width / height
     scale = 1
     while scale * math.ceil(scale / ratio) <= num_crops:
@@ -197,23 +197,24 @@ def _resized(width: int, height: int, num_crops: int) -> tuple[int, int]:
 
 
 class Phi3VImagesKwargs(ImagesKwargs, total=False):
-    """Settings that ``from_pretrained`` takes besides transformers' own."""
+    """Arguments of ``from_pretrained`` in addition to those of transformers."""
 
     num_crops: int
     num_img_tokens: int
 
 
 class Phi3VImageProcessor(BaseImageProcessor):
-    """The published image processor: pictures to normalised crops with a global view.
+    """The published image processor, which converts images to normalized crops with a global view.
 
     Parameters
     ----------
     num_crops : int
-        Most crops a picture is cut into, 1 to 16. As published: 16 for one picture, 4 for several or video frames.
+        Maximum number of crops per image, 1 to 16. Published recommendation: 16 for one image, 4 for several images or
+        video frames.
     image_mean, image_std : sequence of float
-        CLIP's, as in every published checkpoint.
+        Mean and standard deviation of CLIP, as in all published checkpoints. Other values are not supported.
     num_img_tokens : int
-        Tokens of a crop, 144.
+        Number of tokens per crop, 144.
     """
 
     model_input_names = ["pixel_values", "image_sizes"]
@@ -230,8 +231,8 @@ class Phi3VImageProcessor(BaseImageProcessor):
     ) -> None:
         if tuple(image_mean) != IMAGE_MEAN or tuple(image_std) != IMAGE_STD:
             raise ValueError(
-                f"preprocessor_config.json states image_mean {image_mean} and image_std {image_std}; "
-                f"only CLIP's own values are supported: {IMAGE_MEAN} and {IMAGE_STD}"
+                f"preprocessor_config.json has image_mean {image_mean} and image_std {image_std}, "
+                f"but only the values of CLIP are supported: {IMAGE_MEAN} and {IMAGE_STD}"
             )
         kwargs.pop("image_processor_type", None)
         super().__init__(**kwargs)
@@ -242,31 +243,31 @@ class Phi3VImageProcessor(BaseImageProcessor):
         self.num_img_tokens = num_img_tokens
 
     def num_tokens(self, width: int, height: int) -> int:
-        """Tokens that a picture of ``width`` × ``height`` pixels becomes."""
+        """Number of tokens of an image of ``width`` × ``height`` pixels."""
         return num_image_tokens(*crop_grid_size(width, height, self.num_crops))
 
     def __call__(self, images: Image.Image | list[Image.Image], return_tensors: str | None = "pt") -> BatchFeature:
         return self.preprocess(images, return_tensors=return_tensors)
 
     def preprocess(self, images: Image.Image | list[Image.Image], return_tensors: str | None = "pt") -> BatchFeature:
-        """Turn pictures into the model's inputs.
+        """Convert images to model inputs.
 
         Parameters
         ----------
         images : PIL.Image.Image or list of PIL.Image.Image
-            One or several pictures.
+            One or several images.
         return_tensors : str, optional
-            Type of the tensors returned, ``"pt"`` by default.
+            Type of the returned tensors, ``"pt"`` by default.
 
         Returns
         -------
         BatchFeature
-            ``pixel_values``, float32 (images, num_crops + 1, 3, 336, 336): global view, crops row by row, zeros; and
-            ``image_sizes``, int64 (images, 2): height and width after resizing and padding.
+            ``pixel_values``, float32 (images, num_crops + 1, 3, 336, 336): global view, crops in row-major order, zeros;
+            and ``image_sizes``, int64 (images, 2): height and width after resizing and padding.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         if not images:
-            raise ValueError("no picture was given: pass at least one, or leave images out for text alone")
+            raise ValueError("expected at least one image, got none: omit images for text-only input")
         pixel_values = torch.zeros(len(images), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
         image_sizes = []
         for output, image in zip(pixel_values, images, strict=True):

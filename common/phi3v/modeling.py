@@ -1,9 +1,9 @@
-"""Phi-3-vision and Phi-3.5-vision: transformers' own Phi-3 decoder and CLIP tower, and what joins them.
+"""Phi-3-vision and Phi-3.5-vision, built from the Phi-3 decoder and the CLIP vision tower of transformers.
 
-Parameter names in memory, on disk and in adapters are the published ones. What differs from the published code is
-deliberate: features go to the placeholders of their picture's number, LongRoPE follows each sample's own length, blank
-crops and the tower's unused last layer are not run, and in training the head runs at supervised positions only, the last
-decoder layer where answers are.
+Parameter names in memory, in checkpoints and in adapters are the published ones. There are deliberate differences from the
+published code: image features are assigned to placeholders by image number, LongRoPE uses the length of each sample, blank
+crops and the unused last layer of the tower are skipped, and training computes the head only for supervised tokens and, in
+packed batches, the last decoder layer only for answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .vision import Phi3VImageEmbedding
 
 
 class Phi3VModel(Phi3Model):
-    """The decoder with its picture inputs, without the head."""
+    """Decoder with image inputs, without the language modeling head."""
 
     config_class = Phi3VConfig
     _no_split_modules = ["Phi3DecoderLayer", "Phi3VLastLayer", "CLIPEncoderLayer"]
@@ -42,7 +42,7 @@ class Phi3VModel(Phi3Model):
         super().__init__(config)
         self.same_modules_always = False
         for layer in self.layers[-1:]:
-            layer.__class__ = Phi3VLastLayer  # of the same modules: a second set would have to be drawn
+            layer.__class__ = Phi3VLastLayer  # same modules; creating a new layer would initialize its weights again
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         use_lean_layers(self)
@@ -57,14 +57,14 @@ class Phi3VModel(Phi3Model):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed tokens, with picture features at the placeholders of their picture's number.
+        """Embed tokens, and insert image features at their placeholders.
 
         Parameters
         ----------
         input_ids : torch.Tensor
-            int64 (batch, tokens); −k stands for the next token of picture k of its row. A picture may be used twice.
+            int64 (batch, tokens); −k is a placeholder for the next token of image k of its row. An image may be repeated.
         pixel_values, image_sizes : torch.Tensor, optional
-            Pictures of row 0, then those of row 1, and so on; see :meth:`Phi3VImageEmbedding.views`.
+            Images of row 0, then of row 1, and so on; see :meth:`Phi3VImageEmbedding.views`.
 
         Returns
         -------
@@ -74,12 +74,12 @@ class Phi3VModel(Phi3Model):
         Raises
         ------
         ValueError
-            If placeholders and pictures don't match.
+            If placeholders and images do not match.
         """
         embeddings = self.embed_tokens(input_ids.clamp(min=0))
         if pixel_values is None:
             if (input_ids < 0).any():
-                raise ValueError("input_ids hold placeholders of pictures (negative ids), but pixel_values is missing")
+                raise ValueError("input_ids contains image placeholders (negative ids), but pixel_values is missing")
             return self._touch_vision(embeddings) if self.training or self.same_modules_always else embeddings
         sizes = [tuple(size) for size in image_sizes.tolist()]
         features = self.vision_embed_tokens(pixel_values, sizes)
@@ -87,13 +87,13 @@ class Phi3VModel(Phi3Model):
         return embeddings.index_put(placeholders, features[index].to(embeddings.dtype))
 
     def _touch_vision(self, embeddings: torch.Tensor) -> torch.Tensor:
-        # Ranks that see pictures wait for every vision gradient of those that see none: give them zeros.
+        # Ranks with images wait for the vision gradients of all ranks, so ranks without images must produce zero gradients.
         vision = self.vision_embed_tokens
         if not self.same_modules_always and not any(parameter.requires_grad for parameter in vision.parameters()):
             return embeddings
         blank = torch.zeros(1, 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8, device=embeddings.device)
         features = vision(blank, [(CROP_SIZE, CROP_SIZE)])
-        return embeddings + (0.0 * features).sum().to(embeddings.dtype)  # in fp16 the sum itself could overflow
+        return embeddings + (0.0 * features).sum().to(embeddings.dtype)  # zeroed first: the sum could overflow in fp16
 
     @capture_outputs
     def forward(
@@ -118,19 +118,19 @@ class Phi3VModel(Phi3Model):
         input_ids, pixel_values, image_sizes
             See :meth:`embed`. Alternatively ``inputs_embeds``.
         attention_mask : torch.Tensor, optional
-            int64 (batch, tokens), 0 at padding on either side.
+            int64 (batch, tokens), 0 at padding tokens, on either side.
         position_ids : torch.Tensor, optional
             int64 (batch, tokens); consecutive by default.
         cu_seq_lens_q : torch.Tensor, optional
-            int32 (samples + 1,): the batch is one row of samples laid end to end, which begin at these tokens.
+            Cumulative sample lengths, int32 (samples + 1,), if the batch is one row of packed samples.
         max_length_q : int, optional
-            Length of the longest of these samples.
+            Length of the longest packed sample.
         answer_spans : torch.Tensor, optional
-            int64 (samples, 2), on the CPU: return the hidden states at these samples' answers alone, see
+            int64 (samples, 2), on the CPU: return only the hidden states of the samples' answers, see
             :func:`~common.phi3v.last_layer.answer_spans`.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
@@ -209,17 +209,17 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Phi3VForCausalLM:
         """Load a checkpoint in the published layout; see :meth:`transformers.PreTrainedModel.from_pretrained`."""
         loaded = super().from_pretrained(*args, **kwargs)
-        # Loading makes new parameters, which need gradients whatever the old ones did.
+        # Loading replaces the parameters with new ones, which require gradients.
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_unused()
         return loaded
 
     def freeze_unused(self) -> None:
-        """Freeze the parameters that nothing runs, so that no optimizer, reducer or adapter waits for them."""
+        """Freeze the parameters that are never used, so that optimizers and gradient reduction do not include them."""
         for module in self.model.vision_embed_tokens.tower.unused_modules():
             module.requires_grad_(False)
 
     def run_same_modules_always(self) -> None:
-        """Let every forward pass run the same modules as often, whatever its batch: ZeRO-3 gathers weights from all."""
+        """Run the same modules in every forward pass, whatever the batch. ZeRO-3 requires it to gather weights on all ranks."""
         self.model.same_modules_always = True
         self.model.vision_embed_tokens.crops_per_chunk = sys.maxsize
 
@@ -245,14 +245,14 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         Parameters
         ----------
         labels : torch.Tensor, optional
-            int64 (batch, tokens), −100 where nothing is to be learned. The token at t is predicted from those before.
+            int64 (batch, tokens), −100 for tokens that are not supervised. Labels are shifted inside the model.
         num_items_in_batch : int or torch.Tensor, optional
-            Supervised tokens that the summed loss is divided by: those of the whole accumulated batch over all
-            processes. By default those of this batch.
+            Number of supervised tokens that the summed loss is divided by, over all micro-batches and processes of a step.
+            By default, the number in this batch.
         skip_logits : bool, optional
-            Leave ``logits`` None and run the head at supervised positions only. By default in training with labels.
+            Return no ``logits`` and compute the head only for supervised tokens. Default: True in training with labels.
         answer_spans : torch.Tensor, optional
-            As for :meth:`Phi3VModel.forward`; taken only where ``logits`` are skipped.
+            See :meth:`Phi3VModel.forward`; ignored unless ``logits`` are skipped.
         """
         if skip_logits is None:
             skip_logits = self.training and labels is not None
@@ -288,10 +288,10 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
     def _answer_loss(
         self, hidden_states: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
     ) -> torch.Tensor:
-        supervised = (targets != -100).nonzero(as_tuple=True)  # a GPU is waited for once, not at every use of a mask
+        supervised = (targets != -100).nonzero(as_tuple=True)  # synchronizes with the GPU once, not at every use of a mask
         targets = targets[supervised]
         logits = self.lm_head(hidden_states[supervised]).float()
-        # A batch may have no answer to learn, which not every kernel takes.
+        # A batch may have no supervised tokens, which some loss kernels do not support.
         loss = self.cross_entropy(logits, targets) if len(targets) else logits.sum()
         if num_items is None:
             num_items = max(1, len(targets))
@@ -308,7 +308,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         image_sizes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of one step; a row that outgrows the short LongRoPE factors has everything computed anew."""
+        """Prepare one generation step. When a row exceeds the range of the short LongRoPE factors, the cache is recomputed."""
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         limit = self.model.rotary_emb.limit
         if past_length and input_ids.shape[1] > limit:
@@ -329,7 +329,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, input_ids: torch.Tensor | None = None, **model_kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        # For beams and several answers: a row's pictures are repeated together, not one by one.
+        # For beam search and several answers per prompt: repeat all images of a row together, not each image separately.
         vision = {}
         if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
             counts = input_ids.min(-1).values.neg().clamp(min=0).tolist()
@@ -341,9 +341,9 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
 
 
 def _feature_index(input_ids: torch.Tensor, tokens_per_image: list[int]) -> tuple[Any, torch.Tensor]:
-    """Where the placeholders are, (rows, columns), and which feature goes to each.
+    """Return the positions of the placeholders, (rows, columns), and the index of the feature for each.
 
-    The j-th placeholder of a picture takes its feature j, beginning anew where the picture is used again.
+    The j-th placeholder of an image takes its j-th feature; if the image is repeated, its features are repeated too.
     """
     images_per_row = input_ids.min(-1).values.neg().clamp(min=0)
     rows, columns = torch.nonzero(input_ids < 0, as_tuple=True)
@@ -353,8 +353,8 @@ def _feature_index(input_ids: torch.Tensor, tokens_per_image: list[int]) -> tupl
     uses = torch.bincount(image, minlength=len(lengths))
     if len(uses) != len(lengths) or ((uses == 0) | (uses % lengths[: len(uses)] != 0)).any():
         raise ValueError(
-            f"placeholders don't match the pictures: the batch's pictures have {tokens_per_image} tokens, "
-            f"but input_ids hold {uses.tolist()} placeholders for them"
+            f"placeholders do not match the images: the images of the batch have {tokens_per_image} tokens, "
+            f"but input_ids contains {uses.tolist()} placeholders for them"
         )
     order = torch.argsort(image, stable=True)
     rank = torch.empty_like(order)

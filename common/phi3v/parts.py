@@ -1,4 +1,4 @@
-"""The model's parts by the names of its parameters, and which modules take LoRA adapters or 4-bit weights."""
+"""Parts of the model by parameter name, LoRA target modules, and modules that are not quantized."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ PROJECTOR_LORA_MODULES = r"model\.vision_embed_tokens\.img_projection\.(0|2)"
 
 
 def part_of(name: str) -> str:
-    """The part of the model, ``"decoder"``, ``"vision"`` or ``"projector"``, that a parameter belongs to by its name."""
+    """Return the part of the model that a parameter belongs to: ``"decoder"``, ``"vision"`` or ``"projector"``."""
     if "vision_embed_tokens." not in name:
         return "decoder"
     return "vision" if ".img_processor." in name else "projector"
 
 
 def lora_targets(config: Phi3VConfig, vision: bool) -> str:
-    """Pattern of the names of the modules that take adapters.
+    """Return a regular expression for the names of the LoRA target modules.
 
     Parameters
     ----------
     config : Phi3VConfig
     vision : bool
-        False for the decoder alone.
+        Whether to include the vision tower and the projector.
     """
     if not vision:
         return DECODER_LORA_MODULES
-    # The tower's last layer is never run: an adapter there would wait for a gradient for ever.
+    # The last layer of the tower never runs, so DDP would wait for the gradient of an adapter there forever.
     layers = "|".join(map(str, range(config.vision_config.num_hidden_layers - 1)))
     return rf"{DECODER_LORA_MODULES}|{TOWER}\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
 
 
 def unquantized_modules(config: Phi3VConfig, vision: bool) -> list[str]:
-    """Names of the modules whose weights stay as they are when the others are quantized.
+    """Return the names of the modules that are not quantized.
 
     Parameters
     ----------
     config : Phi3VConfig
     vision : bool
-        Whether the tower is quantized too.
+        Whether the vision tower is quantized.
     """
-    # Names count from their beginning to a dot, so they stand here in full. The tower's last layer is never run.
+    # transformers matches names by prefix, so these are full names. The last layer of the tower never runs.
     last = config.vision_config.num_hidden_layers - 1
     skip = ["lm_head", f"{VISION}.img_projection", f"{VISION}.img_processor.vision_model.encoder.layers.{last}"]
     return skip if vision else [*skip, VISION]

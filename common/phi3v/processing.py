@@ -1,4 +1,4 @@
-"""Text with image tags and pictures to the model's inputs, as the published processor does it, and in batches."""
+"""Processor for text and images, compatible with the published one, with support for batches."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
 
 
 def image_numbers(text: str) -> list[int]:
-    """Numbers of the image tags of a text, in the order in which they stand there."""
+    """Numbers of the image tags in a text, in order of appearance."""
     return [int(number) for number in IMAGE_TAG.findall(text)]
 
 
 def check_image_numbers(numbers: Sequence[int], num_images: int) -> None:
-    """Check that the image tags are numbered 1 to ``num_images`` without a gap.
+    """Check that the image tags are numbered consecutively from 1 to ``num_images``; a tag may be repeated.
 
     Raises
     ------
     ValueError
-        If a tag has no picture, a picture has no tag, or a number is left out.
+        If a tag has no image, an image has no tag, or a number is missing.
     """
     if sorted(set(numbers)) != list(range(1, num_images + 1)):
         tags = ", ".join(f"<|image_{number}|>" for number in sorted(set(numbers))) or "none"
         raise ValueError(
-            f"the text's image tags ({tags}) don't match its {num_images} picture(s): "
-            f"number the tags from <|image_1|> without a gap and give one picture for each"
+            f"the text's image tags ({tags}) do not match its {num_images} image(s): "
+            f"number the tags consecutively from <|image_1|>, and give one image per tag"
         )
 
 
@@ -49,7 +49,7 @@ class Phi3VProcessor(ProcessorMixin):
     image_processor : Phi3VImageProcessor
     tokenizer : PreTrainedTokenizerFast
     chat_template : str, optional
-        Jinja template; the tokenizer's by default.
+        Jinja template; by default, that of the tokenizer.
     """
 
     def __init__(
@@ -63,31 +63,31 @@ class Phi3VProcessor(ProcessorMixin):
 
     @classmethod
     def _load_tokenizer_from_pretrained(cls, sub_processor_type, pretrained_model_name_or_path, **kwargs):
-        # The class named in the published files, LlamaTokenizer, rebuilds the tokenizer by rules of its own and gets
-        # many strings wrong; the plain class runs tokenizer.json as it stands.
+        # LlamaTokenizer, the class in the published files, rebuilds the tokenizer with its own rules, which tokenize many
+        # strings differently. PreTrainedTokenizerFast uses tokenizer.json unchanged.
         kwargs.pop("trust_remote_code", None)
         return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def tokenize(self, text: str, tokens_per_image: Sequence[int]) -> list[int]:
-        """Token ids of a text whose image tags are replaced by negative ids.
+        """Tokenize a text and replace its image tags with negative placeholder ids.
 
         Parameters
         ----------
         text : str
             Text with tags ``<|image_1|>``, ``<|image_2|>``, ….
         tokens_per_image : sequence of int
-            Number of tokens of each picture.
+            Number of tokens of each image.
 
         Returns
         -------
         list of int
-            Every piece of text between tags starts with BOS, as the published weights were trained; picture k is
-            ``tokens_per_image[k - 1]`` times the id −k.
+            Token ids. The text between two tags starts with BOS, as in the training of the published weights. The tag of
+            image k becomes ``tokens_per_image[k - 1]`` times the id −k.
 
         Raises
         ------
         ValueError
-            If tags and pictures don't match.
+            If tags and images do not match.
         """
         pieces = IMAGE_TAG.split(text)
         numbers = [int(number) for number in pieces[1::2]]
@@ -107,34 +107,34 @@ class Phi3VProcessor(ProcessorMixin):
         padding_side: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Turn one text, or a batch of texts, and their pictures into the model's inputs.
+        """Convert a text or a batch of texts, with their images, to model inputs.
 
         Parameters
         ----------
         text : str or sequence of str
             Prompt(s) with image tags.
-        images : picture(s), optional
-            For one text a picture or a list of them; for a batch a list of lists (empty for text alone).
+        images : PIL.Image.Image or (nested) sequence of PIL.Image.Image, optional
+            For a single text, an image or a list of images; for a batch, a list of lists (empty for text-only input).
         return_tensors : str, optional
-            Only ``"pt"``.
+            Only ``"pt"`` is supported.
         padding_side : {"left", "right"}, optional
-            Where shorter texts of a batch are padded; the tokenizer's by default.
+            Side on which shorter texts of a batch are padded; by default, that of the tokenizer.
 
         Returns
         -------
         BatchFeature
-            ``input_ids`` int64 (batch, length), −k for the tokens of a text's picture k; ``attention_mask`` int64
-            (batch, length); and if there are pictures ``pixel_values`` float32 (all pictures, num_crops + 1, 3, 336,
-            336) and ``image_sizes`` int64 (all pictures, 2), in the order of the texts.
+            ``input_ids`` int64 (batch, length), −k for the tokens of image k of a text; ``attention_mask`` int64
+            (batch, length); with images also ``pixel_values`` float32 (all images, num_crops + 1, 3, 336, 336) and
+            ``image_sizes`` int64 (all images, 2), in the order of the texts.
 
         Raises
         ------
         ValueError
-            If tags and pictures don't match.
+            If tags and images do not match.
         """
         kwargs.pop("padding", None)  # a batch is always padded
         if kwargs or return_tensors not in (None, "pt"):
-            raise ValueError(f"Phi3VProcessor takes text, images and padding_side; not {kwargs or return_tensors!r}")
+            raise ValueError(f"Phi3VProcessor accepts text, images and padding_side, got {kwargs or return_tensors!r}")
         texts = [text] if isinstance(text, str) else list(text)
         if isinstance(text, str):
             batch_images = [[images] if isinstance(images, Image.Image) else list(images or [])]
@@ -143,7 +143,9 @@ class Phi3VProcessor(ProcessorMixin):
                 [item] if isinstance(item, Image.Image) else list(item or []) for item in (images or [[]] * len(texts))
             ]
         if len(batch_images) != len(texts):
-            raise ValueError(f"{len(texts)} texts but {len(batch_images)} lists of pictures: give one list a text")
+            raise ValueError(
+                f"expected one list of images per text, got {len(texts)} texts and {len(batch_images)} lists of images"
+            )
 
         rows = []
         for row_text, row_images in zip(texts, batch_images, strict=True):
@@ -156,17 +158,17 @@ class Phi3VProcessor(ProcessorMixin):
         return BatchFeature(data=data)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
-        """Write the tokenizer's files, ``preprocessor_config.json`` and ``processor_config.json`` as published."""
+        """Save the tokenizer files, ``preprocessor_config.json`` and ``processor_config.json`` in the published format."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(directory)
-        # transformers 5 names a class that no earlier version knows; both know this one.
+        # transformers 5 writes a tokenizer class unknown to earlier versions; all versions know the one written below.
         tokenizer_config = directory / "tokenizer_config.json"
         content = json.loads(tokenizer_config.read_text(encoding="utf-8"))
-        for how_it_was_loaded in ("num_crops", "is_local", "local_files_only"):
-            content.pop(how_it_was_loaded, None)
+        for loading_argument in ("num_crops", "is_local", "local_files_only"):
+            content.pop(loading_argument, None)
         if isinstance(content.get("extra_special_tokens"), list):
-            # transformers 5's name for what it reads under the published one; earlier versions take a dict there, or fail.
+            # transformers 5 renamed this key, but still reads the published one. Earlier versions expect a dict in the new one.
             content["additional_special_tokens"] = content.pop("extra_special_tokens")
         code = f"{self._hub_repository()}--processing_phi3_v"
         processor = {
@@ -194,13 +196,15 @@ class Phi3VProcessor(ProcessorMixin):
 
 
 def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
-    """Ids that end an answer: the tokenizer's end of text, and the end of a turn."""
+    """Token ids that end an answer: end of text and end of turn."""
     tokenizer = processor.tokenizer
     return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, padding_side: str) -> dict[str, torch.Tensor]:
-    """Pad token ids to a batch; the mask comes from the lengths, since the pad id also ends answers.
+    """Pad rows of token ids to a batch.
+
+    The attention mask is computed from the lengths, since the padding token can also be the last token of an answer.
 
     Returns
     -------

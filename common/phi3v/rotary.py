@@ -1,4 +1,4 @@
-"""LongRoPE, by each sample's own length."""
+"""LongRoPE with factors selected by the length of each sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .configuration import Phi3VConfig
 
 
 class Phi3VRotaryEmbedding(nn.Module):
-    """LongRoPE by each sample's own length.
+    """LongRoPE with short or long factors, selected by the length of each sample.
 
     Reference: Ding et al., LongRoPE (2024), as configured by ``short_factor`` and ``long_factor``.
     """
@@ -21,11 +21,11 @@ class Phi3VRotaryEmbedding(nn.Module):
         self.config = config
         self.limit = config.original_max_position_embeddings
         inv_freq, self.attention_scaling = self.inverse_frequencies()
-        # Row 0 serves samples up to `limit` tokens, row 1 longer ones.
+        # Row 0: samples of up to `limit` tokens. Row 1: longer samples.
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def inverse_frequencies(self) -> tuple[torch.Tensor, float]:
-        """Return inverse frequencies, float32 (2, head size / 2), and the factor for cosine and sine."""
+        """Return the inverse frequencies, float32 (2, head size / 2), and the scaling factor of cosine and sine."""
         rope_type = self.config.rope_parameters["rope_type"]
         if rope_type == "default":
             inv_freq, scaling = Phi3RotaryEmbedding.compute_default_rope_parameters(self.config)
@@ -37,14 +37,14 @@ class Phi3VRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine, float32 (batch, tokens, head size).
+        """Compute cosine and sine, float32 (batch, tokens, head size).
 
         Parameters
         ----------
         position_ids : torch.Tensor
             int64 (batch, tokens).
         lengths : torch.Tensor
-            int64, length of the sample that each token belongs to, (batch, tokens) or (batch, 1).
+            Length of the sample of each token, int64 (batch, tokens) or (batch, 1).
         """
         factors = self.inv_freq.float()[(lengths > self.limit).long()]
         angles = position_ids[..., None].float() * factors

@@ -1,4 +1,4 @@
-"""From crops to image tokens: CLIP's tower, and what makes tokens of its features."""
+"""CLIP vision tower, and the projection of its features to image tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .image_processing import CROP_SIZE, normalise_with_global_view, num_views
 
 
 class CLIPTower(nn.Module):
-    """CLIP's vision tower up to the features of its last layer but one, under the published parameter names."""
+    """CLIP vision tower that returns the features of the second-to-last layer, with the published parameter names."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -22,11 +22,11 @@ class CLIPTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def unused_modules(self) -> list[nn.Module]:
-        """Modules that checkpoints hold and nothing runs: the last layer and the final norm."""
+        """Modules that are part of checkpoints but never run: the last layer and the final layer norm."""
         return [self.encoder.layers[-1], self.post_layernorm]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of crops: (crops, 3, 336, 336) to (crops, 576, hidden size), without the class token."""
+        """Compute features of crops: (crops, 3, 336, 336) to (crops, 576, hidden size), without the class token."""
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values))
         for layer in self.encoder.layers[:-1]:
             hidden_states = layer(hidden_states, None)
@@ -34,9 +34,9 @@ class CLIPTower(nn.Module):
 
 
 class Phi3VImageEmbedding(nn.Module):
-    """Crops to image tokens: tower, 2×2 merge, separators, projection."""
+    """Converts crops to image tokens: vision tower, 2×2 merge, separators, projection."""
 
-    # Bounds the tower's memory.
+    # Limits the memory of the tower's activations.
     crops_per_chunk = 64
 
     def __init__(self, config: Phi3VConfig) -> None:
@@ -57,27 +57,27 @@ class Phi3VImageEmbedding(nn.Module):
         return self.img_processor.vision_model
 
     def views(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """Real views of all pictures, (views, 3, 336, 336): per picture the global view, then its crops, each once.
+        """Views of all images without blank crops, (views, 3, 336, 336): for each image the global view, then its crops.
 
         Parameters
         ----------
         pixel_values : torch.Tensor
-            Floating point, (pictures, crops + 1, 3, 336, 336), as the processor gives them, blank crops included; or
-            uint8, (all crops of all pictures, 3, 336, 336), to be normalised here.
+            Floating point, (images, num_crops + 1, 3, 336, 336), normalized by the processor, including blank crops; or
+            uint8, (all crops of all images, 3, 336, 336), not yet normalized.
         image_sizes : list of (int, int)
-            Height and width of each picture.
+            Height and width of each image.
         """
         if pixel_values.dtype == torch.uint8:
             return normalise_with_global_view(pixel_values, image_sizes)
-        real = [picture[: num_views(*size)] for picture, size in zip(pixel_values, image_sizes, strict=True)]
-        return torch.cat(real)
+        views = [image_views[: num_views(*size)] for image_views, size in zip(pixel_values, image_sizes, strict=True)]
+        return torch.cat(views)
 
     def forward(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """Tokens of all pictures one after the other, (image tokens, decoder's hidden size)."""
+        """Compute the tokens of all images, concatenated, (image tokens, hidden size of the decoder)."""
         views = self.views(pixel_values, image_sizes).to(self.glb_GN.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())):
             features = torch.cat([self.tower(chunk) for chunk in views.split(self.crops_per_chunk)])
-        # Four neighbouring patches become one token of four times the width.
+        # Merge 2×2 patches into one token of four times the width.
         side, width = self.side, features.shape[-1]
         features = features.reshape(-1, side, 2, side, 2, width).transpose(2, 3)
         features = features.reshape(-1, side, side, 4 * width)
@@ -99,7 +99,7 @@ class Phi3VImageEmbedding(nn.Module):
         return self.img_projection(torch.cat(tokens))
 
     def num_tokens(self, image_sizes: list[tuple[int, int]]) -> list[int]:
-        """Tokens of each picture."""
+        """Number of tokens of each image."""
         side = self.side
         grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
         return [(rows * columns + 1) * side**2 + 1 + (rows + 1) * side for rows, columns in grids]
