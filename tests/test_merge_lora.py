@@ -66,7 +66,7 @@ def test_progress_on_a_terminal(lora, tmp_path, flags, bar):
     shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     os.close(its_end)
-    assert f"Loading the base of {lora}" in shown and "Merging the adapter into it" in shown
+    assert f"Loading the base model of {lora}" in shown and "Merging the adapter" in shown
     assert ("Unloading and merging model" in shown) == bar
 
 

@@ -97,15 +97,17 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--image_dir", type=Path, help="root folder of the image paths (default: the data file's folder)")
 
     group = parser.add_argument_group("tokens")
-    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="model whose tokens are counted (default: %(default)s)")
+    group.add_argument(
+        "--model_name_or_path", default=DEFAULT_MODEL, help="model whose tokens are counted (default: %(default)s)"
+    )
     group.add_argument(
         "--num_crops",
         type=int,
         default=4,
         choices=range(1, MAX_CROPS + 1),
         metavar="N",
-        help=f"maximum number of crops per image, 1 to {MAX_CROPS}. Should match the training run: the default differs from the "
-        "training scripts' default of 16 (default: %(default)s)",
+        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: %(default)s). The training scripts have a "
+        "different default, 16; use the value of the training run",
     )
     group.add_argument("--max_length", type=int, metavar="TOKENS", help="report rows with more tokens (default: no limit)")
 

@@ -36,9 +36,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="directory or Hub id of the adapter")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory for the checkpoint")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory for the checkpoint"
+    )
     parser.add_argument("--base", metavar="DIR", help="directory or Hub id of the base model (default: from the adapter)")
-    parser.add_argument("--original_base", action="store_true", help="merge a QLoRA adapter into the original, unquantized base")
+    parser.add_argument(
+        "--original_base", action="store_true", help="merge a QLoRA adapter into the original, unquantized base"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the merged weights (default: as the base)")
     parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     return parser.parse_args()
@@ -89,7 +93,9 @@ def merge(
     adapted = attach_adapter(model, adapter)
     if not hasattr(adapted, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
-        raise InputError(f"--adapter {adapter_name} has type {kind}, which cannot be merged into the weights: use the adapter directly")
+        raise InputError(
+            f"--adapter {adapter_name} has type {kind}, which cannot be merged into the weights: use the adapter directly"
+        )
     model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
 
     say(f"Writing {output_dir}")

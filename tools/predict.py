@@ -51,12 +51,16 @@ def parse_args() -> argparse.Namespace:
 
     group = parser.add_argument_group("many questions")
     group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file in the general format")
-    group.add_argument("--image_dir", type=Path, metavar="DIR", help="root folder of the image paths (default: the data file's)")
+    group.add_argument(
+        "--image_dir", type=Path, metavar="DIR", help="root folder of the image paths (default: the data file's)"
+    )
     group.add_argument("--output_file", type=Path, metavar="FILE", help="JSONL file to write (default: print)")
 
     group = parser.add_argument_group("generation")
     group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
-    group.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="maximum answer length in tokens (default: %(default)s)")
+    group.add_argument(
+        "--max_new_tokens", type=int, default=64, metavar="N", help="maximum answer length in tokens (default: %(default)s)"
+    )
     group.add_argument(
         "--dataloader_num_workers", type=int, default=2, metavar="N", help="processes that load images (default: %(default)s)"
     )
@@ -73,17 +77,17 @@ def parse_args() -> argparse.Namespace:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("eval_batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     return args
 
 
 def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, Any], Conversation]]:
-    """Read rows of the general format, and as conversations with whole picture paths, every picture checked.
+    """Read rows in the general format, convert them to conversations with full image paths, and check the images.
 
     Raises
     ------
     InputError
-        Naming file and line.
+        With file and line.
     """
     rows, places = [], []
     for place, line in read_json_lines(path):
@@ -92,13 +96,16 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
         check_conversation(conversation, place)
         rows.append((row, conversation))
         places.append(place)
-    for place, (_, conversation) in zip(places, track(rows, "Checking pictures", "rows", bar), strict=True):
+    for place, (_, conversation) in zip(places, track(rows, "Checking images", "rows", bar), strict=True):
         check_prompt_pictures(conversation, place)
     return rows
 
 
 def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
-    """A row whose last answer is still to come, with whole picture paths; what is no row is left as it is, to be refused."""
+    """Convert a row to a conversation with full image paths and a placeholder as its last answer.
+
+    A malformed row is returned unchanged, so that the check of the conversation reports it.
+    """
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return row
@@ -112,16 +119,16 @@ def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
 
 
 def check_prompt_pictures(conversation: Conversation, place: str) -> None:
-    """Check that all pictures of a conversation are there and whole.
+    """Check that all images of a conversation exist and are complete.
 
     Raises
     ------
     InputError
-        Naming ``place`` and the picture.
+        With ``place`` and the image.
     """
     for picture in pictures(conversation):
         if not isinstance(picture, Path):
-            raise InputError(f'{place}: "images" must hold names of files')
+            raise InputError(f'{place}: "images" must contain file names')
         try:
             check_picture(picture)
         except InputError as error:
@@ -129,7 +136,7 @@ def check_prompt_pictures(conversation: Conversation, place: str) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Answer what the flags ask, and print or write the answers."""
+    """Answer the questions that the flags give, and print or write the answers."""
     if args.data_file:
         rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
     else:
@@ -159,7 +166,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
     limit_library_bars(args.tqdm)
     try:
         predict(args)
