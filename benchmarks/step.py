@@ -200,12 +200,12 @@ def set_up(model, attention, recompute):
     set_gradient_checkpointing(model, "full" if recompute else "none")
 
 
-def check_equal(model, ways):
+def check_equal(model, variants):
     """Check that all variants agree in loss and gradients; return the largest relative difference from the first."""
     idle = torch.optim.SGD(model.parameters(), lr=0.0)
     reference, worst = None, 0.0
-    for name, way in ways.items():
-        loss = way(model, idle)
+    for name, variant in variants.items():
+        loss = variant(model, idle)
         gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
         # The softmax is invariant to a bias of the keys, so its gradient is only rounding error.
         gradients = {key: value for key, value in gradients.items() if not key.endswith("k_proj.bias")}
@@ -248,18 +248,18 @@ def main() -> None:
     packed_losses = [partial(packed_loss, model, batch, num_items) for batch in packed]
     padded_losses = [partial(plain_loss, model, batch, num_items) for batch in padded]
     alone_losses = [partial(plain_loss, model, batch, num_items) for batch in alone]
-    ways = {
+    variants = {
         "packed": partial(step, losses=packed_losses, attention="varlen"),
         "padded, SDPA": partial(step, losses=padded_losses, attention="sdpa"),
         "one by one, SDPA": partial(step, losses=alone_losses, attention="sdpa"),
         "one by one, eager": partial(step, losses=alone_losses, attention="eager"),
         "one by one, eager, recomputing": partial(step, losses=alone_losses, attention="eager", recompute=True),
     }
-    difference = check_equal(model, ways)
+    difference = check_equal(model, variants)
     if args.bf16:
         model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    timed = {name: partial(way, model, optimizer) for name, way in ways.items()}
+    timed = {name: partial(variant, model, optimizer) for name, variant in variants.items()}
     # The check above was the warmup.
     seconds = interleave(timed, args.repetitions, clock=time.process_time, uncounted=0)
 
