@@ -82,7 +82,10 @@ def main() -> None:
     parser.add_argument("--last_steps", type=int, default=400, help="steps of this stage (default: %(default)s)")
     stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
     parser.add_argument(
-        "--begin_with", choices=stages, default="tower", help="first stage; starts from the checkpoint in --output_dir"
+        "--begin_with",
+        choices=stages,
+        default="tower",
+        help="first stage; stages after tower start from the checkpoint in --output_dir",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ def test_unusable_sources(source, tmp_path):
     assert "no clips" in refuse(out, "--source", source / "train")
     write_clip(tmp_path / "parent/one/train/Run/a.avi", 5)
     write_clip(tmp_path / "parent/two/train/Run/a.avi", 5)
-    assert "more than one data set (one and two)" in refuse(out, "--source", tmp_path / "parent")
+    assert "more than one dataset (one and two)" in refuse(out, "--source", tmp_path / "parent")
     (source / "val/Jump/c.avi").rename(source / "val/c.avi")
     assert "split 'val' is missing" in refuse(out, "--source", source)
     (source / "val/c.avi").rename(source / "val/Jump/c.avi")

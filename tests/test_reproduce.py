@@ -183,7 +183,7 @@ def test_a_figure_is_compared_with_the_published_one():
     assert reproduce.describe(measured, table) == (
         "anls_case_sensitive 87.65 (before: 51.00), published upstream 83.65: +4.00 points"
     )
-    assert "no published figure" in reproduce.describe(measured | {"embedded": True}, table)
+    assert "no published value" in reproduce.describe(measured | {"embedded": True}, table)
 
 
 def test_a_row_that_has_its_file_is_not_run_again(tmp_path, monkeypatch, capsys):
