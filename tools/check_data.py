@@ -106,8 +106,8 @@ def parse_args() -> argparse.Namespace:
         default=4,
         choices=range(1, MAX_CROPS + 1),
         metavar="N",
-        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: %(default)s). The training scripts have a "
-        "different default, 16; use the value of the training run",
+        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: %(default)s, as in the UCF-101 script; "
+        "the other training scripts default to 16). Use the same value as the training run",
     )
     group.add_argument("--max_length", type=int, metavar="TOKENS", help="report rows with more tokens (default: no limit)")
 
