@@ -1,22 +1,23 @@
-# make demo [TASK=docvqa|hateful_memes|nlvr2|ucf101]   finetune the embedded tiny checkpoint on sample data drawn on the spot
-# make test                                             everything, as in CI;  make quick: without the slow tests
-# make lint | format                                    ruff
-# make matrix                                           methods × tasks on the embedded samples, into results/embedded.md
-# make bench-table                                      benchmarks/results/ into docs/performance.md
+# make demo [TASK=docvqa|hateful_memes|nlvr2|ucf101]   finetune the tiny checkpoint on generated sample data
+# make test                                             lint and all tests, as in CI;  make quick: without slow tests
+# make lint | format                                    check or format the code with ruff
+# make matrix                                           every task with every method on sample data, into results/embedded.md
+# make bench-table                                      render benchmarks/results/ into docs/performance.md
 
 PYTHON ?= python3
-CHECK_PYTHON = import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: this needs Python 3.11 to 3.13, and \
-$(PYTHON) is " + sys.version.split()[0] + ": name another, make demo PYTHON=python3.12 say")
+CHECK_PYTHON = import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("error: requires Python 3.11 to 3.13, but \
+$(PYTHON) is " + sys.version.split()[0] + "; set another one, for example make demo PYTHON=python3.12")
 TASK ?= docvqa
 BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
-# Two workers share the cores: more threads each would only wait for each other.
+# Two test workers share the cores, so more threads per worker would only compete.
 test quick: export OMP_NUM_THREADS = 1
 
 .PHONY: demo test quick lint format matrix bench-table
 
-# torch goes first, by itself: DeepSpeed's build looks for it. For a GPU it would ask for CUDA's compiler, which nothing needs.
+# torch is installed first, because DeepSpeed's setup imports it. DS_IGNORE_CUDA_DETECTION keeps that setup from requiring the
+# CUDA compiler.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv --clear .venv

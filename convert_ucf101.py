@@ -1,15 +1,15 @@
-"""Turn UCF-101 clips into the pictures and JSONL files that `finetune_hf_trainer_ucf101.py` reads.
+"""Convert UCF-101 clips to the images and JSONL files that `finetune_hf_trainer_ucf101.py` reads.
 
-    python convert_ucf101.py --out_dir data/ucf101                                  # ten classes, from the hub
-    python convert_ucf101.py --out_dir data/ucf101 --source UCF101_subset.tar.gz    # the same archive, downloaded before
+    python convert_ucf101.py --out_dir data/ucf101                                  # ten classes, from the Hub
+    python convert_ucf101.py --out_dir data/ucf101 --source UCF101_subset.tar.gz    # a downloaded archive
     python convert_ucf101.py --out_dir data/mine --source my_clips                  # {train,val,test}/<class>/*.avi
 
 It writes `images/{train,val,test}/<class>/<clip>.<0-7>.jpg` and `ucf101_{train,val,test}.jsonl`, nothing else. Archives
-are read where they lie, never unpacked.
+are read in place and not extracted.
 
-Stop it at any moment and start it again: it goes on where it was. Each picture says in its JPEG comment which one of
-which clip it is, so one that was made with other settings or from another clip is made anew, and one that does not
-belong to the data set is removed. The JSONL files appear only once every picture they list is there.
+An interrupted conversion can be resumed with the same command. The JPEG comment of each image identifies its clip, its
+frame and the settings: images from other settings or another clip are replaced, and images that do not belong to the
+dataset are removed. The JSONL files are written last, when all images exist.
 """
 
 import argparse
@@ -39,77 +39,77 @@ from tqdm import tqdm
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
 JPEG_QUALITY = 95
-JPEG_END = b"\xff\xd9"  # what a picture that is cut short lacks
+JPEG_END = b"\xff\xd9"  # missing from a truncated file
 COMMENT_START = "convert_ucf101:"
 
 
 class SourceError(ValueError):
-    """The source can't be used; the message says where and what to do."""
+    """The source is invalid; the message contains the location and a remedy."""
 
 
 class BrokenClip(ValueError):
-    """Not one frame of a clip can be decoded."""
+    """No frame of a clip can be decoded."""
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     group = parser.add_argument_group("data")
-    group.add_argument("--out_dir", type=Path, required=True, help="where images/ and ucf101_*.jsonl go")
+    group.add_argument("--out_dir", type=Path, required=True, help="output folder for images/ and ucf101_*.jsonl")
     group.add_argument(
         "--source",
         type=Path,
-        help="tar archive or folder that holds {train,val,test}/<class>/*.avi, at its top or one folder down "
-        f"(default: {HUB_FILE} of {HUB_REPO} on the hub)",
+        help="tar archive or folder with {train,val,test}/<class>/*.avi, at the top level or one level below "
+        f"(default: {HUB_FILE} from {HUB_REPO} on the Hub)",
     )
-    group.add_argument("--num_frames", type=positive_int, default=8, help="pictures per clip (default: 8)")
-    group.add_argument("--skip_broken", action="store_true", help="leave clips out that can't be decoded, and say so")
+    group.add_argument("--num_frames", type=positive_int, default=8, help="images per clip (default: 8)")
+    group.add_argument("--skip_broken", action="store_true", help="skip and report clips that cannot be decoded")
 
     group = parser.add_argument_group("running")
     group.add_argument(
         "--num_workers", type=positive_int, default=os.cpu_count(), help="decoding processes (default: one per CPU)"
     )
-    group.add_argument("--no-tqdm", action="store_true", help="plain lines instead of progress bars")
+    group.add_argument("--no-tqdm", action="store_true", help="print plain lines instead of progress bars")
     return parser.parse_args()
 
 
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Where clips come from
+# Sources of clips
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def download(show_progress: bool) -> Path:
-    """Fetch the ten-class subset from the hub, or find it in the hub's cache."""
+    """Download the ten-class subset from the Hub, or find it in the local cache."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import HfHubHTTPError, disable_progress_bars
 
     if not show_progress:
         disable_progress_bars()
-    print(f"Fetching {HUB_FILE} of {HUB_REPO} from the hub", flush=True)
+    print(f"Downloading {HUB_FILE} of {HUB_REPO} from the Hub", flush=True)
     try:
         return Path(hf_hub_download(repo_id=HUB_REPO, repo_type="dataset", filename=HUB_FILE))
     except (OSError, HfHubHTTPError) as error:
         raise SourceError(
-            f"{HUB_FILE} of {HUB_REPO} can't be fetched from the hub: {str(error).splitlines()[0]}\n"
-            f"Without access to the hub, download the file elsewhere and pass it: --source {HUB_FILE}"
+            f"{HUB_FILE} of {HUB_REPO} cannot be downloaded from the Hub: {str(error).splitlines()[0]}\n"
+            f"Without access to the Hub, download the file on another machine and pass --source {HUB_FILE}"
         ) from error
 
 
 @contextmanager
 def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Callable[[], bytes]]]:
-    """Give every file of a folder or tar archive that may be a clip: its path within, and a function that reads it.
+    """Open a folder or tar archive; map the path of each file that may be a clip to a function that reads it.
 
     Raises
     ------
     SourceError
-        No such file, not a tar archive, a damaged archive, or one with a member that would land outside `out_dir`.
+        If the source is missing, is not a valid tar archive, or has a member that would be extracted outside `out_dir`.
     """
     if source.is_dir():
         found = (path for pattern in ("*/*/*", "*/*/*/*") for path in source.glob(pattern) if path.is_file())
@@ -137,47 +137,47 @@ def open_archive(source: Path) -> tarfile.TarFile:
 
 @contextmanager
 def blame_archive(source: Path) -> Iterator[None]:
-    """Turn what `tarfile` and the decompressors raise into an error that names the archive."""
+    """Convert errors of `tarfile` and the decompressors to a SourceError with the path of the archive."""
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault
-        raise SourceError(f"--source {source}: no tar archive, or a damaged one ({error}); get it again") from error
+            raise  # an error of the file system, not of the archive
+        raise SourceError(f"--source {source}: not a tar archive, or damaged ({error}); download it again") from error
 
 
 def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
-    """Raise for a member that unpacking would put outside the target.
+    """Raise SourceError for a member that would be extracted outside the output folder.
 
-    Nothing is unpacked here, but a clip's path decides where its pictures go, and an archive in which somebody planted
-    such a member is not to be trusted with its others.
+    Nothing is extracted, but the path of a clip determines where its images are written, and an archive with a malicious
+    member cannot be trusted.
     """
     path = PurePosixPath(member.name)
     try:
         if path.is_absolute():
             raise ValueError("its path is absolute")
         if ".." in path.parts:
-            raise ValueError("its path holds '..'")
+            raise ValueError("its path contains '..'")
         tarfile.data_filter(member, str(out_dir))
     except (ValueError, tarfile.FilterError) as error:
         raise SourceError(
-            f"--source {source}: refused, its member {member.name!r} would land outside {out_dir} ({error}); "
-            "take the archive from a source you trust"
+            f"--source {source}: unsafe archive, member {member.name!r} would be extracted outside {out_dir} ({error}); "
+            "download the archive from a trusted source"
         ) from error
 
 
 def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:
-    """Pick the clips out of a source's files.
+    """Find the clips among the files of a source.
 
     Returns
     -------
     dict[str, list[PurePosixPath]]
-        For train, val and test, its clips sorted by class and file name.
+        Clips of train, val and test, sorted by class and file name.
 
     Raises
     ------
     SourceError
-        No clips, a split without any, two data sets in one source, or two clips with the same pictures.
+        If there are no clips, a split is empty, the source has two datasets, or two clips map to the same images.
     """
     splits = {split: [] for split in SPLITS}
     roots, taken = set(), {}
@@ -185,34 +185,34 @@ def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[P
         if len(path.parts) not in (3, 4) or path.parts[-3] not in SPLITS or path.suffix.lower() != ".avi":
             continue
         if any(part.startswith(".") for part in path.parts[-2:]):
-            continue  # what macOS and editors leave behind
+            continue  # metadata of macOS and editors
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SourceError(f"--source {source}: {str(path)!r} is not named in UTF-8; rename it") from error
+            raise SourceError(f"--source {source}: the name of {str(path)!r} is not valid UTF-8; rename it") from error
         other = taken.setdefault(path.with_suffix(""), path)
         if other != path:
-            raise SourceError(f"--source {source}: {other} and {path} would share their pictures; rename one of them")
+            raise SourceError(f"--source {source}: {other} and {path} would have the same image names; rename one of them")
         roots.add(path.parts[:-3])
         splits[path.parts[-3]].append(path)
     if not roots:
-        raise SourceError(f"--source {source}: no clips; expected {{train,val,test}}/<class>/*.avi in it")
+        raise SourceError(f"--source {source}: no clips; expected {{train,val,test}}/<class>/*.avi")
     if len(roots) > 1:
         places = " and ".join(str(PurePosixPath(*root)) for root in sorted(roots))
-        raise SourceError(f"--source {source}: more than one data set ({places}); pass one of them")
+        raise SourceError(f"--source {source}: more than one dataset ({places}); pass one of them")
     for split, clips in splits.items():
         if not clips:
-            raise SourceError(f"--source {source}: split {split!r} is missing; expected {split}/<class>/*.avi in it")
+            raise SourceError(f"--source {source}: split {split!r} is missing; expected {split}/<class>/*.avi")
     return splits
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# From a clip to its pictures, in the decoding processes
+# Conversion of a clip, in worker processes
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it even when it is killed."""
+    """Ignore Ctrl-C in a worker process, and exit with the main process even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def end_with_parent() -> None:
@@ -223,20 +223,20 @@ def start_worker() -> None:
 
 
 def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
-    """Every frame of a clip that really decodes: damaged packets are passed over, stated frame counts not looked at."""
+    """Decode all frames of a clip, skipping damaged packets; the frame count in the header is ignored."""
     with av.open(io.BytesIO(video), metadata_errors="ignore") as container:
         if not container.streams.video:
             raise BrokenClip("no video stream")
         stream = container.streams.video[0]
         if stream.codec_context is None:
             raise BrokenClip("unknown video codec")
-        # Clips keep every CPU busy already; threads within one would only get in each other's way.
+        # The clips already keep all CPUs busy; more threads per clip would only compete for them.
         stream.codec_context.thread_count = 1
         packets = container.demux(stream)
         while True:
             try:
                 packet = next(packets, None)
-            except av.FFmpegError:  # cut off in the middle: the frames before count
+            except av.FFmpegError:  # truncated file: keep the frames so far
                 packet = None
             with suppress(av.FFmpegError):
                 yield from stream.codec_context.decode(packet)
@@ -245,9 +245,9 @@ def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
 
 
 def sample_frames(video: bytes, num_frames: int) -> list[Image.Image]:
-    """Take `num_frames` frames evenly: of the n that decode, frame floor(i * n / num_frames) for each i.
+    """Sample `num_frames` evenly spaced frames: of n decoded frames, frame floor(i * n / num_frames) for each i.
 
-    Only a first pass over the clip tells n; keeping all frames instead would take gigabytes for a long clip.
+    A first pass counts the frames, because keeping all frames of a long clip would take gigabytes of memory.
     """
     try:
         total = sum(1 for _ in decode_frames(video))
@@ -261,7 +261,7 @@ def sample_frames(video: bytes, num_frames: int) -> list[Image.Image]:
 
 
 def read_comment(path: Path) -> str:
-    """The JPEG comment of a picture; empty if there is none, or no picture."""
+    """Return the JPEG comment of a file; empty if it has none or is not an image."""
     try:
         with Image.open(path) as image:
             return image.info.get("comment", b"").decode("utf-8", "replace")
@@ -270,7 +270,7 @@ def read_comment(path: Path) -> str:
 
 
 def convert_clip(video: bytes, paths: list[Path]) -> bool:
-    """Write a clip's pictures unless they are there already; return whether they had to be written."""
+    """Write the images of a clip unless they are up to date; return whether they were written."""
     made_from = f"of {len(paths)}, quality {JPEG_QUALITY}, clip sha256 {hashlib.sha256(video).hexdigest()}"
     comments = [f"{COMMENT_START} picture {i} {made_from}" for i in range(len(paths))]
     there = (
@@ -289,19 +289,19 @@ def convert_clip(video: bytes, paths: list[Path]) -> bool:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there in full or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{os.getpid()}.part")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The whole data set
+# The whole dataset
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def picture_names(clip: PurePosixPath, num_frames: int) -> list[str]:
-    """Where a clip's pictures go, relative to `images/`; `clip` is its path within the source."""
+    """Return the paths of a clip's images relative to `images/`; `clip` is its path in the source."""
     split, label = clip.parts[-3:-1]
     return [f"{split}/{label}/{clip.stem}.{i}.jpg" for i in range(num_frames)]
 
@@ -309,7 +309,7 @@ def picture_names(clip: PurePosixPath, num_frames: int) -> list[str]:
 def convert_clips(
     readers: dict[PurePosixPath, Callable[[], bytes]], images_dir: Path, num_frames: int, num_workers: int
 ) -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
-    """Convert clips in parallel; give each, as it is done, with what `convert_clip` returned or its BrokenClip."""
+    """Convert clips in parallel; yield each finished clip with the result of `convert_clip` or its BrokenClip error."""
     pending: dict[Future, PurePosixPath] = {}
 
     def finished() -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
@@ -320,16 +320,18 @@ def convert_clips(
                 yield pending[future], error
             except BrokenProcessPool as error:
                 suspects = ", ".join(str(clip) for clip in pending.values())
-                raise SourceError(f"a decoding process died, out of memory or at one of: {suspects}") from error
+                raise SourceError(
+                    f"a worker process died, either out of memory or while decoding one of: {suspects}"
+                ) from error
             del pending[future]
 
-    # "spawn": forking a process that has threads (the pool's, FFmpeg's) can lock the child up.
+    # "spawn", because forking a process with threads (from the pool or FFmpeg) can deadlock the child.
     with ProcessPoolExecutor(num_workers, get_context("spawn"), start_worker) as pool:
         try:
             for clip, read in readers.items():
                 paths = [images_dir / name for name in picture_names(clip, num_frames)]
                 pending[pool.submit(convert_clip, read(), paths)] = clip
-                if len(pending) > 2 * num_workers:  # bounds the clips in memory
+                if len(pending) > 2 * num_workers:  # limits the number of clips in memory
                     yield from finished()
             while pending:
                 yield from finished()
@@ -338,7 +340,7 @@ def convert_clips(
 
 
 def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_frames: int) -> dict[str, list[dict]]:
-    """The JSONL rows of each split; ids number on from one split to the next."""
+    """Return the JSONL rows of each split; ids are numbered consecutively across the splits."""
     question = f"Classify the video into one of the following classes: {', '.join(classes)}."
     rows, number = {}, 0
     for split, clips in splits.items():
@@ -351,12 +353,12 @@ def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_fr
 
 
 def remove_strays(out_dir: Path, keep: set[Path]) -> None:
-    """Remove this script's own leftovers: half-written files, and pictures that are not in `keep`."""
+    """Remove partial files and images that this script wrote and that are not in `keep`."""
     for path in [*out_dir.glob(".*.part"), *out_dir.glob("images/*/*/*")]:
         half_written = re.fullmatch(r"\.\d+\.part", path.name)
         if half_written or (path not in keep and read_comment(path).startswith(COMMENT_START)):
             path.unlink()
-            with suppress(OSError):  # other files are in it
+            with suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
 
 
@@ -366,7 +368,7 @@ def convert(args: argparse.Namespace) -> None:
     Raises
     ------
     SourceError
-        The source can't be used, or has broken clips and `--skip_broken` is not given.
+        If the source is invalid, or has broken clips and `--skip_broken` is not set.
     """
     show_progress = not args.no_tqdm and sys.stderr.isatty()
     source = args.source or download(show_progress)
@@ -378,12 +380,14 @@ def convert(args: argparse.Namespace) -> None:
         sizes = ", ".join(f"{split} {len(found)}" for split, found in splits.items())
         print(f"{source}: {len(clips)} clips of {len(classes)} classes ({sizes})", flush=True)
 
-        # Pictures may change from here on, so what lists them goes until all of them are right.
+        # Images may change from here on, so the JSONL files are removed until all images are complete.
         images_dir.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             (args.out_dir / f"ucf101_{split}.jsonl").unlink(missing_ok=True)
 
-        readers = {path: read for path, read in files.items() if path in clips}  # in an archive's own order
+        readers = {
+            path: read for path, read in files.items() if path in clips
+        }  # in the order of the archive, to read it sequentially
         done, written, broken = 0, 0, set()
         with tqdm(desc="Converting", total=len(clips), unit="clip", disable=not show_progress) as bar:
             for clip, outcome in convert_clips(readers, images_dir, args.num_frames, args.num_workers):
@@ -399,8 +403,8 @@ def convert(args: argparse.Namespace) -> None:
 
     if broken and not args.skip_broken:
         raise SourceError(
-            f"--source {source}: {len(broken)} of {len(clips)} clips can't be decoded, named above; replace them, "
-            "or leave them out with --skip_broken"
+            f"--source {source}: {len(broken)} of {len(clips)} clips cannot be decoded (listed above); replace them, "
+            "or skip them with --skip_broken"
         )
     splits = {split: [clip for clip in found if clip not in broken] for split, found in splits.items()}
     classes = sorted({clip.parent.name for clip in clips - broken})
@@ -414,10 +418,10 @@ def convert(args: argparse.Namespace) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
         write_whole(args.out_dir / f"ucf101_{split}.jsonl", lines.encode("utf-8"))
     if broken:
-        print(f"Left out {len(broken)} broken clips, named above.")
+        print(f"Skipped {len(broken)} broken clips (listed above).")
     print(
-        f"{args.out_dir}: {len(pictures)} pictures of {done - len(broken)} clips ({written} converted now, "
-        f"{done - len(broken) - written} there before), ucf101_train.jsonl, ucf101_val.jsonl, ucf101_test.jsonl"
+        f"{args.out_dir}: {len(pictures)} images of {done - len(broken)} clips ({written} converted, "
+        f"{done - len(broken) - written} up to date), ucf101_train.jsonl, ucf101_val.jsonl, ucf101_test.jsonl"
     )
 
 
@@ -427,7 +431,7 @@ def main() -> None:
     except (SourceError, OSError) as error:
         sys.exit(f"convert_ucf101.py: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted; the same command goes on from here.")
+        sys.exit("Interrupted; run the same command again to resume.")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The embedded tiny Phi-3-V checkpoint, the script that pretrains it, and what draws its sample data."""
+"""The tiny Phi-3-V checkpoint, the script that pretrains it, and the generators of its sample data."""

@@ -1,8 +1,8 @@
-"""Draw sample data for a task, in the layout of the data set's official release.
+"""Generate sample data for a task, in the layout of the dataset's official release.
 
     python -m assets.draw_samples docvqa --out_dir output/sample-docvqa
 
-The task's script then reads the folder through its `--data_dir` (UCF-101 after `convert_ucf101.py --source DIR/UCF101_subset`).
+The script of the task reads the folder with `--data_dir` (UCF-101 after `convert_ucf101.py --source DIR/UCF101_subset`).
 """
 
 import argparse
@@ -12,28 +12,28 @@ import numpy as np
 
 from .samples import docvqa, memes, nlvr2, ucf101
 
-# How many of what --train and --val count, by default.
+# The units that --train and --val count, and their defaults.
 DEFAULT_COUNTS = {
-    "docvqa": ("documents with four questions each, as DocVQA's have on average", 260, 55),
+    "docvqa": ("documents with four questions each, the average of DocVQA", 260, 55),
     "hateful_memes": ("memes", 1200, 200),
-    "nlvr2": ("sentences with four pairs of pictures each", 200, 50),
-    "ucf101": ("clips a class", 16, 10),
+    "nlvr2": ("sentences with four image pairs each", 200, 50),
+    "ucf101": ("clips per class", 16, 10),
 }
 
 
 def draw_samples(task: str, out_dir: Path, train: int | None = None, val: int | None = None, seed: int = 0) -> None:
-    """Draw the training and the evaluation data of a task.
+    """Generate the training and evaluation data of a task.
 
     Parameters
     ----------
     task
         One of DEFAULT_COUNTS.
     out_dir
-        Where the release's files go; made if missing.
+        Output folder; created if missing.
     train, val
-        How many to draw, counted as DEFAULT_COUNTS says; by default as many as the demo uses.
+        Number of samples in the units of DEFAULT_COUNTS; by default as many as the demo uses.
     seed
-        The same seed draws the same data.
+        Random seed; the same seed gives the same data.
     """
     _, default_train, default_val = DEFAULT_COUNTS[task]
     train = default_train if train is None else train
@@ -57,14 +57,14 @@ def draw_samples(task: str, out_dir: Path, train: int | None = None, val: int | 
 def main() -> None:
     counts = "; ".join(f"{task}: {unit} ({train}, {val})" for task, (unit, train, val) in DEFAULT_COUNTS.items())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=DEFAULT_COUNTS)
-    parser.add_argument("--out_dir", type=Path, required=True, help="folder for the release's files")
-    parser.add_argument("--train", type=int, help=f"how many to draw for training (defaults: {counts})")
-    parser.add_argument("--val", type=int, help="how many to draw for evaluation")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed draws the same data")
+    parser.add_argument("task", choices=DEFAULT_COUNTS, help="task to generate data for")
+    parser.add_argument("--out_dir", type=Path, required=True, help="output folder")
+    parser.add_argument("--train", type=int, help=f"number of training samples (defaults of --train and --val: {counts})")
+    parser.add_argument("--val", type=int, help="number of evaluation samples")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     draw_samples(args.task, args.out_dir, args.train, args.val, args.seed)
-    print(f"Drew {args.task} to {args.out_dir}")
+    print(f"Wrote {args.task} sample data to {args.out_dir}")
 
 
 if __name__ == "__main__":

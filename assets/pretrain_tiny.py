@@ -1,21 +1,22 @@
-"""Pretrain the embedded tiny Phi-3-V from nothing and write it to `assets/tiny_phi3v/`.
+"""Pretrain the tiny Phi-3-V from scratch and write it to `assets/tiny_phi3v/`.
 
     python -m assets.pretrain_tiny [--output_dir DIR] [--seed N] [--bf16]
 
-Two processes of one thread each make one run, in six stages, each of which writes the checkpoint:
+A run uses two processes with one thread each and has six stages. The checkpoint is saved after each stage:
 
-1. tower: it learns which characters and shapes stand where; each image token is to become the sum of fixed codes, one a symbol.
-2. decoder: it learns to answer from pages that are given to it as these very codes, which needs no pictures: first reading,
-   which teaches it to copy, then small forms, then whole ones and shapes. Finding the right line is what takes the time.
-3. together: both are put together and trained on pictures.
-4. lookup: the decoder goes on with codes, mostly of documents.
-5. shapes: and with codes of shapes, in one picture, two, and several that show motion.
-6. last: the decoder goes on with what the tower sees in pictures.
+1. tower: the vision tower learns to recognize characters and shapes. The target of each image token is the sum of fixed
+   codes, one per symbol.
+2. decoder: the decoder learns to answer questions about pages that are given as these codes, without images: first reading
+   lines of text, which teaches copying, then small forms, then full forms and shapes. Finding the right line takes longest.
+3. together: tower and decoder are trained together on images.
+4. lookup: the decoder continues with codes, mostly of documents.
+5. shapes: the decoder continues with codes of shapes, in one image, in two, and in several that show motion.
+6. last: the decoder continues with images, with a frozen tower.
 
-The checkpoint in the repository was made by this script as it stands, with --bf16 and all else as by default: 119 minutes on
-two cores of an AMD EPYC (torch 2.13.0, transformers 5.23.0), some twenty of them beside other work. At its end the answers'
-first characters from the page were right for 100 % of the documents' plain questions, 99 % of verdicts on two pictures, and
-100 % of titles of a motion.
+The checkpoint in the repository was created by this version of the script with --bf16 and otherwise default options, in
+119 minutes on two cores of an AMD EPYC (torch 2.13.0, transformers 5.23.0), about twenty of them under other load. At the
+end of training, the first character of the answer was correct for 100 % of simple questions about documents, 99 % of
+verdicts on two images, and 100 % of titles of motions.
 """
 
 import argparse
@@ -39,7 +40,7 @@ PROCESSES = 2
 
 
 def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
-    """Run all stages as one of the two processes; the first one saves after each."""
+    """Run all stages in one of the two processes; rank 0 saves the checkpoint after each stage."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=PROCESSES)
     model, processor = build(args.seed)
@@ -47,7 +48,7 @@ def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
         "tower": lambda rng: train_tower(model, processor, rng, args.tower_steps),
         "decoder": lambda rng: train_decoder(model, processor, rng, args.decoder_steps, args.bf16),
         "together": lambda rng: train_together(model, processor, rng, args.together_steps, args.bf16),
-        # Finding the right line takes longest to learn; then come what stands where in two pictures, and what agrees.
+        # Finding the right line takes longest to learn, followed by locating and comparing shapes in two images.
         "lookup": lambda rng: train_on("lookup", LOOKUP_KINDS, 6, model, processor, rng, args.lookup_steps, args.bf16),
         "shapes": lambda rng: train_on("shapes", SHAPE_KINDS, 8, model, processor, rng, args.shapes_steps, args.bf16),
         "last": lambda rng: train_last(model, processor, rng, args.last_steps, args.bf16),
@@ -68,17 +69,24 @@ def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "tiny_phi3v")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: faster on processors with AMX")
-    parser.add_argument("--tower_steps", type=int, default=600, help="default: %(default)s")
-    parser.add_argument("--decoder_steps", type=int, default=2600, help="default: %(default)s")
-    parser.add_argument("--together_steps", type=int, default=120, help="default: %(default)s")
-    parser.add_argument("--lookup_steps", type=int, default=700, help="default: %(default)s")
-    parser.add_argument("--shapes_steps", type=int, default=1200, help="default: %(default)s")
-    parser.add_argument("--last_steps", type=int, default=400, help="default: %(default)s")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path(__file__).parent / "tiny_phi3v", help="default: assets/tiny_phi3v"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast, which is faster on CPUs with AMX")
+    parser.add_argument("--tower_steps", type=int, default=600, help="steps of this stage (default: %(default)s)")
+    parser.add_argument("--decoder_steps", type=int, default=2600, help="steps of this stage (default: %(default)s)")
+    parser.add_argument("--together_steps", type=int, default=120, help="steps of this stage (default: %(default)s)")
+    parser.add_argument("--lookup_steps", type=int, default=700, help="steps of this stage (default: %(default)s)")
+    parser.add_argument("--shapes_steps", type=int, default=1200, help="steps of this stage (default: %(default)s)")
+    parser.add_argument("--last_steps", type=int, default=400, help="steps of this stage (default: %(default)s)")
     stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
-    parser.add_argument("--begin_with", choices=stages, default="tower", help="go on with what --output_dir holds")
+    parser.add_argument(
+        "--begin_with",
+        choices=stages,
+        default="tower",
+        help="first stage; stages after tower start from the checkpoint in --output_dir",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(pretrain, (args, str(Path(folder) / "meeting_point")), nprocs=PROCESSES)

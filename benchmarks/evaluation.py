@@ -1,4 +1,4 @@
-"""Batched evaluation against one sample at a time, on DocVQA samples drawn for the embedded model.
+"""Batched evaluation compared with one sample at a time, on the DocVQA sample data for the tiny checkpoint.
 
 python -m benchmarks.evaluation
 """
@@ -20,7 +20,7 @@ from common.evaluation.generation import generate_answers
 from common.phi3v.processing import stop_token_ids
 from finetune_hf_trainer_docvqa import load_official, to_conversation
 
-from .measure import RESULTS, interleave, ratios, summarise, write_result
+from .measure import RESULTS, display_path, interleave, ratios, summarise, write_result
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
 NUM_CROPS = 1
@@ -28,7 +28,7 @@ NUM_CROPS = 1
 
 @torch.no_grad()
 def answer_one_by_one(model, processor, conversations, max_new_tokens):
-    """The plain way: each picture through the float pipeline, each prompt generated alone."""
+    """Baseline: preprocess images to floats, and generate the answers one prompt at a time."""
     answers = []
     for conversation in conversations:
         images = [Image.open(picture) for picture in conversation["conversations"][0]["images"]]
@@ -46,12 +46,19 @@ def answer_one_by_one(model, processor, conversations, max_new_tokens):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=55, help="documents of four questions (default: 55, the demo's)")
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts at once (default: 32)")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer (default: 64, as the scripts')")
-    parser.add_argument("--repetitions", type=int, default=3, help="counted repetitions (default: 3)")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / "evaluation.json", help="where the result goes (default: %(default)s)"
+        "--documents", type=int, default=55, help="documents with four questions each (default: 55, as in the demo)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts per batch (default: 32)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, help="maximum answer length in tokens (default: 64, as in the scripts)"
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="measured repetitions, after one for warmup (default: 3)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "evaluation.json",
+        help="result file (default: benchmarks/results/evaluation.json)",
     )
     args = parser.parse_args()
     processor = AutoProcessor.from_pretrained(MODEL, num_crops=NUM_CROPS)
@@ -84,8 +91,8 @@ def main() -> None:
     for name, values in seconds.items():
         print(f"{name}: {summarise(values)['median']:.2f} s for {len(rows)} questions")
     print(
-        f"batched is {faster['median']:.2f} times faster ({faster['lowest']:.2f} to {faster['highest']:.2f}); "
-        f"{same} of {len(rows)} answers are the same"
+        f"speedup of batched evaluation: {faster['median']:.2f}x ({faster['lowest']:.2f}x to {faster['highest']:.2f}x); "
+        f"{same} of {len(rows)} answers are identical"
     )
     content = {
         "benchmark": "evaluation",
@@ -97,7 +104,7 @@ def main() -> None:
         "times_faster": faster,
     }
     write_result(args.out, content)
-    print(f"written to {args.out}")
+    print(f"Wrote {display_path(args.out)}")
 
 
 if __name__ == "__main__":

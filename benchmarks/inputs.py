@@ -1,9 +1,9 @@
-"""The input path, picture file to collated batch, against the plain float pipeline, on one core.
+"""The input pipeline, from image file to collated batch, compared with the published float pipeline, on one core.
 
-    python -m benchmarks.inputs                          # on drawn pages
-    python -m benchmarks.inputs --image_dir documents    # on a folder of pictures
+    python -m benchmarks.inputs                          # with generated pages
+    python -m benchmarks.inputs --image_dir documents    # with a folder of images
 
-Measured is processor time, so that other work on the machine counts for neither.
+CPU time is measured, so that other load on the machine does not count.
 """
 
 import argparse
@@ -22,14 +22,23 @@ from common.data.conversations import encode_conversation
 from common.phi3v.image_processing import CROP_SIZE, IMAGE_MEAN, IMAGE_STD, crop_grid_size
 from common.phi3v.processing import pad_rows
 
-from .measure import RESULTS, interleave, ratios, summarise, write_result
+from .measure import RESULTS, display_path, interleave, ratios, summarise, write_result
 from .pages import draw_pages, find_pages
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
+TITLES = {"as they are": "in their own mode", "in colour": "in color"}  # of the results, by their name in the result file
 
 
 def plain_crops(picture, num_crops):
-    """The published pipeline: float32 (num_crops + 1, 3, 336, 336), global view, crops and blanks; and (height, width)."""
+    """Baseline: preprocess an image with the published pipeline.
+
+    Returns
+    -------
+    crops : torch.Tensor
+        float32 (num_crops + 1, 3, 336, 336): the global view, the crops, and blank crops.
+    size : (int, int)
+        Height and width of the crop grid in pixels.
+    """
     image = Image.open(io.BytesIO(picture["bytes"]) if isinstance(picture, dict) else picture).convert("RGB")
     height, width = crop_grid_size(*image.size, num_crops)
     transposed = image.width < image.height
@@ -54,7 +63,7 @@ def plain_crops(picture, num_crops):
 
 
 def plain_batch(samples, num_crops, pad_token_id):
-    """A padded batch with float pixels."""
+    """Baseline: collate a padded batch with float pixels."""
     pixels, sizes = zip(*(plain_crops(picture, num_crops) for sample in samples for picture in sample["images"]), strict=True)
     batch = pad_rows([sample["input_ids"] for sample in samples], pad_token_id, "right")
     batch["labels"] = pad_rows([sample["labels"] for sample in samples], -100, "right")["input_ids"]
@@ -62,27 +71,27 @@ def plain_batch(samples, num_crops, pad_token_id):
 
 
 def in_colour(path):
-    """A picture's file, encoded anew in colour."""
+    """Re-encode an image file in color."""
     buffer = io.BytesIO()
     Image.open(path).convert("RGB").save(buffer, "JPEG", quality=85)
     return {"bytes": buffer.getvalue(), "path": str(path)}
 
 
 def measure(pictures, processor, batch_size, repetitions):
-    """Milliseconds a picture of both ways, and how many times faster ours is."""
+    """Measure the time and size per image of both pipelines, and the speedup."""
     num_crops, pad_token_id = processor.image_processor.num_crops, processor.tokenizer.pad_token_id
     turns = [{"images": [picture], "user": "What is it?", "assistant": "A page."} for picture in pictures]
     samples = [encode_conversation({"conversations": [turn]}, processor) for turn in turns]
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     collator = Collator(processor, packing=True)
 
-    # The same pixels, bit for bit: the processor's output is checked against the published one by the tests.
+    # Both pipelines must give bit-identical pixels. The tests compare the processor with the published one.
     for batch in batches[:2]:
         images = [Image.open(io.BytesIO(s["bytes"]) if isinstance(s, dict) else s) for x in batch for s in x["images"]]
         expected = processor.image_processor(images)
         plain = plain_batch(batch, num_crops, pad_token_id)
         if not all(torch.equal(plain[name], expected[name]) for name in ("pixel_values", "image_sizes")):
-            raise SystemExit("error: the plain pipeline computes other pixels; its time would mean nothing")
+            raise SystemExit("error: the baseline computes different pixels, so the comparison is invalid")
 
     variants = {
         "plain": lambda: [plain_batch(batch, num_crops, pad_token_id) for batch in batches],
@@ -101,13 +110,13 @@ def measure(pictures, processor, batch_size, repetitions):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_dir", type=Path, help="folder of pictures (default: drawn pages)")
-    parser.add_argument("--num_crops", type=int, default=16, help="most crops of a picture (default: 16)")
-    parser.add_argument("--num_images", type=int, default=24, help="how many pictures, spread over the folder (default: 24)")
-    parser.add_argument("--batch_size", type=int, default=1, help="pictures a batch (default: 1, as published)")
-    parser.add_argument("--repetitions", type=int, default=5, help="counted repetitions (default: 5)")
+    parser.add_argument("--image_dir", type=Path, help="folder of images (default: generated pages)")
+    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per image (default: 16)")
+    parser.add_argument("--num_images", type=int, default=24, help="number of images, spread over the folder (default: 24)")
+    parser.add_argument("--batch_size", type=int, default=1, help="images per batch (default: 1, as published)")
+    parser.add_argument("--repetitions", type=int, default=5, help="measured repetitions, after one for warmup (default: 5)")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / "inputs.json", help="where the result goes (default: %(default)s)"
+        "--out", type=Path, default=RESULTS / "inputs.json", help="result file (default: benchmarks/results/inputs.json)"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -124,11 +133,11 @@ def main() -> None:
     for name, result in results.items():
         spread, times = result["times_faster"], result["milliseconds_a_picture"]
         print(
-            f"pages {name}: {times['ours']['median']:.1f} ms a picture, plain {times['plain']['median']:.1f} ms: "
-            f"{spread['median']:.2f} times faster ({spread['lowest']:.2f} to {spread['highest']:.2f})"
+            f"pages {TITLES[name]}: {times['ours']['median']:.1f} ms per image, baseline {times['plain']['median']:.1f} ms: "
+            f"speedup {spread['median']:.2f}x ({spread['lowest']:.2f}x to {spread['highest']:.2f}x)"
         )
     write_result(args.out, {"benchmark": "inputs", "pictures": {"count": len(files), "modes": modes}, "results": results})
-    print(f"written to {args.out}")
+    print(f"Wrote {display_path(args.out)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, ratios with their spread, results with what they were measured on."""
+"""Shared by the benchmarks: interleaved timing, ratios with their spread, and result files with hardware and versions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,22 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     uncounted: int = 1,
 ) -> dict[str, list[float]]:
-    """Time variants in turn, after ``uncounted`` rounds, so that a machine's moods meet all of them.
+    """Time variants alternately, so that other load on the machine affects all of them equally.
+
+    Parameters
+    ----------
+    variants : dict of str to callable
+    repetitions : int
+        Number of measured rounds.
+    clock : callable
+        Returns seconds.
+    uncounted : int
+        Number of warmup rounds.
 
     Returns
     -------
     dict of str to list of float
-        Seconds of each repetition; those at one index were measured right after each other.
+        Seconds of each repetition; values with the same index were measured directly after each other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     rounds = tqdm(range(uncounted + repetitions), desc="Measuring", leave=False, disable=None)
@@ -45,17 +55,17 @@ def interleave(
 
 
 def summarise(values: list[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Return the median, the lowest and the highest value."""
     return {"median": median(values), "lowest": min(values), "highest": max(values)}
 
 
 def ratios(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """How many times faster the second is, repetition by repetition."""
+    """Summarize the speedup of the second variant over the first, computed per repetition."""
     return summarise([a / b for a, b in zip(slow, fast, strict=True)])
 
 
 def describe_hardware() -> dict[str, Any]:
-    """Processor, its cores that this process may use, memory in GiB, and the GPU."""
+    """Return the CPU, the number of cores available to this process, the memory in GiB, and the GPU."""
     found: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -69,7 +79,7 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
-    """Write what was measured with hardware, versions, command and date; whole or not at all."""
+    """Write a result with command, date, hardware and versions, atomically."""
     result = {
         "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -78,3 +88,9 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
         **content,
     }
     write_file(path, result)
+
+
+def display_path(path: Path) -> Path:
+    """Return a path relative to the current directory where possible, for messages."""
+    absolute = path.resolve()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path

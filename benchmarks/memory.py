@@ -1,9 +1,9 @@
-"""Peak memory of head and loss, forward and backward: at supervised positions only, against logits at every position.
+"""Peak memory of head and loss, forward and backward: supervised positions only, compared with logits at every position.
 
-    python -m benchmarks.memory                       # 8 samples of 2,443 tokens, 16 of each supervised
+    python -m benchmarks.memory                       # 8 samples of 2,443 tokens, 16 supervised tokens each
 
-Each way runs in a process of its own. On a CPU the figure is what the process's resident memory grew by at its peak, read
-from the kernel (Linux); on a GPU it is the allocator's peak.
+Each variant runs in its own process. On a CPU, the result is the peak increase of the process's resident memory, as
+reported by the Linux kernel; on a GPU, it is the peak of PyTorch's allocator.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from common.phi3v import Phi3VConfig
 
-from .measure import RESULTS, write_result
+from .measure import RESULTS, display_path, write_result
 
 
 def build_head(hidden_size, device):
-    """A model without layers: what is left is the head with its loss, of the published vocabulary."""
+    """Build a model without layers, only with the head and its loss, for the published vocabulary."""
     config = Phi3VConfig(
         hidden_size=hidden_size,
         num_attention_heads=hidden_size // 64,
@@ -35,24 +35,24 @@ def build_head(hidden_size, device):
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device).train()
     model.model.norm = nn.Identity()
-    model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)  # there in either way
+    model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)  # allocated before measuring, in both variants
     return model
 
 
 def full_loss(model, hidden, labels):
-    """Logits at every position, then the loss, as transformers' models do it."""
+    """Baseline: compute logits at every position, then the loss, as models in transformers do."""
     logits = model(inputs_embeds=hidden, use_cache=False).logits.float()
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def answer_loss(model, hidden, labels):
-    """The head at supervised positions only."""
+    """Compute logits and loss at supervised positions only."""
     return model(inputs_embeds=hidden, labels=labels, use_cache=False).loss
 
 
 def peak_bytes(way, args):
-    """Memory that one forward and backward pass adds at its peak, and the loss."""
+    """Measure the peak memory of a forward and backward pass; return it with the loss."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = build_head(args.hidden_size, device)
@@ -60,14 +60,14 @@ def peak_bytes(way, args):
     labels = torch.full((args.samples, args.tokens), -100, device=device)
     labels[:, -args.supervised :] = torch.randint(model.vocab_size, (args.samples, args.supervised), device=device)
     loss_of = {"full": full_loss, "answer": answer_loss}[way]
-    # Libraries' own buffers come with the first call.
+    # Warmup, because libraries allocate their buffers on the first call.
     loss_of(model, hidden[:1, -args.supervised - 1 :], labels[:1, -args.supervised - 1 :]).backward()
     hidden.grad = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _resident("VmRSS")
     loss = loss_of(model, hidden, labels)
     loss.backward()
@@ -81,13 +81,13 @@ def _resident(field):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=8, help="samples (default: 8)")
-    parser.add_argument("--tokens", type=int, default=2443, help="tokens of a sample (default: 2443)")
-    parser.add_argument("--supervised", type=int, default=16, help="supervised tokens of a sample (default: 16)")
-    parser.add_argument("--hidden_size", type=int, default=512, help="width of the decoder (default: 512)")
-    parser.add_argument("--way", choices=("full", "answer"), help="measure one way here, and print it")
+    parser.add_argument("--samples", type=int, default=8, help="number of samples (default: 8)")
+    parser.add_argument("--tokens", type=int, default=2443, help="tokens per sample (default: 2443)")
+    parser.add_argument("--supervised", type=int, default=16, help="supervised tokens per sample (default: 16)")
+    parser.add_argument("--hidden_size", type=int, default=512, help="hidden size of the decoder (default: 512)")
+    parser.add_argument("--way", choices=("full", "answer"), help="measure one variant in this process and print it")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS / "memory.json", help="where the result goes (default: %(default)s)"
+        "--out", type=Path, default=RESULTS / "memory.json", help="result file (default: benchmarks/results/memory.json)"
     )
     args = parser.parse_args()
     if args.way:
@@ -98,14 +98,16 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:], "--way", way]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if run.returncode:
-            raise SystemExit(f"error: measuring {way!r} ended with {run.returncode}; full logits need about 10 GB of memory")
+            raise SystemExit(
+                f"error: measuring {way!r} failed with exit code {run.returncode}; full logits require about 10 GB of memory"
+            )
         found[way] = json.loads(run.stdout.splitlines()[-1])
     if abs(found["full"]["loss"] - found["answer"]["loss"]) > 1e-4 * found["full"]["loss"]:
-        raise SystemExit(f"error: the two ways compute different losses: {found}")
+        raise SystemExit(f"error: the two variants compute different losses: {found}")
     mib = {way: round(result["bytes"] / 2**20, 1) for way, result in found.items()}
     logits = args.samples * args.tokens * Phi3VConfig().vocab_size * 4 / 2**20
     times = found["full"]["bytes"] / found["answer"]["bytes"]
-    print(f"peak of head and loss: {mib['answer']} MiB against {mib['full']} MiB with full logits: {times:.0f} times less")
+    print(f"peak memory of head and loss: {mib['answer']} MiB vs. {mib['full']} MiB with full logits (1/{times:.0f})")
     content = {
         "benchmark": "memory",
         "batch": {"samples": args.samples, "tokens": args.tokens, "supervised": args.supervised},
@@ -115,7 +117,7 @@ def main() -> None:
         "times_less": times,
     }
     write_result(args.out, content)
-    print(f"written to {args.out}")
+    print(f"Wrote {display_path(args.out)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Drawn pages in the shapes of scanned documents, where no folder of real ones is given."""
+"""Generate pages with the dimensions of scanned documents, for benchmarks without a folder of real ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from PIL import Image
 
 from assets.samples.docvqa import draw_form
 
-# Width and height in pixels. At 16 crops 4 × 4 crops, 2,509 tokens, and 4 × 3 crops, 1,933 tokens; so mixed that a page
-# has about 2,413 tokens, and with a question and answer of about 30 tokens 2,443, the published mean.
+# Width and height in pixels. With --num_crops 16 they give 4 × 4 crops (2,509 tokens) and 4 × 3 crops (1,933 tokens). This
+# mix averages about 2,413 tokens per page, or 2,443 with a question and answer of about 30 tokens, the published mean.
 SHAPES = ((1700, 2200),) * 5 + ((1500, 2250),)
 
 
 def find_pages(directory: Path) -> list[Path]:
-    """Paths of a folder's pictures; ends the program if there are none."""
+    """Return the paths of the images in a folder; exit with an error if there are none."""
     paths = sorted(path for path in directory.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not paths:
-        raise SystemExit(f"error: --image_dir {directory} holds no .jpg or .png files")
+        raise SystemExit(f"error: --image_dir {directory} contains no .jpg or .png files")
     return paths
 
 
 def draw_pages(directory: Path, count: int, seed: int = 0) -> list[Path]:
-    """Draw grey JPEG files, pages of many small forms, and return their paths."""
+    """Draw pages with many small forms as grayscale JPEG files, and return their paths."""
     rng = np.random.default_rng(seed)
     directory.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,17 +1,18 @@
-"""A training step of a small configuration, packed, against the plain way: padded or one by one.
+"""A training step of a small model with packing, compared with the baseline: padded, or one sample at a time.
 
     python -m benchmarks.step
     python -m benchmarks.step --bf16
     python -m benchmarks.step --config tiny --repetitions 1
 
-The plain way has float pixels with blank crops, runs the whole tower on them, pads, and runs the head at every position.
-One by one with eager attention it is the published way, which also recomputes all layers in its backward pass. All ways share
-one model's weights, and their losses and gradients are checked to be the same, in fp32, before anything is measured.
+The baseline uses float pixels with blank crops, runs all layers of the vision tower on them, pads, and computes logits at
+every position. One sample at a time with eager attention and recomputation of all layers is the published configuration.
+All variants share the weights of one model. Before the measurement, their losses and gradients are checked to be equal in
+fp32.
 
-Samples are packed into bins of --max_tokens_per_batch tokens, by default as many as the longest sample may have: what one
-core works on should stay in its caches. A GPU takes larger ones.
+Samples are packed into micro-batches of --max_tokens_per_batch tokens. By default this is the maximum length of a sample,
+so that the activations fit into the caches of one core; on a GPU, larger micro-batches are faster.
 
-Measured is processor time on one core, so that other work on the machine counts for none of them.
+CPU time on one core is measured, so that other load on the machine does not count.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from common.phi3v.image_processing import (
 from common.phi3v.last_layer import answer_spans
 from common.phi3v.processing import pad_rows
 
-from .measure import RESULTS, interleave, ratios, summarise, write_result
+from .measure import RESULTS, display_path, interleave, ratios, summarise, write_result
 
 NUM_CROPS = 4
 CONFIGS = {
@@ -59,12 +60,12 @@ CONFIGS = {
         "tokens": (300, 1200),
     },
 }
-# Height and width of pictures, from square to a strip.
+# Height and width of the images, from square to elongated.
 SHAPES = ((300, 300), (300, 640), (620, 330), (700, 700), (330, 1000), (900, 300))
 
 
 def build_model(config):
-    """The configuration with random weights, float32; head size 64 as in the tower."""
+    """Build a model with random float32 weights; the head dimension is 64, as in the vision tower."""
     decoder, tower = config["decoder"], config["tower"]
     heads = decoder["hidden_size"] // 64
     factors = [1.0] * 32
@@ -89,7 +90,7 @@ def build_model(config):
 
 
 def draw_samples(config, rng):
-    """Samples of 20 to 400 tokens of text, some of them the answer, behind one to three pictures of mixed shape."""
+    """Draw samples of one to three images of mixed shapes and 20 to 400 text tokens, the last of which are the answer."""
     samples = []
     while len(samples) < config["samples"]:
         shapes = [SHAPES[index] for index in rng.integers(len(SHAPES), size=rng.integers(1, 4))]
@@ -106,7 +107,7 @@ def draw_samples(config, rng):
 
 
 def packed_batch(samples):
-    """As the collator lays samples end to end, with uint8 crops."""
+    """Build a packed batch with uint8 crops, as the collator does."""
     ids, labels, ends, pictures = [], [], [0], 0
     for sample in samples:
         ids += [token - pictures * (token < 0) for token in sample["input_ids"]]
@@ -125,12 +126,12 @@ def packed_batch(samples):
 
 
 def packed_loss(model, batch, num_items):
-    """The loss as training computes it."""
+    """Compute the loss as in training."""
     return model(**batch, num_items_in_batch=num_items).loss
 
 
 def plain_batch(samples):
-    """As the published processor and collator give it: padded, float pixels, blank crops."""
+    """Baseline: build a padded batch with float pixels and blank crops, as the published processor and collator do."""
     batch = pad_rows([sample["input_ids"] for sample in samples], 0, "right")
     batch["labels"] = pad_rows([sample["labels"] for sample in samples], -100, "right")["input_ids"]
     batch["sizes"] = [sample["sizes"] for sample in samples]
@@ -145,7 +146,7 @@ def plain_batch(samples):
 
 
 def plain_image_tokens(vision, pixel_values, sizes):
-    """Tokens of each picture, the whole tower run on all crops, blank ones too."""
+    """Baseline: yield the tokens of each image, with all layers of the tower applied to all crops, including blank ones."""
     tower, side = vision.tower, vision.side
     hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.flatten(0, 1).to(vision.glb_GN.dtype)))
     states = [hidden]
@@ -166,7 +167,7 @@ def plain_image_tokens(vision, pixel_values, sizes):
 
 
 def plain_loss(model, batch, num_items):
-    """The loss, with logits at every position."""
+    """Baseline: compute the loss with logits at every position."""
     sizes = [size for row in batch["sizes"] for size in row]
     tokens = plain_image_tokens(model.model.vision_embed_tokens, batch["pixel_values"], sizes)
     embeddings = model.model.embed_tokens(batch["input_ids"].clamp(min=0))
@@ -181,7 +182,7 @@ def plain_loss(model, batch, num_items):
 
 
 def step(model, optimizer, losses, attention, recompute=False):
-    """One optimizer step over the losses of its micro-batches, each a callable; returns their sum."""
+    """Run one optimizer step over micro-batches, given as callables that compute the loss; return the sum of the losses."""
     set_up(model, attention, recompute)
     optimizer.zero_grad()
     total = 0.0
@@ -194,43 +195,41 @@ def step(model, optimizer, losses, attention, recompute=False):
 
 
 def set_up(model, attention, recompute):
-    """Choose the attention of decoder and tower, and whether their layers are computed again in the backward pass."""
+    """Set the attention implementation of decoder and tower, and whether their activations are recomputed."""
     model.config._attn_implementation = model.config.vision_config._attn_implementation = attention
     set_gradient_checkpointing(model, "full" if recompute else "none")
 
 
-def check_equal(model, ways):
-    """Check that all ways give the loss and gradients of the first one, and return the largest relative difference."""
+def check_equal(model, variants):
+    """Check that all variants agree in loss and gradients; return the largest relative difference from the first."""
     idle = torch.optim.SGD(model.parameters(), lr=0.0)
     reference, worst = None, 0.0
-    for name, way in ways.items():
-        loss = way(model, idle)
+    for name, variant in variants.items():
+        loss = variant(model, idle)
         gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
-        # A bias of keys moves no softmax: its gradient is rounding.
+        # The softmax is invariant to a bias of the keys, so its gradient is only rounding error.
         gradients = {key: value for key, value in gradients.items() if not key.endswith("k_proj.bias")}
         reference = reference or (loss, gradients)
         norms = {key: value.norm().clamp(min=1e-6) for key, value in reference[1].items()}
         differences = [abs(loss - reference[0]) / abs(reference[0])]
         differences += [float((gradients[key] - reference[1][key]).norm() / norms[key]) for key in norms]
         if gradients.keys() != norms.keys() or max(differences) > 1e-3:
-            raise SystemExit(f"error: {name} computes another loss or other gradients; its time would mean nothing")
+            raise SystemExit(f"error: {name} computes a different loss or gradients, so the comparison is invalid")
         worst = max(worst, *differences)
     return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=CONFIGS, default="small", help="size of model and batch (default: small)")
-    parser.add_argument("--repetitions", type=int, default=3, help="repetitions (default: 3)")
-    parser.add_argument("--max_tokens_per_batch", type=int, default=2400, help="of a packed micro-batch (default: 2400)")
+    parser.add_argument("--config", choices=CONFIGS, default="small", help="size of the model and the batch (default: small)")
+    parser.add_argument("--repetitions", type=int, default=3, help="measured repetitions (default: 3)")
+    parser.add_argument("--max_tokens_per_batch", type=int, default=2400, help="tokens per packed micro-batch (default: 2400)")
     parser.add_argument(
-        "--padded_samples", type=int, default=4, help="samples of a padded micro-batch (default: 4; all 8 at once take 21 GB)"
+        "--padded_samples", type=int, default=4, help="samples per padded micro-batch (default: 4; all 8 require 21 GB)"
     )
-    parser.add_argument("--bf16", action="store_true", help="weights and computation in bf16 instead of fp32")
-    parser.add_argument("--seed", type=int, default=0, help="draws weights and samples")
-    parser.add_argument(
-        "--out", type=Path, help="where the result goes (default: benchmarks/results/step.json or step_bf16.json)"
-    )
+    parser.add_argument("--bf16", action="store_true", help="use bf16 instead of fp32 for weights and computation")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights and samples (default: 0)")
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/step.json or step_bf16.json)")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
@@ -249,19 +248,19 @@ def main() -> None:
     packed_losses = [partial(packed_loss, model, batch, num_items) for batch in packed]
     padded_losses = [partial(plain_loss, model, batch, num_items) for batch in padded]
     alone_losses = [partial(plain_loss, model, batch, num_items) for batch in alone]
-    ways = {
+    variants = {
         "packed": partial(step, losses=packed_losses, attention="varlen"),
         "padded, SDPA": partial(step, losses=padded_losses, attention="sdpa"),
         "one by one, SDPA": partial(step, losses=alone_losses, attention="sdpa"),
         "one by one, eager": partial(step, losses=alone_losses, attention="eager"),
         "one by one, eager, recomputing": partial(step, losses=alone_losses, attention="eager", recompute=True),
     }
-    difference = check_equal(model, ways)
+    difference = check_equal(model, variants)
     if args.bf16:
         model.to(torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    timed = {name: partial(way, model, optimizer) for name, way in ways.items()}
-    # The check was the round to warm up with.
+    timed = {name: partial(variant, model, optimizer) for name, variant in variants.items()}
+    # The check above was the warmup.
     seconds = interleave(timed, args.repetitions, clock=time.process_time, uncounted=0)
 
     sizes = [size for sample in samples for size in sample["sizes"]]
@@ -273,7 +272,7 @@ def main() -> None:
         behind = ""
         if name in faster:
             ratio = faster[name]
-            behind = f"; packed is {ratio['median']:.2f} times faster ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+            behind = f"; speedup of packing: {ratio['median']:.2f}x ({ratio['lowest']:.2f}x to {ratio['highest']:.2f}x)"
         print(f"{name}: {times['median']:.2f} s, {flops / times['median'] / 1e9:.0f} model GFLOP/s{behind}")
     batch = {
         "tokens": lengths.tolist(),
@@ -295,7 +294,7 @@ def main() -> None:
     }
     out = args.out or RESULTS / ("step_bf16.json" if args.bf16 else "step.json")
     write_result(out, content)
-    print(f"written to {out}")
+    print(f"Wrote {display_path(out)}")
 
 
 if __name__ == "__main__":

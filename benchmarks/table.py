@@ -1,4 +1,4 @@
-"""Render what was measured, beside what was published, into docs/performance.md: `make bench-table`."""
+"""Render the measured and the published results into docs/performance.md: `make bench-table`."""
 
 import json
 import sys
@@ -21,18 +21,18 @@ ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- make bench-table: begin -->", "<!-- make bench-table: end -->"
 PEAK = {"8×A100-80GB": 312e12, "8×V100-32GB": 125e12}
-# Mean of the published run: 2,443 tokens, 30 of them text; the others are those of 15.33 crops and a global view.
+# Mean sample of the published run: 2,443 tokens, of which 30 are text and the rest from 15.33 crops and the global view.
 PUBLISHED_BATCH = BatchSizes(
     **{"tokens": 2443, "pairs": 2443 * 2444 // 2, "views": 16.33, "image_tokens": 2413, "supervised": 8},
     **{"answer_tokens": 2443, "answer_pairs": 2443 * 2444 // 2},
 )
-MODES = {"L": "grayscale", "RGB": "color", "1": "black and white"}  # Pillow's names
-# The memory targets are for full recomputation, one sample at once.
+MODES = {"L": "grayscale", "RGB": "color", "1": "black and white"}  # by mode of Pillow
+# MFU and peak GB. The memory targets are for full recomputation and one sample per micro-batch.
 GPU_TARGETS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}
 
 
 def sample_flops() -> dict[str, float]:
-    """Model FLOPs of a sample of the published mean, by method, at LoRA rank 32."""
+    """Return the model FLOPs of the mean published sample by method, for LoRA rank 32."""
     found = {}
     for method in METHOD_TITLES:
         with torch.device("meta"):
@@ -49,7 +49,7 @@ def sample_flops() -> dict[str, float]:
 
 
 def read_results() -> dict[str, list[dict]]:
-    """Results by benchmark."""
+    """Read all result files, grouped by benchmark."""
     found: dict[str, list[dict]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
@@ -58,19 +58,19 @@ def read_results() -> dict[str, list[dict]]:
 
 
 def spread(ratio: dict[str, float]) -> str:
-    """A ratio with its spread."""
+    """Format a ratio with its spread."""
     return f"**{ratio['median']:.2f}×** ({ratio['lowest']:.2f} to {ratio['highest']:.2f})"
 
 
 def where(result: dict) -> str:
-    """What a result was measured on, and the file that says more."""
+    """Format the hardware and the date of a result, with a link to its file."""
     machine = result["hardware"]
     name = machine.get("gpu") or f"{machine['threads']} core(s) of {machine['cpu']}"
     return f"{name}, {result['date'][:10]} ([{result['file']}](../benchmarks/results/{result['file']}))"
 
 
 def any_machine(results: dict[str, list[dict]]) -> str:
-    """Measures that need no GPU, against their targets."""
+    """Render the benchmarks that require no GPU, with their targets."""
     rows = []
     for result in results.get("inputs", []):
         for name, target in (("as they are", "≥ 3×"), ("in colour", "–")):
@@ -111,13 +111,13 @@ def any_machine(results: dict[str, list[dict]]) -> str:
 
 
 def gpu_rows(results: dict[str, list[dict]], method: str) -> list[tuple[dict, dict]]:
-    """What was measured of a method on a GPU with the real configuration, each row with the result that it is of."""
+    """Return the GPU measurements of a method with the real configuration, as pairs of result and row."""
     found = [result for result in results.get("train", []) if "gpu" in result["hardware"] and result["config"] != "tiny"]
     return [(result, row) for result in found for row in result["rows"] if row["method"] == method]
 
 
 def gpu_table(results: dict[str, list[dict]]) -> str:
-    """Training on one GPU, against the targets for an H100; cells that nobody measured say so."""
+    """Render training on one GPU with the targets for an H100; missing measurements are marked."""
     rows = []
     for method, (mfu_target, memory_target) in GPU_TARGETS.items():
         measured = gpu_rows(results, method)
@@ -143,7 +143,7 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
 
 
 def published_table(published: dict, results: dict[str, list[dict]]) -> str:
-    """The published table with the model FLOPs utilization that follows from it, and in its columns what was measured here."""
+    """Render the published table with the MFU computed from it, followed by the values measured here."""
     flops = sample_flops()
     rows = []
     for row in published["rows"]:
@@ -166,7 +166,7 @@ def published_table(published: dict, results: dict[str, list[dict]]) -> str:
 
 
 def render() -> str:
-    """All tables."""
+    """Render all tables."""
     results = read_results()
     published = load_published()["speed"]
     return "\n\n".join(
@@ -187,17 +187,17 @@ def render() -> str:
 
 
 def fill(document: str, tables: str) -> str:
-    """Put tables between a document's markers.
+    """Insert the tables between the markers of a document.
 
     Raises
     ------
     ValueError
-        If it has no such markers.
+        If the markers are missing.
     """
     head, begin, rest = document.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{DOCUMENT.name} lacks the markers {BEGIN} and {END}: restore them")
+        raise ValueError(f"{DOCUMENT.name}: missing markers {BEGIN} and {END}; restore them")
     return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     write_file(DOCUMENT, content)
-    print(f"written to {DOCUMENT.relative_to(ROOT)}")
+    print(f"Wrote {DOCUMENT.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

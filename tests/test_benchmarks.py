@@ -76,7 +76,7 @@ def test_only_pictures_of_a_folder_are_pages(tmp_path):
         (tmp_path / name).touch()
     assert [path.name for path in find_pages(tmp_path)] == ["a.jpg", "b.PNG", "c.jpeg"]
     (tmp_path / "none").mkdir()
-    with pytest.raises(SystemExit, match=r"none holds no \.jpg or \.png files"):
+    with pytest.raises(SystemExit, match=r"none contains no \.jpg or \.png files"):
         find_pages(tmp_path / "none")
 
 

@@ -32,7 +32,7 @@ def check(*flags):
 
 def problems(output):
     """The problems of a report, as (kind, message)."""
-    kinds = "invalid row|unusable picture|row too long|repeated row|row in two files|empty file"
+    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|empty file"
     return re.findall(rf"^  ({kinds}): (.+)$", output, re.MULTILINE)
 
 
@@ -72,7 +72,7 @@ def test_counts_the_tokens_of_training(folder):
     data = write(folder / "data.jsonl", [*rows, "\n"])
     code, output = check("--data_file", data, "--num_crops", 9)
     assert code == 0, output
-    assert f"{data}: 100 rows\n3 pictures\n" in output
+    assert f"{data}: 100 rows\n3 images\n" in output
     assert "No problems." in output
     assert "Checking data: 100%, " in output  # no terminal: plain lines
 
@@ -120,22 +120,22 @@ def test_all_problems_in_one_report(folder):
         ("invalid row", 'line 4, turn 1: "user" must be'),
         ("invalid row", "line 5: the text's image tags"),
         ("invalid row", 'line 6, turn 1: "images" must be a list of file names'),
-        ("unusable picture", f"line 7: image {folder}/gone.jpg is missing"),
-        ("unusable picture", f"line 7: image {folder}/text.jpg cannot be read"),
-        ("unusable picture", "line 8: image"),
+        ("unusable image", f"line 7: image {folder}/gone.jpg is missing"),
+        ("unusable image", f"line 7: image {folder}/text.jpg cannot be read"),
+        ("unusable image", "line 8: image"),
         ("row too long", "line 9: 15,0"),
-        ("repeated row", f"line 10: the same pictures and texts as {data}, line 1"),
+        ("duplicate row", f"line 10: same images and texts as {data}, line 1"),
         ("invalid row", "line 11: invalid JSON"),
         ("invalid row", 'line 12: "id" must be a string: put it in quotes'),
         ("invalid row", 'line 13, turn 1: "user" must be'),
         ("invalid row", 'line 13, turn 2: "assistant" must be'),
         ("invalid row", 'line 13: "id" must be a string'),
-        ("unusable picture", f"line 13: image {folder}/gone.jpg is missing"),
+        ("unusable image", f"line 13: image {folder}/gone.jpg is missing"),
     ]
     assert [kind for kind, _ in found] == [kind for kind, _ in expected]
     for (_, message), (_, start) in zip(found, expected, strict=True):
         assert message.startswith(f"{data}, {start}")
-    assert "16 problems: invalid row 10, unusable picture 4, row too long 1, repeated row 1" in output
+    assert "16 problems: invalid row 10, unusable image 4, row too long 1, duplicate row 1" in output
 
 
 def test_quick_sees_missing_pictures_but_decodes_none(folder):
@@ -144,7 +144,7 @@ def test_quick_sees_missing_pictures_but_decodes_none(folder):
     )
     code, output = check("--data_file", data, "--quick")
     assert code == 1
-    assert [kind for kind, _ in problems(output)] == ["unusable picture"] * 2
+    assert [kind for kind, _ in problems(output)] == ["unusable image"] * 2
     assert "cut.jpg" not in output
 
 
@@ -156,8 +156,8 @@ def test_rows_that_occur_in_two_files_and_an_empty_one(folder):
     code, output = check("--data_file", train, val, empty, "--image_dir", folder)
     assert code == 1
     assert problems(output) == [
-        ("repeated row", f"{train}, line 5: the same pictures and texts as {train}, line 3"),
-        ("row in two files", f"{val}, line 2: the same pictures and texts as {train}, line 2"),
+        ("duplicate row", f"{train}, line 5: same images and texts as {train}, line 3"),
+        ("row in two files", f"{val}, line 2: same images and texts as {train}, line 2"),
         ("empty file", f"{empty}: no rows"),
     ]
     assert f"{train}: 5 rows" in output
@@ -173,7 +173,7 @@ def test_a_picture_is_the_same_however_it_is_named(folder):
     code, output = check("--data_file", folder / "a/data.jsonl", folder / "b/data.jsonl")
     assert code == 1
     assert problems(output) == [
-        ("row in two files", f"{folder}/b/data.jsonl, line 1: the same pictures and texts as {folder}/a/data.jsonl, line 1")
+        ("row in two files", f"{folder}/b/data.jsonl, line 1: same images and texts as {folder}/a/data.jsonl, line 1")
     ]
 
 
@@ -186,7 +186,7 @@ def test_many_rows_keep_their_order(folder):
     code, output = check("--data_file", data)
     assert code == 1
     assert problems(output) == [
-        ("repeated row", f"{data}, line 1501: the same pictures and texts as {data}, line 8"),
+        ("duplicate row", f"{data}, line 1501: same images and texts as {data}, line 8"),
         ("invalid row", f'{data}, line 3000: "conversations" must be a list of at least one turn'),
     ]
 
@@ -210,7 +210,7 @@ def test_unusable_flags(folder, monkeypatch, capsys):
     assert refused("--data_file", data, "--num_crops", 17) == 2
     assert "argument --num_crops" in capsys.readouterr().err
     assert refused("--data_file", data, folder / "." / data.name) == 2
-    assert "names a file twice" in capsys.readouterr().err
+    assert "same file twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, bar", [((), True), (("--no-tqdm",), False)])

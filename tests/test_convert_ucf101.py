@@ -194,7 +194,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
 
     result = convert(out, "--source", source)
     assert contents(out) == contents(tmp_path / "whole")
-    there_before = int(result.stdout.split(" there before")[0].split()[-1])
+    there_before = int(result.stdout.split(" up to date")[0].split()[-1])
     assert 30 <= there_before < 60
 
     # ... and while the lines are being written
@@ -211,7 +211,7 @@ def test_finished_run_is_not_done_again(source, tmp_path):
     out = tmp_path / "out"
     convert(out, "--source", source)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
-    assert "(0 converted now, 4 there before)" in convert(out, "--source", source).stdout
+    assert "(0 converted, 4 up to date)" in convert(out, "--source", source).stdout
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")} == times
 
 
@@ -223,7 +223,7 @@ def test_lost_and_damaged_pictures_are_made_again(source, tmp_path):
     (out / "images/train/Run/b.0.jpg").write_bytes(b"")
     cut = out / "images/val/Jump/c.7.jpg"
     cut.write_bytes(cut.read_bytes()[:-20])
-    assert "(3 converted now, 1 there before)" in convert(out, "--source", source).stdout
+    assert "(3 converted, 1 up to date)" in convert(out, "--source", source).stdout
     assert contents(out) == before
 
 

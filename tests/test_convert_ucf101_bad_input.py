@@ -22,7 +22,7 @@ def test_broken_clips_are_all_named(source, tmp_path):
     message = refuse(tmp_path / "out", "--source", source)
     assert "Broken clip: train/Run/a.avi" in message
     assert "Broken clip: test/Run/d.avi" in message
-    assert "2 of 4 clips can't be decoded" in message
+    assert "2 of 4 clips cannot be decoded" in message
     assert "--skip_broken" in message
 
 
@@ -34,7 +34,7 @@ def test_skip_broken_leaves_out_and_counts(source, tmp_path):
     (source / "train/Run/a.avi").write_bytes(b"")
     result = convert(out, "--source", source, "--skip_broken")
     assert "Broken clip: train/Run/a.avi" in result.stderr
-    assert "Left out 2 broken clips" in result.stdout
+    assert "Skipped 2 broken clips" in result.stdout
     assert [row["id"] for split in ("train", "val", "test") for row in rows(out, split)] == [
         "train-0000000000",
         "val-0000000001",
@@ -73,7 +73,7 @@ def test_archive_member_outside_the_target_is_refused(source, tmp_path, name, me
     before = set(contents(tmp_path))
     archive = make_tar(tmp_path / "bad.tar.gz", {**clips, name: member})
     message = refuse(tmp_path / "out", "--source", archive)
-    assert f"its member {name!r} would land outside" in message
+    assert f"member {name!r} would be extracted outside" in message
     assert set(contents(tmp_path)) == before | {"bad.tar.gz"}
 
 
@@ -87,7 +87,7 @@ def test_damaged_archives(source, tmp_path):
     text.write_text("hello")
     for archive in (half, garbled, text):
         message = refuse(tmp_path / "out", "--source", archive)
-        assert f"--source {archive}: no tar archive, or a damaged one" in message
+        assert f"--source {archive}: not a tar archive, or damaged" in message
 
 
 def test_unusable_sources(source, tmp_path):
@@ -99,18 +99,18 @@ def test_unusable_sources(source, tmp_path):
     assert "no clips" in refuse(out, "--source", source / "train")
     write_clip(tmp_path / "parent/one/train/Run/a.avi", 5)
     write_clip(tmp_path / "parent/two/train/Run/a.avi", 5)
-    assert "more than one data set (one and two)" in refuse(out, "--source", tmp_path / "parent")
+    assert "more than one dataset (one and two)" in refuse(out, "--source", tmp_path / "parent")
     (source / "val/Jump/c.avi").rename(source / "val/c.avi")
     assert "split 'val' is missing" in refuse(out, "--source", source)
     (source / "val/c.avi").rename(source / "val/Jump/c.avi")
     write_clip(source / "test/Run/d.AVI", 5)
-    assert "test/Run/d.AVI and test/Run/d.avi would share their pictures" in refuse(out, "--source", source)
+    assert "test/Run/d.AVI and test/Run/d.avi would have the same image names" in refuse(out, "--source", source)
     assert not out.exists()
 
 
 def test_hub_out_of_reach(tmp_path):
     message = refuse(tmp_path / "out", env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")})
-    assert "UCF101_subset.tar.gz of sayakpaul/ucf101-subset can't be fetched from the hub" in message
+    assert "UCF101_subset.tar.gz of sayakpaul/ucf101-subset cannot be downloaded from the Hub" in message
     assert "--source" in message
 
 
@@ -134,5 +134,5 @@ def test_killed_worker_ends_the_run(tmp_path):
     workers[0].kill()
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 1
-    assert "a decoding process died" in message
+    assert "a worker process died" in message
     assert "Traceback" not in message

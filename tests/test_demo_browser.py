@@ -190,7 +190,7 @@ def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path
         button = page.get_by_role("button", name="Answer", exact=True)
         expect(button).to_be_visible()
         button.click()
-        expect(page.get_by_text("Type a question first.")).to_be_visible()
+        expect(page.get_by_text("Enter a question first.")).to_be_visible()
         ask(page, "What does <|image_2|> show?", [documents[0][0]])
         button.click()
         expect(page.get_by_text("do not match its 1 image(s)")).to_be_visible(timeout=30_000)
@@ -219,7 +219,7 @@ def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents
     assert streams[0][-1]
     assert [model.title for model in load_models(str(model), "none")[0]] == ["Finetuned"]
     (model / "run.json").write_text(json.dumps({"base_model": str(tmp_path / "moved")}))
-    with pytest.raises(ValueError, match=r"moved: give its directory by --base, or leave it out by --base none"):
+    with pytest.raises(ValueError, match=r"moved: set --base to its directory, or omit it with --base none"):
         load_models(str(model))
 
 

@@ -66,7 +66,7 @@ def test_progress_on_a_terminal(lora, tmp_path, flags, bar):
     shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     os.close(its_end)
-    assert f"Loading the base of {lora}" in shown and "Merging the adapter into it" in shown
+    assert f"Loading the base model of {lora}" in shown and "Merging the adapter" in shown
     assert ("Unloading and merging model" in shown) == bar
 
 
@@ -140,7 +140,7 @@ def test_full_disk_leaves_nothing_behind(lora, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tools.merge_lora.os, "replace", replace)
     monkeypatch.setattr(sys, "argv", ["merge_lora", "--adapter", str(lora), "--output_dir", str(tmp_path / "merged")])
-    with pytest.raises(SystemExit, match=f"--output_dir {tmp_path / 'merged'} can't be written .*No space left"):
+    with pytest.raises(SystemExit, match=f"--output_dir {tmp_path / 'merged'} cannot be written .*No space left"):
         tools.merge_lora.main()
     assert not list(tmp_path.iterdir())
 
@@ -148,13 +148,13 @@ def test_full_disk_leaves_nothing_behind(lora, tmp_path, monkeypatch):
 def test_an_adapter_that_is_no_change_of_weights_is_refused(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(TINY)
     get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(tmp_path / "prompt")
-    with pytest.raises(ValueError, match="--adapter .*prompt is of the kind PROMPT_TUNING, which can't be merged into weights"):
+    with pytest.raises(ValueError, match="--adapter .*prompt has type PROMPT_TUNING, which cannot be merged into the weights"):
         merge(str(tmp_path / "prompt"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_no_adapter_is_said_so(tmp_path):
-    with pytest.raises(ValueError, match=f"--adapter {TINY} is no adapter"):
+    with pytest.raises(ValueError, match=f"--adapter {TINY} is not an adapter"):
         merge(str(TINY), tmp_path / "merged")
     with pytest.raises(ValueError, match="is no adapter .* leave --base out"):
         load_for_inference(TINY, "cpu", base=str(TINY))

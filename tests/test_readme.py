@@ -190,7 +190,7 @@ def make(command: str, checkout: Path) -> None:
     assert lines
     for line in lines:
         if line == "python -m tools.embedded docvqa":
-            assert "Results are in output/demo-docvqa" in call([*shlex.split(line), "--smoke"], checkout)
+            assert "Results were written to output/demo-docvqa" in call([*shlex.split(line), "--smoke"], checkout)
         elif line.startswith(("python -m tools", "python -m benchmarks")):
             parse(shlex.split(line))
 

@@ -112,10 +112,10 @@ def test_processes_fit_the_gpus_at_hand_and_the_batch(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "--nproc_per_node=8 " in run_main(reproduce, monkeypatch, capsys, "docvqa", "--row", "full", "--dry_run")
     for gpus, wrong, message in (
-        (0, ["--nproc_per_node", 3], "doesn't divide the published batch of 64"),
-        (0, [], "no GPU is at hand"),
-        (0, ["--nproc_per_node", 2], "no GPU is at hand"),
-        (4, ["--nproc_per_node", 8], r"--nproc_per_node 8: 4 GPU\(s\) are at hand"),
+        (0, ["--nproc_per_node", 3], "does not divide the published batch size of 64"),
+        (0, [], "no GPU is available"),
+        (0, ["--nproc_per_node", 2], "no GPU is available"),
+        (4, ["--nproc_per_node", 8], r"--nproc_per_node 8: only 4 GPU\(s\) are available"),
     ):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
         with pytest.raises(SystemExit, match=message):
@@ -125,10 +125,10 @@ def test_processes_fit_the_gpus_at_hand_and_the_batch(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nlvr2", "--row", "lora"], "has no row 'lora' (LoRA: none published); it has full, frozen"),
-        (["--row", "full"], "name a task: nlvr2, docvqa, hateful_memes"),
-        (["nlvr2", "--row", "full", "--smoke"], "--smoke goes with --embedded"),
-        (["nlvr2", "--row", "full", "--embedded", "--nproc_per_node", "4"], "leave the other flag out"),
+        (["nlvr2", "--row", "lora"], "has no row 'lora' (LoRA: none published); expected one of: full, frozen"),
+        (["--row", "full"], "missing task, expected one of: nlvr2, docvqa, hateful_memes"),
+        (["nlvr2", "--row", "full", "--smoke"], "--smoke requires --embedded"),
+        (["nlvr2", "--row", "full", "--embedded", "--nproc_per_node", "4"], "omit the other flag"),
     ],
 )
 def test_what_reproduce_refuses(arguments, message, monkeypatch, capsys):
@@ -183,13 +183,13 @@ def test_a_figure_is_compared_with_the_published_one():
     assert reproduce.describe(measured, table) == (
         "anls_case_sensitive 87.65 (before: 51.00), published upstream 83.65: +4.00 points"
     )
-    assert "no published figure" in reproduce.describe(measured | {"embedded": True}, table)
+    assert "no published value" in reproduce.describe(measured | {"embedded": True}, table)
 
 
 def test_a_row_that_has_its_file_is_not_run_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "nlvr2-full.json").write_text("{}")
     printed = run_main(reproduce, monkeypatch, capsys, "nlvr2", "--row", "full", "--results_dir", tmp_path)
-    assert "is there already; delete it to run the row again" in printed
+    assert "already exists; delete it to run the row again" in printed
 
 
 def test_a_failed_row_does_not_keep_the_others_from_running(tmp_path, monkeypatch, capsys):
@@ -197,11 +197,11 @@ def test_a_failed_row_does_not_keep_the_others_from_running(tmp_path, monkeypatc
 
     def fail(command, **_):
         tried.append(command)
-        raise runs.RunFailed("the run ended with exit code 1")
+        raise runs.RunFailed("the run failed with exit code 1")
 
     monkeypatch.setattr(reproduce, "run_command", fail)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    with pytest.raises(SystemExit, match="nlvr2: full, frozen failed; the same command goes on"):
+    with pytest.raises(SystemExit, match="nlvr2: full, frozen failed; run the same command again to resume"):
         run_main(reproduce, monkeypatch, capsys, "nlvr2", "--all", "--nproc_per_node", 8, "--results_dir", tmp_path)
     assert len(tried) == 2 and not list(tmp_path.iterdir())
 
@@ -267,7 +267,7 @@ def test_an_interrupted_row_goes_on_and_a_finished_one_is_recorded(tmp_path):
     page = (tmp_path / "results" / "README.md").read_text()
     assert accuracy_part(page) == accuracy_part(render_page({})) and "embedded-nlvr2-frozen-smoke.json" in page
     assert (output_dir / "report.html").is_file() and not list(output_dir.glob("checkpoint-*"))
-    assert "is there already" in run_tool("reproduce", *row).stdout
+    assert "already exists" in run_tool("reproduce", *row).stdout
 
 
 @pytest.mark.parametrize("method", runs.METHOD_FLAGS)

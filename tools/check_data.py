@@ -1,11 +1,11 @@
-"""Read a data set before any GPU is rented, and report everything that is wrong with it at once.
+"""Check a dataset before training, without a GPU, and report all problems at once.
 
 python -m tools.check_data --data_file data/mine/train.jsonl --image_dir data/mine/images
 python -m tools.check_data --data_file data/mine/train.jsonl data/mine/val.jsonl --image_dir data/mine/images --quick
 
-Every row is checked against the general format, every picture is decoded (with --quick: found and its size read), and
-every row's tokens are counted as training counts them. Rows that say the same, pictures and texts alike, are found
-within a file and across files. The exit code is 1 if there is any problem.
+Every row is validated against the general format, every image is decoded (with --quick, only its header is read), and
+the tokens of every row are counted as in training. Duplicate rows, with the same images and texts, are found within a
+file and across files. The exit code is 1 if there is any problem.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ HISTOGRAM_BINS, HISTOGRAM_WIDTH = 10, 40
 
 @dataclass
 class Row:
-    """What was found in one line.
+    """The result of checking one line.
 
     Attributes
     ----------
     place : str
         File and line, for messages.
     content : bytes, optional
-        The same for rows with the same pictures and texts, whatever their ids; None for an invalid row.
+        Hash of the row's images and texts, without its id; None for an invalid row.
     num_pictures : int
     num_tokens : int, optional
-        None if the row is invalid or one of its pictures unusable.
+        None if the row is invalid or one of its images is unusable.
     problems : list of (str, str)
-        Kind and message of each.
+        Kind and message of each problem.
     """
 
     place: str
@@ -68,7 +68,18 @@ class Row:
 
 @dataclass
 class Report:
-    """What was found in all files: rows of each, pictures, tokens of every row that has them, problems as in a row."""
+    """The result of checking all files.
+
+    Attributes
+    ----------
+    num_rows : Counter
+        Number of rows by file.
+    num_pictures : int
+    tokens : list of int
+        Number of tokens of each row without problems.
+    problems : list of (str, str)
+        Kind and message of each problem.
+    """
 
     num_rows: Counter[Path] = field(default_factory=Counter)
     num_pictures: int = 0
@@ -82,41 +93,44 @@ def parse_args() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_file", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL file, or several")
-    group.add_argument("--image_dir", type=Path, help="folder that picture names start from (default: the file's own)")
+    group.add_argument("--data_file", type=Path, nargs="+", required=True, metavar="FILE", help="one or more JSONL files")
+    group.add_argument("--image_dir", type=Path, help="root folder of the image paths (default: the data file's folder)")
 
     group = parser.add_argument_group("tokens")
-    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="whose tokens to count (default: %(default)s)")
+    group.add_argument(
+        "--model_name_or_path", default=DEFAULT_MODEL, help="model whose tokens are counted (default: %(default)s)"
+    )
     group.add_argument(
         "--num_crops",
         type=int,
         default=4,
         choices=range(1, MAX_CROPS + 1),
         metavar="N",
-        help=f"most crops a picture is cut into, 1 to {MAX_CROPS}, as in training (default: %(default)s)",
+        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: %(default)s, as in the UCF-101 script; "
+        "the other training scripts default to 16). Use the same value as the training run",
     )
-    group.add_argument("--max_length", type=int, metavar="TOKENS", help="report rows beyond it (default: no limit)")
+    group.add_argument("--max_length", type=int, metavar="TOKENS", help="report rows with more tokens (default: no limit)")
 
     group = parser.add_argument_group("running")
-    group.add_argument("--quick", action="store_true", help="look for pictures and read their sizes, decode none")
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
+    group.add_argument("--quick", action="store_true", help="only read the images' headers, without decoding them")
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     args = parser.parse_args()
     if len({path.resolve() for path in args.data_file}) < len(args.data_file):
-        parser.error("--data_file names a file twice, whose rows would all be in two files")
+        parser.error("--data_file contains the same file twice")
     return args
 
 
 class Checker:
-    """Checks lines, in a process of its own.
+    """Checks lines in a worker process.
 
     Parameters
     ----------
     processor : Phi3VProcessor
         Counts the tokens.
     max_length : int, optional
-        Tokens beyond which a row is a problem.
+        Maximum number of tokens of a row; a longer row is a problem.
     quick : bool
-        Read pictures' sizes without decoding them.
+        Read the sizes of the images without decoding them.
     """
 
     def __init__(self, processor: Phi3VProcessor, max_length: int | None, quick: bool) -> None:
@@ -124,7 +138,7 @@ class Checker:
         self.count_picture_tokens = lru_cache(PICTURES_REMEMBERED)(self._count_picture_tokens)
 
     def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[Row]:
-        """Check some lines of a file, each with its place."""
+        """Check lines of a file, given as pairs of place and content."""
         rows, usable = [], []
         for place, line in lines:
             try:
@@ -137,7 +151,7 @@ class Checker:
             image_tokens = [self.count_picture_tokens(image) for image in images]
             errors = [error for error in image_tokens if isinstance(error, InputError)]
             problems = [("invalid row", str(fault)) for fault in faults]
-            problems += [("unusable picture", f"{place}: {error}") for error in errors]
+            problems += [("unusable image", f"{place}: {error}") for error in errors]
             content = None if faults else row_content(conversation, image_dir)
             rows.append(Row(place, content, len(images), problems=problems))
             if not problems:
@@ -152,7 +166,7 @@ class Checker:
         counts = count_tokens(conversations, image_tokens, (row.place for row in rows), self.processor)
         for row, row.num_tokens in zip(rows, counts, strict=True):
             if self.max_length is not None and row.num_tokens > self.max_length:
-                message = f"{row.place}: {row.num_tokens:,} tokens are more than --max_length {self.max_length:,}"
+                message = f"{row.place}: {row.num_tokens:,} tokens exceed --max_length {self.max_length:,}"
                 row.problems.append(("row too long", message))
 
     def _count_picture_tokens(self, image: str) -> int | InputError:
@@ -164,7 +178,7 @@ class Checker:
 
 
 def row_content(conversation: Conversation, image_dir: Path) -> bytes:
-    """What tells a row from others: its texts, and its pictures' files wherever they are named from."""
+    """Hash a row's texts and the resolved paths of its images, to find duplicates."""
     turns = [
         (
             [os.path.realpath(os.path.join(image_dir, name)) for name in turn.get("images") or []],
@@ -176,11 +190,11 @@ def row_content(conversation: Conversation, image_dir: Path) -> bytes:
     return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
 
 
-_checker: Checker | None = None  # of a worker process
+_checker: Checker | None = None  # set in worker processes
 
 
 def start_worker(checker: Checker) -> None:
-    """Give a worker process its checker, leave Ctrl-C to the main process, and end with it even when it is killed."""
+    """Set up a worker process: it ignores Ctrl-C, and exits with the main process even if that is killed."""
     global _checker
     _checker = checker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -193,12 +207,12 @@ def start_worker(checker: Checker) -> None:
 
 
 def check_lines(path: Path, image_dir: Path, lines: list[tuple[int, bytes]]) -> list[Row]:
-    """Check some numbered lines of a file, in a worker process; blank ones are no rows."""
+    """Check numbered lines of a file in a worker process; blank lines are skipped."""
     return _checker.check([(f"{path}, line {number}", line) for number, line in lines if line.strip()], image_dir)
 
 
 def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
-    """Give each file's numbered lines, some at once."""
+    """Yield the numbered lines of each file in chunks."""
     for path in files:
         with path.open("rb") as file:
             numbered = enumerate(file, start=1)
@@ -209,10 +223,10 @@ def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]
 def check_in_parallel(
     files: list[Path], image_dir: Path | None, checker: Checker, bar: bool
 ) -> Iterator[tuple[Path, list[Row]]]:
-    """Check all lines in parallel and give what was found in their order, showing how far it got."""
+    """Check all lines in parallel, yield the results in order, and show the progress."""
     total = sum(path.stat().st_size for path in files)
     pending: deque[tuple[Path, int, Future]] = deque()
-    # "fork" hands workers the checker and all libraries as they are; importing these anew takes longer than most checks.
+    # With "fork", workers inherit the checker and the imported libraries; importing again takes longer than most checks.
     pool = ProcessPoolExecutor(os.cpu_count(), get_context("fork"), start_worker, (checker,))
     with pool, Progress("Checking data", "bytes", total, bar) as progress:
         batches = read_lines(files)
@@ -228,16 +242,16 @@ def check_in_parallel(
 
 
 def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar: bool = True) -> Report:
-    """Check all rows and pictures of some files.
+    """Check all rows and images of the given files.
 
     Parameters
     ----------
     files : list of Path
         JSONL files in the general format.
     image_dir : Path, optional
-        Folder that picture names start from; each file's own by default.
+        Root folder of the image paths; by default the folder of each file.
     bar : bool
-        False for ``--no-tqdm``.
+        Show progress bars; False for ``--no-tqdm``.
     """
     report = Report()
     first_places: dict[bytes, tuple[Path, str]] = {}
@@ -251,17 +265,17 @@ def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar
             if row.content is not None:
                 first_path, first_place = first_places.setdefault(row.content, (path, row.place))
                 if first_place != row.place:
-                    kind = "repeated row" if first_path == path else "row in two files"
-                    report.problems.append((kind, f"{row.place}: the same pictures and texts as {first_place}"))
+                    kind = "duplicate row" if first_path == path else "row in two files"
+                    report.problems.append((kind, f"{row.place}: same images and texts as {first_place}"))
     report.problems += [("empty file", f"{path}: no rows") for path in files if not report.num_rows[path]]
     return report
 
 
 def print_report(report: Report) -> None:
-    """Print counts, token statistics and every problem."""
+    """Print the counts, token statistics and all problems."""
     for path, num_rows in report.num_rows.items():
         print(f"{path}: {num_rows:,} rows")
-    print(f"{report.num_pictures:,} pictures")
+    print(f"{report.num_pictures:,} images")
     if report.tokens:
         tokens = np.array(report.tokens)
         low, high = int(tokens.min()), int(tokens.max())

@@ -1,4 +1,4 @@
-"""Ask a finetuned model about pictures in the browser, its answer beside that of the model it was finetuned from.
+"""Ask a finetuned model about images in the browser, and compare its answers with those of the model before finetuning.
 
 python -m tools.demo --model output/docvqa
 python -m tools.demo --model output/docvqa-lora --server_name 0.0.0.0 --server_port 7860
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from common.runtime import InputError
 
-# Gradio reads it when it is imported.
+# Gradio reads this variable on import.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
@@ -40,7 +40,18 @@ CSS = """
 
 
 class Model(NamedTuple):
-    """A model that answers: what it is, its name, and the context in which it is that model (an adapter's base has one)."""
+    """A model to ask.
+
+    Attributes
+    ----------
+    title : str
+        Title of its answers on the page.
+    name : str
+        Directory or Hub id.
+    network : nn.Module
+    context : callable
+        Returns the context in which the network is this model: for the base of an adapter, the adapter is disabled.
+    """
 
     title: str
     name: str
@@ -52,45 +63,47 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="a finetuned model or an adapter: directory or hub id")
+    parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a finetuned model or an adapter")
     parser.add_argument(
         "--base",
         metavar="DIR",
-        help='what it was finetuned from, "none" to leave it out (default: what an adapter, or run.json beside a model, names)',
+        help='model before finetuning, or "none" to omit it (default: from the adapter, or from run.json next to the model)',
     )
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default: %(default)s)")
     parser.add_argument(
-        "--server_name", default="127.0.0.1", help="where to listen; 0.0.0.0 is everywhere (default: %(default)s)"
+        "--max_new_tokens", type=int, default=256, help="maximum answer length in tokens (default: %(default)s)"
     )
-    parser.add_argument("--server_port", type=int, help="port (default: the first free one from 7860)")
-    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="no progress bars while models load")
+    parser.add_argument(
+        "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces (default: %(default)s)"
+    )
+    parser.add_argument("--server_port", type=int, help="port to listen on (default: first free port from 7860)")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="disable progress bars while models are loaded")
     args = parser.parse_args()
     if args.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens must be at least 1, not {args.max_new_tokens}")
+        parser.error(f"--max_new_tokens: expected at least 1, got {args.max_new_tokens}")
     return args
 
 
 def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VProcessor]:
-    """Load the finetuned model and, where it is known, the one that it was finetuned from.
+    """Load the finetuned model and, if known, the model before finetuning.
 
     Parameters
     ----------
     name : str
-        A model or an adapter: directory or hub id.
+        Directory or Hub id of a model or an adapter.
     base : str, optional
-        What it was finetuned from; ``"none"`` for the finetuned model alone.
+        Model before finetuning; ``"none"`` loads only the finetuned model.
 
     Returns
     -------
     models : list of Model
-        One or two, the finetuned one first. An adapter's base is the same network with the adapter off, where that is the base.
+        One or two models, the finetuned one first. Where disabling the adapter restores the base, both share one network.
     processor : Phi3VProcessor
-        The finetuned model's.
+        Processor of the finetuned model.
 
     Raises
     ------
     InputError
-        If a model is missing or of another kind, or an adapter doesn't fit its base.
+        If a model is missing or has an unsupported type, or an adapter does not match its base.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = base == "none"
@@ -113,13 +126,13 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
             models.append(Model("Before finetuning", base, load_full(base, device, revision=revision)))
         except (OSError, InputError) as error:
             raise InputError(
-                f"{error}\n{name} was finetuned from {base}: give its directory by --base, or leave it out by --base none"
+                f"{error}\n{name} was finetuned from {base}: set --base to its directory, or omit it with --base none"
             ) from None
     return models, processor
 
 
 class _Stream(BaseStreamer):
-    """Hands on the answer so far, token by token; ends the generation at the next one once nobody listens."""
+    """Streams the answer after each token; stops the generation at the next token once the reader is gone."""
 
     def __init__(self, processor: Phi3VProcessor, queue: Queue) -> None:
         self.tokenizer = processor.tokenizer
@@ -129,12 +142,12 @@ class _Stream(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         if self.deserted.is_set():
-            raise InterruptedError("nobody listens")
-        if self.ids is None:  # the prompt comes first
+            raise InterruptedError("the reader is gone")
+        if self.ids is None:  # the first call passes the prompt
             self.ids = []
             return
         self.ids += value.flatten().tolist()
-        # A character may need several tokens; until they are all there it decodes to a replacement.
+        # A character may take several tokens. Until the last one arrives, it decodes to a replacement character.
         self.queue.put(self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd").strip())
 
     def end(self) -> None:
@@ -144,16 +157,16 @@ class _Stream(BaseStreamer):
 def stream_answer(
     model: Model, processor: Phi3VProcessor, question: str, pictures: Sequence[str], max_new_tokens: int
 ) -> Iterator[str]:
-    """Answer a question about pictures, greedily.
+    """Answer a question about images with greedy decoding.
 
     Parameters
     ----------
     question : str
-        Image tags (``<|image_1|>`` …) are put before it where it has none.
+        Image tags (``<|image_1|>`` …) are prepended if it contains none.
     pictures : sequence of str
-        Files, in the order of their numbers; none for a question about nothing.
+        Image files in the order of their numbers; empty for a question without images.
     max_new_tokens : int
-        Longest answer.
+        Maximum answer length.
 
     Yields
     ------
@@ -163,7 +176,7 @@ def stream_answer(
     Raises
     ------
     InputError
-        If a picture can't be read, or the question has image tags that don't fit the pictures.
+        If an image cannot be read, or the image tags in the question do not match the images.
     """
     prompt = encode_prompt({"conversations": [{"images": list(pictures), "user": question}]}, processor)
     batch = Collator(processor, padding_side="left")([prompt])
@@ -181,7 +194,7 @@ def stream_answer(
                     pad_token_id=processor.tokenizer.pad_token_id,
                     streamer=stream,
                 )
-        except Exception as error:  # out of memory, say: raised again where the answer is awaited
+        except Exception as error:  # for example out of memory; raised again in the reading thread
             queue.put(error)
 
     thread = Thread(target=generate)
@@ -193,20 +206,20 @@ def stream_answer(
             yield piece
     finally:
         stream.deserted.set()
-        thread.join()  # the next answer may want the adapter on or off
+        thread.join()  # the next answer may enable or disable the adapter
 
 
 def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_tokens: int) -> gr.Blocks:
-    """Build the page: pictures and a question on one side, each model's answer on the other."""
+    """Build the page: images and a question on the left, the answer of each model on the right."""
 
     def answer(pictures: list[tuple[str, str | None]] | None, question: str) -> Iterator[str | list[str]]:
         if not question.strip():
-            raise gr.Error("Type a question first.", print_exception=False)
+            raise gr.Error("Enter a question first.", print_exception=False)
         files = [file for file, _ in pictures or []]
         answers = [""] * len(models)
 
         def shown() -> str | list[str]:
-            return answers[0] if len(models) == 1 else list(answers)  # Gradio shows a list of one as a list
+            return answers[0] if len(models) == 1 else list(answers)  # with one output, Gradio would display the list itself
 
         yield shown()
         for index, model in enumerate(models):
@@ -220,12 +233,12 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
 
     with gr.Blocks(title="Ask a finetuned model", analytics_enabled=False, delete_cache=(ONE_HOUR, ONE_HOUR)) as page:
         gr.Markdown(
-            "# Ask a finetuned model\nOne picture or several, and a question. Answers are greedy: ask again, get the same."
+            "# Ask a finetuned model\nAdd one or more images and ask a question. Decoding is greedy, so answers do not vary."
         )
         with gr.Row():
             with gr.Column():
                 pictures = gr.Gallery(
-                    label="Pictures",
+                    label="Images",
                     type="filepath",
                     file_types=["image"],
                     sources=["upload", "clipboard"],
@@ -236,7 +249,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
                 )
                 question = gr.Textbox(
                     label="Question",
-                    info="In the words of training: for DocVQA with “Answer briefly.” on a line of its own.",
+                    info="Use the prompt format of training: for DocVQA, add “Answer briefly.” on a separate line.",
                     lines=3,
                     max_lines=8,
                 )
@@ -251,7 +264,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
                     )
                     for model in models
                 ]
-        # One answer at a time: an adapter is switched on and off in the one network.
+        # One answer at a time, because the models may share a network whose adapter is enabled and disabled.
         gr.on(
             [ask.click, question.submit],
             answer,
@@ -265,7 +278,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
 
 
 def theme() -> gr.themes.Base:
-    """Give a theme without fonts to fetch, and with enough contrast."""
+    """Return a theme with sufficient contrast that downloads no fonts."""
     base = gr.themes.Base(
         primary_hue="teal", neutral_hue="stone", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )

@@ -1,9 +1,9 @@
-"""Run every task with every method on the embedded samples, and write results/embedded.md.
+"""Run every task with every method on the generated sample data, and write results/embedded.md.
 
     python -m tools.matrix
-    python -m tools.matrix --tasks docvqa --methods full lora     # run these anew, keep the others' figures
+    python -m tools.matrix --tasks docvqa --methods full lora     # rerun these, keep the other results
 
-Figures are kept in results/embedded.json after each run, so a matrix that was interrupted goes on with --tasks and --methods.
+Results are saved to results/embedded.json after each run. Resume an interrupted matrix with --tasks and --methods.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ libraries (about 0.6 GB).
 
 
 def render(records: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Render the page from the figures by task and method; a pair that was not run says so."""
+    """Render the page from the results by task and method; pairs without a result are marked as not run."""
     lines = []
     for task in TASKS:
         for method in METHOD_FLAGS:
@@ -61,11 +61,15 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="(default: all)")
-    parser.add_argument("--methods", nargs="+", choices=METHOD_FLAGS, default=list(METHOD_FLAGS), help="(default: all)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to run (default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHOD_FLAGS, default=list(METHOD_FLAGS), help="methods to run (default: all)"
+    )
     add_run_flags(parser)
-    parser.add_argument("--output_dir", type=Path, default=Path("output/matrix"), help="of the runs (default: %(default)s)")
-    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("output/matrix"), help="parent of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     args = parser.parse_args()
     kept = args.results_dir / "embedded.json"
     records = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}

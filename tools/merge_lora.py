@@ -1,10 +1,13 @@
-"""Merge an adapter into its base model: a full checkpoint in the published layout, for vLLM, the hub's code and these scripts.
+"""Merge an adapter into its base model and save a full checkpoint in the published layout.
+
+The result can be used with vLLM, with the model code on the Hub, and with the scripts of this repository.
 
 python -m tools.merge_lora --adapter output/lora --output_dir output/merged
 python -m tools.merge_lora --adapter output/qlora --output_dir output/merged --original_base
 
-A QLoRA adapter has learned beside 4-bit weights and is merged into those, dequantized. --original_base takes the base as
-published instead, whose weights are better but not the ones that the adapter knows.
+A QLoRA adapter was trained with a 4-bit base, so by default it is merged into the dequantized 4-bit weights.
+--original_base merges it into the original weights of the base instead. They have no quantization error, but they are
+not the weights that the adapter was trained with.
 """
 
 from __future__ import annotations
@@ -32,12 +35,16 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter: directory or hub id")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="a new directory for the checkpoint")
-    parser.add_argument("--base", metavar="DIR", help="directory or hub id of the base (default: what the adapter names)")
-    parser.add_argument("--original_base", action="store_true", help="merge a QLoRA adapter into the base as published")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: the base's)")
-    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="directory or Hub id of the adapter")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory for the checkpoint"
+    )
+    parser.add_argument("--base", metavar="DIR", help="directory or Hub id of the base model (default: from the adapter)")
+    parser.add_argument(
+        "--original_base", action="store_true", help="merge a QLoRA adapter into the original, unquantized base"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the merged weights (default: as the base)")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     return parser.parse_args()
 
 
@@ -49,44 +56,46 @@ def merge(
     original_base: bool = False,
     bar: bool = True,
 ) -> None:
-    """Merge an adapter and write the full checkpoint, whole or not at all.
+    """Merge an adapter and write the full checkpoint atomically.
 
     Parameters
     ----------
     adapter_name : str
-        Directory or hub id.
+        Directory or Hub id.
     output_dir : Path
-        Must not exist, or be empty.
+        Must not exist, or must be empty.
     dtype : torch.dtype, optional
-        Of the merged weights; the base's by default.
+        Dtype of the merged weights; by default that of the base.
     base : str, optional
-        Directory or hub id of the base; by default what the adapter names.
+        Directory or Hub id of the base model; by default read from the adapter.
     original_base : bool
-        Leave a base unquantized that was quantized in training.
+        Do not quantize the base, even if it was quantized in training.
     bar : bool
-        False for ``--no-tqdm``.
+        Show progress bars; False for ``--no-tqdm``.
 
     Raises
     ------
     InputError
-        If the directory isn't empty, the adapter is none, or its base is missing or another.
+        If the directory is not empty, the adapter is invalid, or its base is missing or does not match.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise InputError(f"--output_dir {output_dir} is not empty: name a new directory")
+        raise InputError(f"--output_dir {output_dir} is not empty: choose a new directory")
     adapter = find_adapter(adapter_name)
     if adapter is None:
-        raise InputError(f"--adapter {adapter_name} is no adapter: no directory or hub id with adapter_config.json")
+        raise InputError(f"--adapter {adapter_name} is not an adapter: expected a directory or Hub id with adapter_config.json")
     dtype = dtype or base_dtype(adapter, base)
-    say(f"Loading the base of {adapter_name}")
+    say(f"Loading the base model of {adapter_name}")
     model = load_base(adapter, "cpu", dtype, base, quantized=not original_base)
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype)
     processor = adapter_processor(adapter, model)
-    say("Merging the adapter into it")
+    say("Merging the adapter")
     adapted = attach_adapter(model, adapter)
     if not hasattr(adapted, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
-        raise InputError(f"--adapter {adapter_name} is of the kind {kind}, which can't be merged into weights: use it as it is")
+        raise InputError(
+            f"--adapter {adapter_name} has type {kind}, which cannot be merged into the weights: use the adapter directly"
+        )
     model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
 
     say(f"Writing {output_dir}")
@@ -95,7 +104,7 @@ def merge(
         partial = Path(temporary) / output_dir.name
         model.save_pretrained(partial)
         for path in partial.glob("*.safetensors"):
-            path.chmod((partial / "config.json").stat().st_mode)  # safetensors lets the owner alone read its files
+            path.chmod((partial / "config.json").stat().st_mode)  # safetensors makes its files readable by the owner only
         processor.save_pretrained(partial)
         for name in RUN_FILES:
             if (adapter / name).is_file():
@@ -106,25 +115,25 @@ def merge(
 
 
 def base_dtype(adapter: Path, base: str | None) -> torch.dtype:
-    """The dtype in which an adapter's base is published."""
+    """Return the dtype in which an adapter's base was published."""
     name, revision = (base, None) if base else find_base(adapter)
     try:
         return AutoConfig.from_pretrained(name, revision=revision or "main").dtype or torch.float32
     except (OSError, ValueError):
-        return torch.float32  # loading the base says what is wrong
+        return torch.float32  # loading the base reports the error
 
 
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
     limit_library_bars(args.tqdm)
-    # Saving loads DeepSpeed where it is installed, which would print that it finds no GPU.
+    # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dtype = DTYPES.get(args.dtype)
     try:
         merge(args.adapter, args.output_dir, dtype, args.base, args.original_base, args.tqdm)
     except (OSError, SafetensorError) as error:
-        sys.exit(f"error: --output_dir {args.output_dir} can't be written ({error}); nothing is left there")
+        sys.exit(f"error: --output_dir {args.output_dir} cannot be written ({error}); no partial output was kept")
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"Wrote {args.output_dir}")

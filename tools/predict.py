@@ -1,11 +1,11 @@
-"""Answer questions about pictures with a model, or with an adapter on its base model.
+"""Answer questions about images with a model, or with an adapter and its base model.
 
 python -m tools.predict --model output/docvqa --images page.png --prompt "What is the total?"
 python -m tools.predict --model output/nlvr2 --images left.jpg right.jpg --prompt "Do both show a dog?"
 python -m tools.predict --model output/mine --data_file val.jsonl --image_dir images --output_file answers.jsonl
 
-A data file holds conversations in the general format; the last turn is answered, its own answer is left unread. Each row
-is written with what the model says as "prediction".
+A data file contains conversations in the general format. The last turn of each conversation is answered; a reference
+answer in the data is ignored. Each row is written to the output with the model's answer as "prediction".
 """
 
 from __future__ import annotations
@@ -34,56 +34,60 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="DIR", help="model or adapter: directory or hub id")
-    group.add_argument("--base", metavar="DIR", help="directory or hub id of an adapter's base (default: what it names)")
-    group.add_argument("--device", choices=("cuda", "cpu"), help="where it runs (default: a GPU if there is one)")
+    group.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a model or an adapter")
+    group.add_argument("--base", metavar="DIR", help="directory or Hub id of an adapter's base (default: from the adapter)")
+    group.add_argument("--device", choices=("cuda", "cpu"), help="device to run on (default: cuda if available)")
     group.add_argument(
         "--num_crops",
         type=int,
         choices=range(1, MAX_CROPS + 1),
         metavar="N",
-        help=f"most crops a picture is cut into, 1 to {MAX_CROPS} (default: as the model was saved with)",
+        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: as saved with the model)",
     )
 
     group = parser.add_argument_group("one question")
-    group.add_argument("--prompt", help="the question; may place its pictures by <|image_1|>, <|image_2|>, …")
-    group.add_argument("--images", nargs="+", default=[], metavar="FILE", help="pictures, in the order of their numbers")
+    group.add_argument("--prompt", help="the question; <|image_1|>, <|image_2|>, … set the positions of the images")
+    group.add_argument("--images", nargs="+", default=[], metavar="FILE", help="image files, in the order of their numbers")
 
     group = parser.add_argument_group("many questions")
-    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL in the general format")
-    group.add_argument("--image_dir", type=Path, metavar="DIR", help="where picture names start from (default: the file's own)")
-    group.add_argument("--output_file", type=Path, metavar="FILE", help="JSONL to write (default: printed)")
+    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file in the general format")
+    group.add_argument(
+        "--image_dir", type=Path, metavar="DIR", help="root folder of the image paths (default: the data file's)"
+    )
+    group.add_argument("--output_file", type=Path, metavar="FILE", help="JSONL file to write (default: print)")
 
     group = parser.add_argument_group("generation")
-    group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
-    group.add_argument("--max_new_tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
+    group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
     group.add_argument(
-        "--dataloader_num_workers", type=int, default=2, metavar="N", help="workers that cut pictures (default: %(default)s)"
+        "--max_new_tokens", type=int, default=64, metavar="N", help="maximum answer length in tokens (default: %(default)s)"
     )
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="plain lines instead of progress bars")
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=2, metavar="N", help="processes that load images (default: %(default)s)"
+    )
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     args = parser.parse_args()
     if (args.prompt is None) == (args.data_file is None):
-        parser.error("give either --prompt (with --images) or --data_file")
+        parser.error("expected either --prompt (with --images) or --data_file")
     if args.data_file and args.images:
-        parser.error("--images belongs to --prompt; a --data_file names its own pictures")
+        parser.error("--images requires --prompt; the images of a --data_file are listed in its rows")
     if args.prompt is not None and (args.image_dir or args.output_file):
-        parser.error("--image_dir and --output_file belong to --data_file")
+        parser.error("--image_dir and --output_file require --data_file")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no GPU here; leave the flag out")
+        parser.error("--device cuda: no GPU is available; omit the flag to run on the CPU")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("eval_batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     return args
 
 
 def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, Any], Conversation]]:
-    """Read rows of the general format, and as conversations with whole picture paths, every picture checked.
+    """Read rows in the general format, convert them to conversations with full image paths, and check the images.
 
     Raises
     ------
     InputError
-        Naming file and line.
+        With file and line.
     """
     rows, places = [], []
     for place, line in read_json_lines(path):
@@ -92,13 +96,16 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
         check_conversation(conversation, place)
         rows.append((row, conversation))
         places.append(place)
-    for place, (_, conversation) in zip(places, track(rows, "Checking pictures", "rows", bar), strict=True):
+    for place, (_, conversation) in zip(places, track(rows, "Checking images", "rows", bar), strict=True):
         check_prompt_pictures(conversation, place)
     return rows
 
 
 def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
-    """A row whose last answer is still to come, with whole picture paths; what is no row is left as it is, to be refused."""
+    """Convert a row to a conversation with full image paths and a placeholder as its last answer.
+
+    A malformed row is returned unchanged, so that the check of the conversation reports it.
+    """
     turns = row.get("conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return row
@@ -112,16 +119,16 @@ def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
 
 
 def check_prompt_pictures(conversation: Conversation, place: str) -> None:
-    """Check that all pictures of a conversation are there and whole.
+    """Check that all images of a conversation exist and are complete.
 
     Raises
     ------
     InputError
-        Naming ``place`` and the picture.
+        With ``place`` and the image.
     """
     for picture in pictures(conversation):
         if not isinstance(picture, Path):
-            raise InputError(f'{place}: "images" must hold names of files')
+            raise InputError(f'{place}: "images" must contain file names')
         try:
             check_picture(picture)
         except InputError as error:
@@ -129,7 +136,7 @@ def check_prompt_pictures(conversation: Conversation, place: str) -> None:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Answer what the flags ask, and print or write the answers."""
+    """Answer the questions that the flags give, and print or write the answers."""
     if args.data_file:
         rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
     else:
@@ -159,7 +166,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from the libraries, to each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
     limit_library_bars(args.tqdm)
     try:
         predict(args)

@@ -1,4 +1,4 @@
-"""Remake the report of a run, or put several runs side by side.
+"""Create the HTML report of a run, or compare several runs.
 
 python -m tools.report output/docvqa
 python -m tools.report output/full output/lora output/qlora --output comparison.html
@@ -14,12 +14,12 @@ from common.runtime import InputError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", metavar="DIR", help="the --output_dir of a run")
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="--output_dir of a run")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="the HTML file (default: DIR/report.html, for several runs ./comparison.html)",
+        help="HTML file to write (default: DIR/report.html, or ./comparison.html for several runs)",
     )
     args = parser.parse_args()
     try:

@@ -1,12 +1,12 @@
-"""Run rows of the published accuracy tables, with their hyperparameters and models, on the GPUs at hand, and compare.
+"""Reproduce rows of the published accuracy tables with their models and hyperparameters on the available GPUs.
 
     python -m tools.reproduce --list
     python -m tools.reproduce nlvr2 --row full                # results/nlvr2-full.json and results/README.md
-    python -m tools.reproduce docvqa --all                    # a whole table; start again and it goes on where it was
-    python -m tools.reproduce docvqa --row lora --dry_run     # print the command alone
-    python -m tools.reproduce nlvr2 --row full --embedded     # the same course on the tiny checkpoint, on a CPU
+    python -m tools.reproduce docvqa --all                    # all rows of a table; run it again to resume
+    python -m tools.reproduce docvqa --row lora --dry_run     # only print the command
+    python -m tools.reproduce nlvr2 --row full --embedded     # the same steps with the tiny checkpoint, on a CPU
 
-A row that has its file in results/ is not run again; one that was interrupted goes on from its last checkpoint.
+A row that already has a file in results/ is skipped. An interrupted row resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -29,70 +29,74 @@ from .results_page import METHOD_TITLES, compares, load_published, percent, rend
 from .runs import METHOD_FLAGS, RunFailed, read_results, run_command, run_on_cpu, torchrun_command
 
 PUBLISHED_GPUS = 8
-SAVE_STEPS = 200  # an interrupted row loses at most so many
+SAVE_STEPS = 200  # an interrupted row loses at most this many steps
 
 
 def parse_args(published: dict[str, Any]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("task", nargs="?", choices=published, help="whose table")
+    parser.add_argument("task", nargs="?", choices=published, help="task of the table")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--row", help="a row of the table; --list prints them")
-    what.add_argument("--all", action="store_true", help="every row of the table")
-    what.add_argument("--list", action="store_true", help="print the rows, of all tables unless a task is named")
-    what.add_argument("--render", action="store_true", help="only write the page of results anew")
-    parser.add_argument("--dry_run", action="store_true", help="print the torchrun command, run nothing")
-    parser.add_argument("--model_name_or_path", help="another model than the published row's; its figure is listed apart")
-    parser.add_argument("--nproc_per_node", type=int, help="processes (default: as many of the GPUs as divide the batch)")
-    parser.add_argument("--embedded", action="store_true", help="on the tiny checkpoint and drawn samples, on a CPU")
+    what.add_argument("--row", help="row of the table; --list prints all rows")
+    what.add_argument("--all", action="store_true", help="run all rows of the table")
+    what.add_argument("--list", action="store_true", help="print the rows of the task, or of all tasks")
+    what.add_argument("--render", action="store_true", help="only regenerate the results page")
+    parser.add_argument("--dry_run", action="store_true", help="print the torchrun command without running it")
+    parser.add_argument(
+        "--model_name_or_path", help="a different model than the published row's; its result is listed separately"
+    )
+    parser.add_argument("--nproc_per_node", type=int, help="number of processes (default: as many GPUs as divide the batch)")
+    parser.add_argument("--embedded", action="store_true", help="use the tiny checkpoint and generated sample data, on a CPU")
     add_run_flags(parser)
-    parser.add_argument("--output_dir", type=Path, default=Path("output/reproduce"), help="of the runs (default: %(default)s)")
-    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("output/reproduce"), help="parent of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     args = parser.parse_args()
     if args.task is None and not (args.list or args.render):
-        parser.error("name a task: " + ", ".join(published))
+        parser.error("missing task, expected one of: " + ", ".join(published))
     if args.row is not None and args.row not in published[args.task]["rows"]:
         none = "".join(f" ({method}: none published)" for method in published[args.task]["none_published"])
-        parser.error(f"{args.task} has no row {args.row!r}{none}; it has {', '.join(published[args.task]['rows'])}")
+        parser.error(f"{args.task} has no row {args.row!r}{none}; expected one of: {', '.join(published[args.task]['rows'])}")
     if args.smoke and not args.embedded:
-        parser.error("--smoke goes with --embedded")
+        parser.error("--smoke requires --embedded")
     if args.embedded and (args.model_name_or_path or args.nproc_per_node):
-        parser.error(f"--embedded has a model and {PROCESSES} processes of its own: leave the other flag out")
+        parser.error(f"--embedded sets the model and {PROCESSES} processes: omit the other flag")
     return args
 
 
 def count_processes(wanted: int | None, batch_size: int, dry_run: bool) -> int:
-    """How many processes share the batch evenly: as many as wanted, or as the GPUs at hand allow.
+    """Return the number of processes: ``wanted``, or the most available GPUs that divide the batch size.
 
     Raises
     ------
     ValueError
-        If there are no GPUs, or fewer than wanted, or the wanted number doesn't divide the batch.
+        If there are no GPUs, or fewer than wanted, or the wanted number does not divide the batch size.
     """
     gpus = torch.cuda.device_count()
     if wanted is not None and (wanted < 1 or batch_size % wanted):
-        raise ValueError(f"--nproc_per_node {wanted} doesn't divide the published batch of {batch_size}")
+        raise ValueError(f"--nproc_per_node {wanted} does not divide the published batch size of {batch_size}")
     if wanted is not None and (dry_run or wanted <= gpus):
         return wanted
     if gpus == 0 and dry_run:
-        print(f"# no GPU is at hand: the command is the one for {PUBLISHED_GPUS}")
+        print(f"# no GPU is available: this is the command for {PUBLISHED_GPUS} GPUs")
         return PUBLISHED_GPUS
     if gpus == 0:
         raise ValueError(
-            "no GPU is at hand, and a published row needs one: --dry_run prints its command, --embedded runs its course "
-            "on a CPU with the tiny checkpoint"
+            "no GPU is available, but a published row requires one: --dry_run prints the command, --embedded runs the same "
+            "steps with the tiny checkpoint on a CPU"
         )
     if wanted is not None:
-        raise ValueError(f"--nproc_per_node {wanted}: {gpus} GPU(s) are at hand; --dry_run prints the command for more")
+        raise ValueError(f"--nproc_per_node {wanted}: only {gpus} GPU(s) are available; --dry_run prints the command for more")
     processes = max(count for count in range(1, gpus + 1) if batch_size % count == 0)
     if processes < gpus:
-        print(f"# {processes} of {gpus} GPUs: the batch of {batch_size} can't be shared evenly by more")
+        print(f"# using {processes} of {gpus} GPUs: no larger number divides the batch size of {batch_size}")
     return processes
 
 
 def method_flags(row: dict[str, Any]) -> list[str]:
-    """A row's flags that say what trains, and in which precision; without ``--bf16`` a GPU trains in fp16."""
+    """Return a row's flags for the method and the precision; without ``--bf16`` a GPU trains in fp16."""
     flags = [*METHOD_FLAGS[row["method"]], *(["--bf16"] if row["precision"] == "bf16" else [])]
     if "lora_rank" in row:
         flags += ["--lora_rank", str(row["lora_rank"]), "--lora_alpha_ratio", f"{row['lora_alpha'] / row['lora_rank']:g}"]
@@ -100,14 +104,14 @@ def method_flags(row: dict[str, Any]) -> list[str]:
 
 
 def row_command(task: str, table: dict[str, Any], row: dict[str, Any], output_dir: Path, args: argparse.Namespace) -> list[str]:
-    """The command that runs a row; the task's script fits the accumulation to the number of processes.
+    """Return the command that runs a row; the script adapts gradient accumulation to the number of processes.
 
     Raises
     ------
     ValueError
-        If the row can't be run on this machine.
+        If the row cannot be run on this machine.
     """
-    # The last checkpoint is kept, and gone on from when the row is started again.
+    # The last checkpoint is kept, to resume from it when the row is started again.
     saving = ["--save_strategy", "steps", "--save_steps", str(10 if args.embedded else SAVE_STEPS), "--save_total_limit", "1"]
     flags = [*method_flags(row), *saving, "--resume_from_checkpoint", "auto", *args.run_flags]
     if args.embedded:
@@ -120,14 +124,14 @@ def row_command(task: str, table: dict[str, Any], row: dict[str, Any], output_di
 
 
 def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespace) -> None:
-    """Run a row, unless it has been run, and record what it found.
+    """Run a row and record its result, unless it already has one.
 
     Raises
     ------
     RunFailed
         If the task's script fails.
     ValueError
-        If the row can't be run on this machine.
+        If the row cannot be run on this machine.
     """
     row = table["rows"][name]
     label = f"embedded-{task}-{name}{'-smoke' if args.smoke else ''}" if args.embedded else f"{task}-{name}"
@@ -135,7 +139,7 @@ def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespac
         label += "-" + re.sub(r"[^A-Za-z0-9.]+", "-", args.model_name_or_path).strip("-")
     output_dir, result = args.output_dir / label, args.results_dir / f"{label}.json"
     if result.is_file() and not args.dry_run:
-        print(f"{result} is there already; delete it to run the row again")
+        print(f"{result} already exists; delete it to run the row again")
         return
     command = row_command(task, table, row, output_dir, args)
     if args.dry_run:
@@ -152,30 +156,30 @@ def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespac
     write_file(result, record)
     write_page(args.results_dir)
     for checkpoint in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # several times the model's size, and of no more use
+        shutil.rmtree(checkpoint)  # several times the size of the model, and no longer needed
     print(f"{task} {name}: {describe(record, table)}\nWrote {result} and {args.results_dir}/README.md", flush=True)
 
 
 def describe(record: dict[str, Any], table: dict[str, Any]) -> str:
-    """What a row found, beside the published figure where it compares with that."""
+    """Summarize a row's result, with the published value if the two can be compared."""
     metric = table["metric"]
     measured = f"{metric} {percent(table, record['after'][metric])} (before: {percent(table, record['before'][metric])})"
     if not compares(record):
-        what = "embedded samples" if record["embedded"] else record["base_model"]
-        return f"{measured}, {what}: no published figure to compare with"
+        what = "sample data" if record["embedded"] else record["base_model"]
+        return f"{measured}, {what}: no published value to compare with"
     difference = 100 * record["after"][metric] - record["published_upstream"]
     return f"{measured}, published upstream {record['published_upstream']:.{table['decimals']}f}: {difference:+.2f} points"
 
 
 def write_page(results_dir: Path) -> None:
-    """Write the page of results anew, from the rows' files beside it."""
+    """Regenerate the results page from the rows' files in the same folder."""
     contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results_dir.glob("*.json"))}
     records = {name: content for name, content in contents.items() if "row" in content}
     write_file(results_dir / "README.md", render_page(records))
 
 
 def list_rows(tables: dict[str, Any]) -> str:
-    """Every row with its settings and its published figure."""
+    """List all rows with their settings and published values."""
     lines = []
     for task, table in tables.items():
         lines.append(f"{table['title']}: {table['metric_title']} in percent, {table['model']}, batch {table['batch_size']}")
@@ -208,7 +212,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(f"error: {error}")
     if failed:
-        sys.exit(f"error: {args.task}: {', '.join(failed)} failed; the same command goes on with what is missing")
+        sys.exit(f"error: {args.task}: {', '.join(failed)} failed; run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``results/README.md``: the published tables, and beside each figure what this repository measured."""
+"""Render ``results/README.md``: the published tables with the values measured by this repository."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ to end, and **say nothing about the real models or datasets**.
 
 
 def load_published() -> dict[str, Any]:
-    """The published tables, as they lie in ``results/published.json``."""
+    """Load the published tables from ``results/published.json``."""
     return json.loads(PUBLISHED.read_text(encoding="utf-8"))
 
 
@@ -74,7 +74,7 @@ def render_page(records: dict[str, dict[str, Any]]) -> str:
     Parameters
     ----------
     records : dict
-        What was measured, by file name, as :mod:`tools.reproduce` writes it.
+        Results by file name, as written by :mod:`tools.reproduce`.
 
     Returns
     -------
@@ -96,17 +96,17 @@ def render_page(records: dict[str, dict[str, Any]]) -> str:
 
 
 def compares(record: dict[str, Any]) -> bool:
-    """Whether a measured figure may stand beside the published one: the real data, and the model that was published."""
+    """Whether a result is comparable with the published value: it uses the real data and the published model."""
     return not record["embedded"] and record["base_model"] == load_published()["accuracy"][record["task"]]["model"]
 
 
 def percent(table: dict[str, Any], share: float) -> str:
-    """A measured share as the published table writes its own: in percent, with as many decimals."""
+    """Format a fraction like the published table: in percent, with the same number of decimals."""
     return f"{100 * share:.{table['decimals']}f}"
 
 
 def scientific(rate: float) -> str:
-    """A learning rate as people write it: ``5e-6``."""
+    """Format a learning rate as ``5e-6``."""
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
@@ -151,13 +151,13 @@ def _measured_alone(records: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown_table(titles: list[str], lines: list[list[Any]]) -> str:
-    """A Markdown table.
+    """Render a Markdown table.
 
     Parameters
     ----------
     titles : list of str
     lines : list of list
-        Cells of each line, written as ``str`` writes them.
+        Cells of each line, converted with ``str``.
     """
     rows = [titles, ["---"] * len(titles), *lines]
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)

@@ -1,4 +1,4 @@
-"""Start a task's script under torchrun, and read what a run has left in its directory."""
+"""Run a task's script under torchrun, and read the results of a run."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ METHOD_FLAGS = {"full": [], "frozen": ["--freeze_vision_model"], "lora": ["--use
 
 
 class RunFailed(RuntimeError):
-    """A run ended without success; what it said itself stands above."""
+    """A run failed; its own output precedes this error."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run took.
+    """Time and memory of a run.
 
     Attributes
     ----------
     seconds : float
-        From start to end, both evaluations included.
+        Wall time from start to end, including both evaluations.
     peak_memory_gb : float
-        Peak resident memory of its largest process, in 10⁹ bytes; not that of a GPU.
+        Peak resident memory of the largest process, in 10⁹ bytes; GPU memory is not included.
     """
 
     seconds: float
@@ -39,50 +39,50 @@ class Usage:
 
 
 def torchrun_command(task: str, flags: Sequence[str], processes: int) -> list[str]:
-    """The command that runs a task's script on this machine, as it is typed in the repository's folder."""
-    # --standalone takes a free port, so that two runs can share a machine.
+    """Return the command that runs a task's script on this machine, from the root of the repository."""
+    # --standalone uses a free port, so that two runs can share a machine.
     return ["torchrun", "--standalone", f"--nproc_per_node={processes}", f"finetune_hf_trainer_{task}.py", *flags]
 
 
 def run_on_cpu(command: Sequence[str]) -> Usage:
-    """Run a command as :func:`run_command` does, without GPUs and without the hub."""
+    """Run a command with :func:`run_command`, without GPUs and without access to the Hub."""
     return run_command(command, CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 
 
 def run_command(command: Sequence[str], **environment: str) -> Usage:
-    """Print a command and run it; when it is to stop, wait until it has saved where it is.
+    """Print a command and run it; on SIGTERM or Ctrl-C, wait until it has saved a checkpoint.
 
     Parameters
     ----------
     command : sequence of str
-        Starts with ``torchrun`` or ``python``, which are taken from this environment.
+        Starts with ``torchrun`` or ``python``, which run with the current Python interpreter.
     **environment : str
-        Added to the environment.
+        Environment variables to add.
 
     Raises
     ------
     RunFailed
-        If it ends with another exit code than 0.
+        If the exit code is not 0.
     SystemExit
-        Once it has ended after SIGTERM or Ctrl-C.
+        After SIGTERM or Ctrl-C, once the command has ended.
     """
     print(shlex.join(command), flush=True)
     program = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "python": [sys.executable]}[command[0]]
-    # Without the first, torchrun warns that it sets it; the second is time to save a checkpoint of all states after SIGTERM.
+    # torchrun warns if OMP_NUM_THREADS is not set. The timeout leaves time to save a full checkpoint after SIGTERM.
     defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "900"}
     stopped_by = None
 
     def stop(number: int, _: Any) -> None:
         nonlocal stopped_by
         stopped_by = number
-        if number == signal.SIGTERM:  # Ctrl-C reaches the run by itself
+        if number == signal.SIGTERM:  # the terminal sends Ctrl-C to the run as well
             process.terminate()
 
     started = time.monotonic()
     process = subprocess.Popen([*program, *command[1:]], env=defaults | os.environ | environment)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        # Unlike the usage of all children, wait4's is this run's alone.
+        # wait4 reports the usage of this process only, unlike getrusage(RUSAGE_CHILDREN).
         _, status, usage = os.wait4(process.pid, 0)
     finally:
         for number, handler in before.items():
@@ -91,18 +91,18 @@ def run_command(command: Sequence[str], **environment: str) -> Usage:
     if stopped_by:
         sys.exit(128 + stopped_by)
     if process.returncode:
-        raise RunFailed(f"the run ended with exit code {process.returncode}; why stands above")
+        raise RunFailed(f"the run failed with exit code {process.returncode}; see its output above")
     return Usage(seconds=time.monotonic() - started, peak_memory_gb=usage.ru_maxrss * 1024 / 1e9)
 
 
 def read_results(output_dir: Path) -> dict[str, Any]:
-    """What a finished run found, and all that is needed to judge it.
+    """Read the results of a finished run, with what is needed to interpret them.
 
     Returns
     -------
     dict
-        ``metric`` names the main figure; ``before`` and ``after`` hold all figures; ``samples`` evaluated;
-        ``train_seconds``; model, revision, data, command, date, hardware and versions.
+        ``metric`` is the name of the main metric; ``before`` and ``after`` contain all metrics; ``samples`` is the
+        number of evaluated samples; also ``train_seconds``, model, revision, data, command, date, hardware and versions.
     """
     names = ("run", "eval_before", "eval_after", "train_results")
     run, before, after, training = (json.loads((output_dir / f"{name}.json").read_text(encoding="utf-8")) for name in names)
@@ -118,5 +118,5 @@ def read_results(output_dir: Path) -> dict[str, Any]:
 
 
 def metrics_of(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The figures of an evaluation by name, the predictions left out."""
+    """Return the metrics of an evaluation by name, without the predictions."""
     return {name: value for name, value in evaluation.items() if isinstance(value, float)}

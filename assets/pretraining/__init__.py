@@ -1,1 +1,1 @@
-"""How the tiny checkpoint is pretrained: its model, its stages, and pages with questions in other words than the samples'."""
+"""Pretraining of the tiny checkpoint: the model, the stages, and pages whose questions are worded unlike the sample data."""

@@ -1,4 +1,4 @@
-"""From pages and questions to what the model takes in: pictures or codes, embeddings, labels and weights."""
+"""Convert pages and questions to inputs of the model: images or codes, embeddings, labels and loss weights."""
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from . import documents, shapes
 from .documents import Turn
 from .model import ROW_END, VIEW_END, symbols
 
-# Shares of what whole pages are drawn for: forms of the sample's kind and any others, lines to read, shapes in one picture
-# and two, statements to judge, words about a shape, motion.
+# Probabilities of the kinds of full pages: forms like the sample data and other forms, lines to read, shapes in one image and
+# in two, statements to judge about one image and two, a captioned shape, motion.
 KINDS = {"invoice": 0.3, "form": 0.15, "reading": 0.03, "scene": 0.06, "pair": 0.03, "judged": 0.07, "judged_pair": 0.16}
 KINDS |= {"captioned": 0.1, "motion": 0.1}
 LOOKUP_KINDS = {"invoice": 0.45, "form": 0.25, "scene": 0.06, "pair": 0.11, "captioned": 0.07, "motion": 0.06}
@@ -23,12 +23,12 @@ LAST_KINDS |= {"motion": 0.08}
 
 
 def draw_kind(plan: np.random.Generator, kinds: dict[str, float]) -> str:
-    """Choose what the next batch is about."""
+    """Draw the kind of the next batch."""
     return str(plan.choice(list(kinds), p=list(kinds.values())))
 
 
 def draw_samples(kind: str, rng: np.random.Generator, count: int, lines: int = LINES) -> list[tuple[list[Page], list[Turn]]]:
-    """Draw about `count` conversations of one kind, fewer where they have several pictures."""
+    """Draw about `count` conversations of one kind, fewer if they have several images."""
     if kind == "pair":
         return [shapes.pair(rng, 5) for _ in range(count * 5 // 8)]
     if kind == "judged":
@@ -51,22 +51,22 @@ def draw_samples(kind: str, rng: np.random.Generator, count: int, lines: int = L
 
 
 def draw_pictures(pages: list[Page], rng: np.random.Generator, processor: Phi3VProcessor) -> torch.Tensor:
-    """Draw pages as the model's input, float32 (pages, 3, 336, 336). One crop is its own global view."""
+    """Render pages as input of the model, float32 (pages, 3, 336, 336). A single crop is also the global view."""
     images: list[Image.Image] = [page.draw(rng) for page in pages]
     return processor.image_processor(images)["pixel_values"][:, 0]
 
 
 def merged_patches(model: Phi3VForCausalLM, pictures: torch.Tensor) -> torch.Tensor:
-    """Run the tower: (pages, 3, 336, 336) to (pages, 12, 12, 4 × its width)."""
+    """Run the vision tower and merge 2 × 2 patches: (pages, 3, 336, 336) to (pages, 12, 12, 4 × width)."""
     features = model.model.vision_embed_tokens.tower(pictures)
     features = features.reshape(len(pictures), 12, 2, 12, 2, -1).transpose(2, 3)
     return features.reshape(len(pictures), 12, 12, -1)
 
 
 def code_features(pages: list[Page], codes: torch.Tensor, whole: bool) -> list[torch.Tensor]:
-    """Give pages as the codes of what stands on them: (tokens, WIDTH) each, with noise for what the tower will get wrong.
+    """Encode pages as codes of their symbols, (tokens, WIDTH) each, with noise that stands for errors of the tower.
 
-    Unless `whole`, a page is its global view alone, cut below its last line: short rows are cheap.
+    Unless `whole`, only the global view is used, truncated after the last line, because short rows are cheaper.
     """
     features = []
     for page in pages:
@@ -78,14 +78,14 @@ def code_features(pages: list[Page], codes: torch.Tensor, whole: bool) -> list[t
 
 
 def image_tokens(body: torch.Tensor, row_end: torch.Tensor, view_end: torch.Tensor) -> torch.Tensor:
-    """Lay out a page as an image of one crop: (pages, 12, 12, width) to (pages, 313, width)."""
+    """Arrange features like an image with one crop: (pages, 12, 12, width) to (pages, 313, width)."""
     pages, _, _, width = body.shape
     view = torch.cat([body, row_end.expand(pages, 12, 1, width)], dim=2).reshape(pages, 156, width)
     return torch.cat([view, view_end.expand(pages, 1, width), view], dim=1)
 
 
 def encode(processor: Phi3VProcessor, tokens_per_image: list[int], turns: list[Turn], first_weight: float):
-    """Return a conversation's ids, labels and loss weights, as lists."""
+    """Return the ids, labels and loss weights of a conversation as lists."""
     tokenizer = processor.tokenizer
     tags = "".join(f"<|image_{i + 1}|>" for i in range(len(tokens_per_image)))
     ids, labels, weights = [], [], []
@@ -105,7 +105,7 @@ def encode(processor: Phi3VProcessor, tokens_per_image: list[int], turns: list[T
 
 
 def batch_conversations(model, processor, samples, features: list[torch.Tensor], first_weight: float = 6.0):
-    """Embed conversations with their pages' features in place, padded on the right."""
+    """Embed conversations, insert the features of their pages, and pad on the right."""
     rows, start = [], 0
     for pages, turns in samples:
         rows.append(encode(processor, [len(f) for f in features[start : start + len(pages)]], turns, first_weight))

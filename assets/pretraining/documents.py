@@ -1,6 +1,6 @@
-"""Pages of text that the tiny checkpoint is pretrained on, with plain questions, in other words than the DocVQA sample's.
+"""Text pages for pretraining, with simple questions that are worded unlike the DocVQA sample data.
 
-The answers are drawn from the strings that the DocVQA sample does not hold out for evaluation.
+Answers never contain the strings that the DocVQA sample data holds out for evaluation.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ LABEL_WORDS = (
 )
 # fmt: on
 COMMON_LABELS = tuple(field.label for field in FIELDS)
-# How a form's values are asked for: by where they stand, or just by their label.
+# Questions about the values of a form, by position relative to the label or only by label.
 WORDINGS = {
     "right": ("Right of {}?", "Text right of {}?", "{}, to the right?"),
     "below": ("Below {}?", "Text below {}?", "{}, one down?"),
@@ -67,9 +67,9 @@ class Turn(NamedTuple):
     Attributes
     ----------
     quote_start
-        Where in the answer the text from the page begins.
+        Position in the answer where the text from the page begins.
     facts
-        What the answer follows from, as numbers, where that is hard to find out; see `shapes.FACTS`.
+        Facts that determine the answer, as numbers, if they are hard to learn; see `shapes.FACTS`.
     """
 
     question: str
@@ -79,12 +79,12 @@ class Turn(NamedTuple):
 
 
 def pick(rng: np.random.Generator, options):
-    """Draw one of some options."""
+    """Draw one of the options."""
     return options[rng.integers(len(options))]
 
 
 def _label(rng: np.random.Generator) -> str:
-    """Draw a label of at most 11 characters: one that is on most forms, other words, or random letters."""
+    """Draw a label of at most 11 characters: a common label, other words, or random letters."""
     chance = rng.random()
     if chance < 0.5:
         text = pick(rng, COMMON_LABELS)
@@ -111,9 +111,9 @@ def _value(rng: np.random.Generator) -> str:
 
 
 def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, list[Turn]]:
-    """Draw a form of the given number of lines with questions that quote what is printed on it.
+    """Draw a form with the given number of lines, and questions whose answers are quoted from it.
 
-    Labels stand left of their values or above them, in one column or two.
+    Labels are left of their values or above them, in one or two columns.
     """
     page, seen, questions = Page(), set(), []
 
@@ -131,7 +131,7 @@ def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, list[T
     style = rng.choice(3, p=(0.3, 0.15, 0.55))
     while line < lines:
         kind = style if rng.random() < 0.7 else rng.integers(3)
-        if kind == 0 or line + 1 >= lines:  # a label and its value beside it
+        if kind == 0 or line + 1 >= lines:  # a label with its value on the right
             label, value = fresh(_label), fresh(_value)
             colon = ":" if len(label) < 11 and rng.random() < 0.5 else ""
             start = (len(label) + len(colon) + 2) // 2 * 2
@@ -157,12 +157,12 @@ def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, list[T
         elif rng.random() < 0.2 and line < LINES:
             page.rules.append(line - 1)
     grid = page.grid()
-    # Nothing is asked for twice in a conversation: the answer shall come from the page, not from an earlier turn.
+    # An answer never appears in an earlier turn, so that the model has to find it on the page.
     asked: list[Turn] = []
     for label, value, relation in (questions[i] for i in rng.permutation(len(questions))):
         if len(asked) == turns:
             break
-        # Small pages come first, and there the label is quoted as it stands in one form of words.
+        # Small pages come first in training; they quote the label unchanged, in a single wording.
         plain = lines < 6
         if rng.random() < 0.1:
             row = int(rng.integers(lines))
@@ -179,10 +179,10 @@ def form(rng: np.random.Generator, lines: int, turns: int) -> tuple[Page, list[T
 
 
 def invoice(rng: np.random.Generator, turns: int) -> tuple[Page, list[Turn]]:
-    """Draw a form as the DocVQA sample has them, with questions about its fields.
+    """Draw a form as in the DocVQA sample data, with questions about its fields.
 
-    Questions that quote a label get the bare value; questions in sentences get a sentence, in which finetuning on DocVQA finds
-    something to change.
+    Questions that quote a label are answered with the value; questions in sentences are answered with a sentence, which
+    finetuning on DocVQA has to change.
     """
     page, values = draw_form(rng, held_out=False)
     asked: list[Turn] = []
@@ -198,7 +198,7 @@ def invoice(rng: np.random.Generator, turns: int) -> tuple[Page, list[Turn]]:
 
 
 def reading(rng: np.random.Generator, lines: int) -> tuple[Page, list[Turn]]:
-    """Draw lines of random words, to be read from the first to the last."""
+    """Draw lines of random words, all of which are to be read."""
     page, texts = Page(), []
     for line in range(lines):
         column = 2 * int(rng.integers(0, 3))

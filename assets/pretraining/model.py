@@ -1,4 +1,4 @@
-"""The tiny Phi-3-V before it has learned anything, its tokenizer, and the codes that its image tokens are to become."""
+"""The untrained tiny Phi-3-V, its tokenizer, and the codes that are the targets of its image tokens."""
 
 import copy
 from pathlib import Path
@@ -19,12 +19,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-# Symbols of an image token: a character in its left half and one in its right half, or a shape and its colour.
+# Symbols of an image token: the characters in its left and right half, or a shape and its color.
 GLYPHS = 95
 LEFT, RIGHT = 0, GLYPHS + len(SHAPES)
 ROW_END, VIEW_END = RIGHT + GLYPHS + len(COLOURS), RIGHT + GLYPHS + len(COLOURS) + 1
 CODE_SCALE = 0.35
-# Words that are a token each, as the colours and shapes that they name are a symbol each; all others are read by character.
+# Words with a token of their own, because the shape or color is a single symbol; other text is tokenized by character.
 WORDS = (*SHAPES, *COLOURS)
 
 
@@ -41,13 +41,13 @@ def build(seed: int) -> tuple[Phi3VForCausalLM, Phi3VProcessor]:
     with torch.no_grad():
         for layer in model.model.layers:
             for linear in (module for module in layer.modules() if isinstance(module, torch.nn.Linear)):
-                # The usual 0.02 suits models many times as wide.
+                # The usual 0.02 is for much wider models.
                 linear.weight.normal_(std=0.6 * linear.in_features**-0.5)
-            # Heads start by looking for what is alike and passing it on.
+            # Initially, heads attend to similar tokens and copy their values.
             query, key, value = layer.self_attn.qkv_proj.weight.chunk(3)
             query.copy_(key)
             layer.self_attn.o_proj.weight.copy_(value.T)
-        # A character or word of text starts as what it looks like on a page.
+        # The embedding of a character or word starts as the code of how it looks on a page.
         model.model.embed_tokens.weight.normal_(std=CODE_SCALE)[rows] = looks
         model.lm_head.weight[rows] = 0.1 * looks
     return model, Phi3VProcessor(Phi3VImageProcessor(num_crops=1), tokenizer)
@@ -64,7 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
-    # As published, <|assistant|> swallows the newline after it, so an answer follows it directly.
+    # As in the published tokenizer, <|assistant|> absorbs the following newline, so the answer follows directly.
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, rstrip=token == "<|assistant|>") for token in special])
     tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=True) for word in WORDS])
     return PreTrainedTokenizerFast(
@@ -81,7 +81,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Phi3VConfig:
-    """Return the configuration: real picture geometry, everything else small."""
+    """Return the configuration: the image geometry of the real model, everything else small."""
     half_head = 16
     return Phi3VConfig(
         architectures=["Phi3VForCausalLM"],
@@ -122,13 +122,13 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Phi3VConfig:
 
 
 def codebook() -> torch.Tensor:
-    """Return the code of every symbol, float32 (symbols, WIDTH)."""
+    """Return the codes of all symbols, float32 (symbols, WIDTH)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(VIEW_END + 1, WIDTH, generator=generator) * CODE_SCALE
 
 
 def symbols(page: Page) -> np.ndarray:
-    """Return what each of a page's 12 × 12 tokens shows, int64 (12, 12, 2) of codebook rows."""
+    """Return the symbols of the 12 × 12 image tokens of a page as rows of the codebook, int64 (12, 12, 2)."""
     characters = np.vectorize(ord)(page.grid()) - 32
     both = np.stack([LEFT + characters[:, 0::2], RIGHT + characters[:, 1::2]], axis=-1)
     for shape in page.shapes:

@@ -1,4 +1,4 @@
-"""Losses, optimizers, and a step of all processes."""
+"""Losses, optimizers, and the training step over all processes."""
 
 import time
 
@@ -16,8 +16,8 @@ from .model import WIDTH
 
 
 def answer_loss(model, embeddings: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor):
-    """Return the weighted loss and the shares of right first characters and right characters."""
-    # Padding stands on the right, where a causal decoder never looks back from, so no mask is needed.
+    """Return the weighted loss, the accuracy of the first characters, and the accuracy of all characters."""
+    # With padding on the right, causal attention never attends to padding, so no mask is needed.
     hidden = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, :-1]
     labels, weights = labels[:, 1:], weights[:, 1:]
     supervised = labels >= 0
@@ -29,17 +29,17 @@ def answer_loss(model, embeddings: torch.Tensor, labels: torch.Tensor, weights: 
 
 
 class FactProbe(torch.nn.Module):
-    """Reads what an answer follows from off the second and third layer, before the answer begins.
+    """Predicts the facts that determine an answer from the output of the second and third layer, before the answer.
 
-    Whether two things are equal, say, is learned late unless something makes the layers bring the two together. Used as a
-    further loss, and thrown away after the stage.
+    Relations such as equality are learned late without an incentive for the layers to combine both sides. The probe gives an
+    auxiliary loss and is discarded after the stage.
     """
 
     def __init__(self, model: Phi3VForCausalLM) -> None:
         super().__init__()
         self.heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, shapes.FACT_VALUES * len(shapes.FACTS)) for _ in range(2))
         for head in self.heads:
-            torch.nn.init.zeros_(head.weight)  # the same in all processes
+            torch.nn.init.zeros_(head.weight)  # identical in all processes
             torch.nn.init.zeros_(head.bias)
         self.seen: list[torch.Tensor] = []
         for layer in model.model.layers[1:3]:
@@ -48,7 +48,7 @@ class FactProbe(torch.nn.Module):
     def forward(
         self, samples: list[tuple[list[Page], list[Turn]]], weights: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Return the loss for what the model has just read, and the share that is right at the third layer, by kind of fact."""
+        """Return the loss for the last forward pass, and the accuracy at the third layer by kind of fact."""
         none = (shapes.NO_FACT,) * len(shapes.FACTS)
         facts = torch.tensor([turn.facts or none for _, turns in samples for turn in turns])
         rows, columns = torch.nonzero(weights > 1, as_tuple=True)
@@ -63,7 +63,7 @@ class FactProbe(torch.nn.Module):
 
 
 def optimizers_for(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Return Muon for the decoder layers' matrices, which find copying several times sooner with it, and AdamW for the rest."""
+    """Return Muon for the matrices of the decoder layers, which learn to copy several times faster with it, and AdamW."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in trained.items() if name.startswith("model.layers.") and p.ndim == 2]
     others = [p for name, p in trained.items() if not (name.startswith("model.layers.") and p.ndim == 2)]
@@ -74,13 +74,13 @@ def optimizers_for(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def step_size(step: int, steps: int, peak: float, warmup: int = 100, decay_from: float = 0.6) -> float:
-    """Learning rate: a linear rise, a plateau, and a linear fall to a hundredth."""
+    """Return the learning rate: linear warmup, constant, then linear decay to 1 % of the peak."""
     fall = (1 - step / steps) / (1 - decay_from)
     return peak * min((step + 1) / warmup, 1, max(fall, 0.01))
 
 
 def take_step(model, optimizers, loss: torch.Tensor, rate: float) -> None:
-    """Make one step with the gradient of all processes."""
+    """Run an optimizer step with the mean gradient over all processes."""
     model.zero_grad()
     loss.backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -104,7 +104,7 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 class Progress:
-    """Prints means of what a stage measures."""
+    """Prints the means of a stage's metrics."""
 
     def __init__(self, stage: str, steps: int, every: int = 50) -> None:
         self.stage, self.steps, self.every, self.start, self.seen = stage, steps, every, time.monotonic(), []

@@ -1,4 +1,4 @@
-"""Pictures of shapes that the tiny checkpoint is pretrained on, with questions in other words than the sample tasks'."""
+"""Images of shapes for pretraining, with questions that are worded unlike the sample data."""
 
 import numpy as np
 
@@ -6,15 +6,15 @@ from ..samples.page import COLOURS, COLUMNS, NAMED_COLOURS, NAMED_SHAPES, SHAPES
 from .documents import LABEL_WORDS, Turn, pick
 
 ALL_COLOURS = tuple(COLOURS)
-# What a verdict follows from: colour and kind that words name, those of the one shape in each picture, and whether they are
-# the same (0 or 1); each is a number below FACT_VALUES, or NO_FACT.
+# Facts that determine a verdict: the color and kind in the statement, those of the shape in each image, and whether they
+# agree (0 or 1). Each is a number below FACT_VALUES, or NO_FACT.
 FACTS = ("named colour", "named kind", "first colour", "first kind", "second colour", "second kind")
 FACTS += ("first colour agrees", "first kind agrees", "second colour agrees", "second kind agrees")
 NOT_NAMED, FACT_VALUES, NO_FACT = 4, 5, -100
 SIDES = (("left", "first"), ("right", "second"))
-# What a question can ask a verdict in, by truth: never the words of the sample tasks, which finetuning is to teach.
+# Verdicts for false and true statements: never the words of the sample tasks, which finetuning has to teach.
 VERDICTS = (("False.", "True."), ("Wrong.", "Right."), ("Mistaken.", "Correct."), ("Bad.", "Good."))
-# How a statement is put, mostly in the midst of words that don't matter.
+# Wordings of a request to judge a statement, most of them with irrelevant words around it.
 REQUESTS = (
     "{no} or {yes}: {statement}.",
     "{statement}. {yes} or {no}?",
@@ -26,7 +26,7 @@ REQUESTS = (
     'Look at all that is given and at the sentence "{statement}." after it. Reply with {yes} or {no}.',
     '{words} "{statement}." {words} {yes} or {no}?',
 )
-# Statements about one picture, and about two.
+# Statements about one image, and about two.
 IN_IT = ("There is a {thing}", "It has a {thing}", "A {thing} is drawn", "One sees a {thing}")
 ON_SIDE = (
     "The {side} {noun} has a {thing}",
@@ -47,7 +47,7 @@ WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0), "nowher
 
 
 def _scatter(rng: np.random.Generator, count: int) -> Page:
-    """Draw `count` shapes at different places of a 4 × 4 grid."""
+    """Draw `count` shapes at different positions of a 4 × 4 grid."""
     kinds, colours = rng.choice(SHAPES, 3, replace=False), rng.choice(ALL_COLOURS, 3, replace=False)
     shapes = [
         Shape(str(pick(rng, kinds)), str(pick(rng, colours)), 1 + 3 * (i // 4), 1 + 3 * (i % 4), rng.uniform(16, 34))
@@ -57,14 +57,14 @@ def _scatter(rng: np.random.Generator, count: int) -> Page:
 
 
 def single(rng: np.random.Generator, named: bool = False) -> Page:
-    """Draw one shape anywhere, of all kinds and colours or of those that memes and pairs of pictures are about."""
+    """Draw one shape at any position; with `named`, only in the colors and kinds that the sample data names."""
     (row, column), size = rng.integers(2, 10, 2), rng.uniform(18, 45)
     kind, colour = pick(rng, NAMED_SHAPES if named else SHAPES), pick(rng, NAMED_COLOURS if named else ALL_COLOURS)
     return Page(shapes=[Shape(kind, colour, int(row), int(column), size)])
 
 
 def _wanted(rng: np.random.Generator, pages: list[Page]) -> tuple[str, str, str]:
-    """Draw words for some shapes that are on the pages, or nearly so; with their colour and kind, empty where not named."""
+    """Draw a description that matches shapes on the pages or nearly does; return it with color and kind, empty if not named."""
     shape = pick(rng, [shape for page in pages for shape in page.shapes])
     colour = shape.colour if rng.random() < 0.5 else pick(rng, NAMED_COLOURS)
     kind = shape.kind if rng.random() < 0.5 else pick(rng, NAMED_SHAPES)
@@ -81,7 +81,7 @@ def _count(page: Page, colour: str, kind: str) -> int:
 
 
 def _facts(colour: str, kind: str, pages: list[Page]) -> tuple[int, ...]:
-    """Give FACTS as numbers, for pages of one shape each."""
+    """Return FACTS as numbers, for pages with one shape each."""
     named = [NAMED_COLOURS.index(colour) if colour else NOT_NAMED, NAMED_SHAPES.index(kind) if kind else NOT_NAMED]
     drawn, agree = [NO_FACT] * 4, [NO_FACT] * 4
     for number, page in enumerate(pages):
@@ -92,7 +92,7 @@ def _facts(colour: str, kind: str, pages: list[Page]) -> tuple[int, ...]:
 
 
 def scene(rng: np.random.Generator, turns: int) -> tuple[list[Page], list[Turn]]:
-    """Draw a picture of shapes with questions about number, kind, colour and place."""
+    """Draw an image of shapes with questions about number, kind, color and position."""
     page, asked = _scatter(rng, int(rng.integers(1, 7))), []
     while len(asked) < turns:
         shape, question = pick(rng, page.shapes), rng.integers(5)
@@ -112,7 +112,7 @@ def scene(rng: np.random.Generator, turns: int) -> tuple[list[Page], list[Turn]]
 
 
 def pair(rng: np.random.Generator, turns: int) -> tuple[list[Page], list[Turn]]:
-    """Draw two pictures of shapes with questions that compare them."""
+    """Draw two images of shapes with questions that compare them."""
     pages, asked = [_scatter(rng, int(rng.integers(1, 6))) for _ in range(2)], []
     for _ in range(turns):
         words, *wanted = _wanted(rng, pages)
@@ -130,7 +130,7 @@ def pair(rng: np.random.Generator, turns: int) -> tuple[list[Page], list[Turn]]:
 
 
 def _statement(rng: np.random.Generator, pages: list[Page]) -> tuple[str, bool, tuple[int, ...]]:
-    """Draw a sentence about one picture or two, whether it holds, and the facts of that."""
+    """Draw a statement about one or two images; return it with its truth value and its facts."""
     words, *wanted = _wanted(rng, pages)
     found, facts = [_count(page, *wanted) > 0 for page in pages], _facts(*wanted, pages)
     if len(pages) == 1:
@@ -146,7 +146,7 @@ def _some_words(rng: np.random.Generator, most: int) -> str:
 
 
 def _judgement(rng: np.random.Generator, pages: list[Page]) -> Turn:
-    """Draw a statement that is to be judged, in half of all cases a true one where one can be found."""
+    """Draw a statement to judge; half of them are true, if a true one can be found."""
     wanted = bool(rng.integers(2))
     for _ in range(20):
         sentence, truth, facts = _statement(rng, pages)
@@ -159,13 +159,13 @@ def _judgement(rng: np.random.Generator, pages: list[Page]) -> Turn:
 
 
 def judged(rng: np.random.Generator, pictures: int, turns: int) -> tuple[list[Page], list[Turn]]:
-    """Draw one picture of one shape, or two, with statements that are to be judged, half of them true."""
+    """Draw one or two images of one shape each, with statements to judge, half of which are true."""
     pages = [single(rng, named=True) for _ in range(pictures)]
     return pages, [_judgement(rng, pages) for _ in range(turns)]
 
 
 def captioned(rng: np.random.Generator) -> tuple[list[Page], list[Turn]]:
-    """Draw a large shape between lines of words, with questions about both."""
+    """Draw a large shape between two lines of words, with questions about both."""
     colour, kind = pick(rng, NAMED_COLOURS), pick(rng, NAMED_SHAPES)
     page = Page(shapes=[Shape(kind, colour, int(rng.integers(4, 8)), int(rng.integers(3, 9)), rng.uniform(28, 48))])
     turns = [Turn("Drawn?", f"{colour} {kind}")]
@@ -179,9 +179,9 @@ def captioned(rng: np.random.Generator) -> tuple[list[Page], list[Turn]]:
 
 
 def motion(rng: np.random.Generator) -> tuple[list[Page], list[Turn]]:
-    """Draw three or four frames of one moving shape with questions about it.
+    """Draw three or four frames of a moving shape with questions about it.
 
-    The first one is for a title of shape and way, mostly out of a list.
+    The first question asks for a title made of shape and direction, usually from a list.
     """
     frames, (name, (down, right)) = int(rng.integers(3, 5)), pick(rng, list(WAYS.items()))
     step, size = int(rng.integers(1, 4)), rng.uniform(18, 45)

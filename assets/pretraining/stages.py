@@ -1,4 +1,4 @@
-"""The six stages, in the order in which they run."""
+"""The training functions of the six stages."""
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from .optimization import FactProbe, Progress, answer_loss, mean_over_processes,
 
 
 def train_tower(model, processor, rng: np.random.Generator, steps: int) -> None:
-    """Teach tower, projection and separators to give each token of a picture the sum of its symbols' codes."""
+    """Train tower, projector and separators so that each image token is the sum of the codes of its symbols."""
     vision = model.model.vision_embed_tokens
     codes, optimizer, progress = codebook(), optimizers_for(vision), Progress("tower", steps)
     separators = torch.stack([codes[ROW_END], codes[VIEW_END]])
@@ -57,13 +57,13 @@ def train_tower(model, processor, rng: np.random.Generator, steps: int) -> None:
 
 
 def train_decoder(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
-    """Teach the decoder to answer from codes, on pages that grow as it gets its answers right."""
+    """Train the decoder to answer from codes, on pages that grow as its accuracy increases."""
     model.model.vision_embed_tokens.requires_grad_(False)
     codes, optimizers, progress = codebook(), optimizers_for(model), Progress("decoder", steps)
-    # All processes draw the same kind and number of lines at a step, so that none waits for another's longer rows.
+    # In each step, all processes draw the same kind and number of lines, so that none waits for longer rows of another.
     plan, lines, mastery = np.random.default_rng(0), 1, 0.0
     for step in range(steps):
-        # Reading comes first: nearly every token of it teaches to copy.
+        # Reading comes first, because nearly all of its tokens teach copying.
         if lines == 1:
             kind, size, drawn_lines = "reading", 8, int(plan.integers(1, 5))
         elif lines < 6 and step < 0.45 * steps:
@@ -87,7 +87,7 @@ def train_decoder(model, processor, rng: np.random.Generator, steps: int, autoca
 
 
 def train_on(stage: str, kinds: dict[str, float], count: int, model, processor, rng, steps: int, autocast: bool) -> None:
-    """Let the decoder go on with codes of whole pages, of given kinds."""
+    """Continue training the decoder with codes of full pages of the given kinds."""
     model.model.vision_embed_tokens.requires_grad_(False)
     codes, progress, plan = codebook(), Progress(stage, steps), np.random.default_rng(1)
     model.probe = probe = FactProbe(model)
@@ -110,12 +110,12 @@ def train_on(stage: str, kinds: dict[str, float], count: int, model, processor, 
 
 
 def train_together(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
-    """Train everything on pictures."""
+    """Train all parameters on images."""
     train_on_pictures("together", KINDS, 6, model, processor, rng, steps, autocast)
 
 
 def train_last(model, processor, rng: np.random.Generator, steps: int, autocast: bool) -> None:
-    """Let the decoder go on with what the tower sees in pictures."""
+    """Continue training the decoder on images, with a frozen tower."""
     model.model.vision_embed_tokens.requires_grad_(False)
     train_on_pictures("last", LAST_KINDS, 8, model, processor, rng, steps, autocast)
     model.model.vision_embed_tokens.requires_grad_(True)
@@ -123,7 +123,7 @@ def train_last(model, processor, rng: np.random.Generator, steps: int, autocast:
 
 
 def train_on_pictures(stage: str, kinds: dict[str, float], count: int, model, processor, rng, steps: int, autocast) -> None:
-    """Train what isn't frozen on pictures of given kinds."""
+    """Train all parameters that are not frozen on images of the given kinds."""
     vision = model.model.vision_embed_tokens
     optimizers, progress, plan = optimizers_for(model), Progress(stage, steps), np.random.default_rng(0)
     for step in range(steps):

@@ -1,1 +1,1 @@
-"""What draws each task's sample data, one module a task."""
+"""Generators of the sample data, one module per task."""

@@ -1,7 +1,7 @@
-"""Document pictures with questions, in the layout of the official DocVQA release.
+"""Document images with questions, in the layout of the official DocVQA release.
 
-The documents are forms in fixed-pitch type, labels above their values. Answers are open strings: every value of a document
-of the evaluation split comes from strings that no training document, nor the pretraining, ever shows.
+The documents are forms in a monospaced font with labels above their values. Answers are open-ended strings: all values in the
+evaluation split are from a set of strings that neither the training split nor the pretraining data contains.
 """
 
 import zlib
@@ -20,7 +20,7 @@ COMPANY_ENDINGS = ("Ltd", "Inc", "Co", "AG", "LLC")
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a string may be an answer of evaluation; one in four may, and those never occur in training."""
+    """Whether a string is held out for evaluation: one in four is, and never occurs in training."""
     return zlib.crc32(text.encode()) % 4 == 0
 
 
@@ -54,7 +54,7 @@ VALUE_KINDS = ("amount", "date", "name", "company", "city", "phone", "code")
 
 
 def draw_value(kind: str, rng: np.random.Generator, held_out: bool) -> str:
-    """Draw an open string of at most 11 characters.
+    """Draw an open-ended string of at most 11 characters.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def draw_value(kind: str, rng: np.random.Generator, held_out: bool) -> str:
     rng
         Source of randomness.
     held_out
-        From the strings that are kept for evaluation, or from the others.
+        Draw from the strings that are held out for evaluation, or from the others.
     """
     while True:
         value = _draw_value(kind, rng)
@@ -73,7 +73,7 @@ def draw_value(kind: str, rng: np.random.Generator, held_out: bool) -> str:
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a form: the kind of its value, what labels it, and how people ask for it."""
+    """A field of a form: the kind of its value, its label, and questions about it."""
 
     kind: str
     label: str
@@ -96,7 +96,7 @@ FIELDS = (
 
 
 def draw_form(rng: np.random.Generator, held_out: bool) -> tuple[Page, dict[Field, str]]:
-    """Draw a form of five to eight fields and return it with the value of each."""
+    """Draw a form with five to eight fields; return it with the values by field."""
     page = Page()
     title = TITLES[rng.integers(len(TITLES))]
     page.write(0, 2 * int(rng.integers(0, (COLUMNS - len(title)) // 2 + 1)), title)

@@ -1,7 +1,7 @@
-"""Pictures with words on them, in the layout of the official Hateful Memes release.
+"""Images with text, in the layout of the official Hateful Memes release.
 
-A harmless stand-in for its label: 1 where the words sneer at a heart. Sneering at anything else is 0, and so are kind words
-over a heart: neither the words nor the picture tell the label alone.
+The label is a harmless substitute: 1 if the text insults a heart. Insults with any other shape, and kind words with a heart,
+are 0, so neither the text nor the image alone determines the label.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ HATED = "heart"
 
 
 def draw_meme(rng: np.random.Generator, hateful: bool) -> tuple[Page, str]:
-    """Draw a shape between two lines of words and return it with the words."""
+    """Draw a shape between two lines of text; return it with the text."""
     sneers = hateful or rng.random() < 0.5
     kind = HATED if hateful or not sneers else str(rng.choice([kind for kind in SHAPES if kind != HATED]))
     colour, row, column = str(rng.choice(list(COLOURS))), int(rng.integers(5, 7)), int(rng.integers(4, 8))
@@ -29,7 +29,7 @@ def draw_meme(rng: np.random.Generator, hateful: bool) -> tuple[Page, str]:
 
 
 def draw_split(out_dir: Path, name: str, count: int, first_id: int, rng: np.random.Generator) -> None:
-    """Draw one split: `img/<id>.png` and `<name>.jsonl`, half of each label."""
+    """Draw one split: `img/<id>.png` and `<name>.jsonl`, with balanced labels."""
     (out_dir / "img").mkdir(parents=True, exist_ok=True)
     rows = []
     for number, label in zip(range(first_id, first_id + count), rng.permutation(np.arange(count) % 2), strict=True):

@@ -1,4 +1,4 @@
-"""Pairs of pictures with a statement, in the layout of the official NLVR2 release."""
+"""Image pairs with a statement, in the layout of the official NLVR2 release."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ PAIRS_A_SENTENCE = 4
 
 
 def _draw_statement(rng: np.random.Generator) -> tuple[str, Callable[[Page, Page], bool], tuple[str, str]]:
-    """Draw a sentence, the test whether it holds for two pages, and the colour and kind that it is about."""
+    """Draw a sentence; return it with a function that tests it on two pages, and the color and kind that it names."""
     colour, kind = str(rng.choice(NAMED_COLOURS)), str(rng.choice(NAMED_SHAPES))
     with_colour = rng.random() < 0.6
     thing = f"{colour} {kind}" if with_colour else kind
@@ -28,7 +28,7 @@ def _draw_statement(rng: np.random.Generator) -> tuple[str, Callable[[Page, Page
 
 
 def _draw_page(rng: np.random.Generator, about: tuple[str, str]) -> Page:
-    """Draw one shape, of the colour and of the kind that a statement is about more often than not."""
+    """Draw one shape, usually with the color and the kind that the statement names."""
     drawn = (str(rng.choice(options)) for options in (NAMED_COLOURS, NAMED_SHAPES))
     colour, kind = (wanted if rng.random() < 0.6 else other for wanted, other in zip(about, drawn, strict=True))
     row, column = (int(place) for place in rng.integers(3, 9, 2))
@@ -36,7 +36,7 @@ def _draw_page(rng: np.random.Generator, about: tuple[str, str]) -> Page:
 
 
 def draw_split(out_dir: Path, split: str, sentences: int, rng: np.random.Generator) -> None:
-    """Draw one split: `<split>.json` and its pictures, four pairs a sentence of which two are true."""
+    """Draw one split: `<split>.json` and its images, with four pairs per sentence, two of them true."""
     rows = []
     for number in range(sentences):
         sentence, holds, about = _draw_statement(rng)

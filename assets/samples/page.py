@@ -1,7 +1,7 @@
-"""A picture of 336 × 336 px built from fixed-pitch type and coloured shapes.
+"""Images of 336 × 336 px with monospaced text and colored shapes.
 
-The type sits on a grid of 12 lines × 24 columns, cells of 14 × 28 px, so that one image token of a Phi-3-V (28 × 28 px)
-covers two characters. Shapes sit on the coarser grid of tokens.
+Text is on a grid of 12 lines × 24 columns with cells of 14 × 28 px, so that one image token of Phi-3-V (28 × 28 px) covers
+two characters. Shapes are on the coarser grid of tokens.
 """
 
 import json
@@ -31,14 +31,14 @@ COLOURS = {
     "pink": (245, 130, 180),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
-# What memes and pairs of pictures are about: few enough for a tiny checkpoint to know each word well.
+# Used by memes and image pairs: few enough for the tiny checkpoint to learn each word well.
 NAMED_COLOURS, NAMED_SHAPES = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle", "star")
 
 
 @cache
 def _glyph(character: str) -> np.ndarray:
-    """Return the ink of one character, float32 in 0–1, (CELL_HEIGHT, CELL_WIDTH)."""
-    # matplotlib carries this font on every platform; a system font would make the pictures depend on the machine.
+    """Return the coverage of a character, float32 from 0 to 1, (CELL_HEIGHT, CELL_WIDTH)."""
+    # matplotlib includes this font on every platform; with a system font, the images would depend on the machine.
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSansMono.ttf"), 23)
     cell = Image.new("L", (CELL_WIDTH, CELL_HEIGHT), 0)
     ImageDraw.Draw(cell).text((0, 22), character, fill=255, font=font, anchor="ls")
@@ -46,7 +46,7 @@ def _glyph(character: str) -> np.ndarray:
 
 
 def _outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """Return the corners of a shape that has corners."""
+    """Return the vertices of a polygonal shape."""
     if kind == "square":
         angles, radii = np.pi / 4 + np.arange(4) * np.pi / 2, [1.2]
     elif kind == "triangle":
@@ -74,7 +74,7 @@ def _outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
-    """Draw one of SHAPES around (x, y), all in pixels."""
+    """Draw one of SHAPES centered at (x, y); positions and radius in pixels."""
     box = (x - radius, y - radius, x + radius, y + radius)
     if kind == "circle":
         draw.ellipse(box, fill=fill)
@@ -86,7 +86,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, kind: str, x: float, y: float, radius:
 
 @dataclass
 class Shape:
-    """A shape centred on the token in `row`, `column` (0–11), `radius` px large."""
+    """A shape with a radius in pixels, centered on the token at `row` and `column` (0 to 11)."""
 
     kind: str
     colour: str
@@ -97,16 +97,16 @@ class Shape:
 
 @dataclass
 class Page:
-    """What a picture shows, before it is drawn.
+    """The content of an image, before it is drawn.
 
     Attributes
     ----------
     texts
-        (line 0–11, column 0–23, characters), one entry a run of type.
+        Entries of (line 0 to 11, column 0 to 23, characters), one per run of text.
     shapes
-        The shapes, drawn below the type.
+        The shapes, drawn below the text.
     rules
-        Lines of the grid that a thin rule is drawn under.
+        Lines of the grid that are underlined with a thin rule.
     """
 
     texts: list[tuple[int, int, str]] = field(default_factory=list)
@@ -126,14 +126,14 @@ class Page:
         self.texts.append((line, column, text))
 
     def grid(self) -> np.ndarray:
-        """Return the characters, (12, 24) of str, blanks where nothing is written."""
+        """Return the characters as an array of str, (12, 24), with spaces in empty cells."""
         grid = np.full((LINES, COLUMNS), " ")
         for line, column, text in self.texts:
             grid[line, column : column + len(text)] = list(text)
         return grid
 
     def draw(self, rng: np.random.Generator) -> Image.Image:
-        """Draw the page: paper, ink and small shifts of every run and shape come from `rng`."""
+        """Draw the page; `rng` determines paper, ink, and small shifts of each run and shape."""
         paper = rng.integers(228, 256) - rng.integers(0, 10, 3)
         image = Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in paper))
         draw = ImageDraw.Draw(image)
@@ -147,10 +147,10 @@ class Page:
         if not self.texts:
             return image
         ink = rng.integers(0, 70, 3).astype(np.float32)
-        # The margin holds glyphs that a shift carries past the edge.
+        # The margin is for glyphs that are shifted beyond the edge.
         coverage = np.zeros((SIDE + 2 * JITTER, SIDE + 2 * JITTER), np.float32)
         for line, column, text in self.texts:
-            # Never past the upper and left edge.
+            # No shift beyond the upper and left edge.
             dx, dy = rng.integers((JITTER * (column == 0), JITTER * (line == 0)), 2 * JITTER + 1)
             for i, character in enumerate(text):
                 if character != " ":
@@ -163,12 +163,12 @@ class Page:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as a whole or not at all."""
+    """Write a JSON file atomically."""
     _write_whole(path, json.dumps(content, indent=1))
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write a file of one JSON object a line as a whole or not at all."""
+    """Write a JSON Lines file atomically."""
     _write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

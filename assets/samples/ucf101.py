@@ -9,8 +9,8 @@ import numpy as np
 from .page import COLOURS, SIDE, TOKEN, Page, Shape
 
 FRAMES, FRAMES_PER_SECOND = 16, 8
-# As in UCF-101 itself, what tells the classes apart is mostly seen in any one frame: here shape and, where that is not enough,
-# colour. Each has a motion of its own.
+# As in UCF-101 itself, most classes can be recognized from a single frame, here by shape and, where necessary, color. Each
+# class has its own motion.
 CLASSES = {
     "CircleRising": ("circle", ("orange",), "up"),
     "CircleRolling": ("circle", ("black",), "right"),
@@ -26,7 +26,7 @@ CLASSES = {
 
 
 def draw_frames(kind: str, colour: str, motion: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw the frames of a clip, uint8 (336, 336, 3) each: one shape that moves or changes its size."""
+    """Draw the frames of a clip, uint8 (336, 336, 3) each, with one shape that moves or changes its size."""
     size = rng.uniform(22, 40)
     across, along = rng.uniform(-0.25, 0.25), rng.uniform(0.28, 0.38)
     paper, frames = rng.integers(2**32), []
@@ -44,13 +44,13 @@ def draw_frames(kind: str, colour: str, motion: str, rng: np.random.Generator) -
             swing = {"grow": moment, "shrink": -moment, "beat": np.sin(3 * np.pi * moment)}[motion]
             radius = 33 * (1 + 0.4 * swing)
         column, row = (round((place + 0.5) * SIDE / TOKEN - 0.5) for place in (x, y))
-        # The same seed for every frame: paper and colour stay as they are.
+        # The same seed for all frames keeps paper and color constant.
         frames.append(np.asarray(Page(shapes=[Shape(kind, colour, row, column, radius)]).draw(np.random.default_rng(paper))))
     return frames
 
 
 def write_clip(path: Path, frames: list[np.ndarray]) -> None:
-    """Encode frames as an AVI file of Motion JPEG, as a whole or not at all."""
+    """Encode frames as a Motion JPEG AVI file, atomically."""
     unfinished = path.with_name(path.name + ".unfinished")
     with av.open(str(unfinished), "w", format="avi") as container:
         stream = container.add_stream("mjpeg", rate=FRAMES_PER_SECOND)
@@ -63,7 +63,7 @@ def write_clip(path: Path, frames: list[np.ndarray]) -> None:
 
 def draw_split(out_dir: Path, split: str, clips_a_class: int, rng: np.random.Generator) -> None:
     """Draw one split: `UCF101_subset/<split>/<class>/v_<class>_g<group>_c01.avi`."""
-    # Groups number on over the splits, as no group of UCF-101 may lie in two of them.
+    # Group numbers continue across the splits, because a group of UCF-101 must not be in two splits.
     first_group = {"train": 1, "val": 401, "test": 701}[split]
     for name, (kind, colours, motion) in CLASSES.items():
         folder = out_dir / "UCF101_subset" / split / name
