@@ -57,7 +57,7 @@ def data(tmp_path):
         ({"report_to": "wandb"}, "--report_to wandb: "),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
         ({"streaming": True}, "--streaming"),
-        ({"full_train": True}, "--streaming and --full_train are for the hub's rows, --data_dir for files"),
+        ({"full_train": True}, "--streaming and --full_train read from the Hub"),
         ({"attn_implementation": "sdpa", "packing": True}, "--packing requires a variable-length attention kernel"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
@@ -80,7 +80,7 @@ def data(tmp_path):
             {"model_name_or_path": "nobody/nothing"},
             "no such directory, and the Hub cannot be reached",
         ),
-        ({"data_dir": "/no/such/data"}, "--data_dir takes the folder of DocVQA's official files"),
+        ({"data_dir": "/no/such/data"}, "--data_dir must be the folder of DocVQA's official files"),
         ({"data_dir": None}, "on a machine without access use --data_dir"),
     ],
 )
@@ -153,7 +153,7 @@ def break_json(data):
 
 def break_schema(data):
     (data / "train_v1.0_withQT.json").write_text('{"rows": []}')
-    return "is not in DocVQA's schema", '"data"'
+    return "does not have the DocVQA format", '"data"'
 
 
 def break_entry(data):
@@ -202,12 +202,12 @@ def break_character(data):
 def break_folder(data):
     shutil.rmtree(data)
     data.write_text("")
-    return "train_v1.0_withQT.json is missing", "--data_dir takes the folder"
+    return "train_v1.0_withQT.json is missing", "--data_dir must be the folder"
 
 
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
-    return "val_v1.0_withQT.json is not in DocVQA's schema", "that holds questions"
+    return "val_v1.0_withQT.json does not have the DocVQA format", "of questions"
 
 
 @pytest.mark.parametrize(
