@@ -110,7 +110,9 @@ def share_by_length(
     same_number: bool = False,
     beginnings: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Return the batches of one process. Prompts of similar length share a batch; the longest come first.
+    """Return the batches of one process.
+
+    Prompts of similar length share a batch; the longest come first. Batches are assigned to the processes in turn.
 
     Parameters
     ----------
@@ -173,7 +175,7 @@ def generate_and_compare(
 ) -> tuple[list[str] | None, np.ndarray]:
     """Generate the answer to the last turn of each conversation, and compute the log-probabilities of given answers.
 
-    The prefill of each prompt, including its images, is computed once for both.
+    The prefix of each prompt, including its images, is computed once for both.
 
     Parameters
     ----------
