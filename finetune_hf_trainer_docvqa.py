@@ -1,9 +1,9 @@
-"""Finetune Phi-3.5-vision (or Phi-3-vision) on DocVQA: questions about pages of documents, answered from the picture.
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on DocVQA: questions about images of document pages.
 
     torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py --full_train --bf16 --use_flash_attention \\
-        --batch_size 64 --learning_rate 5e-6 --num_train_epochs 2                   # all weights, DeepSpeed ZeRO-2
+        --batch_size 64 --learning_rate 5e-6 --num_train_epochs 2                   # full finetuning, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_lora     # LoRA
-    torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --data_dir DIR        # the official release's files
+    torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --data_dir DIR        # files of the official release
 
 Metric: ANLS. Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card
 and report.html to --output_dir.
@@ -36,13 +36,13 @@ FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 def parse_args():
     parser = training_parser(__doc__, task="DocVQA", metric="anls")
     group = parser.add_argument_group("DocVQA")
-    group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}), not on {MINI}")
+    group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}) instead of {MINI}")
     group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
     return parser.parse_args()
 
 
 def make_row(id: str, image, question: str, answers: list[str]) -> dict:
-    """A row: a page, its question, and texts to train on, one of which is drawn: the question with each accepted answer."""
+    """Return a row: a page, a question, and one training text per reference answer, one of which is drawn at random."""
     texts = [{"user": f"{question}\nAnswer briefly.", "assistant": answer} for answer in answers]
     return {"id": id, "image": image, "question": question, "answers": answers, "texts": texts}
 
@@ -52,7 +52,7 @@ def from_mini(row: dict, number: str) -> dict:
 
 
 def from_full(row: dict, number: str) -> dict:
-    """A row with all questions about a page, for training alone."""
+    """Return a row with all questions about a page. It is used only for training."""
     return {"id": number, "image": row["images"][0], "question": None, "answers": [], "texts": row["texts"]}
 
 
@@ -61,23 +61,25 @@ def from_official(data_dir: Path, numbered: tuple[int, dict]) -> dict:
     answers = entry.get("answers") if isinstance(entry, dict) else None
     fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
     if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
-        raise InputError('needs "question" and "image" (texts) and "answers" (a list of at least one text, none empty)')
+        raise InputError('requires "question" and "image" (strings) and "answers" (a nonempty list of nonempty strings)')
     return make_row(str(entry.get("questionId", number)), str(data_dir / entry["image"]), entry["question"], answers)
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
     path = data_dir / f"{split}_v1.0_withQT.json"
-    entries = read_json(path, "--data_dir takes the folder of DocVQA's official files; download it again").get("data")
+    entries = read_json(path, "--data_dir must be the folder of DocVQA's official files; download it again").get("data")
     if not isinstance(entries, list) or not entries:
-        raise InputError(f'{path} is not in DocVQA\'s schema: it must be an object with a list "data" that holds questions')
+        raise InputError(f'{path} does not have the DocVQA format: expected an object with a nonempty list "data" of questions')
     places = ((f'{path}, entry {number} of "data"', (number, entry)) for number, entry in enumerate(entries))
     return collect_rows(places, partial(from_official, data_dir), limit, skip_bad)
 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Rows to train and to evaluate on; those that aren't streamed have been checked, pictures and all."""
+    """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
     if args.data_dir and (args.streaming or args.full_train):
-        raise InputError("--streaming and --full_train are for the hub's rows, --data_dir for files: leave one of them out")
+        raise InputError(
+            "--streaming and --full_train read from the Hub and cannot be used with --data_dir: remove one of them"
+        )
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
         eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
@@ -95,19 +97,19 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
-    """A row as a conversation; one of a page's questions, or of several accepted answers, is drawn."""
+    """Return a row as a conversation. If it has several questions or reference answers, one is drawn at random."""
     text = rng.choice(row["texts"])
     return {"conversations": [{"images": [row["image"]], "user": text["user"], "assistant": text["assistant"]}]}
 
 
 def all_conversations(row: dict) -> list[dict]:
-    """All that a row can become."""
+    """Return all conversations that can be drawn from a row."""
     return [to_conversation(row | {"texts": [text]}, random.Random(0)) for text in row["texts"]]
 
 
 def score(row: dict, answer: str, full_train: bool) -> Prediction:
-    """ANLS of an answer as the benchmark defines it, and in the case-sensitive form of the published table."""
-    # the_cauldron puts a full stop after every answer, which the benchmark's answers don't have.
+    """Compute the ANLS of an answer, as defined by the benchmark and in the case-sensitive form of the published table."""
+    # In the_cauldron every answer ends with a period; the benchmark's reference answers do not.
     prediction = answer.strip().removesuffix(".").strip() if full_train else answer.strip()
     more = {"score_case_sensitive": anls(answer, row["answers"], case_sensitive=True)}
     return Prediction(row["id"], row["question"], prediction, row["answers"], anls(prediction, row["answers"]), more)

@@ -1,11 +1,12 @@
-"""Finetune Phi-3.5-vision (or Phi-3-vision) on Hateful Memes: does a meme, picture and words together, promote hate speech?
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on Hateful Memes: does a meme, its image and text together, promote hate speech?
 
     torchrun --nproc_per_node=8 finetune_hf_trainer_hateful_memes.py --bf16 --use_flash_attention \\
-        --batch_size 64 --learning_rate 5e-5 --num_train_epochs 2                        # all weights, DeepSpeed ZeRO-2
+        --batch_size 64 --learning_rate 5e-5 --num_train_epochs 2                        # full finetuning, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_hateful_memes.py --bf16 --use_lora   # LoRA
-    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --data_dir DIR      # the official release's files
+    torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --data_dir DIR      # files of the official release
 
-Metrics: AUROC, the data set's own, from the probabilities of the whole answers `Yes.` and `No.`; accuracy of the generated one.
+Metrics: AUROC, the dataset's official metric, from the probabilities of the answers `Yes.` and `No.`; accuracy of the generated
+answer.
 
 Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
 to --output_dir.
@@ -34,7 +35,7 @@ from common.training.trainer import build_trainer
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
 HUB_EVAL_ROWS = 500
-# The hub's rows ask in eleven wordings; one for all, so that models from both sources can be compared.
+# The Hub's rows use eleven wordings. A single one makes models from both sources comparable.
 QUESTION = "Does this meme promote hate speech?\nAnswer yes or no."
 ANSWERS = ("No.", "Yes.")  # by label
 
@@ -46,7 +47,7 @@ def parse_args():
     group.add_argument(
         "--eval_by_likelihood",
         action="store_true",
-        help="take the likelier answer instead of generating one: faster, and labelled accuracy_by_likelihood",
+        help="use the more likely answer instead of generating one: faster; reported as accuracy_by_likelihood",
     )
     return parser.parse_args()
 
@@ -54,21 +55,21 @@ def parse_args():
 def from_hub(row: dict, number: str) -> dict:
     answer = row["texts"][0]["assistant"]
     if answer not in ANSWERS:
-        raise InputError(f'the answer must be "{ANSWERS[0]}" or "{ANSWERS[1]}", not "{answer}": take the row out')
+        raise InputError(f'expected the answer "{ANSWERS[0]}" or "{ANSWERS[1]}", got "{answer}": remove the row')
     return {"id": number, "image": row["images"][0], "label": ANSWERS.index(answer)}
 
 
 def from_official(data_dir: Path, row: dict) -> dict:
     if not isinstance(row.get("img"), str) or row.get("label") not in (0, 1):
-        raise InputError('needs "img" (the picture\'s name) and "label" (0 or 1)')
+        raise InputError('requires "img" (name of the image) and "label" (0 or 1)')
     image = str(data_dir / row["img"])
     return {"id": str(row.get("id", Path(image).stem)), "image": image, "label": int(row["label"])}
 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Rows to train and to evaluate on; those that aren't streamed have been checked, pictures and all."""
+    """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
     if args.data_dir and args.streaming:
-        raise InputError("--streaming is for the hub's rows, --data_dir for files: leave one of them out")
+        raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
     if args.data_dir:
         to_row = partial(from_official, args.data_dir)
         train_rows, eval_rows = (
@@ -76,7 +77,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
             for split, limit in (("train", args.max_train_samples), ("dev_seen", args.max_eval_samples))
         )
     else:
-        # The first 500 of the hub's training rows evaluate, as in the published recipe.
+        # The first 500 training rows of the Hub are used for evaluation, as in the published recipe.
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         eval_rows = rows.head(min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
         train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
@@ -85,8 +86,10 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
     if len({row["label"] for row in eval_rows}) < 2:
         where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
-        remedy = "raise --max_eval_samples" if args.max_eval_samples else "take a data set with both"
-        raise InputError(f"AUROC needs memes of both labels, but all {len(eval_rows)} have the same: {remedy}", str(where))
+        remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"
+        raise InputError(
+            f"AUROC requires memes with both labels, but all {len(eval_rows)} have the same label: {remedy}", str(where)
+        )
     return train_rows, eval_rows
 
 
@@ -99,7 +102,7 @@ def all_conversations(row: dict) -> list[dict]:
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
-    """AUROC of P(yes) / (P(yes) + P(no)); accuracy of the generated answer, or of the likelier one."""
+    """Compute AUROC from P(yes) / (P(yes) + P(no)), and the accuracy of the generated (or more likely) answer."""
     conversations = [to_conversation(row) for row in rows]
     generate = not args.eval_by_likelihood
     answers, log_probabilities = generate_and_compare(model, processor, conversations, ANSWERS, args, generate)

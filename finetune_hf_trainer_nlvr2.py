@@ -1,11 +1,12 @@
-"""Finetune Phi-3.5-vision (or Phi-3-vision) on NLVR2: does a statement hold for two pictures?
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on NLVR2: is a statement true for a pair of images?
 
     torchrun --nproc_per_node=8 finetune_hf_trainer_nlvr2.py --bf16 --use_flash_attention \\
-        --batch_size 64 --learning_rate 1e-5 --num_train_epochs 3                # all weights, DeepSpeed ZeRO-2
+        --batch_size 64 --learning_rate 1e-5 --num_train_epochs 3                # full finetuning, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_nlvr2.py --bf16 --use_lora   # LoRA
-    torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --data_dir DIR      # the official release's files
+    torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --data_dir DIR      # files of the official release
 
-Metrics: accuracy and, with the official release, consistency: the share of statements that are right on all of their pairs.
+Metrics: accuracy and, with the official release, consistency: the share of statements that are answered
+correctly for all of their image pairs.
 
 Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
 to --output_dir.
@@ -32,7 +33,7 @@ from common.training.trainer import build_trainer
 
 HUB = ("HuggingFaceM4/the_cauldron", "nlvr2")
 HUB_EVAL_ROWS = 500
-# One of the hub's eight wordings, which all begin and end so.
+# One of the Hub's eight wordings, which all have the same beginning and end.
 QUESTION = (
     "The first image is the image on the left, the second image is the image on the right. Given the left and right images, "
     'does the statement "{sentence}" hold true? Answer yes or no.'
@@ -48,7 +49,7 @@ def parse_args():
 
 
 def from_hub(row: dict, number: str) -> dict:
-    """The first question about a pair of pictures; where every question is a row, that is the only one."""
+    """Return the first question about an image pair; if each question is a row, this is the only one."""
     text = row["texts"][0]
     identifier = number if "-" in number else f"{number}-0"
     return {"id": identifier, "images": row["images"], "question": text["user"], "answer": text["assistant"]}
@@ -57,11 +58,11 @@ def from_hub(row: dict, number: str) -> dict:
 def from_official(data_dir: Path, split: str, row: dict) -> dict:
     identifier, sentence = row.get("identifier"), row.get("sentence")
     if not isinstance(identifier, str) or identifier.count("-") != 3:
-        raise InputError('needs "identifier", of the form split-set-pair-sentence')
+        raise InputError('requires "identifier", of the form split-set-pair-sentence')
     if not isinstance(sentence, str) or str(row.get("label")) not in ANSWERS:
-        raise InputError('needs "sentence" (a text) and "label" ("True" or "False")')
+        raise InputError('requires "sentence" (a string) and "label" ("True" or "False")')
     if split == "train" and "directory" not in row:
-        raise InputError('needs "directory", the folder below images/train/ that holds the pictures')
+        raise InputError('requires "directory", the folder in images/train/ that contains the images')
     folder = data_dir / "images" / split / (str(row["directory"]) if split == "train" else "")
     images = [str(folder / f"{identifier.rpartition('-')[0]}-img{side}.png") for side in (0, 1)]
     question = QUESTION.format(sentence=sentence)
@@ -69,9 +70,9 @@ def from_official(data_dir: Path, split: str, row: dict) -> dict:
 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Rows to train and to evaluate on; those that aren't streamed have been checked, pictures and all."""
+    """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
     if args.data_dir and args.streaming:
-        raise InputError("--streaming is for the hub's rows, --data_dir for files: leave one of them out")
+        raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
     skip = args.skip_bad_rows
     if args.data_dir:
         train_rows, eval_rows = (
@@ -85,7 +86,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
             for split, limit in (("train", args.max_train_samples), ("dev", args.max_eval_samples))
         )
     else:
-        # The first question of each of the first 500 of the hub's training rows evaluates, all of the others' train.
+        # Evaluation uses the first question of each of the first 500 training rows of the Hub; training uses all later rows.
         hub = partial(open_hub, *HUB, columns=["images", "texts"], streaming=args.streaming)
         held_out = hub().head(HUB_EVAL_ROWS)
         questions = sum(len(row["texts"]) for row in held_out)
@@ -105,13 +106,13 @@ def all_conversations(row: dict) -> list[dict]:
 
 
 def statement(identifier: str) -> str:
-    """What names a statement over all of its pairs: its identifier without the field of the pair."""
+    """Return the identifier of a statement: the identifier of the sample without the image pair."""
     split, set_number, _, sentence = identifier.split("-")
     return f"{split}-{set_number}-{sentence}"
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
-    """Accuracy of the generated answer and, where identifiers tell which pairs belong together, consistency."""
+    """Compute the accuracy and, with the identifiers of the official release, the consistency of the generated answers."""
     answers = generate_answers(model, processor, [to_conversation(row) for row in rows], args)
     predictions = [
         exact_match(row["id"], row["question"], answer, row["answer"]) for row, answer in zip(rows, answers, strict=True)

@@ -1,15 +1,15 @@
-"""Finetune Phi-3.5-vision (or Phi-3-vision) on UCF-101: which activity do the frames of a clip show? Or on data of your own.
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on UCF-101 (which activity do the frames of a video show?) or on your own data.
 
-    python convert_ucf101.py --out_dir data/ucf101                                # once: clips to pictures and JSONL files
+    python convert_ucf101.py --out_dir data/ucf101                                # once: clips to images and JSONL files
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_flash_attention \\
-        --learning_rate 4e-5 --warmup_steps 0.1 --num_train_epochs 2              # all weights, DeepSpeed ZeRO-2
+        --learning_rate 4e-5 --warmup_steps 0.1 --num_train_epochs 2              # full finetuning, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_lora
     torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir data/mine \\
         --train_file train.jsonl --eval_file val.jsonl                            # any data; see docs/custom_dataset.md
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/big --streaming \\
-        --train_file "train-*.parquet" --eval_file val.jsonl                      # shards, read while training goes on
+        --train_file "train-*.parquet" --eval_file val.jsonl                      # shards, read during training
 
-Metrics: accuracy of the answer to the last turn, over all rows and per class, a class being all rows with the same answer.
+Metrics: accuracy of the answer to the last turn, over all rows and per class. A class is all rows with the same answer.
 
 Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
 to --output_dir.
@@ -38,29 +38,29 @@ from common.training.trainer import build_trainer
 
 def parse_args():
     parser = training_parser(__doc__, task="UCF-101", metric="accuracy")
-    # A clip has eight pictures: four crops of each are as many tokens as a page of text takes.
+    # A clip has eight images. With four crops each, it has about as many tokens as one document page with the default.
     parser.set_defaults(num_crops=4)
     group = parser.add_argument_group("UCF-101")
     group.add_argument(
-        "--data_dir", type=Path, required=True, help="what convert_ucf101.py wrote: ucf101_{train,val,test}.jsonl and images/"
+        "--data_dir", type=Path, required=True, help="output of convert_ucf101.py: ucf101_{train,val,test}.jsonl and images/"
     )
     group.add_argument(
         "--eval_split",
         choices=("val", "test"),
         default="val",
-        help="split to evaluate on if there is no --eval_file (default: val)",
+        help="split to evaluate on without --eval_file (default: val)",
     )
     group.add_argument(
         "--train_file",
         default="ucf101_train.jsonl",
-        help="file in --data_dir; with --streaming also several, by wildcards (default: %(default)s)",
+        help="file in --data_dir; with --streaming, wildcards select several files (default: %(default)s)",
     )
     group.add_argument("--eval_file", help="file in --data_dir (default: ucf101_{--eval_split}.jsonl)")
     return parser.parse_args()
 
 
 def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
-    """Conversations from both files, every row and every picture checked; streamed ones as they come."""
+    """Return conversations from both files. All rows and images are checked; streamed ones when they are read."""
     train_file = args.data_dir / args.train_file
     eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
     image_dir = args.data_dir / "images"
@@ -72,14 +72,14 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
-    return row  # the general format is the one that is trained on
+    return row  # rows are already in the conversation format
 
 
 def score(rows: Sequence, answers: list[str]) -> list[Prediction]:
     """Compare the answer to each row's last turn with the expected one."""
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        # Own data may lack ids, or use a picture's name for several questions.
+        # Custom data may have no ids, or use the name of an image as the id of several questions.
         identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
         seen.add(identifier)
         turn = row["conversations"][-1]
@@ -88,7 +88,7 @@ def score(rows: Sequence, answers: list[str]) -> list[Prediction]:
 
 
 def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
-    """Accuracy of the generated answer to the last turn, over all rows and per class."""
+    """Compute the accuracy of the generated answer to the last turn, over all rows and per class."""
     predictions = score(rows, generate_answers(model, processor, rows, args))
     classes, correct = [entry.answers[0] for entry in predictions], [entry.score for entry in predictions]
     values = {"accuracy": accuracy(correct), "accuracy_per_class": accuracy_per_class(classes, correct)}

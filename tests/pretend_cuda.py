@@ -104,10 +104,8 @@ class _Dispatch(TorchDispatchMode):
         name = function._schema.name
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         on_cuda = any(isinstance(tensor, CudaTensor) for tensor in tensors)
-        if name in INDEXING and isinstance(args[0], CudaTensor):
-            checked = [args[0], *args[2:3]]
-        else:
-            checked = tensors
+        indexed = name in INDEXING and isinstance(args[0], CudaTensor)
+        checked = [args[0], *args[2:3]] if indexed else tensors
         checked = [tensor for tensor in checked if isinstance(tensor, torch.Tensor) and tensor.ndim]
         if name not in COPIES and len({isinstance(tensor, CudaTensor) for tensor in checked}) > 1:
             raise MixedDevices(f"{name}: {', '.join(f'{tuple(t.shape)} on {t.device}' for t in checked)}")

@@ -21,7 +21,7 @@ from common.phi3v.attention import has_varlen_kernel
         ((12, 0), (2, 3, 4), {"use_flash_attention": True}, "flash_attention_2"),
         ((8, 0), (2,), {"attn_implementation": "sdpa"}, "sdpa"),
         ((7, 5), (2,), {}, "varlen"),
-        ((7, 0), (2,), {"use_flash_attention": True}, "no flash kernel runs on Some GPU"),
+        ((7, 0), (2,), {"use_flash_attention": True}, "no flash attention kernel runs on Some GPU"),
         ((7, 0), (2,), {"attn_implementation": "flash_attention_2"}, "finds no GPU that it runs on"),
         ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "finds no GPU that it runs on"),
     ],
@@ -45,6 +45,6 @@ def test_attention_by_gpu_and_what_is_installed(capability, installed, options, 
 def test_bf16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    with pytest.raises(ValueError, match="--bf16: Tesla V100 has no bf16"):
+    with pytest.raises(ValueError, match="--bf16: Tesla V100 does not support bf16"):
         loading.training_precision(True, torch.device("cuda"))
     assert loading.training_precision(True, torch.device("cpu")) == "bf16"

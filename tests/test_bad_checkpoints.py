@@ -25,7 +25,7 @@ def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path)
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / name).unlink()
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    assert "lacks" in said and name in said and "copy the checkpoint's files" in said
+    assert "is missing" in said and name in said and "copy the checkpoint's files" in said
 
 
 def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
@@ -52,24 +52,24 @@ def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path="some/model")
-    assert said.startswith("--model_name_or_path some/model is not a phi3_v checkpoint, which these recipes finetune")
+    assert said.startswith("--model_name_or_path some/model is not a phi3_v checkpoint; these recipes support only")
 
 
 def test_damaged_checkpoints(monkeypatch, data, tmp_path):
     model = shutil.copytree(TINY, tmp_path / "model")
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert "its weights can't be read" in said and "copy the checkpoint's files" in said
+    assert "weights cannot be read" in said and "copy the checkpoint's files" in said
     (model / "model.safetensors.index.json").write_text("{}")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert "model.safetensors.index.json is no index of weights" in said
+    assert "model.safetensors.index.json is not a valid weight index" in said
 
 
 def test_an_adapter_for_a_model(monkeypatch, data, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
-    assert "is an adapter: merge it into its base first (python -m tools.merge_lora" in said
+    assert "is an adapter: merge it into its base model first (python -m tools.merge_lora" in said
 
 
 def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
     (checkpoint / "totals.json").write_text(json.dumps({"settings": {"method": "LoRA"}}))
     write_manifest(checkpoint)
     said = message(monkeypatch, data, tmp_path / "out", resume_from_checkpoint="auto")
-    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, and the checkpoint's run had LoRA: go on")
+    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, but the checkpoint's run had LoRA: use")
 
 
 @pytest.mark.parametrize("how", ["missing", "of another shape"])
@@ -92,7 +92,7 @@ def test_weights_that_are_not_the_models(how, monkeypatch, data, tmp_path):
         tensors[name] = whole[:-1].clone()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert said.startswith(f"--model_name_or_path {model}: its weights lack {name}, or have it in another shape (1 such)")
+    assert said.startswith(f"--model_name_or_path {model}: weight {name} is missing or has the wrong shape (1 in total)")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])

@@ -45,21 +45,21 @@ def data(tmp_path):
         ({"batch_size": 5}, "--batch_size 5 is not divisible by 1 process(es) × --batch_size_per_gpu 2"),
         ({"learning_rate": 0}, "--learning_rate must be above 0"),
         ({"max_eval_samples": 0}, "--max_eval_samples must be at least 1"),
-        ({"use_flash_attention": True}, "--use_flash_attention: no flash kernel runs on a CPU"),
+        ({"use_flash_attention": True}, "--use_flash_attention: no flash attention kernel runs on a CPU"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn 2 is not installed"),
         ({"use_flash_attention": True, "attn_implementation": "eager"}, "are incompatible"),
         (
             {"use_flash_attention": True, "attn_implementation": "varlen"},
-            "--use_flash_attention: no flash kernel runs on a CPU",
+            "--use_flash_attention: no flash attention kernel runs on a CPU",
         ),
-        ({"optim": "adam_of_mine"}, "--optim adam_of_mine: there is no such optimizer"),
+        ({"optim": "adam_of_mine"}, "--optim adam_of_mine: invalid optimizer"),
         ({"report_to": "tensorbord"}, "--report_to tensorbord: "),
         ({"report_to": "wandb"}, "--report_to wandb: "),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels run on GPUs only"),
         ({"streaming": True}, "--streaming"),
-        ({"full_train": True}, "--streaming and --full_train are for the hub's rows, --data_dir for files"),
-        ({"attn_implementation": "sdpa", "packing": True}, "--packing needs an attention kernel"),
-        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: there is no such file"),
+        ({"full_train": True}, "--streaming and --full_train read from the Hub"),
+        ({"attn_implementation": "sdpa", "packing": True}, "--packing requires a variable-length attention kernel"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
         ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
         ({"train_only": "decoder,head"}, "unknown part 'head'"),
         ({"train_only": "projector", "use_lora": True}, "remove it, or --use_lora and --use_qlora"),
@@ -74,13 +74,13 @@ def data(tmp_path):
         ({"hub_model_id": "me/mine"}, "--hub_model_id requires --push_to_hub"),
         ({"load_best_model_at_end": True}, "--load_best_model_at_end requires"),
         ({"early_stopping_patience": 2}, "--early_stopping_patience requires --load_best_model_at_end"),
-        ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such directory"),
-        ({"model_name_or_path": "/no/such/model"}, "there is no such directory"),
+        ({"resume_from_checkpoint": "no/such/checkpoint"}, "no such directory"),
+        ({"model_name_or_path": "/no/such/model"}, "no such directory"),
         (
             {"model_name_or_path": "nobody/nothing"},
-            "there is no such directory, and the hub can't be reached",
+            "no such directory, and the Hub cannot be reached",
         ),
-        ({"data_dir": "/no/such/data"}, "--data_dir takes the folder of DocVQA's official files"),
+        ({"data_dir": "/no/such/data"}, "--data_dir must be the folder of DocVQA's official files"),
         ({"data_dir": None}, "without access to the Hub, use --data_dir"),
     ],
 )
@@ -104,7 +104,7 @@ def test_more_processes_than_gpus(monkeypatch, data, tmp_path):
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     said = message(monkeypatch, data, tmp_path / "out")
-    assert said == "torchrun --nproc_per_node=2: this machine has 1 GPU(s), and each process takes one"
+    assert said == "torchrun --nproc_per_node=2: this machine has 1 GPU(s), and each process requires one"
 
 
 @pytest.mark.parametrize(("visible", "refused"), [(None, True), ("0", True), ("", False), ("-1", False)])
@@ -119,7 +119,7 @@ def test_a_gpu_that_the_driver_keeps_from_pytorch(visible, refused, monkeypatch,
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(ValueError, match=r"built for CUDA 13\.0, can't use") if refused else nullcontext():
+    with pytest.raises(ValueError, match=r"built for CUDA 13\.0, cannot use") if refused else nullcontext():
         training._check_gpus()
 
 
@@ -153,7 +153,7 @@ def break_json(data):
 
 def break_schema(data):
     (data / "train_v1.0_withQT.json").write_text('{"rows": []}')
-    return "is not in DocVQA's schema", '"data"'
+    return "does not have the DocVQA format", '"data"'
 
 
 def break_entry(data):
@@ -202,12 +202,12 @@ def break_character(data):
 def break_folder(data):
     shutil.rmtree(data)
     data.write_text("")
-    return "train_v1.0_withQT.json is missing", "--data_dir takes the folder"
+    return "train_v1.0_withQT.json is missing", "--data_dir must be the folder"
 
 
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
-    return "val_v1.0_withQT.json is not in DocVQA's schema", "that holds questions"
+    return "val_v1.0_withQT.json does not have the DocVQA format", "of questions"
 
 
 @pytest.mark.parametrize(

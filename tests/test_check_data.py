@@ -204,7 +204,7 @@ def test_unusable_flags(folder, monkeypatch, capsys):
     message = refused("--data_file", data, "--image_dir", folder / "nowhere")
     assert message == f"error: --image_dir {folder}/nowhere: no such folder"
     message = refused("--data_file", data, "--model_name_or_path", folder)
-    assert message.startswith(f"error: --model_name_or_path {folder} lacks config.json")
+    assert message.startswith(f"error: --model_name_or_path {folder} is missing config.json")
     # without a model named, it is the published one, which is out of reach here
     assert refused("--data_file", data).startswith("error: --model_name_or_path microsoft/Phi-3.5-vision-instruct")
     assert refused("--data_file", data, "--num_crops", 17) == 2

@@ -156,12 +156,12 @@ def test_a_log_line_tells_the_speed_of_all_processes_without_what_lies_between_s
     trainer = trainer_module.FinetuningTrainer.__new__(trainer_module.FinetuningTrainer)
     trainer.args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
     trainer.flops = TrainingFlops(model)
-    trainer._done, trainer._counting_since = torch.zeros(3, dtype=torch.float64), None
+    trainer._processed, trainer._measuring_since = torch.zeros(3, dtype=torch.float64), None
     for _ in range(2):
         for batch in batches:
             trainer.training_step(model, batch)
         now[0] += 3
-        with trainer._not_counted():  # an evaluation, say
+        with trainer._excluded_from_throughput():  # an evaluation, say
             now[0] += 50
         now[0] += 1
         trainer.log({"loss": 1.0})

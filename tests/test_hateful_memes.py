@@ -99,7 +99,7 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     rows[1]["texts"][0]["assistant"] = "Maybe."
     Dataset.from_list(rows, features).to_parquet(tmp_path / "other/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "other"),))
-    with pytest.raises(ValueError, match=r'/other, train, row 1: the answer must be "No." or "Yes.", not "Maybe."'):
+    with pytest.raises(ValueError, match=r'/other, train, row 1: expected the answer "No." or "Yes.", got "Maybe."'):
         script.load_rows(flags(monkeypatch))
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
@@ -161,7 +161,7 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
     [
         (
             '{"id": 1, "img": "img/train00000.png"}',
-            'train.jsonl, line 7: needs "img" (the picture\'s name) and "label" (0 or 1)',
+            'train.jsonl, line 7: requires "img" (name of the image) and "label" (0 or 1)',
         ),
         ('{"id": 1, "img": "img/train00000.png", "label": 2}', "train.jsonl, line 7: needs"),
         ('{"id": 1, "label": 1}', "train.jsonl, line 7: needs"),
@@ -181,10 +181,12 @@ def test_a_bad_row_is_named(release, monkeypatch, line, message):
 def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypatch):
     args = flags(monkeypatch, "--data_dir", release)
     write_release(release, [1, 1], "dev_seen")
-    with pytest.raises(ValueError, match=r"dev_seen\.jsonl: AUROC needs memes of both labels, but all 2 .* take a data set"):
+    with pytest.raises(ValueError, match=r"dev_seen\.jsonl: AUROC requires memes with both labels, but all 2 .* use a dataset"):
         script.load_rows(args)
     write_release(release, [1, 0], "dev_seen")
-    with pytest.raises(ValueError, match=r"dev_seen\.jsonl: AUROC .* but all 1 have the same: raise --max_eval_samples"):
+    with pytest.raises(
+        ValueError, match=r"dev_seen\.jsonl: AUROC .* but all 1 have the same label: increase --max_eval_samples"
+    ):
         script.load_rows(flags(monkeypatch, "--data_dir", release, "--max_eval_samples", 1))
     (release / "dev_seen.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"dev_seen\.jsonl is empty"):

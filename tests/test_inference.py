@@ -37,7 +37,7 @@ def edit_json(path: Path, **changes: object) -> None:
 def test_missing_base_is_named(moved_base, predict, tmp_path):
     base, adapter = moved_base
     base.rename(tmp_path / "elsewhere")
-    missing = f"error: adapter {adapter} needs its base model, {base}, which can't be loaded: .*--base DIR"
+    missing = f"error: adapter {adapter} requires its base model, {base}, which cannot be loaded: .*--base DIR"
     with pytest.raises(SystemExit, match=missing):
         predict("--model", adapter, "--prompt", "Total?")
     model, _ = load_for_inference(adapter, "cpu", base=str(tmp_path / "elsewhere"))
@@ -74,7 +74,7 @@ def test_base_on_the_hub_is_found_at_its_revision(hub_cache, tmp_path, receipts)
     assert load_for_inference("someone/tiny", "cpu")[1].image_processor.num_crops == 1
     merge(str(adapter), tmp_path / "merged")
     edit_json(adapter / "adapter_config.json", revision=40 * "b")
-    with pytest.raises(ValueError, match="needs its base model, someone/tiny, which can't be loaded"):
+    with pytest.raises(ValueError, match="requires its base model, someone/tiny, which cannot be loaded"):
         load_for_inference(adapter, "cpu")
 
 
@@ -113,7 +113,7 @@ def test_another_configuration_is_refused(moved_base):
     base, adapter = moved_base
     scaling = json.loads((base / "config.json").read_text())["rope_scaling"]
     edit_json(base / "config.json", rope_scaling=scaling | {"short_factor": [1.5] * len(scaling["short_factor"])})
-    with pytest.raises(ValueError, match=r"is another model \(other rope_scaling\).*--base"):
+    with pytest.raises(ValueError, match=r"is a different model \(different rope_scaling\).*--base"):
         load_for_inference(adapter, "cpu")
 
 
@@ -124,9 +124,9 @@ def test_other_weights_are_noticed(moved_base):
     load_for_inference(adapter, "cpu")  # the same in fp32
     weights["model.norm.weight"][5] += 1
     save_file(weights, base / "model.safetensors")
-    with pytest.raises(ValueError, match="has other weights.*--base"):
+    with pytest.raises(ValueError, match="has different weights.*--base"):
         load_for_inference(adapter, "cpu")
-    with pytest.warns(UserWarning, match="has other weights"):
+    with pytest.warns(UserWarning, match="has different weights"):
         load_for_inference(adapter, "cpu", base=str(base))
 
 
@@ -137,7 +137,7 @@ def test_adapter_of_another_size_is_refused_without_a_description(moved_base):
     weights = load_file(adapter / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight"
     save_file(weights | {name: torch.zeros(8, 3072)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj are for 3072 features, the base has 192"):
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj expect 3072 features, but the base model has 192"):
         load_for_inference(adapter, "cpu")
 
 
@@ -146,13 +146,13 @@ def test_damaged_weights_are_named(moved_base, tmp_path):
     path = adapter / "adapter_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=f"{path} is damaged"):
+    with pytest.raises(ValueError, match=f"{path} is corrupted"):
         merge(str(adapter), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     path.unlink()
-    with pytest.raises(ValueError, match="lacks adapter_model.safetensors"):
+    with pytest.raises(ValueError, match="is missing adapter_model.safetensors"):
         load_for_inference(adapter, "cpu")
     path.write_bytes(whole)
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="needs its base model.*can't be loaded"):
+    with pytest.raises(ValueError, match="requires its base model.*cannot be loaded"):
         load_for_inference(adapter, "cpu")

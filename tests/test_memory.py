@@ -250,7 +250,7 @@ def test_adapters_take_their_inputs_as_they_come():
     assert seen == {torch.bfloat16}
 
 
-def test_a_dozen_lines_say_what_the_run_is_going_to_do():
+def test_summary_of_a_run():
     model, args, setup = load(), flags(), settled()
     flops = TrainingFlops(model)
     trial = estimate_memory(model, args, setup, flops)
@@ -259,27 +259,29 @@ def test_a_dozen_lines_say_what_the_run_is_going_to_do():
     text = summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)
     lines = dict(line.split(":", 1) for line in text.splitlines())
     assert len(lines) == 12 and all(len(line) < 130 for line in text.splitlines())
-    assert lines["batch"].strip() == "8 samples a step = 1 process × 2 at once × 4 accumulated"
-    assert lines["steps"].strip() == "6 on 16 rows, the learning rate rises for 2, then linear"
+    assert lines["batch"].strip() == "8 samples per step = 1 process × 2 per micro-batch × 4 accumulation"
+    assert lines["steps"].strip() == "6 on 16 rows, learning rate warmup for 2, then linear"
     for warmup, said in (
-        (0.5, "rises for 3, then cosine"),
-        (6, "all within --warmup_steps 6: the learning rate never reaches"),
+        (0.5, "warmup for 3, then cosine"),
+        (6, "all of them warmup (--warmup_steps 6): the learning rate never reaches"),
     ):
         args = flags(warmup_steps=warmup, lr_scheduler_type="cosine")
         assert said in summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)
     assert "learning rate 0.0001, vision 1e-05" in lines["optimizer"]
-    assert lines["samples"].strip() == "300 to 500 tokens, 400 on average, and 2.5 crops and global views"
+    assert lines["samples"].strip() == "300 to 500 tokens (mean 400), 2.5 crops and global views on average"
     assert "GiB" in lines["memory"] and "about" in lines["time"]
     untried = summarize(args, setup, model, 16, batches, lengths, "full", None, flops)
-    assert untried.count("not estimated, not even a small batch fits") == 2 and untried.count("\n") == 11
+    assert untried.count("not estimated: not even a small batch fits") == 2 and untried.count("\n") == 11
     lora = flags(use_lora=True, lora_rank=5, lora_alpha_ratio=0.3)
     assert "LoRA, rank 5, alpha 2," in summarize(
         lora, setup, model, 16, batches, lengths, "none", trial, flops
     )  # as PEFT gets it
     zero3 = settled(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
     sharded = summarize(args, zero3, model, 16, batches, lengths, "full", None, flops)
-    assert re.search(r"^memory: +about 0\.0 GiB a process for weights and states; the rest can't be tried out", sharded, re.M)
-    assert "not estimated, for the same reason" in sharded and "zero3.json" in sharded
+    assert re.search(
+        r"^memory: +about 0\.0 GiB per process for weights and states; activations cannot be measured", sharded, re.M
+    )
+    assert "not estimated: no trial is possible under ZeRO-3" in sharded and "zero3.json" in sharded
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])

@@ -129,7 +129,7 @@ def test_rendezvous_form_with_a_disk_each(options, one_node, tmp_path):
     (tmp_path / "resumed" / "node1" / "run" / "checkpoint-4" / "complete.json").unlink()
     printed = run_nodes(rendezvous_form, [ROOT / SCRIPT, *words], 1, tmp_path / "resumed")
     for text in printed:
-        assert "passing over checkpoint-4 (saving it was cut short)\ngoing on from run/checkpoint-2" in text
+        assert "skipping checkpoint-4 (saving was interrupted)\nresuming from run/checkpoint-2" in text
     resumed = tmp_path / "resumed" / "node0" / "run"
     assert steps(resumed) == log
     assert all(tensor.equal(first[name]) for name, tensor in weights(resumed).items())

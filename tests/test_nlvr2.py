@@ -144,10 +144,10 @@ def test_evaluation(release, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"identifier": "dev-7"}, 'dev.json, line 7: needs "identifier", of the form split-set-pair-sentence'),
-        ({"identifier": 7}, 'dev.json, line 7: needs "identifier"'),
-        ({"sentence": None}, 'dev.json, line 7: needs "sentence" (a text) and "label" ("True" or "False")'),
-        ({"label": "Maybe"}, 'dev.json, line 7: needs "sentence" (a text) and "label"'),
+        ({"identifier": "dev-7"}, 'dev.json, line 7: requires "identifier", of the form split-set-pair-sentence'),
+        ({"identifier": 7}, 'dev.json, line 7: requires "identifier"'),
+        ({"sentence": None}, 'dev.json, line 7: requires "sentence" (a string) and "label" ("True" or "False")'),
+        ({"label": "Maybe"}, 'dev.json, line 7: requires "sentence" (a string) and "label"'),
         ({"identifier": "dev-9-9-0"}, "dev-9-9-img0.png is missing: put the file there"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_bad_row_is_named(release, monkeypatch, change, message):
 def test_a_training_row_without_directory_and_a_missing_file_are_named(release, monkeypatch):
     args = flags(monkeypatch, "--data_dir", release)
     (release / "train.json").write_text('{"identifier": "train-7-0-0", "sentence": "So.", "label": "True"}\n')
-    with pytest.raises(ValueError, match=r'train\.json, line 1: needs "directory", the folder below images/train/'):
+    with pytest.raises(ValueError, match=r'train\.json, line 1: requires "directory", the folder in images/train/'):
         script.load_rows(args)
     (release / "train.json").unlink()
     with pytest.raises(ValueError, match=r"train\.json is missing: --data_dir takes the folder of NLVR2's official files"):

@@ -122,7 +122,7 @@ def test_counting_the_rows_of_shards_is_shown(screen, tmp_path, monkeypatch, no_
 
 
 LOGS = {"loss": 1.5, "grad_norm": 0.25, "learning_rate": 2e-5, "images_per_second": 8.657, "tokens_per_second": 21151.2}
-FIGURES = "loss 1.5000, gradient 0.25, rate 2.00e-05, 8.66 images/s, 21,151 tokens/s"
+FIGURES = "loss 1.5000, gradient norm 0.25, learning rate 2.00e-05, 8.66 images/s, 21,151 tokens/s"
 
 
 def train(clock, bar=True, **logs):

@@ -174,11 +174,11 @@ def test_a_corrupt_file_is_an_error_that_names_it_and_leaves_the_old_report(tmp_
     ("contents", "message"),
     [
         ([], "must contain a JSON object, got list"),
-        ({"anls": 0.5}, "'metric' must name the key of a number"),
-        ({"metric": "anls"}, "'metric' must name the key of a number"),
+        ({"anls": 0.5}, "'metric' must be the key of a number"),
+        ({"metric": "anls"}, "'metric' must be the key of a number"),
         (
             {"metric": "anls", "anls": 1, "predictions": [{"id": 1, "score": 1}]},
-            "prediction 0 has no answers, predict",
+            "prediction 0 is missing answers, predict",
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_an_evaluation_of_another_shape_is_an_error_that_names_it(tmp_path, cont
 def test_what_is_no_run_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         write_report(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match=r"holds none of a run's files \(run\.json"):
+    with pytest.raises(FileNotFoundError, match=r"contains no file of a run \(run\.json"):
         write_report(tmp_path)
 
 
@@ -289,7 +289,7 @@ def test_charts_say_what_they_show():
     chart = transition_chart([0, 0, 1, 0.7], [1, 0.6, 0, 0.7])
     assert chart.caption == "Answers that moved to a better class, above the diagonal: 2; to a worse one, below it: 1."
     chart = confusion_chart("after", ["cat", "dog"], ["cat", "dog", "dog"], ["cat", "cat", "dog"])
-    assert chart.caption == "2 of 3 right: those on the diagonal."
+    assert chart.caption == "2 of 3 correct (on the diagonal)."
     assert re.findall(r">(\d|cat|dog)</text>", chart.svg()).count("1") == 3
     log = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 1e-5 * step} for step in range(1, 11)]
     captions = {chart.name: chart.caption for chart in curve_charts({"run": log})}
@@ -336,7 +336,7 @@ def test_the_tool_puts_runs_side_by_side(tmp_path):
     command = [sys.executable, "-m", "tools.report", *runs, "--output", tmp_path / "both.html"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == f"Wrote {tmp_path / 'both.html'}\n"
-    assert "2 runs side by side" in Page(tmp_path / "both.html").text
+    assert "2 runs compared" in Page(tmp_path / "both.html").text
 
 
 def test_a_name_in_two_groups_of_settings_is_told_apart(tmp_path):
@@ -348,7 +348,7 @@ def test_a_name_in_two_groups_of_settings_is_told_apart(tmp_path):
         described["hyperparameters"]["deepspeed"] = "zero2.json"
         (run / "run.json").write_text(json.dumps(described))
     text = Page(write_comparison(runs, tmp_path / "both.html")).text
-    differs, _, common = text.partition("What all have in common")
+    differs, _, common = text.partition("Common settings")
     assert "deepspeed (versions) 0.19.0 0.19.1" in differs and "deepspeed (hyperparameters) zero2.json" in common
 
 
@@ -381,9 +381,9 @@ def test_runs_side_by_side(tmp_path):
     second = make_run(tmp_path / "lora" / "out", "DocVQA", samples=30, steps=12, learning_rate=2e-4)
     (second / "eval_before.json").unlink()
     page = Page(write_comparison([first, second], tmp_path / "both.html"))
-    assert "2 runs side by side" in page.text
-    assert "What differs full/out lora/out learning_rate 5e-06 0.0002 " in page.text
-    common = page.text[page.text.index("What all have in common") :]
+    assert "2 runs compared" in page.text
+    assert "Different settings full/out lora/out learning_rate 5e-06 0.0002 " in page.text
+    common = page.text[page.text.index("Common settings") :]
     assert "batch_size 64" in common
     assert "learning_rate" not in common
     after = [json.loads((run / "eval_after.json").read_text())["anls"] for run in (first, second)]
@@ -391,5 +391,5 @@ def test_runs_side_by_side(tmp_path):
     assert re.search(rf"lora/out ANLS — {after[1]:.3f} ANLS, case", page.text)
     assert f"{second}, without eval_before.json" in page.text
     assert [svg["aria-label"].split(".")[0] for svg in page.all("svg")][:2] == ["Loss", "Gradient norm"]
-    with pytest.raises(ValueError, match="same directory; name each only once"):
+    with pytest.raises(ValueError, match="same directory; pass each run only once"):
         write_comparison([first, first], tmp_path / "both.html")

@@ -258,7 +258,7 @@ def test_an_interrupted_row_goes_on_and_a_finished_one_is_recorded(tmp_path):
 
     result = run_tool("reproduce", *row)
     assert result.returncode == 0, result.stdout
-    assert f"going on from {output_dir}/checkpoint-2" in result.stdout and "before finetuning" not in result.stdout
+    assert f"resuming from {output_dir}/checkpoint-2" in result.stdout and "before finetuning" not in result.stdout
     found = json.loads((tmp_path / "results" / "embedded-nlvr2-frozen-smoke.json").read_text())
     assert found["embedded"] and "published_upstream" not in found
     assert found["base_model"] == embedded.MODEL and found["samples"] == 8 and found["metric"] == "accuracy"

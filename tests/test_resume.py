@@ -125,7 +125,7 @@ def test_a_run_that_was_stopped_after_training_is_only_evaluated(straight, tmp_p
     assert_same_result(output, expected)
     shutil.rmtree(output / "checkpoint-8")
     assert go_on(output, **options) == log
-    assert f"going on from {output / 'checkpoint-10'}" in (tmp_path / "run.log").read_text()
+    assert f"resuming from {output / 'checkpoint-10'}" in (tmp_path / "run.log").read_text()
     assert_same_result(output, expected)
     assert read(output, "eval_after") == read(expected, "eval_after")
 
@@ -217,12 +217,12 @@ def damage(checkpoint, how):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("no manifest", "saving it was cut short"),
-        ("a truncated manifest", "complete.json is damaged"),
-        ("a damaged manifest", "complete.json is damaged"),
+        ("no manifest", "saving was interrupted"),
+        ("a truncated manifest", "complete.json is corrupted"),
+        ("a damaged manifest", "complete.json is corrupted"),
         ("no model", "model.safetensors is missing"),
-        ("a truncated model", "model.safetensors has 99 bytes instead of 100"),
-        ("nothing", "there is no such directory"),
+        ("a truncated model", "model.safetensors has 99 bytes, expected 100"),
+        ("nothing", "no such directory"),
     ],
 )
 def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
@@ -231,8 +231,8 @@ def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
     assert why_incomplete(checkpoint) == reason
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .{reason}.; use auto"):
         find_checkpoint(str(checkpoint), checkpoint.parent)
-    passed_over = [] if how == "nothing" else [f"checkpoint-3 ({reason})"]
-    assert find_checkpoint("auto", checkpoint.parent) == (None, passed_over)
+    skipped = [] if how == "nothing" else [f"checkpoint-3 ({reason})"]
+    assert find_checkpoint("auto", checkpoint.parent) == (None, skipped)
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
@@ -240,7 +240,7 @@ def test_the_last_complete_checkpoint_is_found(tmp_path):
         write_manifest(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11" / "complete.json").unlink()
     (tmp_path / "checkpoint-best").mkdir()
-    assert find_checkpoint("auto", tmp_path) == (tmp_path / "checkpoint-10", ["checkpoint-11 (saving it was cut short)"])
+    assert find_checkpoint("auto", tmp_path) == (tmp_path / "checkpoint-10", ["checkpoint-11 (saving was interrupted)"])
     assert find_checkpoint(None, tmp_path) == (None, [])
 
 
@@ -265,7 +265,7 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
 def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
     check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"))
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, and the checkpoint's run had"):
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, but the checkpoint's run had"):
         check_resumable(tmp_path, settings_of(*words, **changes))
 
 
@@ -275,9 +275,9 @@ def test_what_does_not_matter_may_change(tmp_path):
     check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4))
     streaming = ("--use_lora", "--streaming")
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
-    with pytest.raises(ValueError, match="number of processes is 4, and the checkpoint's run had 2"):
+    with pytest.raises(ValueError, match="number of processes is 4, but the checkpoint's run had 2"):
         check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4))
-    with pytest.raises(ValueError, match="--lora_rank is 8, and the checkpoint's run had 64"):
+    with pytest.raises(ValueError, match="--lora_rank is 8, but the checkpoint's run had 64"):
         check_resumable(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None))
     (tmp_path / "totals.json").unlink()
     check_resumable(tmp_path, settings_of())
@@ -298,7 +298,7 @@ def test_every_writer_says_that_the_disk_is_full(writer, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
-        with pytest.raises(ValueError, match="saving failed .*make room on the disk"), saving():
+        with pytest.raises(ValueError, match="saving failed .*free disk space"), saving():
             WRITERS[writer](tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

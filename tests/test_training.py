@@ -240,7 +240,7 @@ def test_sigkill_while_saving_loses_nothing(data, straight, tmp_path):
         (torn / "complete.json").unlink()
     run = torchrun(SCRIPT, *flags(data, output, resume_from_checkpoint="auto", **options))
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "passing over checkpoint-6" in run.stdout and f"going on from {output / 'checkpoint-3'}" in run.stdout
+    assert "skipping checkpoint-6" in run.stdout and f"resuming from {output / 'checkpoint-3'}" in run.stdout
     expected, log = straight("zero2")
     assert steps(output) == log
     found, wanted = weights(output), weights(expected)
@@ -285,4 +285,4 @@ def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path
     assert "saving failed" in run.stderr and "resume_from_checkpoint auto" in run.stderr, run.stderr[-3000:]
     assert {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")} == kept
     assert why_incomplete(output / "checkpoint-2") is None
-    assert why_incomplete(output / "checkpoint-3") == "saving it was cut short"
+    assert why_incomplete(output / "checkpoint-3") == "saving was interrupted"

@@ -1,4 +1,4 @@
-"""Batched greedy generation and answer probabilities over all processes, with results in the order of the data set."""
+"""Batched greedy generation and answer probabilities over all processes, with results in the order of the dataset."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from common.runtime import InputError, gather, rank, track, world_size
 
 T = TypeVar("T")
 
-SHARE_LEFT = 0.5  # of a batch, at which answers that have ended leave it, since that copies the cache
+# Finished answers are removed from a batch when at most this share is unfinished. Removing them copies the cache.
+SHARE_LEFT = 0.5
 
 
 class _Prompts(Dataset):
-    """Prompts as token ids, with where each one's beginning ends that other prompts on the same pictures may share."""
+    """Prompts as token ids. Each has a prefix, up to its last image token, that prompts on the same images can share."""
 
     def __init__(self, conversations: Sequence[Conversation], processor: Phi3VProcessor) -> None:
         self.conversations = conversations
@@ -47,21 +48,21 @@ class _Prompts(Dataset):
         except InputError as error:
             raise error.at(f"evaluation row {index}") from None
         ids = prompt["input_ids"]
-        begin_length = max((position for position, token in enumerate(ids) if token < 0), default=0) + 1
-        content = hashlib.blake2b(np.array(ids[:begin_length]).tobytes())
-        for picture in prompt["images"]:
-            content.update(_picture_content(picture))
-        return prompt | {"begin_length": begin_length, "beginning": content.hexdigest(), "place": f"evaluation row {index}"}
+        prefix_length = max((position for position, token in enumerate(ids) if token < 0), default=0) + 1
+        content = hashlib.blake2b(np.array(ids[:prefix_length]).tobytes())
+        for image in prompt["images"]:
+            content.update(_image_content(image))
+        return prompt | {"prefix_length": prefix_length, "prefix": content.hexdigest(), "place": f"evaluation row {index}"}
 
 
 class _PromptCollator:
-    """Prompts to a left-padded batch in which every beginning occurs once.
+    """Collates prompts into a left-padded batch that contains every distinct prefix once.
 
     Parameters
     ----------
     limit : int
-        Tokens of the longest prompt whose beginning may be computed apart: beyond, LongRoPE would turn it otherwise. 0 for
-        never.
+        Length in tokens of the longest prompt whose prefix may be computed separately: LongRoPE rotates longer prompts
+        differently. 0 turns sharing off.
     """
 
     def __init__(self, processor: Phi3VProcessor, limit: int) -> None:
@@ -71,20 +72,20 @@ class _PromptCollator:
 
     def __call__(self, prompts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if max(len(prompt["input_ids"]) for prompt in prompts) > self.limit:
-            return self._pad([prompt["input_ids"] for prompt in prompts]) | self._pictures(prompts)
-        begun = {prompt["beginning"]: prompt for prompt in prompts}
-        numbers = {beginning: number for number, beginning in enumerate(begun)}
-        rows = torch.tensor([numbers[prompt["beginning"]] for prompt in prompts])
-        begin = self._pad([prompt["input_ids"][: prompt["begin_length"]] for prompt in begun.values()])
-        rest = self._pad([prompt["input_ids"][prompt["begin_length"] :] for prompt in prompts])
-        whole = {name: torch.cat([begin[name][rows], rest[name]], dim=1) for name in rest}
-        begin = {f"begin_{name}": tensor for name, tensor in begin.items()}
-        return whole | begin | {"begin_rows": rows} | self._pictures(begun.values())
+            return self._pad([prompt["input_ids"] for prompt in prompts]) | self._images(prompts)
+        distinct = {prompt["prefix"]: prompt for prompt in prompts}
+        numbers = {prefix: number for number, prefix in enumerate(distinct)}
+        rows = torch.tensor([numbers[prompt["prefix"]] for prompt in prompts])
+        prefixes = self._pad([prompt["input_ids"][: prompt["prefix_length"]] for prompt in distinct.values()])
+        rest = self._pad([prompt["input_ids"][prompt["prefix_length"] :] for prompt in prompts])
+        whole = {name: torch.cat([prefixes[name][rows], rest[name]], dim=1) for name in rest}
+        prefixes = {f"prefix_{name}": tensor for name, tensor in prefixes.items()}
+        return whole | prefixes | {"prefix_rows": rows} | self._images(distinct.values())
 
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         return pad_rows(rows, self.pad_token_id, "left")
 
-    def _pictures(self, prompts: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def _images(self, prompts: Iterable[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [image for prompt in prompts for image in prompt["images"]]
         places = [prompt["place"] for prompt in prompts for _ in prompt["images"]]
         if not images:
@@ -92,13 +93,13 @@ class _PromptCollator:
         return dict(zip(("pixel_values", "image_sizes"), load_crops(images, self.num_crops, places), strict=True))
 
 
-def _picture_content(picture: Picture) -> bytes:
-    """What tells a picture from others."""
-    if isinstance(picture, Image.Image):
-        return repr((picture.mode, picture.size)).encode() + picture.tobytes()
-    if isinstance(picture, dict) and picture.get("bytes") is not None:
-        return picture["bytes"]
-    return str(picture["path"] if isinstance(picture, dict) else picture).encode()
+def _image_content(image: Picture) -> bytes:
+    """Return bytes that identify an image."""
+    if isinstance(image, Image.Image):
+        return repr((image.mode, image.size)).encode() + image.tobytes()
+    if isinstance(image, dict) and image.get("bytes") is not None:
+        return image["bytes"]
+    return str(image["path"] if isinstance(image, dict) else image).encode()
 
 
 def share_by_length(
@@ -109,19 +110,21 @@ def share_by_length(
     same_number: bool = False,
     beginnings: Sequence[str] | None = None,
 ) -> list[list[int]]:
-    """Batches of one process: prompts of like length together, longest first, dealt to the processes in turn.
+    """Return the batches of one process.
+
+    Prompts of similar length share a batch; the longest come first. Batches are assigned to the processes in turn.
 
     Parameters
     ----------
     same_number : bool
-        Give every process as many batches, the last ones a second time if need be.
+        Give every process the same number of batches, by repeating the last batch if necessary.
     beginnings : sequence of str, optional
-        Prompts that begin alike are kept together.
+        Identifies the prefix of each prompt. Prompts with the same prefix are kept together.
 
     Returns
     -------
     list of list of int
-        Indices. Over all processes every index occurs (without ``same_number`` once).
+        Indices. Every index occurs on one process; with ``same_number`` it may be repeated.
     """
     beginnings = range(len(lengths)) if beginnings is None else beginnings
     longest: dict[Any, int] = {}
@@ -142,16 +145,16 @@ def generate_answers(
     conversations: Sequence[Conversation],
     args: argparse.Namespace,
 ) -> list[str]:
-    """Answer the last turn of each conversation, greedily.
+    """Generate the answer to the last turn of each conversation, greedily.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Not wrapped by DDP or DeepSpeed.
+        The model, not wrapped by DDP or DeepSpeed.
     conversations : sequence of dict
         See :mod:`common.data.conversations`; the answer to the last turn is ignored.
     args : argparse.Namespace
-        ``eval_batch_size``, ``max_new_tokens``, ``dataloader_num_workers``, ``bf16``, ``tqdm``.
+        The flags ``eval_batch_size``, ``max_new_tokens``, ``dataloader_num_workers``, ``bf16``, ``tqdm``.
 
     Returns
     -------
@@ -171,35 +174,36 @@ def generate_and_compare(
     args: argparse.Namespace,
     generate: bool = True,
 ) -> tuple[list[str] | None, np.ndarray]:
-    """Answer the last turn of each conversation, and tell how likely each of some whole answers is, teacher-forced.
+    """Generate the answer to the last turn of each conversation, and compute the log-probabilities of given answers.
 
-    What a prompt's pictures become is computed once for all of this.
+    The prefix of each prompt, including its images, is computed once for both.
 
     Parameters
     ----------
     model, processor, conversations, args
-        As for :func:`generate_answers`.
+        See :func:`generate_answers`.
     candidates : sequence of str
-        Answers to compare, the same for all conversations.
+        Complete answers whose log-probabilities are computed, the same for all conversations.
     generate : bool
-        False to compare alone.
+        If False, only the log-probabilities are computed.
 
     Returns
     -------
     answers : list of str or None
-        As :func:`generate_answers` returns them.
+        As returned by :func:`generate_answers`; None without ``generate``.
     log_probabilities : numpy.ndarray
-        float64 (conversations, candidates), sums over an answer's tokens, in the order of ``conversations``, on every process.
+        float64 (conversations, candidates), summed over the tokens of each answer, in the order of ``conversations``, on every
+        process.
     """
     candidate_ids = [
         torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
     ]
-    most_new_tokens = max([args.max_new_tokens if generate else 0, *map(len, candidate_ids)])
+    max_tokens = max([args.max_new_tokens if generate else 0, *map(len, candidate_ids)])
     base = base_model(model)
     results = {}
     with _evaluating(model, args):
-        for indices, batch in _prompt_batches(model, processor, conversations, args, most_new_tokens):
-            prompts = _begin(base, batch)
+        for indices, batch in _prompt_batches(model, processor, conversations, args, max_tokens):
+            prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
             rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
             texts = _generate(base, processor, prompts, args.max_new_tokens) if generate else [None] * len(indices)
@@ -209,7 +213,7 @@ def generate_and_compare(
 
 
 def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[str, Any], max_new_tokens: int) -> list[str]:
-    """Answer some prompts."""
+    """Generate the answers to a batch of prompts."""
     stops = stop_token_ids(processor)
     if "past_key_values" in prompts:
         answers = _continue_answers(base, **prompts, max_new_tokens=max_new_tokens, stops=stops)
@@ -228,9 +232,9 @@ def _continue_answers(
     max_new_tokens: int,
     stops: list[int],
 ) -> list[list[int]]:
-    """Tokens of the answers to prompts whose beginnings are in a cache; answers that have ended leave the batch in time."""
+    """Generate answers to prompts whose prefixes are cached. Finished answers are removed from the batch."""
     answers: list[list[int]] = [[] for _ in input_ids]
-    going = list(range(len(answers)))
+    unfinished = list(range(len(answers)))
     new = input_ids[:, past_key_values.get_seq_length() :]
     for _ in range(max_new_tokens):
         logits = base(
@@ -243,50 +247,50 @@ def _continue_answers(
         ).logits
         new = logits[:, -1:].argmax(-1)
         left = []
-        for row, (prompt, [token]) in enumerate(zip(going, new.tolist(), strict=True)):
+        for row, (prompt, [token]) in enumerate(zip(unfinished, new.tolist(), strict=True)):
             if not answers[prompt] or answers[prompt][-1] not in stops:
                 answers[prompt].append(token)
                 left += [row] * (token not in stops)
         if not left:
             break
-        if len(left) <= SHARE_LEFT * len(going):
+        if len(left) <= SHARE_LEFT * len(unfinished):
             rows = torch.tensor(left, device=new.device)
             past_key_values.batch_select_indices(rows)
-            new, attention_mask, going = new[rows], attention_mask[rows], [going[row] for row in left]
+            new, attention_mask, unfinished = new[rows], attention_mask[rows], [unfinished[row] for row in left]
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)
     return answers
 
 
 def _answer_log_probabilities(base: Phi3VForCausalLM, prompts: dict[str, Any], answer: torch.Tensor) -> torch.Tensor:
-    """Log-probability of one answer, int64 (tokens,), after each prompt; float32 (prompts,)."""
+    """Compute the log-probability, float32 (prompts,), of an answer, int64 (tokens,), after each prompt."""
     mask, cache = prompts["attention_mask"], prompts.get("past_key_values")
     answers = answer.expand(len(mask), -1)
     mask = torch.cat([mask, torch.ones_like(answers)], dim=1)
-    begun = cache.get_seq_length() if cache else 0
+    cached = cache.get_seq_length() if cache else 0
     logits = base(
         **prompts
         | {
-            "input_ids": torch.cat([prompts["input_ids"], answers], dim=1)[:, begun:],
+            "input_ids": torch.cat([prompts["input_ids"], answers], dim=1)[:, cached:],
             "attention_mask": mask,
-            "position_ids": _positions(mask)[:, begun:],
+            "position_ids": _positions(mask)[:, cached:],
         },
         use_cache=cache is not None,
         logits_to_keep=len(answer) + 1,
     ).logits[:, :-1]
     if cache:
-        cache.crop(begun - cache.get_seq_length())
+        cache.crop(cached - cache.get_seq_length())
     log_probabilities = logits.float().log_softmax(-1)
     return log_probabilities.gather(2, answers[..., None]).sum((1, 2))
 
 
-def _begin(base: Phi3VForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Compute what prompts begin with, each beginning once; returns the prompts with a cache of that.
+def _prefill(base: Phi3VForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Prefill each distinct prefix once; return the prompts with the cache.
 
-    Questions on one picture so share the work of its tower and of its tokens, which are nearly all of a prompt.
+    Questions about the same image share its prefill, which is nearly all of the computation for a prompt.
     """
-    if "begin_rows" not in batch:
+    if "prefix_rows" not in batch:
         return batch
-    names = ("begin_rows", "begin_input_ids", "begin_attention_mask", "pixel_values", "image_sizes")
+    names = ("prefix_rows", "prefix_input_ids", "prefix_attention_mask", "pixel_values", "image_sizes")
     rows, input_ids, mask, pixel_values, image_sizes = (batch.pop(name, None) for name in names)
     cache = base(
         input_ids=input_ids,
@@ -302,7 +306,7 @@ def _begin(base: Phi3VForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions counted from each prompt's own start, so that padding does not even change rounding."""
+    """Return positions counted from the start of each prompt, so that padding does not change the result."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -312,9 +316,9 @@ def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
     attention = config._attn_implementation
     model.eval()
     if attention.startswith("flash_attention"):
-        # For each token it takes padding out of every layer's whole cache.
+        # For every token, flash attention would remove the padding from the whole cache of each layer.
         config._attn_implementation = "sdpa"
-    # Compiled layers would be compiled anew for the cache's growing shapes.
+    # Compiled layers would be recompiled as the cache grows.
     with autocast(model, args.bf16), torch.compiler.set_stance("force_eager"):
         yield
     config._attn_implementation = attention
@@ -326,18 +330,16 @@ def _prompt_batches(
     processor: Phi3VProcessor,
     conversations: Sequence[Conversation],
     args: argparse.Namespace,
-    most_new_tokens: int,
+    max_new_tokens: int,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """This process's share of the prompts: indices, and left-padded batches on the model's device."""
+    """Yield this process's share of the prompts: indices, and left-padded batches on the model's device."""
     prompts = _Prompts(conversations, processor)
     share = (prompts[index] for index in range(rank(), len(prompts), world_size()))
-    lengths, beginnings = zip(
-        *_gather_in_order([(len(prompt["input_ids"]), prompt["beginning"]) for prompt in share]), strict=True
-    )
-    # ZeRO-3 gathers the weights of each layer from all processes: none may have a batch more than another.
+    lengths, prefixes = zip(*_gather_in_order([(len(prompt["input_ids"]), prompt["prefix"]) for prompt in share]), strict=True)
+    # ZeRO-3 gathers the weights of each layer collectively, so all processes need the same number of batches.
     same_number = is_deepspeed_zero3_enabled()
-    batches = share_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, beginnings)
-    limit = 0 if same_number else base_model(model).model.rotary_emb.limit - most_new_tokens
+    batches = share_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, prefixes)
+    limit = 0 if same_number else base_model(model).model.rotary_emb.limit - max_new_tokens
     loader = WorkerLoader(
         prompts,
         batch_sampler=batches,
@@ -350,13 +352,13 @@ def _prompt_batches(
 
 
 def _gather_results(results: dict[int, T]) -> list[T]:
-    """Put together, by index, what each process found out."""
+    """Merge the results of all processes, by index."""
     merged = {index: result for share in gather(results) for index, result in share.items()}
     return [merged[index] for index in range(len(merged))]
 
 
 def _gather_in_order(share: list[T]) -> list[T]:
-    """Put together what each process measured of items ``rank``, ``rank + world_size``, …."""
+    """Merge the results of all processes, each of which has those of items ``rank``, ``rank + world_size``, …."""
     shares = gather(share)
     merged: list[Any] = [None] * sum(map(len, shares))
     for index, part in enumerate(shares):

@@ -1,4 +1,4 @@
-"""The tasks' metrics."""
+"""The metrics of the tasks."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ ANLS_THRESHOLD = 0.5
 
 
 def normalise_answer(text: str, lower: bool = True) -> str:
-    """Strip white space and full stops from an answer's ends, and lower-case it, as the published evaluation does."""
+    """Strip whitespace and periods from both ends of an answer, and lowercase it, as the published evaluation does."""
     text = text.strip().strip(".").strip()
     return text.lower() if lower else text
 
 
 def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) -> float:
-    """Average normalized Levenshtein similarity of one prediction: the best over the accepted answers.
+    """Average normalized Levenshtein similarity of one prediction: the maximum over the reference answers.
 
     Parameters
     ----------
     prediction : str
-        What the model said.
+        Answer of the model.
     answers : sequence of str
-        Accepted answers, at least one.
+        Reference answers, at least one.
     case_sensitive : bool
-        The form of the published recipe's tables: as written, but for white space and full stops at the ends of both sides.
+        Compare as in the tables of the published recipe: case-sensitively, after stripping whitespace and periods.
 
     Returns
     -------
     float
-        ``1 - NL`` where ``NL < 0.5``, else 0; NL is the Levenshtein distance divided by the longer length, white space
-        folded and lower-cased. Source: Biten et al., Scene Text Visual Question Answering, ICCV 2019, eq. 1.
+        ``1 - NL`` if ``NL < 0.5``, otherwise 0. NL is the Levenshtein distance divided by the longer length, after collapsing
+        whitespace and lowercasing. Source: Biten et al., Scene Text Visual Question Answering, ICCV 2019, eq. 1.
     """
 
     def compared(text: str) -> str:
@@ -48,38 +48,38 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
 
 
 def accuracy(correct: Sequence[bool]) -> float:
-    """Share of right answers."""
+    """Share of correct answers."""
     return float(np.mean(correct))
 
 
 def accuracy_per_class(classes: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
-    """Share of right answers among the samples of each class, classes in alphabetical order."""
+    """Share of correct answers for each class, with classes in alphabetical order."""
     groups = defaultdict(list)
-    for name, right in zip(classes, correct, strict=True):
-        groups[name].append(right)
+    for name, is_correct in zip(classes, correct, strict=True):
+        groups[name].append(is_correct)
     return {name: accuracy(groups[name]) for name in sorted(groups)}
 
 
 def auroc(labels: Sequence[int], scores: Sequence[float]) -> float:
-    """Area under the ROC curve, scikit-learn's; NaN if all labels are the same."""
+    """Area under the ROC curve, computed by scikit-learn; NaN if all labels are equal."""
     if len(set(labels)) < 2:
         return float("nan")
-    from sklearn.metrics import roc_auc_score  # loads a second or two of libraries
+    from sklearn.metrics import roc_auc_score  # imported here because it takes one to two seconds
 
     return float(roc_auc_score(labels, scores))
 
 
 def consistency(sentences: Sequence[str], correct: Sequence[bool]) -> float:
-    """Share of sentences that are right on all of their pairs of pictures (NLVR2's second metric).
+    """Share of sentences that are answered correctly for all of their image pairs (NLVR2's second metric).
 
     Parameters
     ----------
     sentences : sequence of str
-        What names the sentence of each sample: its identifier without the field of the pair.
+        Identifies the sentence of each sample: the sample's identifier without the image pair.
     correct : sequence of bool
-        Whether each sample was answered right.
+        Whether each sample was answered correctly.
     """
-    right = defaultdict(lambda: True)
-    for sentence, is_right in zip(sentences, correct, strict=True):
-        right[sentence] &= bool(is_right)
-    return float(np.mean(list(right.values())))
+    all_correct = defaultdict(lambda: True)
+    for sentence, is_correct in zip(sentences, correct, strict=True):
+        all_correct[sentence] &= bool(is_correct)
+    return float(np.mean(list(all_correct.values())))

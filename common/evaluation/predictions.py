@@ -1,4 +1,4 @@
-"""What an evaluation found, and how it is written down."""
+"""The results of an evaluation, and their JSON file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .metrics import normalise_answer
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said to one sample, and what that is worth.
+    """The prediction for one sample, and its score.
 
     Attributes
     ----------
     id, question : str
-        Of the sample.
+        Identifier and question of the sample.
     prediction : str
-        What the model said, as it is compared.
+        Answer of the model, as it is compared with the references.
     answers : list of str
-        Accepted answers.
+        Reference answers.
     score : float
         0 to 1.
     more : dict
-        What else the task states, by name.
+        Additional values of the task, by name.
     """
 
     id: str
@@ -37,29 +37,29 @@ class Prediction:
     more: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as they are written, ``more`` among them."""
+        """Return the fields as they are saved, with the entries of ``more`` at the same level."""
         fields = dict(vars(self))
         return fields | fields.pop("more")
 
 
 def exact_match(id: str, question: str, answer: str, expected: str, **more: Any) -> Prediction:
-    """Compare an answer with the expected one, but for case, and white space and full stops at the ends."""
+    """Compare an answer with the expected one, ignoring case, and whitespace and periods at both ends."""
     prediction = normalise_answer(answer)
     return Prediction(id, question, prediction, [expected], float(prediction == normalise_answer(expected)), more)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes
     ----------
     metric : str
-        Name of the main figure.
+        Name of the main metric.
     values : dict
-        Figures by name, the main one among them.
+        Values by name, including the main metric.
     predictions : list of Prediction
-        One a sample.
+        One per sample.
     """
 
     metric: str
@@ -68,16 +68,16 @@ class Evaluation:
 
     @property
     def logs(self) -> dict[str, float]:
-        """Its single figures, named as the Trainer names those of an evaluation: ``eval_anls``, say."""
+        """The scalar values under the names that the Trainer uses, such as ``eval_anls``."""
         return {f"eval_{name}": value for name, value in self.values.items() if isinstance(value, float)}
 
     def __str__(self) -> str:
-        figures = (f"{name.removeprefix('eval_')} {value:.4f}" for name, value in self.logs.items())
-        return f"{', '.join(figures)} on {len(self.predictions)} samples"
+        metrics = (f"{name.removeprefix('eval_')} {value:.4f}" for name, value in self.logs.items())
+        return f"{', '.join(metrics)} on {len(self.predictions)} samples"
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
-    """Write an evaluation as JSON, whole or not at all, from the first process."""
+    """Write an evaluation as JSON from the main process. The file is written atomically."""
     if not is_main_process():
         return
     content = {

@@ -1,5 +1,5 @@
-"""A checkpoint, checked and loaded: to train (freezing, LoRA, QLoRA) or to answer (adapters and their base).
+"""Checking and loading checkpoints, for training (freezing, LoRA, QLoRA) and for inference (full models, adapters).
 
-May import :mod:`common.phi3v` and :mod:`common.runtime`; the only room that knows PEFT and bitsandbytes. Begin with
+May import :mod:`common.phi3v` and :mod:`common.runtime`; the only room that uses PEFT and bitsandbytes. Start reading at
 :func:`common.model.loading.load_model`.
 """

@@ -1,7 +1,6 @@
-"""Which base an adapter belongs to.
+"""The description of an adapter's base model.
 
-Beside an adapter, ``base_model.json`` describes its base: name, revision, main settings, a fingerprint of its weights, and how
-it was quantized.
+It is saved next to the adapter as ``base_model.json``: name, revision, main settings, fingerprint of the weights, quantization.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ COMPARED_SETTINGS = (
 
 
 def write_base_description(directory: Path, model: PeftModel) -> None:
-    """Write ``base_model.json``, which tells an adapter's base from others, beside the adapter.
+    """Write ``base_model.json``, which identifies an adapter's base model, next to the adapter.
 
     Parameters
     ----------
     directory : Path
-        Where the adapter is saved.
+        Directory of the adapter.
     model : PeftModel
-        Its base, as loaded from a directory or from the hub.
+        The adapter on its base model, which was loaded from a directory or from the Hub.
     """
     base, revision = model.get_base_model(), model.peft_config["default"].revision
     name, snapshot = base.name_or_path, find_snapshot(base.name_or_path, revision)
@@ -58,9 +57,10 @@ def write_base_description(directory: Path, model: PeftModel) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over the first row of every matrix and all vectors of a checkpoint, in bf16, so that a copy in fp32 has the same.
+    """SHA-256 over the first row of every matrix, and all vectors, of a checkpoint.
 
-    Takes well under a second, since next to nothing is read.
+    It is computed in bf16, so that an fp32 copy has the same fingerprint. Only a small part of the weights is read, which takes
+    less than a second.
     """
     digest = hashlib.sha256()
     files = open_tensors(directory)
@@ -74,7 +74,7 @@ def fingerprint(directory: Path) -> str:
 
 def read_base_description(adapter: Path) -> dict[str, Any]:
     path = adapter / BASE_DESCRIPTION
-    return read_json(path, "copy it again, or delete it to go without its checks") if path.is_file() else {}
+    return read_json(path, "copy it again, or delete it to skip its checks") if path.is_file() else {}
 
 
 def _settings(config: Phi3VConfig) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _settings(config: Phi3VConfig) -> dict[str, Any]:
 
 
 def compare_settings(name: str, revision: str | None, trained_on: dict[str, Any]) -> str:
-    """What a base's configuration has other than the one an adapter was trained on; empty if nothing."""
+    """Describe how the configuration of a base model differs from the one that an adapter was trained on; empty if equal."""
     if not trained_on:
         return ""
     found = _settings(AutoConfig.from_pretrained(name, revision=revision or "main"))
@@ -94,5 +94,5 @@ def compare_settings(name: str, revision: str | None, trained_on: dict[str, Any]
     for key, expected in trained_on["settings"].items():
         if found[key] != expected:
             scalar = not isinstance(expected, dict)
-            differences.append(f"{key} {found[key]} instead of {expected}" if scalar else f"other {key}")
-    return ", ".join(differences)
+            differences.append(f"{key} {found[key]}, expected {expected}" if scalar else f"different {key}")
+    return "; ".join(differences)

@@ -1,4 +1,4 @@
-"""A checkpoint on disk or on the hub: found, fetched and checked before it is loaded."""
+"""Find, download and check a checkpoint, on disk or on the Hub, before it is loaded."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from transformers import AutoConfig
 from common.phi3v import Phi3VProcessor
 from common.runtime import InputError, read_json, say
 
-COPY_AGAIN = "copy the checkpoint's files there again"
+COPY_AGAIN = "copy the checkpoint's files to this directory again"
 
 
 def fetch_checkpoint(name_or_path: str, flag: str = "--model_name_or_path") -> str | None:
-    """Check a model, and fetch all of it if it is on the hub, whose later commits then make no difference to a run.
+    """Check a model and, if it is on the Hub, download all of it, so that later commits on the Hub do not affect the run.
 
     Returns
     -------
     str or None
-        The commit that was fetched; None for a directory.
+        The downloaded commit; None for a directory.
 
     Raises
     ------
@@ -37,24 +37,24 @@ def fetch_checkpoint(name_or_path: str, flag: str = "--model_name_or_path") -> s
             patterns = ["*.json", "*.jinja", "*.safetensors"]
             check_checkpoint(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns), flag)
         except (OSError, HfHubHTTPError) as error:
-            raise InputError(f"{flag} {name_or_path} can't be fetched ({first_line(error)}): try again") from None
+            raise InputError(f"{flag} {name_or_path} cannot be downloaded ({first_line(error)}): try again") from None
     return revision
 
 
 def check_checkpoint(name_or_path: str, flag: str | None = None) -> None:
-    """Check that a model is there, is a Phi-3-V, and has every file that loading needs.
+    """Check that a model exists, is a Phi-3-V model, and has all files that are required to load it.
 
     Parameters
     ----------
     name_or_path : str
-        Directory or hub id.
+        Directory or Hub id.
     flag : str, optional
-        Which named it, for messages.
+        The flag that gave it, for messages.
 
     Raises
     ------
     InputError
-        Naming what is missing and what to do.
+        The message names what is missing and how to fix it.
     """
     directory = Path(name_or_path)
     place = f"{flag} {name_or_path}" if flag else name_or_path
@@ -62,26 +62,26 @@ def check_checkpoint(name_or_path: str, flag: str | None = None) -> None:
     if not directory.is_dir():
         looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
         if looks_local:
-            raise InputError("there is no such directory, and it is no hub id", place)
-        say(f"Fetching {name_or_path} from the hub, or from its cache")
+            raise InputError("no such directory, and not a Hub id", place)
+        say(f"Downloading {name_or_path} from the Hub, or using the cached files")
         try:
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except ValueError as error:  # a model type that transformers doesn't know, or has from the checkpoint's own code
+        except ValueError as error:  # unknown model type, or one that requires code from the checkpoint
             raise InputError(
-                f"{place} is not a phi3_v checkpoint, which these recipes finetune "
-                f"(Phi-3-vision and Phi-3.5-vision): {first_line(error)}"
+                f"{place} is not a phi3_v checkpoint; these recipes support only "
+                f"Phi-3-vision and Phi-3.5-vision: {first_line(error)}"
             ) from None
         except OSError as error:
             raise InputError(
-                "there is no such directory, and the hub can't be reached, or has no "
-                f"such model ({first_line(error)}); download it where there is access (hf download) and give its directory",
+                "no such directory, and the Hub cannot be reached or has no "
+                f"such model ({first_line(error)}); download it on a machine with access (hf download) and pass its directory",
                 place,
             ) from None
         model_type = config.model_type
     elif (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
         raise InputError(
-            f"{place} is an adapter: merge it into its base first "
-            f"(python -m tools.merge_lora --adapter {name_or_path} --output_dir MERGED), and give that directory"
+            f"{place} is an adapter: merge it into its base model first "
+            f"(python -m tools.merge_lora --adapter {name_or_path} --output_dir MERGED), and pass that directory"
         )
     else:
         needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -97,10 +97,10 @@ def check_checkpoint(name_or_path: str, flag: str | None = None) -> None:
         elif not (directory / "model.safetensors").is_file():
             missing.append("model.safetensors (or model.safetensors.index.json and its shards)")
         if missing and model_type in ("phi3_v", None):
-            raise InputError(f"{place} lacks {', '.join(missing)}: {COPY_AGAIN}")
+            raise InputError(f"{place} is missing {', '.join(missing)}: {COPY_AGAIN}")
     if model_type != "phi3_v":
         raise InputError(
-            f"{place} is a {model_type} checkpoint; these recipes finetune phi3_v: Phi-3-vision and Phi-3.5-vision"
+            f"{place} is a {model_type} checkpoint, expected phi3_v; these recipes support only Phi-3-vision and Phi-3.5-vision"
         )
     if directory.is_dir():
         try:
@@ -115,35 +115,35 @@ def load_processor(name_or_path: str, revision: str | None = None, num_crops: in
     Parameters
     ----------
     name_or_path : str
-        Directory or hub id.
+        Directory or Hub id.
     revision : str, optional
-        Commit of a hub model; by default the newest.
+        Commit of a Hub model. Default: the latest.
     num_crops : int, optional
-        Most crops of a picture; by default what was saved.
+        Maximum number of crops per image. Default: the saved value.
 
     Raises
     ------
     InputError
-        If one of its files can't be read.
+        If a file of the processor cannot be read.
     """
     options = {} if num_crops is None else {"num_crops": num_crops}
     try:
         return Phi3VProcessor.from_pretrained(name_or_path, revision=revision or "main", **options)
-    except Exception as error:  # tokenizers raises nothing more particular
+    except Exception as error:  # tokenizers raises plain Exception
         raise InputError(
-            f"the files of its tokenizer or image processor can't be read ({first_line(error)}): {COPY_AGAIN}",
+            f"the tokenizer or image processor files cannot be read ({first_line(error)}): {COPY_AGAIN}",
             name_or_path,
         ) from error
 
 
 def base_revision(name_or_path: str) -> str | None:
-    """Commit of a hub model as it was fetched last; None for a directory."""
+    """Return the commit of a Hub model that was downloaded last, or None for a directory."""
     directory = find_snapshot(name_or_path)
     return directory.name if directory.parent.name == "snapshots" else None
 
 
 def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:
-    """Directory of a checkpoint; for a hub id that of the local copy, whatever the hub has by now."""
+    """Return the directory of a checkpoint; for a Hub id the local copy, even if the Hub has a newer commit."""
     directory = Path(name_or_path)
     if directory.is_dir():
         return directory.resolve()
@@ -151,13 +151,13 @@ def find_snapshot(name_or_path: str, revision: str | None = None) -> Path:
 
 
 def read_tensors(directory: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Some tensors of a checkpoint, as they are on disk."""
+    """Read some tensors of a checkpoint, with the dtype that they have on disk."""
     files = open_tensors(directory)
     return {name: files[name].get_tensor(name) for name in names}
 
 
 def open_tensors(directory: Path) -> dict[str, Any]:
-    """The open file that holds each tensor of a checkpoint."""
+    """Open the files of a checkpoint; return the open file for each tensor name."""
     files: dict[str, Any] = {}
     for path in sorted(directory.glob("*.safetensors")):
         file = safe_open(path, framework="pt")
@@ -168,12 +168,12 @@ def open_tensors(directory: Path) -> dict[str, Any]:
 def _shards(index: Path) -> list[str]:
     files = read_json(index, COPY_AGAIN).get("weight_map")
     if not isinstance(files, dict):
-        raise InputError(f"{index} is no index of weights: {COPY_AGAIN}")
+        raise InputError(f"{index} is not a valid weight index: {COPY_AGAIN}")
     return sorted(set(files.values()))
 
 
 def _has_chat_template(directory: Path) -> bool:
-    """Whether the tokenizer has one, in a file of its own or, as published, in its configuration."""
+    """Whether there is a chat template, in a separate file or, as published, in the tokenizer configuration."""
     if (directory / "chat_template.jinja").is_file():
         return True
     return "chat_template" in read_json(directory / "tokenizer_config.json", COPY_AGAIN)

@@ -1,7 +1,8 @@
-"""Load a model directory, a hub model or an adapter to answer with; an adapter only on the base it was trained on.
+"""Load a model directory, a Hub model or an adapter for inference.
 
-Beside an adapter, ``base_model.json`` describes that base: name, revision, main settings, a fingerprint of its weights,
-and how it was quantized. Adapters without that file, trained elsewhere say, are checked by the shapes of their weights.
+An adapter is loaded only on the base model that it was trained on, which ``base_model.json`` in its directory describes (see
+:mod:`common.model.adapters`). Without that file, for example if the adapter was trained with other code, only the shapes of its
+weights are checked.
 """
 
 from __future__ import annotations
@@ -35,35 +36,35 @@ def load_for_inference(
     dtype: torch.dtype | None = None,
     base: str | None = None,
 ) -> tuple[nn.Module, Phi3VProcessor]:
-    """Load a model to answer with.
+    """Load a model for inference.
 
     Parameters
     ----------
     name_or_path : str or Path
-        Directory or hub id of a full model, or of an adapter, which is put on its base model.
+        Directory or Hub id of a full model, or of an adapter, which is loaded on its base model.
     device : str or torch.device
-        Where the model goes.
+        Device of the model.
     dtype : torch.dtype, optional
-        Of weights and computation; by default :func:`inference_dtype`.
+        Of the weights and the computation. Default: :func:`inference_dtype`.
     base : str, optional
-        Directory or hub id of an adapter's base; by default the one it names.
+        Directory or Hub id of the adapter's base model. Default: the one that the adapter names.
 
     Returns
     -------
     model : torch.nn.Module
-        ``Phi3VForCausalLM``, or a ``PeftModel`` around one (``model.disable_adapter()`` gives the base's answers, but for
-        :func:`rewrites_base`); in evaluation mode. An adapter trained on a quantized base gets it quantized likewise.
+        ``Phi3VForCausalLM``, or a ``PeftModel`` that wraps one, in evaluation mode. ``model.disable_adapter()`` restores the
+        base model, except where :func:`rewrites_base`. The base of an adapter is quantized as in its training.
     processor : Phi3VProcessor
-        As saved with the model or adapter, else the base's.
+        The one saved with the model or adapter, otherwise that of the base model.
 
     Raises
     ------
     InputError
-        If something is missing, an adapter doesn't fit its base, or that base is another than the adapter's.
+        If something is missing, or the adapter does not match its base model.
     """
     adapter = find_adapter(name_or_path)
     if adapter is None and base is not None:
-        raise InputError(f"{name_or_path} is no adapter (it has no adapter_config.json): leave --base out")
+        raise InputError(f"{name_or_path} is not an adapter (adapter_config.json is missing): remove --base")
     if adapter is None:
         model = load_full(str(name_or_path), device, dtype)
         return model, load_processor(str(name_or_path))
@@ -72,30 +73,30 @@ def load_for_inference(
 
 
 def inference_dtype(device: str | torch.device) -> torch.dtype:
-    """What to compute in: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    """Return the dtype for inference: bf16 on a GPU that supports it, fp16 on an older one, fp32 on a CPU."""
     if torch.device(device).type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def find_adapter(name_or_path: str | Path) -> Path | None:
-    """Directory of an adapter, fetched from the hub if need be; None for anything else.
+    """Return the directory of an adapter, downloaded from the Hub if necessary, or None if it is not an adapter.
 
     Raises
     ------
     InputError
-        If the adapter has no weights.
+        If the weights of the adapter are missing.
     """
     directory = Path(name_or_path)
     if not directory.is_dir():
         try:
             directory = Path(snapshot_download(str(name_or_path), allow_patterns=["adapter_*", "*.json", "*.jinja"]))
         except (OSError, ValueError):
-            return None  # loading it as a full model says what is wrong
+            return None  # loading it as a full model reports the problem
     if not (directory / "adapter_config.json").is_file():
         return None
     if not (directory / "adapter_model.safetensors").is_file():
-        raise InputError(f"adapter {name_or_path} lacks adapter_model.safetensors: copy the adapter's files there again")
+        raise InputError(f"adapter {name_or_path} is missing adapter_model.safetensors: copy the adapter's files again")
     return directory
 
 
@@ -106,12 +107,12 @@ def load_full(
     revision: str | None = None,
     quantization: dict[str, Any] | None = None,
 ) -> Phi3VForCausalLM:
-    """Load a full model in evaluation mode; ``quantization`` are the fields of a ``BitsAndBytesConfig``.
+    """Load a full model in evaluation mode. ``quantization`` holds the fields of a ``BitsAndBytesConfig``.
 
     Raises
     ------
     InputError
-        If the checkpoint is missing or incomplete, or no Phi-3-V.
+        If the checkpoint is missing, incomplete, or not a Phi-3-V model.
     """
     check_checkpoint(name_or_path)
     dtype = dtype or inference_dtype(device)
@@ -127,7 +128,7 @@ def load_full(
             quantization_config=quantization,
         )
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{name_or_path}: its weights can't be read ({error}): copy the checkpoint's files anew") from None
+        raise InputError(f"{name_or_path}: the weights cannot be read ({error}): copy the checkpoint's files again") from None
     avoid_avx512_kernel(model)
     processor = load_processor(name_or_path, revision)
     model.config.eos_token_id = processor.tokenizer.eos_token_id
@@ -147,17 +148,17 @@ def load_base(
     Parameters
     ----------
     adapter : Path
-        The adapter's directory.
+        Directory of the adapter.
     base : str, optional
-        Directory or hub id; by default what the adapter names.
+        Directory or Hub id. Default: the base model that the adapter names.
     quantized : bool
-        Quantize it as in training (nothing happens if it wasn't); else as it is published.
+        Quantize the base model if it was quantized in training. If False, it is never quantized.
 
     Raises
     ------
     InputError
-        If the base is missing or another than the adapter was trained on. Where ``base`` is given and only its weights
-        differ, it is a warning instead.
+        If the base model is missing, or is not the one that the adapter was trained on. If ``base`` is given and only its
+        weights differ, this is a warning.
     """
     trained_on = read_base_description(adapter)
     name, revision = (base, None) if base else find_base(adapter)
@@ -167,15 +168,16 @@ def load_base(
         model = load_full(name, device, dtype, revision, quantization) if not differences else None
     except (OSError, InputError) as error:
         raise InputError(
-            f"adapter {adapter} needs its base model, {name}, which can't be loaded: {str(error).splitlines()[0]}. "
-            "Where it lies elsewhere, say so with --base DIR"
+            f"adapter {adapter} requires its base model, {name}, which cannot be loaded: {str(error).splitlines()[0]}. "
+            "If it is in another place, pass --base DIR"
         ) from None
-    remedy = "give the right one with --base DIR"
+    remedy = "pass the right one with --base DIR"
     if differences:
-        was = trained_on["name"]
-        raise InputError(f"adapter {adapter} was trained on {was}, and {name} is another model ({differences}): {remedy}")
+        raise InputError(
+            f"adapter {adapter} was trained on {trained_on['name']}, but {name} is a different model ({differences}): {remedy}"
+        )
     if trained_on and trained_on["weights"] != fingerprint(find_snapshot(name, revision)):
-        message = f"adapter {adapter} was trained on {trained_on['name']}, and {name} has other weights"
+        message = f"adapter {adapter} was trained on {trained_on['name']}, but {name} has different weights"
         if not base:
             raise InputError(f"{message}: {remedy}")
         warnings.warn(f"{message}; its answers may be worse", stacklevel=2)
@@ -183,30 +185,30 @@ def load_base(
 
 
 def attach_adapter(model: Phi3VForCausalLM, adapter: Path) -> PeftModel:
-    """Put an adapter on its base model.
+    """Load an adapter on its base model.
 
     Raises
     ------
     InputError
-        If shapes don't fit.
+        If the shapes of the weights do not match, or the weights cannot be read.
     """
     try:
-        misfit = next(_misfits(model, adapter), None)
+        mismatch = next(_mismatches(model, adapter), None)
     except SafetensorError as error:
         path = adapter / "adapter_model.safetensors"
-        raise InputError(f"{path} is damaged ({error}): copy the adapter's files anew") from None
-    if misfit is not None:
-        module, expected, found = misfit
+        raise InputError(f"{path} is corrupted ({error}): copy the adapter's files again") from None
+    if mismatch is not None:
+        module, expected, found = mismatch
         raise InputError(
-            f"adapter {adapter} doesn't fit {model.name_or_path}: its weights for {module} are for {expected} features, "
-            f"the base has {found}; give the model it was trained on with --base DIR"
+            f"adapter {adapter} does not match {model.name_or_path}: its weights for {module} expect {expected} features, "
+            f"but the base model has {found}; pass the model that it was trained on with --base DIR"
         )
-    # PEFT would read an adapter onto a GPU that it finds, whoever uses that.
+    # By default, PEFT loads the adapter onto any GPU that it finds, even one that the model does not use.
     return PeftModel.from_pretrained(model, adapter, torch_device=str(model.device)).eval()
 
 
 def rewrites_base(model: PeftModel) -> bool:
-    """Whether an adapter's initialization took it out of the base's weights, so that without it they are not the base's."""
+    """Whether the adapter's initialization changed the base weights, so that disabling it does not restore the base model."""
     return any(
         str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "loftq"))
         for config in model.peft_config.values()
@@ -215,32 +217,34 @@ def rewrites_base(model: PeftModel) -> bool:
 
 
 def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
-    """The processor saved beside an adapter, or that of its base model."""
-    beside = all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json"))
-    return load_processor(str(adapter) if beside else model.name_or_path)
+    """Load the processor saved with an adapter, or that of its base model."""
+    saved = all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json"))
+    return load_processor(str(adapter) if saved else model.name_or_path)
 
 
 def find_base(adapter: Path) -> tuple[str, str | None]:
-    """Name or directory of an adapter's base, and its revision on the hub.
+    """Return the name or directory of an adapter's base model, and its revision on the Hub.
 
     Raises
     ------
     InputError
-        If the adapter doesn't name its base.
+        If the adapter does not name its base model.
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     trained_on = read_base_description(adapter)
     name = config.get("base_model_name_or_path") or trained_on.get("name")
     if not name:
-        raise InputError(f"{adapter / 'adapter_config.json'} names no base_model_name_or_path: give the base with --base DIR")
-    # A path relative to where training was started; the description has the whole one.
+        raise InputError(
+            f"{adapter / 'adapter_config.json'} has no base_model_name_or_path: pass the base model with --base DIR"
+        )
+    # The path may be relative to the directory where training was started. The description has the absolute path.
     if not Path(name).is_dir() and Path(trained_on.get("path") or os.devnull).is_dir():
         name = trained_on["path"]
     return name, config.get("revision") or trained_on.get("revision")
 
 
-def _misfits(model: Phi3VForCausalLM, adapter: Path) -> Iterator[tuple[str, int, int | str]]:
-    """Modules of a base that an adapter's weights don't fit: name, features in the adapter, features in the base."""
+def _mismatches(model: Phi3VForCausalLM, adapter: Path) -> Iterator[tuple[str, int, int | str]]:
+    """Yield modules whose adapter weights do not match the base model: name, features in the adapter, features in the base."""
     modules = dict(model.named_modules())
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a dict

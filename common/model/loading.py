@@ -1,4 +1,4 @@
-"""Load a model to train: precision, attention, what trains, LoRA, QLoRA."""
+"""Load a model for training: precision, attention, trainable parameters, LoRA, QLoRA."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def choose_attention(asked: str | None, insist_on_flash: bool, device: torch.dev
     Returns
     -------
     tuple of str
-        Its name for transformers, and why it was chosen.
+        The name of the implementation in transformers, and the reason for the choice.
 
     Raises
     ------
     InputError
-        If a flash kernel is asked for where none runs.
+        If a flash attention kernel is requested but not available.
     """
     has_kernel = has_varlen_kernel(device)
     generation = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
@@ -59,37 +59,37 @@ def choose_attention(asked: str | None, insist_on_flash: bool, device: torch.dev
     ]
     if asked and asked.startswith("flash_attention") and asked not in installed:
         raise InputError(
-            f"flash-attn {asked[-1]} is not installed, or finds no GPU that it runs on", f"--attn_implementation {asked}"
+            f"flash-attn {asked[-1]} is not installed, or does not support this device", f"--attn_implementation {asked}"
         )
     if asked and not (insist_on_flash and asked == "varlen" and not has_kernel):
-        return asked, "asked for by --attn_implementation"
+        return asked, "set by --attn_implementation"
     if insist_on_flash:
         if not has_kernel:
             where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
             raise InputError(
-                f"no flash kernel runs on {where} (it takes an NVIDIA GPU of the Ampere "
-                "generation or later); leave the flag out",
+                f"no flash attention kernel runs on {where} (requires an NVIDIA GPU of the "
+                "Ampere generation or newer); remove the flag",
                 "--use_flash_attention",
             )
         if installed:
-            return installed[0], "asked for by --use_flash_attention, and installed"
+            return installed[0], "required by --use_flash_attention, and installed"
     if has_kernel:
-        return "varlen", "PyTorch's own variable-length flash kernel runs on this GPU"
+        return "varlen", "PyTorch's variable-length flash attention kernel is available on this GPU"
     if device.type == "cpu":
-        return "varlen", "on a CPU it runs SDPA sample by sample"
-    return "varlen", "this GPU is older than flash kernels (compute capability below 8.0): it runs SDPA sample by sample"
+        return "varlen", "on a CPU it runs SDPA one sample at a time"
+    return "varlen", "this GPU has no flash attention kernel (compute capability below 8.0): it runs SDPA one sample at a time"
 
 
 def use_liger_kernel(device: torch.device) -> None:
-    """Let decoders that are built from now on use Liger's fused RMSNorm, SwiGLU and rotary embedding.
+    """Make decoders that are created from now on use Liger's fused RMSNorm, SwiGLU and rotary embedding.
 
     Raises
     ------
     InputError
-        Where they can't run.
+        If the kernels are not available.
     """
     if device.type != "cuda":
-        raise InputError("Liger's kernels run on GPUs only; leave the flag out", "--use_liger_kernel")
+        raise InputError("Liger's kernels require a GPU; remove the flag", "--use_liger_kernel")
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_phi3
     except ImportError:
@@ -103,65 +103,67 @@ def training_precision(bf16: bool, device: torch.device) -> str:
     Raises
     ------
     InputError
-        If ``--bf16`` is asked for on a GPU without it.
+        If ``--bf16`` is set on a GPU that does not support it.
     """
     if bf16:
         if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; leave the flag out to train in fp16", "--bf16")
+            raise InputError(
+                f"{torch.cuda.get_device_name(device)} does not support bf16; remove the flag to train in fp16", "--bf16"
+            )
         return "bf16"
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor) -> nn.Module:
-    """Load the base model, freeze what doesn't train and add LoRA adapters.
+    """Load the base model, freeze the parts that are not trained, and add LoRA adapters.
 
     Parameters
     ----------
     args : argparse.Namespace
         The script's flags.
     setup : Setup
-        What was settled of them.
+        The settings determined from them at the start.
     processor : Phi3VProcessor
-        Knows the tokens that end an answer.
+        Provides the tokens that end an answer.
 
     Returns
     -------
     torch.nn.Module
-        A ``Phi3VForCausalLM``, or a ``PeftModel`` around one. Weights that train are fp32 unless DeepSpeed keeps fp32
-        master weights of its own; a base under adapters is in the training precision.
+        A ``Phi3VForCausalLM``, or a ``PeftModel`` that wraps one. Trainable weights are fp32 unless DeepSpeed keeps fp32 master
+        weights; the base model of adapters is in the training precision.
 
     Raises
     ------
     InputError
-        If the weights are damaged, incomplete or of other shapes, or PEFT refuses the adapter.
+        If weights are corrupted, missing or have the wrong shape, or PEFT rejects the adapter settings.
     """
     device, compute_dtype = setup.device, DTYPES[setup.precision]
     if args.use_liger_kernel:
         use_liger_kernel(device)
-    weights_stay = uses_adapters(args)
-    # DeepSpeed casts what it is given before it makes its fp32 master weights.
-    masters_elsewhere = setup.deepspeed is not None
+    base_is_frozen = uses_adapters(args)
+    # DeepSpeed casts the weights to the training precision and creates its own fp32 master weights.
+    deepspeed_has_masters = setup.deepspeed is not None
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path,
             revision=setup.revision or "main",
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused by name below
-            dtype=compute_dtype if weights_stay or masters_elsewhere else torch.float32,
+            ignore_mismatched_sizes=True,  # rejected below, with their names
+            dtype=compute_dtype if base_is_frozen or deepspeed_has_masters else torch.float32,
             attn_implementation=setup.attention,
             quantization_config=_quantization(args, setup) if args.use_qlora else None,
-            # A GPU's weights don't take the way through the machine's memory, of which every process would need as much.
+            # Load weights directly onto the GPU: going through CPU memory, each process would need a full copy there.
             device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
         )
     except SafetensorError as error:
         raise InputError(
-            f"its weights can't be read ({error}): copy the checkpoint's files there again",
+            f"the weights cannot be read ({error}): copy the checkpoint's files again",
             f"--model_name_or_path {args.model_name_or_path}",
         ) from None
-    misfits = sorted(loaded["missing_keys"]) + sorted(name for name, *_ in loaded["mismatched_keys"])
-    if misfits:
-        what = f"its weights lack {misfits[0]}, or have it in another shape ({len(misfits)} such)"
-        raise InputError(f"{what}: copy the checkpoint's files there again", f"--model_name_or_path {args.model_name_or_path}")
+    mismatched = sorted(loaded["missing_keys"]) + sorted(name for name, *_ in loaded["mismatched_keys"])
+    if mismatched:
+        what = f"weight {mismatched[0]} is missing or has the wrong shape ({len(mismatched)} in total)"
+        raise InputError(f"{what}: copy the checkpoint's files again", f"--model_name_or_path {args.model_name_or_path}")
     avoid_avx512_kernel(model)
     if args.use_liger_kernel:
         from liger_kernel.transformers import LigerCrossEntropyLoss
@@ -176,12 +178,12 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
 
 
 def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
-    """Recompute layers in the backward pass instead of keeping what they computed.
+    """Recompute activations in the backward pass instead of storing them.
 
     Parameters
     ----------
     mode : {"full", "selective", "none"}
-        All layers of decoder and tower; all of the tower and every second one of the decoder; none.
+        Recompute all layers of the decoder and the vision tower; every second decoder layer and all of the vision tower; none.
     """
     base = base_model(model)
     if mode == "none":
@@ -194,17 +196,17 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
 
 
 def avoid_avx512_kernel(model: nn.Module) -> None:
-    """Keep 4-bit layers from a CPU kernel that computes in bf16 whatever is asked for and has no backward pass."""
+    """Disable a CPU kernel for 4-bit layers that always computes in bf16 and has no backward pass."""
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit":  # bitsandbytes is loaded only where weights are quantized
+        if type(module).__name__ == "Linear4bit":  # checked by name: bitsandbytes is imported only if weights are quantized
             module.support_avx512bf16_for_cpu = False
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return, by part, how many parameters train and how many there are."""
+    """Return the numbers of trainable and of all parameters for each part of the model."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
-        # ZeRO-3 keeps parameters elsewhere; bitsandbytes stores two 4-bit values a byte.
+        # Under ZeRO-3, numel() is 0; bitsandbytes stores two 4-bit values per byte.
         count = getattr(parameter, "ds_numel", parameter.numel())
         count *= 2 if parameter.__class__.__name__ == "Params4bit" else 1
         trained, total = counts[part_of(name)]
@@ -213,7 +215,7 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def base_model(model: nn.Module) -> Phi3VForCausalLM:
-    """The ``Phi3VForCausalLM`` itself, without PEFT's wrapping."""
+    """Return the ``Phi3VForCausalLM`` itself, without the PEFT wrapper."""
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
@@ -241,7 +243,7 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str |
             lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
             lora_dropout=args.lora_dropout,
             target_modules=lora_targets(model.config, vision=not args.freeze_vision_model),
-            # PEFT's own choices by name are texts, but for its default (True) and none at all (False).
+            # PEFT takes names as strings, except for True and False.
             init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
             use_dora=args.use_dora,
             use_rslora=args.use_rslora,
@@ -250,17 +252,17 @@ def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str |
         )
         model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:
-        raise InputError(f"PEFT refuses it ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
+        raise InputError(f"rejected by PEFT ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            # Adapters are fp32: PEFT would copy their inputs to fp32, and autocast back.
+            # Adapters are fp32: PEFT would cast their inputs to fp32, and autocast would cast them back.
             module.cast_input_dtype_enabled = False
     fuse_lora(model)
     return model
 
 
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:
-    """Autocast as in training: to bf16 or fp16 where weights are wider, else off."""
+    """Return the autocast context of training: bf16 or fp16; disabled in fp32."""
     device = base_model(model).device
     dtype = torch.bfloat16 if bf16 else torch.float16
     enabled = bf16 or device.type == "cuda"

@@ -1,6 +1,6 @@
-"""What a run leaves for people: ``run.json``, the model card, and the HTML report with its figures, curves and gallery.
+"""What a run documents: ``run.json``, the model card, and the HTML report with metrics, curves and sample gallery.
 
-May import :mod:`common.evaluation.metrics` and :mod:`common.runtime`; since it loads matplotlib and scikit-learn, it is
-imported late and on the main process. Begin with :func:`common.report.page.write_report`; what a run directory holds is in
-:mod:`common.report.run`.
+May import :mod:`common.evaluation.metrics` and :mod:`common.runtime`. It is imported late and only on the main process, because
+it loads matplotlib and scikit-learn. Start reading at :func:`common.report.page.write_report`; :mod:`common.report.run`
+describes the run directory.
 """

@@ -1,4 +1,4 @@
-"""The charts of a report, drawn once: as SVG that follows the page's light or dark theme, and as PNG."""
+"""The charts of a report, as SVG that follows the light or dark theme of the page, and as PNG."""
 
 import io
 import math
@@ -16,14 +16,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 
-# Charts are drawn in the light theme, which is what the PNG files keep. In the page each of these colours becomes the
-# CSS variable of its name, so that one drawing serves both themes. Each must be a colour of its own.
+# Charts are drawn in the light theme, which the PNG files use. In the page, each of these colors is replaced by a CSS variable,
+# so that one drawing works in both themes. Therefore all of them must be different.
 INK, MUTED, LINE, BEFORE, AFTER = "#1d1c1a", "#5f5b54", "#e0dcd3", "#8c8577", "#0e6252"
 SERIES = ("#0e6253", "#b4551d", "#3c5aa6", "#8a2f6b", "#77680a", "#1f7a9a")
 CSS_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", BEFORE: "before", AFTER: "after"} | {
     colour: f"series-{number}" for number, colour in enumerate(SERIES)
 }
-DASHES = ("solid", "dashed", "dotted")  # told apart without colours too
+DASHES = ("solid", "dashed", "dotted")  # lines can be distinguished without colors
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -57,15 +57,15 @@ CURVES = {
     "tokens_per_second": "Tokens per second",
     "mfu": "Model FLOPs utilization",
 }
-WIDTH = 3.7  # inches; so narrow that the labels stay readable where a chart is as wide as a phone
-SMOOTH_FROM = 60  # logged points, above which a moving average is drawn over them
-LONGEST_LABEL = 24  # characters of a class's name that leave room for the matrix
-NUMBERED_CLASSES = 16  # up to which the cells of a confusion matrix hold their counts
+WIDTH = 3.7  # inches; narrow enough that labels stay readable on a phone
+SMOOTH_FROM = 60  # number of logged points above which a moving average is also drawn
+LONGEST_LABEL = 24  # characters; longer class names would leave no space for the matrix
+NUMBERED_CLASSES = 16  # maximum number of classes for which the cells of a confusion matrix show counts
 
 
 @dataclass
 class Chart:
-    """A drawn figure with its title and a sentence on what it shows, which is also what a screen reader says of it."""
+    """A figure with a title and a caption, which also serve as its description for screen readers."""
 
     name: str
     title: str
@@ -73,7 +73,7 @@ class Chart:
     caption: str
 
     def svg(self) -> Markup:
-        """Return the figure as an inline SVG element: coloured by the page, its ids unique to this chart."""
+        """Return the figure as an inline SVG element with the colors of the page and ids that are unique to this chart."""
         buffer = io.StringIO()
         with matplotlib.rc_context(STYLE):
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -86,13 +86,13 @@ class Chart:
         return Markup(f'<svg {view_box} role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">{body}')
 
     def save_png(self, path: Path) -> None:
-        """Write the figure as PNG, in the light theme."""
+        """Save the figure as PNG, in the light theme."""
         with matplotlib.rc_context(STYLE):
             self.figure.savefig(path, format="png", dpi=160, facecolor="white")
 
 
 def number(value: float) -> str:
-    """Return a figure short enough for a caption or a table: ``5e-06`` as ``5e-6``, ``0.12345`` as ``0.123``."""
+    """Format a number for a caption or table: ``5e-06`` as ``5e-6``, ``0.12345`` as ``0.123``."""
     if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) < 1e6):
         return f"{int(value):,}"
     if 1000 <= abs(value) < 1e6:
@@ -109,17 +109,17 @@ def series(log: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 @matplotlib.rc_context(STYLE)
 def curve_charts(logs: dict[str, Sequence[dict]]) -> list[Chart]:
-    """Draw what was logged while training, one chart a quantity, with one line for each log.
+    """Draw the training curves: one chart per quantity, with one line per run.
 
     Parameters
     ----------
     logs : dict of str to list of dict
-        ``log_history`` under the name of each run. One alone is drawn with its evaluation loss.
+        ``log_history`` by name of the run. A single run is drawn with its evaluation loss.
 
     Returns
     -------
     list of Chart
-        Only of the quantities that some log has.
+        Charts of the quantities that at least one run has logged.
     """
     charts = []
     for key, title in CURVES.items():
@@ -163,12 +163,12 @@ def curve_charts(logs: dict[str, Sequence[dict]]) -> list[Chart]:
 
 @matplotlib.rc_context(STYLE)
 def score_chart(evaluations: dict[str, Sequence[float]]) -> Chart:
-    """Draw how the samples' scores are spread, for a score between 0 and 1 that is 0 below one half, as ANLS is.
+    """Draw the distribution of scores between 0 and 1, where scores below 0.5 count as 0, as for ANLS.
 
     Parameters
     ----------
     evaluations : dict of str to sequence of float
-        Scores under ``before``, ``after`` or both.
+        Scores, with the key ``before``, ``after`` or both.
     """
     edges = [0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     labels = ["below .5", ".5", ".6", ".7", ".8", ".9", "exact"]
@@ -191,7 +191,7 @@ def score_chart(evaluations: dict[str, Sequence[float]]) -> Chart:
 
 @matplotlib.rc_context(STYLE)
 def probability_chart(name: str, labels: Sequence[int], p_yes: Sequence[float]) -> Chart:
-    """Draw how P(yes) is spread over the samples whose label is 0 and those whose label is 1.
+    """Draw the distribution of P(yes) for the samples with label 0 and those with label 1.
 
     Parameters
     ----------
@@ -211,9 +211,7 @@ def probability_chart(name: str, labels: Sequence[int], p_yes: Sequence[float]) 
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=2)
     caption = _sentence(
-        f"median {np.median(p_yes[labels == label]):.2f} where the label is {label}"
-        for label in (0, 1)
-        if (labels == label).any()
+        f"median {np.median(p_yes[labels == label]):.2f} for label {label}" for label in (0, 1) if (labels == label).any()
     )
     return Chart(f"p-yes-{name}", f"P(yes) {name}", figure, caption)
 
@@ -225,7 +223,7 @@ def roc_chart(evaluations: dict[str, tuple[Sequence[int], Sequence[float]]]) -> 
     Parameters
     ----------
     evaluations : dict of str to (labels, p_yes)
-        Under ``before``, ``after`` or both; both labels must occur.
+        With the key ``before``, ``after`` or both. Both labels must occur.
     """
     figure, axes = _axes(2.6)
     axes.grid(axis="x")
@@ -244,7 +242,7 @@ def roc_chart(evaluations: dict[str, tuple[Sequence[int], Sequence[float]]]) -> 
 
 
 def transition_chart(before: Sequence[float], after: Sequence[float]) -> Chart:
-    """Draw what became of the answers that were wrong, close and exact.
+    """Draw how the answers changed between wrong, close and exact.
 
     Parameters
     ----------
@@ -254,24 +252,24 @@ def transition_chart(before: Sequence[float], after: Sequence[float]) -> Chart:
     grades = ["wrong", "close", "exact"]
     first, last = ([grades[(score >= 0.5) + (score >= 1)] for score in scores] for scores in (before, after))
     figure, counts = _matrix(grades, first, last, "before", "after")
-    corrected, spoilt = np.triu(counts, 1).sum(), np.tril(counts, -1).sum()
-    caption = f"Answers that moved to a better class, above the diagonal: {corrected:,}; to a worse one, below it: {spoilt:,}."
+    improved, worsened = np.triu(counts, 1).sum(), np.tril(counts, -1).sum()
+    caption = f"Answers that moved to a better class, above the diagonal: {improved:,}; to a worse one, below it: {worsened:,}."
     return Chart("transitions", "What became of the answers", figure, caption)
 
 
 def confusion_chart(name: str, classes: Sequence[str], truth: Sequence[str], predicted: Sequence[str]) -> Chart:
-    """Draw which class was taken for which, as shares of each true class.
+    """Draw a confusion matrix, colored by the share of each true class.
 
     Parameters
     ----------
     name : str
         ``before`` or ``after``.
     classes : sequence of str
-        In the order of the rows and columns; ``truth`` and ``predicted`` hold nothing else.
+        All values that occur in ``truth`` and ``predicted``, in the order of the rows and columns.
     truth, predicted : sequence of str, ``(samples,)``
     """
     figure, counts = _matrix(classes, truth, predicted, "true class", "predicted class")
-    caption = f"{np.trace(counts):,} of {len(truth):,} right: those on the diagonal."
+    caption = f"{np.trace(counts):,} of {len(truth):,} correct (on the diagonal)."
     return Chart(f"confusion-{name}", f"Confusion {name}", figure, caption)
 
 
@@ -285,7 +283,7 @@ def _matrix(
     few = size <= 4
     figure, axes = _axes(2.6 if few else WIDTH)
     for row, column in np.argwhere(counts):
-        # At most 0.45 opaque, so that the count on it keeps its contrast in both themes.
+        # At most 45 % opaque, so that the count stays readable in both themes.
         alpha = 0.06 + 0.39 * shares[row, column]
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=AFTER, alpha=alpha, linewidth=0))
         if size <= NUMBERED_CLASSES:
@@ -309,7 +307,7 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the moving average of ``values``, centred so that it does not lag, over about a tenth of their number."""
+    """Return a centered moving average of ``values`` over about a tenth of the points."""
     finite = np.isfinite(values)
     window = np.hanning(len(values) // 10 + 3)
     weights = np.convolve(finite, window, "same")
@@ -318,18 +316,18 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 def _summary(key: str, steps: np.ndarray, values: np.ndarray) -> str:
     finite = np.isfinite(values)
-    lost = f", {np.sum(~finite):,} not finite" if not finite.all() else ""
+    invalid = f", {np.sum(~finite):,} not finite" if not finite.all() else ""
     steps, values = steps[finite], values[finite]
     low, high = np.argmin(values), np.argmax(values)
     highest = f"highest {number(values[high])} at step {number(steps[high])}"
     if key.endswith("loss"):
         lowest = f"lowest {number(values[low])} at step {number(steps[low])}"
-        return f"from {number(values[0])} to {number(values[-1])}, {lowest}{lost}"
+        return f"from {number(values[0])} to {number(values[-1])}, {lowest}{invalid}"
     if key == "learning_rate":
         return highest
     if key == "mfu":
         return f"median {np.median(values):.1%}"
-    return f"median {number(np.median(values))}, {highest}{lost}"
+    return f"median {number(np.median(values))}, {highest}{invalid}"
 
 
 def _sentence(parts) -> str:

@@ -1,4 +1,4 @@
-"""What a run's files say, as figures, tables and charts: what fits the evaluations, whatever the task is called."""
+"""The metrics, tables and charts of a run. They depend on what its evaluations contain, not on the name of the task."""
 
 import math
 from collections import Counter
@@ -17,12 +17,12 @@ OUTCOMES = {
     "stayed_wrong": "stayed wrong",
     "worse": "got worse",
 }
-OTHER = "(other)"  # an answer that is none of the classes
-MOST_CLASSES = 120  # that a confusion matrix can show; answers are open where there are more
+OTHER = "(other)"  # an answer that is not one of the classes
+MOST_CLASSES = 120  # more distinct answers than this are treated as free text, without a confusion matrix
 
 
 def metric_table(run: Run) -> list[dict]:
-    """Return every figure of the evaluations, the main metric first."""
+    """Return all scalar values of the evaluations, the main metric first."""
     keys = [run.metric] if run.metric else []
     keys += [
         key
@@ -48,7 +48,7 @@ def metric_table(run: Run) -> list[dict]:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """Return what else there is to say of a run in a word: samples, steps, time, speed."""
+    """Return the key numbers of a run: samples, steps, time, throughput."""
     found = {}
     samples = (run.after or run.before).get("samples")
     if samples is not None:
@@ -73,7 +73,7 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def outcomes(run: Run) -> list[dict]:
-    """Return how many samples got better, got worse, or stayed right or wrong."""
+    """Return how many samples got better, got worse, stayed right or stayed wrong."""
     first, last = predictions_by_id(run.before), predictions_by_id(run.after)
     counts = Counter()
     for key in first.keys() & last.keys():
@@ -84,7 +84,7 @@ def outcomes(run: Run) -> list[dict]:
 
 
 def evaluation_charts(run: Run) -> list[Chart]:
-    """Return the charts that fit what the evaluations hold."""
+    """Return the charts for the contents of the evaluations."""
     evaluations = _evaluations(run)
     charts = []
     if run.metric == "anls" and evaluations:
@@ -104,7 +104,7 @@ def evaluation_charts(run: Run) -> list[Chart]:
         charts.append(roc_chart(curves))
     classes = _classes(run)
     if run.metric in ("accuracy", "auroc") and 0 < len(classes) <= MOST_CLASSES:
-        # Probabilities show more of the state before training than the answers drawn from them.
+        # With probabilities, the confusion matrix before training would add nothing to the probability chart.
         for when, rows in list(evaluations.items())[-1 if likely else 0 :]:
             truth, predicted = _truth_and_predicted(rows, classes)
             shown = [*classes, OTHER] if OTHER in predicted else classes
@@ -113,7 +113,7 @@ def evaluation_charts(run: Run) -> list[Chart]:
 
 
 def class_table(run: Run) -> list[dict]:
-    """Return each class with its accuracy before and after, the worst after training first."""
+    """Return the accuracy of each class before and after training, the lowest accuracy after training first."""
     before, after = (evaluation.get("accuracy_per_class", {}) for evaluation in (run.before, run.after))
     rows = [
         {
@@ -129,7 +129,7 @@ def class_table(run: Run) -> list[dict]:
 
 
 def confusions(run: Run, limit: int = 8) -> list[tuple[str, str, int]]:
-    """Return the pairs of classes that are still taken for each other most often: true, predicted, count."""
+    """Return the most frequent confusions after training: true class, predicted class, count."""
     if not run.after.get("accuracy_per_class"):
         return []
     pairs = zip(*_truth_and_predicted(run.after["predictions"], _classes(run)), strict=True)
@@ -162,13 +162,13 @@ def format_duration(seconds: float) -> str:
 
 
 def _evaluations(run: Run) -> dict[str, list[dict]]:
-    """Return the predictions of the evaluations that there are, under `before` and `after`."""
+    """Return the predictions of the available evaluations, with the keys `before` and `after`."""
     evaluations = {"before": run.before.get("predictions"), "after": run.after.get("predictions")}
     return {when: rows for when, rows in evaluations.items() if rows}
 
 
 def _classes(run: Run) -> list[str]:
-    """Return the classes that occur as an answer, as they are written there, sorted."""
+    """Return the classes that occur as reference answers, as they are written there, sorted."""
     answers = [row["answers"][0] for rows in _evaluations(run).values() for row in rows]
     return sorted({normalise_answer(answer): normalise_answer(answer, lower=False) for answer in answers}.values())
 

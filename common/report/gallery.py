@@ -1,4 +1,4 @@
-"""The samples that a report shows: which, with small pictures of what they ask about."""
+"""The samples in a report, with thumbnails of their images."""
 
 import base64
 import hashlib
@@ -22,24 +22,24 @@ GROUPS = {
     "right": "Right",
 }
 THUMBNAIL_SIDE = 640
-FOREMOST = 3  # samples of each group that the gallery shows at first
+FOREMOST = 3  # samples of each group that are shown initially
 
 
 def select_gallery(before: dict | None, after: dict | None, limit_per_group: int = 12) -> dict[str, list[str]]:
-    """Choose the samples worth showing: what training changed most, and what it left wrong.
+    """Select samples for the report: those that changed most in training, and those that are still wrong.
 
     Parameters
     ----------
     before, after : dict or None
         Evaluations as in `eval_before.json` and `eval_after.json`; either may be missing.
     limit_per_group : int
-        How many samples of a group are chosen at most.
+        Maximum number of samples per group.
 
     Returns
     -------
     dict of str to list of str
-        Ids under `better`, `worse` and `stayed_wrong` (with one evaluation only: `wrong` and `right`), the greatest
-        change first. Among equals the choice is arbitrary, but the same in every call.
+        Ids by group: `better`, `worse` and `stayed_wrong`; with only one evaluation `wrong` and `right`. The largest change
+        comes first. Samples with equal change are in an arbitrary but deterministic order.
     """
     first, last = predictions_by_id(before), predictions_by_id(after)
     arbitrary = sorted(first.keys() & last.keys() if first and last else first or last, key=_arbitrary_order)
@@ -62,27 +62,27 @@ def select_gallery(before: dict | None, after: dict | None, limit_per_group: int
 def save_gallery_images(
     output_dir: str | os.PathLike, pictures: Callable[[str], Sequence[Image.Image]], ids: Iterable[str]
 ) -> None:
-    """Write thumbnails of the samples' pictures to `gallery/<id>_<k>.jpg`, at most 640 pixels on the longer side.
+    """Save thumbnails of the images of samples as `gallery/<id>_<k>.jpg`, at most 640 pixels on the longer side.
 
     Parameters
     ----------
     output_dir : path
         The run directory.
     pictures : callable
-        From a sample's id to its pictures, in any mode.
+        Returns the images of a sample, in any mode, for its id.
     ids : iterable of str
-        The samples; ids that are unfit for a file name are given another one.
+        Ids of the samples. Ids that are not valid file names are replaced in the file name.
     """
     for key in ids:
-        for k, picture in enumerate(pictures(key)):
-            thumbnail = picture.convert("RGB")
+        for k, image in enumerate(pictures(key)):
+            thumbnail = image.convert("RGB")
             thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             with replacing(_thumbnail_path(Path(output_dir), key, k)) as temporary:
                 thumbnail.save(temporary, format="JPEG", quality=85)
 
 
 def gallery(run: Run, groups: dict[str, list[str]]) -> dict:
-    """Return the gallery's samples, and the question by itself where it is the same for all of them."""
+    """Return the samples of the gallery, and their question if all of them have the same one."""
     first, last = predictions_by_id(run.before), predictions_by_id(run.after)
     samples = []
     for group, ids in groups.items():
@@ -108,8 +108,8 @@ def _arbitrary_order(key: str) -> tuple[int, str]:
 
 
 def _thumbnail_path(directory: Path, key: str, k: int) -> Path:
-    fit = re.fullmatch(r"[A-Za-z0-9-][A-Za-z0-9._-]{0,79}", key)
-    stem = key if fit else re.sub(r"[^A-Za-z0-9-]+", "-", key)[:40] + "-" + hashlib.sha1(key.encode()).hexdigest()[:12]
+    valid = re.fullmatch(r"[A-Za-z0-9-][A-Za-z0-9._-]{0,79}", key)
+    stem = key if valid else re.sub(r"[^A-Za-z0-9-]+", "-", key)[:40] + "-" + hashlib.sha1(key.encode()).hexdigest()[:12]
     return directory / "gallery" / f"{stem}_{k}.jpg"
 
 

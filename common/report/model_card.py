@@ -1,4 +1,4 @@
-"""What a run was, for machines (``run.json``) and, with its results and how to load them, for people (``README.md``)."""
+"""The model card (``README.md``) of a run: results, how to load the model, and settings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CARD = """\
 
 {introduction}
 
-{results}## Loading it
+{results}## Usage
 
-From the folder of the finetuning recipes, whose `common` holds the model's code:
+Run this in the directory of the finetuning recipes, where `common` contains the model's code:
 
 ```python
 {loading}
@@ -55,29 +55,29 @@ processor = transformers.AutoProcessor.from_pretrained({name!r})"""
 
 
 def write_model_card(output_dir: str | Path, name: str | Path | None = None, licence: str = "mit") -> None:
-    """Write the model card ``README.md`` from the first process, out of what the run has written to its directory.
+    """Write the model card ``README.md`` on the main process, from the files in the run directory.
 
     Parameters
     ----------
     output_dir : str or Path
-        Holds ``run.json``; ``eval_before.json`` and ``eval_after.json`` give the results, ``adapter_config.json`` says that
-        it is an adapter.
+        Run directory with ``run.json``. The results are read from ``eval_before.json`` and ``eval_after.json``. With
+        ``adapter_config.json``, the model is an adapter.
     name : str or Path, optional
-        What the model is loaded by: its hub id if it is pushed there; by default ``output_dir``.
+        Name from which the model is loaded, such as its Hub id. Default: ``output_dir``.
     licence : str
-        The hub's short name of a licence; by default that of the published models.
+        License identifier of the Hub. Default: the license of the published models.
 
     Raises
     ------
     InputError
-        If there is no ``run.json``.
+        If ``run.json`` is missing.
     """
     if not is_main_process():
         return
     directory, name = Path(output_dir), str(name or output_dir)
     run, before, after = (read_json(path, "delete it") if (path := directory / file).is_file() else {} for file in RUN_FILES)
     if not run:
-        raise InputError(f"{directory} has no run.json, which the model card is made from: is it an --output_dir?")
+        raise InputError(f"{directory} has no run.json, which the model card requires; pass the --output_dir of a training run")
     is_adapter = (directory / "adapter_config.json").is_file()
     data = _front_matter(run, after, Path(name).name, is_adapter, licence)
     card = CARD.format(
@@ -108,7 +108,7 @@ def _front_matter(run: dict[str, Any], after: dict[str, Any], name: str, is_adap
             for metric, value in _metrics(after).items()
         ]
     return ModelCardData(
-        # The hub takes ids alone here.
+        # The Hub accepts only ids here.
         base_model=run["base_model"] if _is_hub_id(run["base_model"]) else None,
         datasets=datasets or None,
         library_name="peft" if is_adapter else "transformers",
@@ -138,7 +138,7 @@ def _results(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _metrics(evaluation: dict[str, Any]) -> dict[str, float]:
-    """The main metric first, then the others."""
+    """Return the finite metrics, the main metric first."""
     figures = {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
     return {key: figures[key] for key in sorted(figures, key=lambda key: key != evaluation["metric"])}
 

@@ -1,4 +1,4 @@
-"""The HTML of a report: one run, or several side by side."""
+"""The HTML report of one run, or a comparison of several runs."""
 
 import json
 import os
@@ -21,14 +21,14 @@ from .run import Run, read_run
 
 
 def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
-    """Write the report of a run, and its curves as PNG files to `curves/` beside what they come from.
+    """Write the report of a run, and its curves as PNG files to `curves/` in the run directory.
 
     Parameters
     ----------
     output_dir : path
         The run directory.
     path : path, optional
-        The HTML file, by default `report.html` in `output_dir`.
+        The HTML file. Default: `report.html` in `output_dir`.
 
     Returns
     -------
@@ -38,9 +38,9 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
     Raises
     ------
     FileNotFoundError
-        If there is no such directory, or it holds none of a run's files.
+        If the directory does not exist, or contains no file of a run.
     InputError
-        If one of the files is not what it should be; the message names the file.
+        If a file is invalid; the message names it.
     """
     run = read_run(output_dir)
     path = Path(path) if path else run.directory / "report.html"
@@ -74,32 +74,35 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
 
 
 def report_run(output_dir: Path, conversation_of: Callable[[int], dict]) -> None:
-    """Write the report at the end of a run, with the pictures of the samples that it shows.
+    """Write the report at the end of a run, with the images of its samples.
 
     Parameters
     ----------
     output_dir : Path
     conversation_of : callable
-        Gives the conversation of an evaluation row, by its number.
+        Returns the conversation of an evaluation row, for its index.
     """
     try:
         run = read_run(output_dir)
         rows: dict[str, int] = {}
         for row, entry in enumerate(run.after["predictions"]):
-            rows.setdefault(entry["id"], row)  # of rows of the same id the report shows the first, too
-        chosen = select_gallery(run.before, run.after)
+            rows.setdefault(entry["id"], row)  # if an id occurs several times, the report uses the first row
+        selected = select_gallery(run.before, run.after)
         save_gallery_images(
             output_dir,
             lambda key: [decode_picture(picture) for picture in pictures(conversation_of(rows[key]))],
-            [key for keys in chosen.values() for key in keys],
+            [key for keys in selected.values() for key in keys],
         )
-        print(f"report: {write_report(output_dir)}")
-    except Exception as error:  # the model is saved and scored; a report can be made again
-        print(f"warning: no report.html ({error!r}); python -m tools.report {output_dir} makes it", file=sys.stderr)
+        print(f"report saved as {write_report(output_dir)}")
+    except Exception as error:  # model and results are saved, and the report can be created later
+        print(
+            f"warning: report.html was not created ({error!r}); run python -m tools.report {output_dir} to create it",
+            file=sys.stderr,
+        )
 
 
 def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
-    """Write several runs side by side: their metrics, the settings in which they differ, and their curves overlaid.
+    """Write a comparison of several runs: metrics, settings that differ, and training curves in common charts.
 
     Parameters
     ----------
@@ -116,7 +119,7 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
     Raises
     ------
     FileNotFoundError, InputError
-        As `write_report`.
+        See `write_report`.
     """
     runs = [read_run(directory) for directory in directories]
     names = _names(runs)
@@ -148,17 +151,17 @@ def _date(run: Run) -> str | None:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Return the shortest ends of the directories' paths that tell them apart."""
+    """Return the shortest path suffixes that distinguish the run directories."""
     parts = [run.directory.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
-    raise InputError(f"{runs[0].directory} and others of the runs are the same directory; name each only once")
+    raise InputError(f"{runs[0].directory} and other runs are the same directory; pass each run only once")
 
 
 def _settings(run: Run) -> dict[str, dict[str, str]]:
-    """Return the settings as text, in titled groups, without those that stand in the report's head."""
+    """Return the settings as text, in named groups, without those that the report shows elsewhere."""
     groups = {"Run": {}}
     for key, value in run.settings.items():
         name = key.replace("_", " ").capitalize()
@@ -170,10 +173,10 @@ def _settings(run: Run) -> dict[str, dict[str, str]]:
 
 
 def _flat(groups: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return the settings of all groups; one whose name another group has too says which it is of."""
-    times = Counter(key for group in groups.values() for key in group)
+    """Return the settings of all groups. The group is added to names that occur in several groups."""
+    counts = Counter(key for group in groups.values() for key in group)
     return {
-        key if times[key] == 1 else f"{key} ({name.lower()})": value
+        key if counts[key] == 1 else f"{key} ({name.lower()})": value
         for name, group in groups.items()
         for key, value in group.items()
     }
@@ -184,13 +187,13 @@ def _text(value: object) -> str:
 
 
 def _rows(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Return for each key its value in every column, a dash where a column has none."""
+    """Return the values of each key in all columns, with a dash for missing values."""
     keys = dict.fromkeys(key for column in columns for key in column)
     return {key: [column.get(key, "—") for column in columns] for key in keys}
 
 
 def _environment() -> jinja2.Environment:
-    # Everything that is shown may come from a model or a data set, so everything is escaped but the charts.
+    # All texts may come from a model or a dataset, so everything except the charts is escaped.
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""A run directory: what the training scripts leave there, read and checked, and files that are put there whole."""
+"""A run directory: writing ``run.json``, and reading and checking the files that the training scripts write."""
 
 import json
 import os
@@ -14,21 +14,21 @@ from typing import Any
 from common.runtime import InputError, hardware, is_main_process, local_world_size, read_json, versions, world_size, write_file
 
 FILES = {
-    "run.json": "the command, versions, data and hyperparameters are not known",
-    "eval_before.json": "nothing to compare with: evaluation before training was off, or did not finish",
-    "eval_after.json": "no result: evaluation after training was off, or the run ended before it",
-    "trainer_state.json": "no curves",
-    "train_results.json": "the training time is not known",
+    "run.json": "command, versions, data and hyperparameters are unknown",
+    "eval_before.json": "no comparison: the evaluation before training was turned off or did not finish",
+    "eval_after.json": "no result: the evaluation after training was turned off, or the run ended before it",
+    "trainer_state.json": "no training curves",
+    "train_results.json": "the training time is unknown",
 }
-RIGHT = 0.5  # the score from which an answer counts as right: ANLS is 0 below it
+RIGHT = 0.5  # minimum score of an answer that counts as right; lower ANLS scores are 0
 
 
 @dataclass
 class Run:
-    """What a run directory holds.
+    """The contents of a run directory.
 
-    `before` and `after` are the evaluations, `state` the Trainer's state, `results` its closing figures and `settings`
-    the contents of `run.json`; a file that is missing is an empty dict here and its name a key of `missing`.
+    `before` and `after` are the evaluations, `state` is the state of the Trainer, `results` its final metrics, and `settings`
+    the contents of `run.json`. A missing file is an empty dict, and its name is a key of `missing`.
     """
 
     directory: Path
@@ -58,26 +58,26 @@ def write_run(
     hyperparameters: dict[str, Any],
     datasets: Sequence[str] = (),
 ) -> None:
-    """Write ``run.json`` from the first process: what is being run, by which command, on what, since when.
+    """Write ``run.json`` on the main process: command, data, settings, hardware, versions and start time.
 
     Parameters
     ----------
     output_dir : str or Path
-        The run's directory.
+        The run directory.
     task : str
-        As people call it, ``"DocVQA"`` say.
+        Display name, such as ``"DocVQA"``.
     base_model : str
         Hub id or directory.
     base_revision : str, optional
-        Commit of a hub model; see :func:`common.model.checkpoint.base_revision`.
+        Commit of a Hub model; see :func:`common.model.checkpoint.base_revision`.
     method : str
-        ``"full"``, ``"LoRA"`` and so on.
+        Training method, such as ``"full"`` or ``"LoRA"``.
     data : str
-        Which rows trained and which evaluate, in words.
+        Description of the training and evaluation rows.
     hyperparameters : dict
-        Values by flag. What JSON doesn't know, paths say, is written as text.
+        Values by flag. Values that JSON cannot represent, such as paths, are written as text.
     datasets : sequence of str
-        Hub ids of the data sets, if any.
+        Hub ids of the datasets, if any.
     """
     if not is_main_process():
         return
@@ -99,13 +99,13 @@ def write_run(
 
 
 def remove_report(output_dir: Path) -> None:
-    """Remove the report of an earlier run, and the pictures that it shows."""
+    """Delete the report of an earlier run and the images in it."""
     (output_dir / "report.html").unlink(missing_ok=True)
     shutil.rmtree(output_dir / "gallery", ignore_errors=True)
 
 
 def launch_command() -> str:
-    """The command line that started this process, as it is typed: with ``torchrun`` where that was used."""
+    """Return the command line that started this process, including ``torchrun`` if it was used."""
     script = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python {script}"
@@ -116,7 +116,7 @@ def launch_command() -> str:
 
 
 def read_run(directory: str | os.PathLike) -> Run:
-    """Read what a run directory holds.
+    """Read a run directory.
 
     Parameters
     ----------
@@ -129,20 +129,22 @@ def read_run(directory: str | os.PathLike) -> Run:
     Raises
     ------
     FileNotFoundError
-        If there is no such directory, or it holds none of a run's files.
+        If the directory does not exist, or contains no file of a run.
     InputError
-        If one of the files is not what it should be; the message names the file.
+        If a file is invalid; the message names it.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory; give the --output_dir of a training run")
+        raise FileNotFoundError(f"{directory}: no such directory; pass the --output_dir of a training run")
     contents = {
-        name: read_json(directory / name, "delete it or run the training again")
+        name: read_json(directory / name, "delete it, or run the training again")
         for name in FILES
         if (directory / name).is_file()
     }
     if not contents:
-        raise FileNotFoundError(f"{directory} holds none of a run's files ({', '.join(FILES)}): is it an --output_dir?")
+        raise FileNotFoundError(
+            f"{directory} contains no file of a run ({', '.join(FILES)}); pass the --output_dir of a training run"
+        )
     for name in contents.keys() & {"eval_before.json", "eval_after.json"}:
         _check_evaluation(contents[name], directory / name)
     return Run(
@@ -157,15 +159,15 @@ def read_run(directory: str | os.PathLike) -> Run:
 
 
 def predictions_by_id(evaluation: dict | None) -> dict[str, dict]:
-    """Return the predictions by id; of several with the same id, the first."""
+    """Return the predictions by id. If an id occurs several times, its first prediction is used."""
     return {str(row["id"]): row for row in reversed((evaluation or {}).get("predictions", []))}
 
 
 def _check_evaluation(evaluation: dict, path: Path) -> None:
     metric = evaluation.get("metric")
     if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
-        raise InputError(f"'metric' must name the key of a number in the same file, not {metric!r}", str(path))
+        raise InputError(f"'metric' must be the key of a number in the same file, got {metric!r}", str(path))
     for row, prediction in enumerate(evaluation.get("predictions", [])):
-        absent = {"id", "question", "prediction", "answers", "score"} - set(prediction)
-        if absent or not prediction["answers"]:
-            raise InputError(f"prediction {row} has no {', '.join(sorted(absent)) or 'answers'}", str(path))
+        missing = {"id", "question", "prediction", "answers", "score"} - set(prediction)
+        if missing or not prediction["answers"]:
+            raise InputError(f"prediction {row} is missing {', '.join(sorted(missing)) or 'answers'}", str(path))

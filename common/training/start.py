@@ -1,4 +1,4 @@
-"""The start of a run: flags checked, processes joined, and what depends on the machine settled."""
+"""The start of a run: check the flags, join the other processes, and determine the settings that depend on the machine."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ from common.runtime import (
 )
 
 from .checkpoints import check_resumable, find_checkpoint, run_settings
-from .deepspeed import choose_deepspeed, do_without_compiler, zero_stage
+from .deepspeed import choose_deepspeed, disable_compilation, zero_stage
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
-TIMEOUT = timedelta(hours=3)  # that others wait while one process fetches the model and the data, on a slow line too
+TIMEOUT = timedelta(hours=3)  # one process may download model and data over a slow connection while the others wait
 
 
 def _leave_process_group() -> None:
-    """Leave the process group of a run that failed, without waiting for the other processes.
+    """Leave the process group of a failed run without waiting for the other processes.
 
-    Registered with :mod:`atexit`, so that the error is printed first: the other processes may be ended as soon as they notice.
+    Registered with :mod:`atexit` so that the error is printed first: the other processes may be killed as soon as they notice.
     """
     if dist.is_initialized():
-        time.sleep(1)  # the others may just be waking up from the collective that told them, too, what is wrong
+        time.sleep(1)  # the others may still be finishing the collective that reported the error to them
         dist.group.WORLD.abort()
         dist.destroy_process_group()
 
 
 def start(args: argparse.Namespace) -> Setup:
-    """Check the flags, join the other processes, and settle what depends on the machine and the model.
+    """Check the flags, join the other processes, and determine the settings that depend on the machine and the model.
 
     Raises
     ------
     InputError
-        For flags that this machine or model can't follow.
+        If a flag is invalid, or not supported by this machine or model.
     """
     check_arguments(args)
     on_gpu = torch.cuda.is_available()
@@ -65,8 +65,8 @@ def start(args: argparse.Namespace) -> Setup:
     _check_gpus()
     device = PartialState(cpu=not on_gpu, timeout=TIMEOUT).device
     atexit.register(_leave_process_group)
-    _quieten(args.tqdm)
-    _check_names(args, on_cpu=not on_gpu)
+    _silence_libraries(args.tqdm)
+    _check_integrations(args, on_cpu=not on_gpu)
     revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))
     precision = training_precision(args.bf16, device)
     attention, reason = choose_attention(args.attn_implementation, args.use_flash_attention, device)
@@ -74,13 +74,13 @@ def start(args: argparse.Namespace) -> Setup:
     deepspeed = choose_deepspeed(args)
     stage = zero_stage(deepspeed)
     if deepspeed and not on_gpu:
-        do_without_compiler()
+        disable_compilation()
     checkpoint, incomplete = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    for passed_over in incomplete:
-        say(f"passing over {passed_over}", sys.stdout)
+    for skipped in incomplete:
+        say(f"skipping {skipped}", sys.stdout)
     if checkpoint:
         check_resumable(checkpoint, run_settings(args, stage, world_size()))
-        say(f"going on from {checkpoint}", sys.stdout)
+        say(f"resuming from {checkpoint}", sys.stdout)
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     return Setup(device, precision, attention, reason, packing, deepspeed, stage, revision, checkpoint)
@@ -89,15 +89,15 @@ def start(args: argparse.Namespace) -> Setup:
 def _prepare_environment(on_gpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "RANK" not in os.environ:
-        # Started without torchrun: a group of one, so that DeepSpeed needs no launcher.
+        # Started without torchrun: a process group of size 1, so that DeepSpeed needs no launcher.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    # torchrun sets OMP_NUM_THREADS to 1, on which DeepSpeed's optimizer for offloaded states would run, too.
+    # torchrun sets OMP_NUM_THREADS to 1, which would also limit DeepSpeed's CPU optimizer for offloaded states.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(cores_per_process())
-    # DeepSpeed calls ninja by its name, which stands beside Python where the environment is not activated.
+    # DeepSpeed runs ninja by name. It is installed next to Python, which is not on PATH if the environment is not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    # Else DDP moves to the GPU what the model reads on the CPU, and every forward pass waits for it.
+    # Otherwise DDP moves inputs to the GPU that the model reads on the CPU, and every forward pass waits for the copy.
     os.environ.setdefault("ACCELERATE_BYPASS_DEVICE_MAP", "true")
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -108,16 +108,18 @@ def _check_gpus() -> None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda and not torch.cuda.is_available() and not hidden and any(DEVICES.glob("nvidia[0-9]*")):
         raise InputError(
-            f"this machine has a GPU that PyTorch, built for CUDA {torch.version.cuda}, can't use: nvidia-smi says whether the "
-            "driver works, and up to which CUDA; update it, or install PyTorch for an older CUDA. To train on the CPU all the "
-            "same, set CUDA_VISIBLE_DEVICES to nothing"
+            f"this machine has a GPU, but PyTorch, built for CUDA {torch.version.cuda}, cannot use it. Run nvidia-smi to check "
+            "the driver and the newest CUDA version it supports; update the driver, or install a PyTorch build for an older "
+            "CUDA version. To train on the CPU anyway, set CUDA_VISIBLE_DEVICES to an empty string"
         )
     if processes > gpus > 0:
-        raise InputError(f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process takes one")
+        raise InputError(
+            f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process requires one"
+        )
 
 
-def _quieten(bars: bool) -> None:
-    # Notes to developers of these libraries; what concerns a user of the recipes is said by the recipes.
+def _silence_libraries(bars: bool) -> None:
+    # These messages address developers of the libraries, not users of the recipes.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
@@ -125,12 +127,12 @@ def _quieten(bars: bool) -> None:
     limit_library_bars(bars)
 
 
-def _check_names(args: argparse.Namespace, on_cpu: bool) -> None:
+def _check_integrations(args: argparse.Namespace, on_cpu: bool) -> None:
     names = [name.value for name in OptimizerNames]
     if args.optim not in names:
-        raise InputError(f"there is no such optimizer; take one of {', '.join(names)}", f"--optim {args.optim}")
+        raise InputError(f"invalid optimizer; expected one of {', '.join(names)}", f"--optim {args.optim}")
     try:
-        # Some come from packages that are not here, or need settings that the recipes don't have.
+        # Some optimizers require packages that are not installed, or settings that the recipes do not have.
         Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(args.output_dir, optim=args.optim, use_cpu=on_cpu))
     except (ValueError, ImportError) as error:
         raise InputError(f"{error}", f"--optim {args.optim}") from None
@@ -141,13 +143,12 @@ def _check_names(args: argparse.Namespace, on_cpu: bool) -> None:
         raise InputError(f"{error}", f"--report_to {args.report_to}") from None
 
 
-def _choose_packing(asked: bool | None, max_tokens: int | None, attention: str) -> bool:
-    possible = attention in PACKING_ATTENTION
-    if asked and not possible:
+def _choose_packing(requested: bool | None, max_tokens: int | None, attention: str) -> bool:
+    supported = attention in PACKING_ATTENTION
+    if requested and not supported:
         raise InputError(
-            f"--packing needs an attention kernel for samples of any length, not {attention}: "
-            "leave out --packing, or --attn_implementation"
+            f"--packing requires a variable-length attention kernel, got {attention}: remove --packing or --attn_implementation"
         )
-    if max_tokens and not possible:
-        raise InputError(f"--max_tokens_per_batch needs packing, which {attention} attention can't do")
-    return possible if asked is None else asked
+    if max_tokens and not supported:
+        raise InputError(f"--max_tokens_per_batch requires packing, which {attention} attention does not support")
+    return supported if requested is None else requested

@@ -1,4 +1,4 @@
-"""What a run is going to do, in a dozen lines, before it does it."""
+"""The summary that a run prints before training."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from common.runtime import world_size
 from .memory import Trial, state_bytes
 
 GIB = 2**30
-# What is not measured without encoding answers; few, and they cost little.
+# An assumption: the answers are not tokenized for the summary, and their share of the cost is small.
 SUPERVISED_TOKENS_PER_SAMPLE = 16
 TOKENS_PER_VIEW = 144
 
-RECOMPUTING = {"none": "nothing", "selective": "every second layer", "full": "all layers"}
+RECOMPUTATION = {"none": "none", "selective": "every second decoder layer, all vision layers", "full": "all layers"}
 
 
 def summarize(
@@ -39,94 +39,101 @@ def summarize(
     trial: Trial | None,
     flops: TrainingFlops,
 ) -> str:
-    """Describe a run.
+    """Return the summary of a run.
 
     Parameters
     ----------
     args : argparse.Namespace
         The script's flags.
     setup : Setup
-        What was settled of them.
+        The settings determined from them at the start.
     lengths : Lengths
-        Of some samples.
+        Lengths of a sample of the rows, or of all rows.
     recomputation : {"none", "selective", "full"}
-        What the backward pass computes again.
+        Which layers are recomputed in the backward pass.
     trial : Trial, optional
-        What memory and time are estimated from.
+        The trial from which memory and time are estimated.
 
     Returns
     -------
     str
-        Lines of a name and what it is.
+        One line per entry, as ``name: value``.
     """
     processes = world_size()
     steps = number_of_steps(args, batches)
     low, mean, high = lengths.tokens.min(), lengths.tokens.mean(), lengths.tokens.max()
+    views = lengths.views.mean()
     counts = count_parameters(model)
     parts = [f"{trained / 1e6:,.1f} of {total / 1e6:,.1f} M of {part}" for part, (trained, total) in counts.items()]
     lora = f", rank {args.lora_rank}, alpha {round(args.lora_rank * args.lora_alpha_ratio)}, dropout {args.lora_dropout:g}"
     rates = [f"learning rate {args.learning_rate:g}"]
     rates += [f"{part} {rate:g}" for part in PARTS[1:] if (rate := getattr(args, f"{part}_learning_rate"))]
     kernels = [name for name, used in (("Liger", args.use_liger_kernel), ("torch.compile", args.torch_compile)) if used]
-    wrapper = f"DeepSpeed {Path(setup.deepspeed).name}" if setup.deepspeed else "DDP" if processes > 1 else "one process"
+    wrapper = f"DeepSpeed {Path(setup.deepspeed).name}" if setup.deepspeed else "DDP" if processes > 1 else "single process"
     lines = {
         "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",
-        "training": ", ".join(parts),
+        "trainable": ", ".join(parts),
         "method": method_name(args) + (lora if uses_adapters(args) else ""),
         "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
         "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
         "batch": _batch(args, processes, batches.accumulation),
-        "steps": f"{steps:,} on {num_rows:,} rows, {_warmup(args, steps)}",
-        "samples": f"{low:,} to {high:,} tokens, {mean:,.0f} on average, and {lengths.views.mean():.1f} crops and global views",
-        "recomputing": RECOMPUTING[recomputation] + ("" if args.gradient_checkpointing == "auto" else ", as asked for"),
+        "steps": f"{steps:,} on {num_rows:,} rows, {_schedule(args, steps)}",
+        "samples": f"{low:,} to {high:,} tokens (mean {mean:,.0f}), {views:.1f} crops and global views on average",
+        "recompute": RECOMPUTATION[recomputation] + (" (auto)" if args.gradient_checkpointing == "auto" else ""),
     }
     if trial is not None:
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         needed = loaded + trial.needed(recomputation, *batches.largest(lengths))
-        lines["memory"] = f"about {needed / GIB:.1f} GiB a process, where {(loaded + trial.free) / GIB:.1f} GiB are free"
-        flops_a_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, setup.packing)
-        seconds = flops_a_process / trial.flops_per_second
-        lines["time"] = f"about {approximate_duration(seconds)}, saving and evaluating not counted"
+        lines["memory"] = f"about {needed / GIB:.1f} GiB per process, {(loaded + trial.free) / GIB:.1f} GiB available"
+        flops_per_process = (
+            steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, setup.packing)
+        )
+        seconds = flops_per_process / trial.flops_per_second
+        lines["time"] = f"about {approximate_duration(seconds)}, without saving and evaluation"
     elif setup.zero_stage == 3:
-        bytes_of_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
-        weights = bytes_of_weight * sum(total for _, total in counts.values()) / processes
+        bytes_per_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
+        weights = bytes_per_weight * sum(total for _, total in counts.values()) / processes
         needed = (weights + state_bytes(model, args.optim, setup)) / GIB
-        lines["memory"] = f"about {needed:.1f} GiB a process for weights and states; the rest can't be tried out under ZeRO-3"
-        lines["time"] = "not estimated, for the same reason"
+        lines["memory"] = (
+            f"about {needed:.1f} GiB per process for weights and states; activations cannot be measured under ZeRO-3"
+        )
+        lines["time"] = "not estimated: no trial is possible under ZeRO-3"
     else:
-        lines["memory"] = lines["time"] = "not estimated, not even a small batch fits"
+        lines["memory"] = lines["time"] = "not estimated: not even a small batch fits"
     return "\n".join(f"{name + ':':13}{text}" for name, text in lines.items())
 
 
 def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | StreamedBatches) -> int:
-    """Optimizer steps of a run."""
+    """Return the number of optimizer steps of a run."""
     return args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // batches.accumulation
 
 
 def approximate_duration(seconds: float) -> str:
-    """Seconds in words of a fitting size."""
+    """Return a duration in seconds, minutes or hours, as text."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _warmup(args: argparse.Namespace, steps: int) -> str:
+def _schedule(args: argparse.Namespace, steps: int) -> str:
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * steps)  # as TrainingArguments
     if warmup < steps:
-        return f"the learning rate rises for {warmup:,}, then {args.lr_scheduler_type.replace('_', ' ')}"
-    return f"all within --warmup_steps {args.warmup_steps:g}: the learning rate never reaches its peak"
+        return f"learning rate warmup for {warmup:,}, then {args.lr_scheduler_type.replace('_', ' ')}"
+    return f"all of them warmup (--warmup_steps {args.warmup_steps:g}): the learning rate never reaches its peak"
 
 
 def _batch(args: argparse.Namespace, count: int, accumulation: int) -> str:
     processes = f"{count} process{'es' if count > 1 else ''}"
     if args.max_tokens_per_batch:
-        return f"{args.batch_size} samples a step = {processes} × {accumulation} of up to {args.max_tokens_per_batch:,} tokens"
-    return f"{args.batch_size} samples a step = {processes} × {args.batch_size_per_gpu} at once × {accumulation} accumulated"
+        share = f"{accumulation} micro-batches of up to {args.max_tokens_per_batch:,} tokens"
+    else:
+        share = f"{args.batch_size_per_gpu} per micro-batch × {accumulation} accumulation"
+    return f"{args.batch_size} samples per step = {processes} × {share}"
 
 
 def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str, packing: bool) -> float:
-    """Mean cost of a sample's forward and backward pass, what is recomputed included."""
+    """Mean FLOPs of the forward and backward pass of a sample, including recomputation."""
     tokens = lengths.tokens.astype(np.float64)
     views = lengths.views.sum()
     pairs = (tokens * (tokens + 1) / 2).sum()
@@ -146,4 +153,4 @@ def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread(s) a process"
+    return f"CPU, {torch.get_num_threads()} thread(s) per process"

@@ -1,4 +1,4 @@
-"""The Trainer: planned micro-batches, complete checkpoints, learning rates by part, speed."""
+"""The Trainer: planned micro-batches, complete checkpoints, learning rates per part, throughput."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from .memory import estimate_memory, least_recomputation
 from .progress import TrainingProgress
 from .summary import summarize
 
-NO_FLAGS = ("task", "metric")  # in args, but set by no flag: run.json has them elsewhere
+NOT_FLAGS = ("task", "metric")  # in args, but not set by a flag; run.json has separate entries for them
 EXIT_AFTER_SIGTERM = 128 + 15
 
 
@@ -65,36 +65,36 @@ def build_trainer(
     evaluate: Callable[[nn.Module], Evaluation],
     source: str,
 ) -> FinetuningTrainer:
-    """Plan the batches, set up the Trainer, write ``run.json``, and print what is going to happen.
+    """Plan the batches, set up the Trainer, write ``run.json``, and print the summary.
 
     Parameters
     ----------
     args : argparse.Namespace
         The script's flags.
     setup : Setup
-        What :func:`common.training.start.start` settled of them.
+        The settings that :func:`common.training.start.start` determined from them.
     evaluate : callable
-        Answers the evaluation's questions with a model and scores them; its predictions are in the order of ``eval_data``.
+        Evaluates a model on the task. Its predictions are in the order of ``eval_data``.
     source : str
-        Where the data comes from: hub ids, separated by blanks, or a directory.
+        Origin of the data: Hub ids separated by spaces, or a directory.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in NO_FLAGS}
-    settled = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
-    settled |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
-    settled |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
-    settled["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_FLAGS}
+    resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
+    resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
+    resolved |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
+    resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
     write_run(
         args.output_dir,
         task=args.task,
         base_model=args.model_name_or_path,
         base_revision=setup.revision,
         method=method_name(args),
-        data=f"{source}: {len(train_data)} rows train, {len(eval_data)} evaluate",
-        hyperparameters=flags | settled,
+        data=f"{source}: {len(train_data)} training rows, {len(eval_data)} evaluation rows",
+        hyperparameters=flags | resolved,
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
     )
     if args.push_to_hub and is_main_process():
-        # What is pushed holds no report: its pictures are the data set's, which not every licence lets pass on.
+        # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     batches, lengths = _plan_batches(args, setup, train_data)
     if setup.zero_stage == 3:
@@ -106,7 +106,7 @@ def build_trainer(
         recomputation = least_recomputation(trial, *batches.largest(lengths))
     set_gradient_checkpointing(model, recomputation)
     if args.torch_compile:
-        for layer in base_model(model).model.layers[:-1]:  # the last one's shapes are each batch's own
+        for layer in base_model(model).model.layers[:-1]:  # the last layer's input shapes differ with every batch
             layer.compile(dynamic=True)
     trainer = FinetuningTrainer(
         flags=args,
@@ -129,10 +129,10 @@ def build_trainer(
 def _plan_batches(
     args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
-    """Micro-batches of this process, and lengths to foretell their size by: of some samples, or of all if that is known."""
+    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time."""
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming and not isinstance(data, StreamedData):
-        raise InputError("this script reads its data as a whole; leave the flag out", "--streaming")
+        raise InputError("this script does not support streaming; remove the flag", "--streaming")
     if isinstance(data, StreamedData):
         batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **order)
         if setup.checkpoint:
@@ -141,8 +141,8 @@ def _plan_batches(
         return batches, data.sample_lengths()
     accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
-        steps_an_epoch = -(-len(data) // args.batch_size)
-        epochs = -(-args.max_steps // steps_an_epoch) if args.max_steps > 0 else args.num_train_epochs
+        steps_per_epoch = -(-len(data) // args.batch_size)
+        epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else args.num_train_epochs
         by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
         lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
         accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), args.max_tokens_per_batch)
@@ -161,22 +161,22 @@ def _plan_batches(
 
 
 class FinetuningTrainer(Trainer):
-    """A Trainer whose micro-batches come from a plan, whose checkpoints are complete or passed over, and which logs its speed.
+    """A Trainer with planned micro-batches, checkpoints that are verified to be complete, and logged throughput.
 
     Parameters
     ----------
     flags : argparse.Namespace
         The script's flags.
     setup : Setup
-        What was settled of them.
+        The settings determined from them at the start.
     batches : PlannedBatches or StreamedBatches
         Micro-batches of this process.
     evaluate_task : callable
         Scores a model on the task.
     flops : TrainingFlops
-        Counts what a batch costs.
+        Counts the FLOPs of a batch.
     recomputation : {"none", "selective", "full"}
-        What was chosen, for the benchmark to record.
+        The chosen mode, which the benchmark records.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class FinetuningTrainer(Trainer):
         self.flops = flops
         self.evaluate_task = evaluate_task
         self.recomputation = recomputation
-        # One bar or plain lines of our own, instead of a bar and a dict per log line.
+        # Replaces the Trainer's progress bar and the dict that it prints per log entry.
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingProgress(flags.tqdm))
         self.stop_on_signal = StopOnSignal()
@@ -206,24 +206,24 @@ class FinetuningTrainer(Trainer):
         if flags.early_stopping_patience:
             self.add_callback(EarlyStopping(flags.early_stopping_patience))
         if self.accelerator.ddp_handler:
-            # Gradients lie in DDP's buckets instead of beside them.
+            # Saves memory: gradients are views into DDP's buckets instead of copies.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        self.began = 0.0  # when training did, the time of a resumed run's earlier sessions included
-        self.add_callback(_Beginning(self))  # last: it may evaluate and stop
-        self._done = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log line
-        self._counting_since: float | None = None
+        self.start_time = 0.0  # of training, moved back by the training time before a resume
+        self.add_callback(_RestoreCounters(self))  # last, because it may evaluate and stop
+        self._processed = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log entry
+        self._measuring_since: float | None = None
 
     def get_train_dataloader(self) -> DataLoader:
-        # The Trainer takes all micro-batches of a step before it begins with the first.
+        # The Trainer fetches all micro-batches of a step before it runs the first one.
         return self._loader(self.train_dataset, self.batches, ahead=self.batches.accumulation)
 
     def get_eval_dataloader(self, eval_dataset: TrainingData | None = None) -> DataLoader:
         size = self.flags.batch_size_per_gpu
         rows = [(0, row) for row in range(len(self.eval_dataset))]
-        batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         self._eval_batches = len(batches[rank() :: world_size()])
         if self.setup.zero_stage == 3:
-            # All processes gather every layer's weights together: none may have a batch more than another.
+            # ZeRO-3 gathers the weights of each layer collectively, so all processes need the same number of batches.
             batches += [batches[-1]] * (-len(batches) % world_size())
         return self._loader(self.eval_dataset, batches[rank() :: world_size()])
 
@@ -237,7 +237,7 @@ class FinetuningTrainer(Trainer):
             ahead=ahead,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            # Seeds of workers come from here: starting workers must not move the random numbers that dropout draws.
+            # A separate generator for the worker seeds: starting workers must not change the random numbers of dropout.
             generator=torch.Generator(),
         )
 
@@ -255,42 +255,47 @@ class FinetuningTrainer(Trainer):
         return optimizer
 
     def evaluate_before(self) -> None:
-        """Score the model on the task before it is trained, into ``eval_before.json``; a run that resumes has done so."""
+        """Evaluate the model before training and write ``eval_before.json``. A resumed run keeps the existing file."""
         path = self.flags.output_dir / "eval_before.json"
         if not broadcast(self.setup.checkpoint is not None and path.is_file()):
             before = self.evaluate_task(self.model)
             write_evaluation(path, before)
             say(f"before finetuning: {before}", sys.stdout)
-            # At step 0, once those that --report_to names listen.
-            self.add_callback(_LogAtBeginning(self, before.logs))
+            # Logged at step 0, when the --report_to integrations are set up.
+            self.add_callback(_LogAtStart(self, before.logs))
 
     def train(self) -> TrainOutput:
-        """Train, from the checkpoint to resume from if there is one. SIGTERM ends the process once a checkpoint is saved."""
+        """Train, resuming from the checkpoint if there is one. After SIGTERM, save a checkpoint and exit."""
         self.result = super().train(resume_from_checkpoint=self.setup.checkpoint)
         if self.stop_on_signal.stopped:
-            say(f"stopped by SIGTERM after step {self.state.global_step}; --resume_from_checkpoint auto goes on", sys.stdout)
+            say(
+                f"stopped by SIGTERM after step {self.state.global_step}; resume with --resume_from_checkpoint auto", sys.stdout
+            )
             sys.exit(EXIT_AFTER_SIGTERM)
         return self.result
 
     def save_result(self) -> None:
         """Write the model or adapter, the processor, ``train_results.json`` and ``trainer_state.json``."""
         with saving():
-            self.save_model(_internal_call=True)  # without pushing, which comes last
+            self.save_model(_internal_call=True)  # without pushing, which is done at the end
             self.save_metrics("train", self.result.metrics, combined=False)
             self.save_state()
         if self.stop_on_signal.end():
-            say(f"stopped by SIGTERM after training; the result is in {self.flags.output_dir}, but not evaluated", sys.stdout)
+            say(
+                f"stopped by SIGTERM after training; the model is saved in {self.flags.output_dir}, but not evaluated",
+                sys.stdout,
+            )
             sys.exit(EXIT_AFTER_SIGTERM)
 
     def evaluate_after(self) -> None:
-        """Score the trained model on the task, into ``eval_after.json``."""
+        """Evaluate the trained model and write ``eval_after.json``."""
         after = self.evaluate_task(self.model)
         write_evaluation(self.flags.output_dir / "eval_after.json", after)
         self.log(after.logs)
-        say(f"after finetuning: {after}; results are in {self.flags.output_dir}", sys.stdout)
+        say(f"after finetuning: {after}; results saved in {self.flags.output_dir}", sys.stdout)
 
     def report(self) -> None:
-        """Write the model card, push what was asked to be pushed, and write ``report.html``."""
+        """Write the model card, push to the Hub with ``--push_to_hub``, and write ``report.html``."""
         from common.report.model_card import write_model_card
         from common.report.page import report_run
 
@@ -305,23 +310,23 @@ class FinetuningTrainer(Trainer):
                 report_run(output_dir, lambda row: self.eval_dataset.conversation(0, row))
 
     def _write_counters(self, directory: Path) -> None:
-        """Write what the Trainer counts anew in every session into a checkpoint; all processes together."""
+        """Save the counters that the Trainer would reset on resume. Called on all processes."""
         running_loss = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         totals = {
             "loss": self._total_loss_scalar,
-            "running_loss": running_loss,  # of each process, since the last log line
+            "running_loss": running_loss,  # per process, since the last log entry
             "settings": run_settings(self.flags, self.setup.zero_stage, world_size()),
             "last_logged": self._globalstep_last_logged,
-            "seconds": time.time() - self.began,
+            "seconds": time.time() - self.start_time,
             "evaluation_due": self.stop_on_signal.evaluation_due,
         }
         if self.args.should_save:
             write_file(directory / TOTALS, totals)
 
-    def continue_counting(self) -> None:
-        """Go on with the checkpoint's counters, so that figures are the whole run's, and make up for a missed evaluation."""
-        self.began = time.time()
-        # A Trainer that resumes goes by the intervals of the checkpoint, whatever the flags say by now.
+    def restore_counters(self) -> None:
+        """Restore the checkpoint's counters, so that results cover the whole run; do an evaluation that SIGTERM prevented."""
+        self.start_time = time.time()
+        # On resume, the Trainer would use the intervals saved in the checkpoint instead of the current flags.
         self.state.compute_steps(self.args, self.state.max_steps)
         checkpoint = self.setup.checkpoint
         if not checkpoint or not (checkpoint / TOTALS).exists():
@@ -331,59 +336,60 @@ class FinetuningTrainer(Trainer):
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
         self._total_loss_scalar, self._globalstep_last_logged = totals["loss"], totals["last_logged"]
         self._initial_global_step = 0
-        self.began -= totals["seconds"]
+        self.start_time -= totals["seconds"]
         if totals["evaluation_due"] and self._determine_best_metric(self._evaluate(None, None), None):
             self.state.best_model_checkpoint = str(checkpoint)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        # A resumed epoch's loader is accelerate's own.
+        # On resume, accelerate replaces the loader of the epoch by its own.
         return super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
 
-    # Between the callbacks' beginning and the first batch there is no public seam to end a run that was done already.
+    # Overridden because no public method is called between on_train_begin and the first batch, where a run that is already
+    # complete has to stop.
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:
             if self.args.dataloader_num_workers:
-                wait_until_quiet()  # a resumed epoch's loader is accelerate's own, which does not
+                wait_until_quiet()  # accelerate's loader, used on resume, does not do this
             super()._run_epoch(*args, **kwargs)
 
-    # The only way to give train_results.json the time since the run began, and the last say on the best checkpoint.
+    # Overridden to measure the training time from the start of the run, and to keep all checkpoints after SIGTERM.
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if self.stop_on_signal.stopped:
-            # The best checkpoint is for the end of the run; until then the last one is what it goes on from.
+            # The best checkpoint is loaded only at the end of the run. Until then, the last one is needed to resume.
             self.args.load_best_model_at_end, self.args.save_total_limit = False, None
-        return super()._finalize_training(trial, num_train_samples, self.began)
+        return super()._finalize_training(trial, num_train_samples, self.start_time)
 
-    # The Trainer would move all tensors, and wait for each.
+    # Overridden because the Trainer would move all tensors, and wait for each copy.
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Copy a batch while the device still computes the last one, but for what the model reads on the CPU."""
-        stay = ("image_sizes", "answer_spans")
+        """Copy a batch to the device without waiting, except for the tensors that the model reads on the CPU."""
+        on_cpu = ("image_sizes", "answer_spans")
         return {
-            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name not in stay else value
+            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name not in on_cpu else value
             for name, value in inputs.items()
         }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._counting_since is None:
-            self._counting_since = time.perf_counter()
+        if self._measuring_since is None:
+            self._measuring_since = time.perf_counter()
         sizes = self.flops.sizes(inputs)
         images = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
-        self._done += torch.tensor([images, sizes.tokens, sum(self.flops.count(sizes))], dtype=torch.float64)
+        self._processed += torch.tensor([images, sizes.tokens, sum(self.flops.count(sizes))], dtype=torch.float64)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            done, now = self._done.to(self.args.device), time.perf_counter()
-            images, tokens, flops = (sum_over_processes(done) / (now - self._counting_since)).tolist()
+            processed, now = self._processed.to(self.args.device), time.perf_counter()
+            images, tokens, flops = (sum_over_processes(processed) / (now - self._measuring_since)).tolist()
             logs |= {"images_per_second": round(images, 3), "tokens_per_second": round(tokens, 1)}
             if peak := peak_flops(self.args.device):
                 logs["mfu"] = round(flops / (peak * self.args.world_size), 4)
-            self._done.zero_()
-            self._counting_since = now
+            self._processed.zero_()
+            self._measuring_since = now
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Loss by supervised token over all processes and, every ``--eval_metric_steps``, the task's metric."""
+        """Compute the loss per supervised token over all processes and, every ``--eval_metric_steps``, the task's metric."""
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         with autocast(self.model, self.flags.bf16):
@@ -400,29 +406,29 @@ class FinetuningTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._not_counted():
+        with self._excluded_from_throughput():
             return super().evaluate(*args, **kwargs)
 
     @contextmanager
-    def _not_counted(self) -> Iterator[None]:
-        """Leave what takes place between two steps out of the speed of training."""
-        began = time.perf_counter()
+    def _excluded_from_throughput(self) -> Iterator[None]:
+        """Exclude the time spent here, between two steps, from the training throughput."""
+        start = time.perf_counter()
         yield
-        if self._counting_since is not None:
-            self._counting_since += time.perf_counter() - began
+        if self._measuring_since is not None:
+            self._measuring_since += time.perf_counter() - start
 
-    # Public seams come before and after a checkpoint of one process, none before and after that of all.
+    # Overridden because the public callbacks are called per process, and not before and after all processes have saved.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._not_counted():
+        with self._excluded_from_throughput():
             self._save_complete_checkpoint(*args, **kwargs)
 
     def _save_complete_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            # Written over, a checkpoint is torn until it is complete again.
+            # A checkpoint that is overwritten is incomplete until all of it is written again.
             (directory / MANIFEST).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        # Old checkpoints go only once this one is complete on every process.
+        # Old checkpoints are deleted only after this one is complete on all processes.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with saving():
             super()._save_checkpoint(*args, **kwargs)
@@ -430,7 +436,7 @@ class FinetuningTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.is_deepspeed_enabled and not (directory / "latest").exists():
-                    # DeepSpeed names the folder of its states on the first machine's disk alone.
+                    # DeepSpeed writes this file only on the first node. The other nodes need it if they have their own disks.
                     (directory / "latest").write_text(f"global_step{self.state.global_step}")
                 write_manifest(directory)
         self.args.save_total_limit = limit
@@ -438,7 +444,7 @@ class FinetuningTrainer(Trainer):
         if self.args.should_save:
             rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
-    # save_model gathers what DeepSpeed has shared out, then calls this to write it.
+    # Overridden to choose the format. save_model gathers DeepSpeed's shards, then calls this method to write them.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -447,35 +453,35 @@ class FinetuningTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         options, dtype = {}, None
         if hasattr(model, "peft_config"):
-            # An adapter on lm_head makes PEFT store the base's whole head beside it unless told not to.
+            # If lm_head has an adapter, PEFT by default also saves the base model's lm_head.
             options["save_embedding_layers"] = False
             write_base_description(directory, model)
         elif directory == Path(self.args.output_dir):
-            # The result has the base's dtype; checkpoints keep the training's, to go on exactly.
+            # The result is saved in the dtype of the base model. Checkpoints keep the training dtype, to resume exactly.
             base = find_snapshot(self.flags.model_name_or_path, self.setup.revision)
             dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
             state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
-            # DeepSpeed casts what is frozen, too, and fp16 has not all of bf16's values: what did not train is the base's.
+            # DeepSpeed also casts frozen weights, and fp16 cannot represent all bf16 values: save the original frozen weights.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             state_dict |= read_tensors(base, frozen)
-        # transformers lets nobody but the first process of all machines write; who saves has been decided above.
+        # transformers would write only on the first process of all nodes. should_save above has already decided.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(directory, state_dict=state_dict, **options)
         if dtype:
-            # transformers has written that of the model that trained.
+            # transformers has written the training dtype.
             model.config.dtype = dtype
             model.config.save_pretrained(directory)
         for path in directory.glob("*.safetensors"):
-            path.chmod(0o644)  # safetensors lets the owner alone read its files
+            path.chmod(0o644)  # safetensors creates files that only the owner can read
         self.processing_class.save_pretrained(directory)
         torch.save(self.args, directory / "training_args.bin")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card to :mod:`common.report.model_card`, which the end of a run writes."""
+        """Do nothing: :mod:`common.report.model_card` writes the model card at the end of the run."""
 
 
-class _Beginning(TrainerCallback):
-    """Continues a resumed run's counters, and ends a run that was done already."""
+class _RestoreCounters(TrainerCallback):
+    """Restores the counters of a resumed run, and stops a run that is already complete."""
 
     def __init__(self, trainer: FinetuningTrainer) -> None:
         self.trainer = trainer
@@ -483,12 +489,12 @@ class _Beginning(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.trainer.continue_counting()
+        self.trainer.restore_counters()
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
 
-class _LogAtBeginning(TrainerCallback):
+class _LogAtStart(TrainerCallback):
     def __init__(self, trainer: Trainer, logs: dict[str, float]) -> None:
         self.trainer, self.logs = trainer, logs
 
@@ -508,7 +514,7 @@ def _training_arguments(args: argparse.Namespace, setup: Setup, accumulation: in
     best = {"metric_for_best_model": f"eval_{args.metric}" if by_metric else "eval_loss", "greater_is_better": by_metric}
     return TrainingArguments(
         output_dir=str(args.output_dir),
-        use_cpu=not on_gpu,  # without it, CPU processes train apart and nobody says so
+        use_cpu=not on_gpu,  # without it, CPU processes silently train independently
         bf16=args.bf16,
         fp16=on_gpu and not args.bf16,
         num_train_epochs=args.num_train_epochs,
@@ -525,7 +531,7 @@ def _training_arguments(args: argparse.Namespace, setup: Setup, accumulation: in
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
         logging_steps=args.logging_steps,
-        # It waits for the device at every micro-batch; only with fp16, whose scaler skips steps, may a loss be none for once.
+        # The filter waits for the device at every micro-batch. Only fp16 needs it: its loss may overflow in skipped steps.
         logging_nan_inf_filter=on_gpu and not args.bf16,
         report_to=args.report_to,
         run_name=args.output_dir.name,
