@@ -193,7 +193,7 @@ def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypa
         script.load_rows(args)
     (release / "dev_seen.jsonl").unlink()
     with pytest.raises(
-        ValueError, match=r"dev_seen\.jsonl is missing: --data_dir takes the folder of Hateful Memes's official"
+        ValueError, match=r"dev_seen\.jsonl is missing: --data_dir must be the folder of Hateful Memes's official"
     ):
         script.load_rows(args)
 

@@ -166,7 +166,7 @@ def test_a_training_row_without_directory_and_a_missing_file_are_named(release, 
     with pytest.raises(ValueError, match=r'train\.json, line 1: requires "directory", the folder in images/train/'):
         script.load_rows(args)
     (release / "train.json").unlink()
-    with pytest.raises(ValueError, match=r"train\.json is missing: --data_dir takes the folder of NLVR2's official files"):
+    with pytest.raises(ValueError, match=r"train\.json is missing: --data_dir must be the folder of NLVR2's official files"):
         script.load_rows(args)
 
 

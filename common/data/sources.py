@@ -94,7 +94,7 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
         If the file is missing or has no rows.
     """
     if not path.is_file():
-        remedy = f"--data_dir takes the folder of {release}'s official files" if release else "name a JSON Lines file"
+        remedy = f"--data_dir must be the folder of {release}'s official files" if release else "name a JSON Lines file"
         raise InputError(f"{path} is missing: {remedy}")
     empty = True
     with path.open("rb") as file:
