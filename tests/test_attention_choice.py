@@ -22,8 +22,8 @@ from common.phi3v.attention import has_varlen_kernel
         ((8, 0), (2,), {"attn_implementation": "sdpa"}, "sdpa"),
         ((7, 5), (2,), {}, "varlen"),
         ((7, 0), (2,), {"use_flash_attention": True}, "no flash attention kernel runs on Some GPU"),
-        ((7, 0), (2,), {"attn_implementation": "flash_attention_2"}, "finds no GPU that it runs on"),
-        ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "finds no GPU that it runs on"),
+        ((7, 0), (2,), {"attn_implementation": "flash_attention_2"}, "does not support this device"),
+        ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "does not support this device"),
     ],
 )
 def test_attention_by_gpu_and_what_is_installed(capability, installed, options, expected, monkeypatch):

@@ -45,7 +45,7 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     return str(path)
 
 
-def disable_compilation() -> None:
+def do_without_compiler() -> None:
     """Prevent DeepSpeed from compiling its CPU communication op."""
     # The op exchanges tensors between processes on one node, which gloo also does without a compiler.
     import deepspeed

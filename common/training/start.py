@@ -33,7 +33,7 @@ from common.runtime import (
 )
 
 from .checkpoints import check_resumable, find_checkpoint, run_settings
-from .deepspeed import choose_deepspeed, disable_compilation, zero_stage
+from .deepspeed import choose_deepspeed, do_without_compiler, zero_stage
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
@@ -74,7 +74,7 @@ def start(args: argparse.Namespace) -> Setup:
     deepspeed = choose_deepspeed(args)
     stage = zero_stage(deepspeed)
     if deepspeed and not on_gpu:
-        disable_compilation()
+        do_without_compiler()
     checkpoint, incomplete = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     for skipped in incomplete:
         say(f"skipping {skipped}", sys.stdout)

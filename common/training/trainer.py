@@ -323,7 +323,7 @@ class FinetuningTrainer(Trainer):
         if self.args.should_save:
             write_file(directory / TOTALS, totals)
 
-    def restore_counters(self) -> None:
+    def continue_counting(self) -> None:
         """Restore the checkpoint's counters, so that results cover the whole run; do an evaluation that SIGTERM prevented."""
         self.start_time = time.time()
         # On resume, the Trainer would use the intervals saved in the checkpoint instead of the current flags.
@@ -489,7 +489,7 @@ class _RestoreCounters(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.trainer.restore_counters()
+        self.trainer.continue_counting()
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 
