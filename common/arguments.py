@@ -159,9 +159,10 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     )
     group.add_argument(
         "--gradient_checkpointing",
-        choices=("auto", "full", "selective", "none"),
+        choices=("auto", "full", "selective", "elementwise", "none"),
         default="auto",
-        help="recompute all layers, every second layer or no layer in the backward pass (default: as few as memory allows)",
+        help="recompute in the backward pass: all layers, every second layer, norms and activations only, or nothing "
+        "(default: as little as memory allows)",
     )
     group.add_argument("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requirements-gpu.txt)")
     group.add_argument("--torch_compile", action="store_true", help="compile the decoder layers")

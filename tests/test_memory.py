@@ -101,9 +101,10 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
             set_gradient_checkpointing(model, mode)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 kept[mode] = kept_bytes(model, inputs)
-        for mode, footprint in (("none", trial.keeping), ("full", trial.recomputing)):
+        for mode, footprint in (("none", trial.keeping), ("elementwise", trial.elementwise), ("full", trial.recomputing)):
             assert footprint.bytes(sizes.tokens, sizes.views) == pytest.approx(kept[mode], rel=0.03)
         assert kept["full"] < kept["selective"] < kept["none"]
+        assert kept["full"] < kept["elementwise"] < kept["none"]
     assert trial.recomputing.per_token < 0.2 * trial.keeping.per_token
     assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower keeps nothing
     assert trial.flops_per_second > 0
@@ -124,7 +125,8 @@ def test_the_trial_has_the_precision_of_training(deepspeed, by_autocast):
 
 
 def test_as_little_is_recomputed_as_fits():
-    trial = Trial(Footprint(0, 100, 10), Footprint(0, 4, 1), num_layers=4, states=1000, step=50, free=0, flops_per_second=1)
+    footprints = Footprint(0, 100, 10), Footprint(0, 60, 6), Footprint(0, 4, 1)
+    trial = Trial(*footprints, num_layers=4, states=1000, step=50, free=0, flops_per_second=1)
     needed = [trial.needed(mode, 100, 10) for mode in MODES]
     assert needed == sorted(needed, reverse=True) and needed[-1] > 1000
     for mode, bytes_needed in zip(MODES, needed, strict=True):
@@ -133,7 +135,7 @@ def test_as_little_is_recomputed_as_fits():
     assert least_recomputation(dataclasses.replace(trial, free=10**9), 100, 10) == "none"
     assert least_recomputation(None, 100, 10) == "full"
     # An optimizer step comes when the forward pass keeps nothing any more.
-    assert [dataclasses.replace(trial, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 3
+    assert [dataclasses.replace(trial, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 4
 
 
 def test_states_by_optimizer_and_sharding(tmp_path):

@@ -245,7 +245,7 @@ def test_qlora_quantizes_what_it_should(frozen, bf16, model, data, tmp_path, mon
         assert linear.compute_dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
-@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
+@pytest.mark.parametrize("recomputation", ["none", "elementwise", "selective", "full"])
 def test_frozen_tower_runs_without_a_graph(recomputation, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path, model_name_or_path=model, freeze_vision_model=True)])
     args = docvqa.parse_args()

@@ -152,7 +152,7 @@ def test_half_precisions(processor, samples, mode, attention, packing):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", ["elementwise", "selective", "full"])
 def test_gradient_checkpointing_changes_nothing(processor, samples, mode):
     batch = Collator(processor, packing=True)(samples)
     model = load()

@@ -182,11 +182,13 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
 
     Parameters
     ----------
-    mode : {"full", "selective", "none"}
-        Recompute all layers of the decoder and the vision tower; every second decoder layer and all of the vision tower; none.
+    mode : {"full", "selective", "elementwise", "none"}
+        Recompute all layers of the decoder and the vision tower; every second decoder layer and all of the vision tower; norms
+        and activations only; nothing.
     """
     base = base_model(model)
-    if mode == "none":
+    base.recompute_elementwise = mode == "elementwise"
+    if mode in ("none", "elementwise"):
         base.gradient_checkpointing_disable()
         return
     base.gradient_checkpointing_enable({"use_reentrant": False})

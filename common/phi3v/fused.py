@@ -295,6 +295,7 @@ def add_norm(states: torch.Tensor, residual: torch.Tensor | None, norm: nn.Modul
     return total, normed
 
 
+# How outputs can be recomputed, by the address of their storage, for as long as they exist.
 _recipes: dict[int, tuple[weakref.ref, Callable, tuple]] = {}
 _recomputing = False
 
@@ -302,22 +303,47 @@ _recomputing = False
 def remember(
     output: torch.Tensor, function: Callable[..., torch.Tensor], eps: float | None, states: torch.Tensor, *weights: torch.Tensor
 ) -> None:
-    """Note how a tensor can be computed again from ``states``, which the backward pass keeps anyway."""
-    if _recomputing and torch.is_grad_enabled():
+    """Note how to recompute ``output`` from ``states``, which the backward pass stores anyway."""
+    if _recomputing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         key = output.untyped_storage()._cdata
         inputs = (states.detach().reshape(-1, states.shape[-1]), *weights, *([] if eps is None else [eps]))
         _recipes[key] = (weakref.ref(output, lambda _: _recipes.pop(key, None)), function, inputs)
 
 
-class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 named like the class that it extends
-    """Within it, the backward pass recomputes norms and activations instead of keeping what they returned.
+class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801 named like its base class
+    """Context in which norms and activations are recomputed in the backward pass instead of being stored.
 
-    Products' and attention's outputs are kept. What this costs is a pass over memory for each step; what it spares is about a
-    third of all that is kept.
+    The outputs of matrix products and of attention are stored. Recomputing costs one pass over memory per operation and saves
+    about a third of the activation memory.
+
+    Parameters
+    ----------
+    observe : callable, optional
+        Called with every tensor that is stored.
     """
 
-    def __init__(self) -> None:
-        super().__init__(_pack, _unpack)
+    def __init__(self, observe: Callable[[torch.Tensor], None] | None = None) -> None:
+        def pack(tensor: torch.Tensor) -> Any:
+            storage = tensor.untyped_storage()
+            # The recipe is dropped with its output, so the storage cannot belong to another tensor.
+            recipe = _recipes.get(storage._cdata)
+            if recipe is not None and tensor.nbytes == storage.nbytes():
+                _, function, inputs = recipe
+                if observe:
+                    observe(inputs[0])
+                return function, inputs, tensor.shape
+            if observe:
+                observe(tensor)
+                return tensor.detach()  # this graph may never run backward, and would then keep itself alive
+            return tensor
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            function, inputs, shape = packed
+            return function(*inputs).view(shape)
+
+        super().__init__(pack, unpack)
 
     def __enter__(self) -> None:
         global _recomputing
@@ -330,16 +356,6 @@ class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):  # noqa: 
         super().__exit__(*args)
 
 
-def _pack(tensor: torch.Tensor) -> Any:
-    # A recipe is there as long as its output lives, so that no other tensor can have its storage.
-    recipe = _recipes.get(tensor.untyped_storage()._cdata)
-    if recipe is not None and tensor.nbytes == tensor.untyped_storage().nbytes():
-        return *recipe[1:], tensor.shape
-    return tensor.detach()  # a tensor that its own operation saves would keep itself alive
-
-
-def _unpack(packed: Any) -> torch.Tensor:
-    if torch.is_tensor(packed):
-        return packed
-    function, inputs, shape = packed
-    return function(*inputs).view(shape)
+def is_recomputing() -> bool:
+    """Whether :class:`recompute_elementwise` is active."""
+    return _recomputing

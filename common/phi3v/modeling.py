@@ -9,6 +9,7 @@ packed batches, the last decoder layer only for answers.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from . import attention as attention
 from .cache import new_cache
 from .configuration import Phi3VConfig
+from .fused import is_recomputing, recompute_elementwise
 from .image_processing import CROP_SIZE
 from .last_layer import Phi3VLastLayer, span_positions
 from .layers import use_lean_layers
@@ -199,6 +201,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.cross_entropy = nn.CrossEntropyLoss(reduction="sum")
+        self.recompute_elementwise = False
         self.post_init()
         self.freeze_unused()
 
@@ -257,18 +260,20 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         if skip_logits is None:
             skip_logits = self.training and labels is not None
         answer_spans = answer_spans if skip_logits else None
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            use_cache=use_cache,
-            answer_spans=answer_spans,
-            **kwargs,
-        )
+        recompute = self.recompute_elementwise and self.training and not is_recomputing()
+        with recompute_elementwise() if recompute else nullcontext():
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                image_sizes=image_sizes,
+                use_cache=use_cache,
+                answer_spans=answer_spans,
+                **kwargs,
+            )
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:

@@ -16,17 +16,19 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from common.arguments import Setup, uses_adapters
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
 from common.phi3v.flops import TrainingFlops
+from common.phi3v.fused import recompute_elementwise
 from common.phi3v.image_processing import CROP_SIZE
 from common.phi3v.last_layer import answer_spans
 from common.runtime import gather, local_world_size, world_size
 
 from .deepspeed import zero_settings
 
-MODES = ("none", "selective", "full")
+MODES = ("none", "elementwise", "selective", "full")
 # Share of the free memory that a plan may fill: the rest goes to temporary tensors, communication and fragmentation.
 USABLE_SHARE = 0.85
 SHORT_TEXT, LONG_TEXT = 32, 160  # tokens of the trial's samples beside their pictures
@@ -50,8 +52,8 @@ class Trial:
 
     Attributes
     ----------
-    keeping, recomputing : Footprint
-        Without recomputation, and with it in every layer.
+    keeping, elementwise, recomputing : Footprint
+        Without recomputation, with that of norms and activations, and with that of every layer.
     num_layers : int
         Layers of the decoder.
     states : float
@@ -65,6 +67,7 @@ class Trial:
     """
 
     keeping: Footprint
+    elementwise: Footprint
     recomputing: Footprint
     num_layers: int
     states: float
@@ -77,7 +80,7 @@ class Trial:
 
         Parameters
         ----------
-        mode : {"none", "selective", "full"}
+        mode : {"none", "elementwise", "selective", "full"}
             As :func:`common.model.loading.set_gradient_checkpointing` takes it.
         tokens, views : int
             Of the largest batch.
@@ -88,6 +91,7 @@ class Trial:
         tower_kept = (self.keeping.per_view - self.recomputing.per_view) * views
         activations = {
             "none": kept,
+            "elementwise": self.elementwise.bytes(tokens, views) + one_layer,
             "selective": (kept - tower_kept + recomputed) / 2 + one_layer,
             "full": recomputed + one_layer,
         }
@@ -142,7 +146,7 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
     # Dropout's draws must not move those of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
-            for mode in ("none", "full"):
+            for mode in ("none", "elementwise", "full"):
                 set_gradient_checkpointing(model, mode)
                 sizes = ((1, SHORT_TEXT), (1, LONG_TEXT), (2, SHORT_TEXT))
                 batches = [_batch(model, images, text, setup.packing, device) for images, text in sizes]
@@ -161,8 +165,9 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
             # torch.utils.checkpoint leaves reference cycles that hold what recomputed layers were given.
             gc.collect()
     return Trial(
-        footprints["none"],
-        footprints["full"],
+        keeping=footprints["none"],
+        elementwise=footprints["elementwise"],
+        recomputing=footprints["full"],
         num_layers=len(base_model(model).model.layers),
         states=state_bytes(model, args.optim, setup),
         step=step_bytes(model, setup),
@@ -176,15 +181,16 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def observe(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if tensor.device == batch["input_ids"].device and storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        # The graph keeps the storage alive, so that no other takes its address. Without detach, an operation that saves its own
-        # output would keep itself alive, and all that it saved.
+        # The graph keeps the storage alive, so no other tensor gets its address. Without detach, an operation that saves its
+        # own output would keep itself alive, and everything else that it saved.
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    elementwise = base_model(model).recompute_elementwise
+    with recompute_elementwise(observe) if elementwise else saved_tensors_hooks(observe, lambda tensor: tensor):
         loss = model(**batch, skip_logits=True).loss
     del loss
     return sum(kept.values())

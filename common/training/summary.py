@@ -25,7 +25,12 @@ GIB = 2**30
 SUPERVISED_TOKENS_PER_SAMPLE = 16
 TOKENS_PER_VIEW = 144
 
-RECOMPUTATION = {"none": "none", "selective": "every second decoder layer, all vision layers", "full": "all layers"}
+RECOMPUTATION = {
+    "none": "none",
+    "elementwise": "norms and activations",
+    "selective": "every second decoder layer, all vision layers",
+    "full": "all layers",
+}
 
 
 def summarize(
@@ -49,7 +54,7 @@ def summarize(
         The settings determined from them at the start.
     lengths : Lengths
         Lengths of a sample of the rows, or of all rows.
-    recomputation : {"none", "selective", "full"}
+    recomputation : {"none", "elementwise", "selective", "full"}
         Which layers are recomputed in the backward pass.
     trial : Trial, optional
         The trial from which memory and time are estimated.
@@ -147,7 +152,7 @@ def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str
         answer_pairs=SUPERVISED_TOKENS_PER_SAMPLE * tokens.sum() if packing else pairs,
     )
     forward, backward = flops.count(sizes)
-    return (forward * {"none": 1, "selective": 1.5, "full": 2}[recomputation] + backward) / len(tokens)
+    return (forward * {"none": 1, "elementwise": 1, "selective": 1.5, "full": 2}[recomputation] + backward) / len(tokens)
 
 
 def _device_name(device: torch.device) -> str:

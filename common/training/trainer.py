@@ -175,7 +175,7 @@ class FinetuningTrainer(Trainer):
         Scores a model on the task.
     flops : TrainingFlops
         Counts the FLOPs of a batch.
-    recomputation : {"none", "selective", "full"}
+    recomputation : {"none", "elementwise", "selective", "full"}
         The chosen mode, which the benchmark records.
     """
 
