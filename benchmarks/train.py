@@ -63,17 +63,19 @@ KERNEL_FLAGS = {
 DIMENSIONS = ("methods", "attention", "packing", "checkpointing", "samples_at_once", "kernels")
 
 
+def random_config(name):
+    """The published configuration (``"real"``), or a tiny one."""
+    factors = [1.0] * (16 if name == "tiny" else 48)
+    rope = {"type": "su", "short_factor": factors, "long_factor": factors}
+    sizes = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "pad_token_id": 3}
+    return Phi3VConfig(**(TINY if name == "tiny" else {}), **sizes, rope_scaling=rope)
+
+
 def write_random_checkpoint(directory, name):
     """Write a checkpoint of the published configuration (or a tiny one) with random weights, drawn on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = TINY if name == "tiny" else {}
-    factors = [1.0] * (16 if name == "tiny" else 48)
-    rope = {"type": "su", "short_factor": factors, "long_factor": factors}
-    config = Phi3VConfig(
-        **sizes, max_position_embeddings=131072, original_max_position_embeddings=4096, rope_scaling=rope, pad_token_id=3
-    )
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(random_config(name), dtype=torch.bfloat16)
     model.save_pretrained(directory)
     AutoProcessor.from_pretrained(TOKENIZER).save_pretrained(directory)
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.table import PUBLISHED_BATCH
 from common.arguments import Setup
 from common.data.batches import Lengths, PlannedBatches
-from common.model.loading import _add_lora, count_parameters, set_gradient_checkpointing
+from common.model.loading import add_lora, count_parameters, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
@@ -162,7 +162,7 @@ def published_model(args):
     with torch.device("meta"):
         dtype = torch.bfloat16 if args.use_lora else torch.float32
         model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=dtype)
-        model = _add_lora(model, args, None) if args.use_lora else model
+        model = add_lora(model, args, None) if args.use_lora else model
     loaded = 0
     for name, parameter in model.named_parameters():
         # All that has adapters but head and projector: half a byte a weight, a byte of scale for 64, four of theirs for 256.
@@ -241,7 +241,7 @@ def test_the_tower_in_chunks_is_the_tower_at_once(recomputation):
 def test_adapters_take_their_inputs_as_they_come():
     """Where they run as PEFT's: it would copy them to the adapters' fp32, which autocast undoes."""
     args = flags(bf16=True, **LORA | {"lora_dropout": 0.1})
-    model = _add_lora(load().to(torch.bfloat16), args, None).train()
+    model = add_lora(load().to(torch.bfloat16), args, None).train()
     seen = set()
     for name, module in model.named_modules():
         if name.endswith(".lora_A.default"):

@@ -171,9 +171,9 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
         model.cross_entropy = LigerCrossEntropyLoss(reduction="sum")
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)
-    _freeze(model, trained_parts(args))
+    freeze(model, trained_parts(args))
     if uses_adapters(args):
-        model = _add_lora(model, args, setup.revision)
+        model = add_lora(model, args, setup.revision)
     return model if args.use_qlora else model.to(device)
 
 
@@ -221,7 +221,8 @@ def base_model(model: nn.Module) -> Phi3VForCausalLM:
     return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
-def _freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
+def freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
+    """Freeze every parameter that is not in one of the ``parts``, see :mod:`common.phi3v.parts`."""
     for name, parameter in model.named_parameters():
         if part_of(name) not in parts:
             parameter.requires_grad_(False)
@@ -238,7 +239,22 @@ def _quantization(args: argparse.Namespace, setup: Setup) -> BitsAndBytesConfig:
     )
 
 
-def _add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> nn.Module:
+def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> nn.Module:
+    """Add LoRA adapters to the decoder and, unless it is frozen, to the vision tower and the projector.
+
+    Parameters
+    ----------
+    model : Phi3VForCausalLM
+    args : argparse.Namespace
+        The flags of the script that begin with ``lora_`` or ``use_``, ``init_lora_weights`` and ``freeze_vision_model``.
+    revision : str, optional
+        Commit of a Hub model, for the adapter's configuration.
+
+    Raises
+    ------
+    InputError
+        If PEFT rejects the initialization.
+    """
     try:
         config = LoraConfig(
             r=args.lora_rank,
