@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft.tuners.lora import layer as lora_layer
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
@@ -38,7 +37,6 @@ from .train import METHOD_FLAGS, TOKENIZER, draw_rows, random_config
 PLAIN_LAYERS = {
     FusedDecoderLayer: Phi3DecoderLayer,
     FusedEncoderLayer: CLIPEncoderLayer,
-    FusedLoraLinear: lora_layer.Linear,
 }
 METHODS = ("lora", "full", "frozen")
 
@@ -47,6 +45,8 @@ def use_plain_layers(model):
     """Replace the fused layers by those of transformers and PEFT, with the same weights."""
     for module in model.modules():
         module.__class__ = PLAIN_LAYERS.get(type(module), type(module))
+        if isinstance(module, FusedLoraLinear):
+            module.adapter = lambda: None  # no adapter for it to run: PEFT's layer runs
 
 
 def build_model(method, config, device):
@@ -113,7 +113,8 @@ def describe(row):
     if "error" in row:
         return f"{name}: failed: {row['error']}"
     mfu = f", {100 * row['mfu']:.1f} % MFU, {row['peak_memory_gb']:.1f} GB" if row["mfu"] else ""
-    return f"{name}: {1e3 * row['seconds']:.0f} ms ({1e3 * row['issue_seconds']:.0f} ms to launch), {row['tflops']:.3g} TFLOP/s{mfu}"
+    time_taken = f"{1e3 * row['seconds']:.0f} ms ({1e3 * row['issue_seconds']:.0f} ms to launch)"
+    return f"{name}: {time_taken}, {row['tflops']:.3g} TFLOP/s{mfu}"
 
 
 def parse_args():
@@ -149,6 +150,7 @@ def main() -> None:
             for samples, layers, recompute in itertools.product(args.samples, args.layers, args.recompute):
                 for module, kind in fused.items():
                     module.__class__ = kind
+                    vars(module).pop("adapter", None)
                 if layers == "plain":
                     use_plain_layers(model)
                 set_gradient_checkpointing(model, recompute)

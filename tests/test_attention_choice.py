@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.model import loading
-from common.phi3v.attention import has_varlen_kernel
+from common.phi3v.attention import flash_attention, has_varlen_kernel
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,28 @@ def test_bf16_on_a_gpu_without_it(monkeypatch):
     with pytest.raises(ValueError, match="--bf16: Tesla V100 does not support bf16"):
         loading.training_precision(True, torch.device("cuda"))
     assert loading.training_precision(True, torch.device("cpu")) == "bf16"
+
+
+@pytest.mark.parametrize("supported", [True, False], ids=["PyTorch 2.13", "PyTorch 2.11"])
+@pytest.mark.parametrize("key_heads", [4, 2], ids=["as many key heads", "grouped key heads"])
+def test_grouped_key_heads_are_passed_as_the_kernels_signature_allows(monkeypatch, supported, key_heads):
+    """``enable_gqa`` is a parameter of the kernel since PyTorch 2.13; before, key heads are repeated."""
+    calls = []
+
+    def known(query, key, value, *lengths, scale, window_size, enable_gqa=False):
+        calls.append((key, value, enable_gqa))
+        return query
+
+    def unknown(query, key, value, *lengths, scale, window_size):
+        calls.append((key, value, None))
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", known if supported else unknown)
+    query, key = torch.randn(5, 4, 8), torch.randn(5, key_heads, 8)
+    flash_attention(query, key, -key, torch.tensor([0, 5], dtype=torch.int32), 5, None)
+    [(passed_key, passed_value, enabled)] = calls
+    if supported or key_heads == 4:
+        assert enabled in (key_heads == 2, None) and torch.equal(passed_key, key)
+    else:
+        assert torch.equal(passed_key, torch.stack([key[:, 0], key[:, 0], key[:, 1], key[:, 1]], dim=1))
+        assert torch.equal(passed_value, -passed_key)

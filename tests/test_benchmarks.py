@@ -12,7 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from transformers import AutoProcessor
 
-from benchmarks import inputs, measure, table, train
+from benchmarks import inputs, measure, micro_batch, table, train
 from benchmarks.pages import SHAPES, draw_pages, find_pages
 from common.data.samples import TrainingData
 from common.phi3v import Phi3VImageProcessor
@@ -211,3 +211,44 @@ def test_document_shows_the_results():
 def test_lost_markers_are_named():
     with pytest.raises(ValueError, match="markers"):
         table.fill("no markers", "tables")
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        (
+            "  raise ValueError\nValueError: no\nWarning: destroy_process_group() was not called",
+            "ValueError: no",
+        ),
+        (
+            "[rank0]: torch.OutOfMemoryError: CUDA out of memory\nWARNING: cleanup",
+            "[rank0]: torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        ("error: --bf16: this GPU has no bf16", "error: --bf16: this GPU has no bf16"),
+        ("Killed", None),
+    ],
+)
+def test_a_failed_row_reports_its_exception(output, error):
+    assert train.find_error(output) == error
+
+
+def test_a_micro_batch_is_measured_with_plain_and_fused_layers(tmp_path, monkeypatch, capsys):
+    command = ["micro_batch", "--config", "tiny", "--samples", "1", "--num_crops", "1", "--repetitions", "1"]
+    command += [
+        "--methods",
+        "lora",
+        "full",
+        "--layers",
+        "plain",
+        "fused",
+        "--recompute",
+        "none",
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    micro_batch.main()
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["method"], row["layers"]) for row in rows] == [(m, k) for m in ("lora", "full") for k in ("plain", "fused")]
+    assert all(row["seconds"] >= row["issue_seconds"] > 0 and row["tflops"] > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 4
