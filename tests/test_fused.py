@@ -130,5 +130,5 @@ def test_under_autocast_adapters_compute_in_its_dtype(batches):
     with torch.autocast("cpu", torch.bfloat16):
         model(**batches[True]).loss.backward()
     layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
-    assert {half.dtype for layer in layers for half in layer.halves} == {torch.bfloat16}
+    assert {cast.dtype for layer in layers for cast in layer.casts} == {torch.bfloat16}
     assert {p.grad.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}

@@ -1,4 +1,4 @@
-"""LoRA layers as one step of autograd, with the adapter's output added into the base's instead of written beside it."""
+"""LoRA layers as a single autograd operation, in which the adapter's output is accumulated into the base layer's output."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ PARTS = ("lora_A", "lora_B")
 class _LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W and b frozen.
 
-    ``halves`` are A, s A, B and s B in the dtype of the computation: either of the two factors carries the scale, so that
-    nothing is left to multiply.
+    ``casts`` are A, s A, B and s B in the dtype of the computation. Every product uses the scaled one of A or B, so that no
+    output has to be scaled.
+
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Module, halves: tuple[torch.Tensor, ...]
+        ctx: Any, states: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Module, casts: tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        _, scaled_down, half_up, _ = halves
-        dtype = half_up.dtype
+        _, scaled_down, cast_up, _ = casts
+        dtype = cast_up.dtype
         rows = states.reshape(-1, states.shape[-1]).to(dtype)
         output = base(rows)
         low = torch.mm(rows, scaled_down.t())
-        output.addmm_(low, half_up.t())
+        output.addmm_(low, cast_up.t())
         ctx.save_for_backward(states, low)
-        ctx.base, ctx.halves, ctx.trained_dtype = base, halves, down.dtype
+        ctx.base, ctx.casts, ctx.trained_dtype = base, casts, down.dtype
         return output.view(*states.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
         states, low = ctx.saved_tensors
-        half_down, _, _, scaled_up = ctx.halves
-        dtype = half_down.dtype
+        cast_down, _, _, scaled_up = ctx.casts
+        dtype = cast_down.dtype
         gradient = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
         low_gradient = torch.mm(gradient, scaled_up)
         up_gradient = _product(gradient.t(), low, ctx.trained_dtype)
@@ -47,14 +49,14 @@ class _LoraLinear(torch.autograd.Function):
         states_gradient = None
         if ctx.needs_input_grad[0]:
             states_gradient = torch.mm(gradient, _weight(ctx.base, dtype))
-            states_gradient = states_gradient.addmm_(low_gradient, half_down).view(states.shape).to(states.dtype)
+            states_gradient = states_gradient.addmm_(low_gradient, cast_down).view(states.shape).to(states.dtype)
         return states_gradient, down_gradient, up_gradient, None, None
 
 
 def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     weight = base.weight
     if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit  # slow to import, and only QLoRA needs it
+        from bitsandbytes.functional import dequantize_4bit  # only QLoRA needs it, and it is slow to import
 
         weight = dequantize_4bit(weight.data, weight.quant_state)
     return weight.to(dtype)
@@ -67,12 +69,12 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 class _Fused:
-    """Mixed into PEFT's LoRA layers; what they hold and save stays as it is."""
+    """Mixin for PEFT's LoRA layers; parameters and saved adapters stay the same."""
 
-    halves: tuple[torch.Tensor, ...] | None = None
+    casts: tuple[torch.Tensor, ...] | None = None
 
     def adapter(self) -> str | None:
-        """Name of the only active adapter, if it is one that a single step can run."""
+        """Name of the only active adapter if :class:`_LoraLinear` supports it, else None."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         base = list(self.base_layer.parameters())
         runs = (
@@ -88,10 +90,10 @@ class _Fused:
         return names[0] if runs else None
 
     def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.halves is None or not torch.is_grad_enabled():
+        if self.casts is None or not torch.is_grad_enabled():
             return super().forward(states, *args, **kwargs)
         name = self.active_adapters[0]
-        return _LoraLinear.apply(states, self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer, self.halves)
+        return _LoraLinear.apply(states, self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer, self.casts)
 
 
 class FusedLoraLinear(_Fused, layer.Linear):
@@ -106,7 +108,7 @@ FUSED = {layer.Linear: FusedLoraLinear, bnb.Linear4bit: FusedLoraLinear4bit}
 
 
 def fuse_lora(model: PeftModel) -> None:
-    """Let a model's LoRA layers run as one step each in training; those that can't, for dropout or DoRA, run as PEFT's."""
+    """Run each LoRA layer of a model as one operation in training. Layers with dropout or DoRA, and ZeRO-3, use PEFT's own."""
     for module in model.modules():
         module.__class__ = FUSED.get(type(module), type(module))
     layers = [module for module in model.modules() if isinstance(module, _Fused)]
@@ -115,9 +117,9 @@ def fuse_lora(model: PeftModel) -> None:
 
 @torch.no_grad()
 def _cast_adapters(layers: list[_Fused]) -> None:
-    """Give the layers their adapters in the dtype of the computation: at every forward pass, in a handful of kernels."""
+    """Cast and scale the adapters of all layers, in a few kernels; runs before each forward pass of the model."""
     for module in layers:
-        module.halves = None
+        module.casts = None
     names = [module.adapter() for module in layers]
     layers, names = [module for module, name in zip(layers, names, strict=True) if name], [name for name in names if name]
     weights = [getattr(module, part)[name].weight for module, name in zip(layers, names, strict=True) for part in PARTS]
@@ -133,4 +135,4 @@ def _cast_adapters(layers: list[_Fused]) -> None:
     torch._foreach_mul_(scaled, [module.scaling[name] for module, name in zip(layers, names, strict=True) for _ in PARTS])
     for number, module in enumerate(layers):
         places = (2 * number, 2 * number + 1)
-        module.halves = tuple(half.detach() for place in places for half in (plain[place], scaled[place]))
+        module.casts = tuple(cast.detach() for place in places for cast in (plain[place], scaled[place]))

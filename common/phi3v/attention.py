@@ -1,7 +1,7 @@
-"""Attention over samples laid end to end, without padding: the implementation ``varlen``.
+"""Attention over packed samples: the implementation ``varlen``.
 
-On a GPU that has it, it is PyTorch's own variable-length flash kernel, so that nobody must compile flash-attn; elsewhere it
-runs one sample at a time. Padded batches and generation go through SDPA.
+On GPUs that support it, this is PyTorch's own variable-length flash attention kernel, so flash-attn need not be compiled;
+elsewhere SDPA runs one sample at a time. Padded batches and generation use SDPA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 @cache
 def has_varlen_kernel(device: torch.device) -> bool:
-    """Whether PyTorch's variable-length flash kernel runs there: on NVIDIA GPUs of the Ampere generation and later."""
+    """Whether the device supports PyTorch's variable-length flash kernel: NVIDIA GPUs of the Ampere generation or newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -35,16 +35,16 @@ def varlen_attention_forward(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention in which a sample sees itself alone.
+    """Causal attention in which tokens attend only to their own sample.
 
     Parameters
     ----------
     query, key, value : torch.Tensor
-        (1, heads, tokens, head size) where samples are laid end to end, else (batch, heads, tokens, head size).
+        (1, heads, tokens, head size) if samples are packed, else (batch, heads, tokens, head size).
     attention_mask : torch.Tensor, optional
-        As SDPA takes it; unused for samples laid end to end.
+        As for SDPA; unused for packed samples.
     cu_seq_lens_q : torch.Tensor, optional
-        int32 (samples + 1,), where each sample begins, and the total. None for padded batches.
+        int32 (samples + 1,), the start of each sample, and the total. None for padded batches.
     max_length_q : int, optional
         Length of the longest sample.
 
@@ -56,7 +56,7 @@ def varlen_attention_forward(
     if cu_seq_lens_q is None:
         kwargs.pop("cu_seq_lens_k", None)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # Rotary embedding in fp32 leaves query and key wider than value under autocast.
+    # Under autocast, a rotary embedding in fp32 returns queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if has_varlen_kernel(query.device) and value.dtype in (torch.bfloat16, torch.float16):
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -83,7 +83,7 @@ def flash_attention(
     query, key, value : torch.Tensor
         bf16 or fp16 (tokens, heads, head size); ``key`` and ``value`` may have fewer heads, a divisor of the query's.
     cu_seq_lens : torch.Tensor
-        int32 (samples + 1,), where each sample begins, and the total.
+        int32 (samples + 1,), the start of each sample, and the total.
     max_length : int
         Length of the longest sample.
     scaling : float, optional

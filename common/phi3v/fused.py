@@ -1,7 +1,7 @@
-"""Element-wise steps of the model, each in one pass over memory, forward and backward.
+"""Element-wise operations of the model, each in one pass over memory in the forward and in the backward pass.
 
-On a GPU, ``torch.compile`` turns every function below into one or two kernels; elsewhere, and where there is no compiler, they
-run as written. The backward passes keep the step's input alone and recompute the rest from it.
+On a GPU, ``torch.compile`` builds one or two kernels for each function below. Without a GPU or a C compiler, they run as
+written. Only the input of an operation is stored for its backward pass.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def can_compile() -> bool:
 
 
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of (tokens, width) tensors for GPUs, once for any number of tokens."""
+    """Compile a function of (tokens, width) tensors for GPUs, once for all numbers of tokens."""
     compiled = torch.compile(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
         if not args[0].is_cuda or torch.compiler.is_compiling() or not can_compile():
             return function(*args)
-        # Whether a tensor needs a gradient would make another variant of the kernel.
+        # torch.compile would build another kernel for tensors that require gradients.
         args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
         for arg in args:
             if isinstance(arg, torch.Tensor) and arg.ndim > 1:
@@ -156,7 +156,7 @@ def _layer_norm_weight_backward(gradient: torch.Tensor, total: torch.Tensor, eps
 
 
 class _ElementWise(torch.autograd.Function):
-    """A function of one tensor and its gradient from that tensor."""
+    """A function of one tensor, whose gradient is computed from that tensor."""
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, function: Callable, backward: Callable) -> torch.Tensor:
@@ -216,7 +216,7 @@ class _Rotate(torch.autograd.Function):
 def rotate_qkv(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Split what ``qkv_proj`` returns into heads, with rotary embedding in queries and keys.
+    """Split the output of ``qkv_proj`` into heads, and apply the rotary embedding to queries and keys.
 
     Parameters
     ----------
@@ -272,19 +272,19 @@ class _AddNorm(torch.autograd.Function):
 
 
 def add_norm(states: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add to the residual stream, and normalise the sum.
+    """Add to the residual stream and normalize the sum.
 
     Parameters
     ----------
     states, residual : torch.Tensor
-        (..., width). Without a residual ``states`` themselves are the sum.
+        (..., width). If ``residual`` is None, ``states`` is the sum.
     norm : torch.nn.Module
         A LayerNorm, or an RMSNorm with ``weight`` and ``variance_epsilon``.
 
     Returns
     -------
     tuple of torch.Tensor
-        The sum, and the sum normalised, in the dtype of the norm's weight.
+        The sum, and the normalized sum in the dtype of the norm's weight.
     """
     if isinstance(norm, nn.LayerNorm):
         total, normed = _AddNorm.apply(states, residual, norm.weight, norm.bias, norm.eps)

@@ -1,7 +1,7 @@
-"""The decoder's last layer, which in training runs only where answers are.
+"""The last decoder layer, which in training is computed at the positions of answers only.
 
-The loss needs the last layer's output at the positions of answers alone, a few of a sample's thousands of tokens. The layers
-before it give keys and values to later ones and run everywhere; of the last one, only keys and values are needed everywhere.
+The loss needs the output of the last layer only at the positions of answers, a few of the thousands of tokens of a sample.
+Earlier layers must run at all positions; in the last layer, only keys and values are needed at all positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers.models.phi3 import modeling_phi3
 
 
 def answer_spans(labels: list[torch.Tensor]) -> torch.Tensor:
-    """From where to where each sample of a packed row is answers, for what :class:`Phi3VLastLayer` leaves out.
+    """Positions of the answers of each packed sample, for :class:`Phi3VLastLayer`.
 
     Parameters
     ----------
@@ -24,8 +24,8 @@ def answer_spans(labels: list[torch.Tensor]) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        int64 (samples, 2), positions in the row: the one that the sample's first answer is predicted from, and the sample's
-        end. A sample without an answer keeps its last position, so that every layer is run.
+        int64 (samples, 2), positions in the row: the position from which the first answer token is predicted, and the end of
+        the sample. A sample without an answer keeps its last position, so that all layers run.
     """
     spans, begin = [], 0
     for sample in labels:
@@ -37,12 +37,12 @@ def answer_spans(labels: list[torch.Tensor]) -> torch.Tensor:
 
 
 def span_positions(spans: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """All positions of some spans, int64 (positions,)."""
+    """All positions in the spans, int64 (positions,)."""
     return torch.cat([torch.arange(begin, end) for begin, end in spans.tolist()]).to(device, non_blocking=True)
 
 
 class Phi3VLastLayer(modeling_phi3.Phi3DecoderLayer):
-    """A decoder layer that can leave out the positions whose output nobody needs."""
+    """A decoder layer that can skip positions whose output is not used."""
 
     def forward(
         self,
@@ -54,7 +54,7 @@ class Phi3VLastLayer(modeling_phi3.Phi3DecoderLayer):
     ) -> torch.Tensor:
         """Run the layer; with ``answer_spans``, see :func:`answer_spans`, return (1, positions of all spans, hidden size).
 
-        Samples must then be laid end to end in one row, and nothing is cached.
+        Samples must then be packed in one row, without a KV cache.
         """
         if answer_spans is None:
             return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
@@ -74,11 +74,11 @@ class Phi3VLastLayer(modeling_phi3.Phi3DecoderLayer):
         states = attention.qkv_proj(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2)
         query, key, value = states.split((heads, key_heads, key_heads), dim=1)
         query, key = modeling_phi3.apply_rotary_pos_emb(query, key, *position_embeddings)
-        # Rotary embedding in fp32 leaves query and key wider than value under autocast.
+        # Under autocast, a rotary embedding in fp32 returns queries and keys in fp32.
         query, key = query.to(value.dtype), key.to(value.dtype)
         outputs, sample = [], 0
         for begin, end in spans:
-            # Each sees its sample up to itself: the lower right of the causal square.
+            # Each token attends to its sample up to itself: the lower right part of the causal mask.
             mask = torch.ones(end - begin, end - sample, dtype=torch.bool, device=query.device).tril(begin - sample)
             outputs.append(
                 scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Norms and activation of transformers' modules, which compute the same in fewer passes over a GPU's memory."""
+"""Norms and layers that compute the same as those of transformers in fewer passes over a GPU's memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, silu
-from transformers.activations import QuickGELUActivation
+from torch.nn.functional import rms_norm
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
@@ -16,22 +15,11 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm
 from .fused import add_norm, quick_gelu, rotate_qkv, swiglu
 
 
-class LeanQuickGELU(QuickGELUActivation):
-    """x·σ(1.702 x) by way of SiLU, whose gradient keeps one tensor where the product's keeps two.
-
-    Source: Hendrycks & Gimpel, Gaussian Error Linear Units (2016), the sigmoid approximation.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Of each element, in its dtype."""
-        return silu(1.702 * input) / 1.702
-
-
 class LeanRMSNorm(Phi3RMSNorm):
-    """RMSNorm that on a GPU is PyTorch's fused kernel, in the dtype of its weights."""
+    """RMSNorm that uses PyTorch's fused kernel on a GPU, in the dtype of its weights."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension; computed in fp32, returned in the dtype of input and weights."""
+        """Normalize the last dimension in fp32; the output has the dtype of input and weights."""
         if not _leave_dtype(self, hidden_states):
             return super().forward(hidden_states)
         with torch.autocast("cuda", enabled=False):
@@ -39,10 +27,10 @@ class LeanRMSNorm(Phi3RMSNorm):
 
 
 class LeanLayerNorm(nn.LayerNorm):
-    """LayerNorm that under a GPU's autocast stays in the dtype of its weights."""
+    """LayerNorm that stays in the dtype of its weights under autocast on a GPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension; computed in fp32, returned in the dtype of input and weights."""
+        """Normalize the last dimension in fp32; the output has the dtype of input and weights."""
         if not _leave_dtype(self, input):
             return super().forward(input)
         with torch.autocast("cuda", enabled=False):
@@ -50,13 +38,12 @@ class LeanLayerNorm(nn.LayerNorm):
 
 
 def _leave_dtype(norm: nn.Module, hidden_states: torch.Tensor) -> bool:
-    # Kernels compute in fp32 anyway. Autocast, which doesn't know, has all they read and write, and all that follows in the
-    # residual stream, copied to fp32.
+    # The kernels compute in fp32 anyway. Autocast would cast their inputs and outputs, and so the residual stream, to fp32.
     return hidden_states.is_cuda and hidden_states.dtype == norm.weight.dtype
 
 
 class FusedDecoderLayer(Phi3DecoderLayer):
-    """A decoder layer whose element-wise steps each take one pass over memory."""
+    """A decoder layer whose element-wise operations each take one pass over memory."""
 
     def forward(
         self,
@@ -68,7 +55,7 @@ class FusedDecoderLayer(Phi3DecoderLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As transformers' own, which runs where keys and values are cached or residuals dropped."""
+        """Same as in transformers, whose own layer runs with a KV cache or with dropout."""
         attention, mlp = self.self_attn, self.mlp
         if past_key_values is not None or self.config.resid_pdrop or attention.attention_dropout:
             return super().forward(
@@ -85,21 +72,21 @@ class FusedDecoderLayer(Phi3DecoderLayer):
 
 
 class FusedEncoderLayer(CLIPEncoderLayer):
-    """A layer of the tower whose element-wise steps each take one pass over memory."""
+    """A layer of the vision tower whose element-wise operations each take one pass over memory."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        """As transformers' own."""
+        """Same as in transformers."""
         residual, normed = add_norm(hidden_states, None, self.layer_norm1)
         attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
         residual, normed = add_norm(attended, residual, self.layer_norm2)
         return residual + self.mlp.fc2(quick_gelu(self.mlp.fc1(normed)))
 
 
-LEAN = {QuickGELUActivation: LeanQuickGELU, Phi3RMSNorm: LeanRMSNorm, nn.LayerNorm: LeanLayerNorm}
+LEAN = {Phi3RMSNorm: LeanRMSNorm, nn.LayerNorm: LeanLayerNorm}
 LEAN |= {Phi3DecoderLayer: FusedDecoderLayer, CLIPEncoderLayer: FusedEncoderLayer}
 
 
 def use_lean_layers(model: nn.Module) -> None:
-    """Let a model's norms and activations be those of this module; others, Liger's say, stay what they are."""
+    """Replace a model's norms and layers with those of this module; others, such as Liger's, stay as they are."""
     for module in model.modules():
         module.__class__ = LEAN.get(type(module), type(module))

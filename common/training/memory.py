@@ -1,7 +1,7 @@
-"""What training needs of a device's memory, by a short trial on it: the states of what trains, and what a batch keeps.
+"""Estimate of the memory that training needs: gradients and optimizer states, and the activations of a batch.
 
-What the forward pass keeps for the backward pass grows with tokens and with views (crops and global views). How fast, depends
-on precision, attention, adapters, kernels and recomputation, so that is not reckoned but measured, on one picture and on two.
+Activation memory grows linearly with tokens and with views (crops and global views). The slopes depend on precision, attention,
+adapters, kernels and recomputation, so they are measured on the device, with small batches of one and two images.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from common.runtime import gather, local_world_size, world_size
 from .deepspeed import zero_settings
 
 MODES = ("none", "elementwise", "selective", "full")
-# Share of the free memory that a plan may fill: the rest goes to temporary tensors, communication and fragmentation.
+# Fraction of the free memory that is planned for; the rest is for temporary tensors, communication and fragmentation.
 USABLE_SHARE = 0.85
-SHORT_TEXT, LONG_TEXT = 32, 160  # tokens of the trial's samples beside their pictures
+SHORT_TEXT, LONG_TEXT = 32, 160  # text tokens of the samples that are measured
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a forward pass keeps for the backward pass, in bytes: ``fixed + per_token × tokens + per_view × views``."""
+    """Bytes that the forward pass stores for the backward pass: ``fixed + per_token × tokens + per_view × views``."""
 
     fixed: float
     per_token: float
@@ -48,22 +48,22 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial on the device found.
+    """Measured memory and speed of a model on a device.
 
     Attributes
     ----------
     keeping, elementwise, recomputing : Footprint
-        Without recomputation, with that of norms and activations, and with that of every layer.
+        Without recomputation, with recomputation of norms and activations, and with recomputation of all layers.
     num_layers : int
         Layers of the decoder.
     states : float
-        Bytes of gradients, optimizer states and master weights, which come on top of what is loaded.
+        Bytes of gradients, optimizer states and master weights, in addition to the loaded model.
     step : float
-        Bytes that an optimizer step takes for a while, when nothing of the forward pass is kept any more.
+        Temporary bytes of an optimizer step, when the activations have been freed.
     free : float
-        Bytes that the device has left for this process.
+        Bytes that are free on the device for this process.
     flops_per_second : float
-        Speed of the trial's forward pass.
+        Speed of a forward pass.
     """
 
     keeping: Footprint
@@ -76,7 +76,7 @@ class Trial:
     flops_per_second: float
 
     def needed(self, mode: str, tokens: int, views: int) -> float:
-        """Bytes that training on batches of this size adds to what is loaded.
+        """Bytes that training on batches of this size needs in addition to the loaded model.
 
         Parameters
         ----------
@@ -86,7 +86,7 @@ class Trial:
             Of the largest batch.
         """
         kept, recomputed = self.keeping.bytes(tokens, views), self.recomputing.bytes(tokens, views)
-        # The backward pass holds one layer at a time in full.
+        # The backward pass holds all activations of one layer at a time.
         one_layer = (kept - recomputed) / self.num_layers
         tower_kept = (self.keeping.per_view - self.recomputing.per_view) * views
         activations = {
@@ -98,13 +98,13 @@ class Trial:
         return self.states + max(self.step, activations[mode])
 
     def choose(self, tokens: int, views: int) -> str:
-        """The mode with the least recomputation that fits this device, or "full"."""
+        """The mode with the least recomputation that fits into the free memory, or "full"."""
         limit = USABLE_SHARE * self.free
         return next((mode for mode in MODES if self.needed(mode, tokens, views) <= limit), MODES[-1])
 
 
 def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
-    """The mode with the least recomputation that fits on every process; "full" where one could make no trial.
+    """The mode with the least recomputation that fits on every process; "full" if one process has no estimate.
 
     Parameters
     ----------
@@ -118,32 +118,32 @@ def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
 
 
 def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
-    """Run a few small batches forward, as training will.
+    """Measure activation memory and speed with a few small forward passes.
 
     Parameters
     ----------
     model : torch.nn.Module
-        On the device, before DeepSpeed or DDP wrap it; unchanged afterwards.
+        On the device, not yet wrapped by DeepSpeed or DDP; it is not changed.
     args : argparse.Namespace
         The script's flags.
     setup : Setup
-        What was settled of them.
+        Settings of the run that follow from them.
     flops : TrainingFlops
-        Counts what a batch costs.
+        Counts the FLOPs of a batch.
 
     Returns
     -------
     Trial or None
-        None where no trial is possible: ZeRO-3 has no whole weights yet, or not even the trial fits.
+        None if nothing can be measured: ZeRO-3 partitions the weights, or not even a small batch fits.
     """
     if setup.zero_stage == 3:
         return None
     device = setup.device
     footprints, training = {}, model.training
     model.train()
-    # DeepSpeed trains without autocast, on halves; adapters are still fp32 here.
+    # DeepSpeed trains without autocast, in bf16 or fp16 weights; adapters are still fp32 here.
     precision = nullcontext() if setup.deepspeed and not uses_adapters(args) else autocast(model, args.bf16)
-    # Dropout's draws must not move those of the run.
+    # Dropout must not change the random state of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
             for mode in ("none", "elementwise", "full"):
@@ -155,14 +155,14 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
                 per_token = (long - short) / (tokens[1] - tokens[0])
                 per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
                 footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
-            # A GPU shows its speed on large batches only; without a graph they need little memory.
+            # A GPU reaches its speed with large batches only; without gradients they need little memory.
             timed = _batch(model, 8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
             seconds = _seconds_forward(model, timed, device)
         except torch.OutOfMemoryError:
             return None
         finally:
             model.train(training)
-            # torch.utils.checkpoint leaves reference cycles that hold what recomputed layers were given.
+            # torch.utils.checkpoint leaves reference cycles that hold the inputs of recomputed layers.
             gc.collect()
     return Trial(
         keeping=footprints["none"],
@@ -177,7 +177,7 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
 
 
 def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights and buffers of the model not counted."""
+    """Bytes that a forward pass stores for the backward pass, without the weights and buffers of the model."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -197,7 +197,7 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
 
 
 def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
-    """Bytes that gradients, optimizer states and master weights add on this process's device."""
+    """Bytes of gradients, optimizer states and master weights on this process's device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps them elsewhere
     processes = world_size()
@@ -220,7 +220,7 @@ def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
 
 
 def step_bytes(model: nn.Module, setup: Setup) -> float:
-    """Bytes that an optimizer step takes for a while: DeepSpeed's fp32 copy of the gradients that a process owns."""
+    """Temporary bytes of an optimizer step: DeepSpeed's fp32 copy of the gradients that a process owns."""
     if setup.deepspeed is None or setup.precision == "fp32":
         return 0
     zero = zero_settings(setup.deepspeed)
@@ -231,7 +231,7 @@ def step_bytes(model: nn.Module, setup: Setup) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Bytes that this process may still take: of a GPU what is free, of a machine's memory its share."""
+    """Free bytes for this process: of its GPU, or its share of the free memory of a CPU machine."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -239,7 +239,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
-    """One sample of blank pictures of two crops and some text."""
+    """One sample of blank images with two crops each, and text."""
     [image_tokens] = base_model(model).model.vision_embed_tokens.num_tokens([(CROP_SIZE, 2 * CROP_SIZE)])
     ids = [-1 - image for image in range(images) for _ in range(image_tokens)] + [1] * text
     input_ids = torch.tensor([ids], device=device)
