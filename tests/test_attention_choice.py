@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.model import loading
-from common.phi3v.attention import flash_attention, has_varlen_kernel
+from common.phi3v import attention
+from common.phi3v.attention import has_varlen_kernel
 
 
 @pytest.mark.parametrize(
@@ -64,9 +65,12 @@ def test_grouped_key_heads_are_passed_as_the_kernels_signature_allows(monkeypatc
         calls.append((key, value, None))
         return query
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", known if supported else unknown)
+    kernel = known if supported else unknown
+    assert attention.supports_gqa(kernel) == supported
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "KERNEL_SUPPORTS_GQA", supported)
     query, key = torch.randn(5, 4, 8), torch.randn(5, key_heads, 8)
-    flash_attention(query, key, -key, torch.tensor([0, 5], dtype=torch.int32), 5, None)
+    attention.flash_attention(query, key, -key, torch.tensor([0, 5], dtype=torch.int32), 5, None)
     [(passed_key, passed_value, enabled)] = calls
     if supported or key_heads == 4:
         assert enabled in (key_heads == 2, None) and torch.equal(passed_key, key)

@@ -7,15 +7,25 @@ elsewhere SDPA runs one sample at a time. Padded batches and generation use SDPA
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+
+def supports_gqa(kernel: Callable[..., Any]) -> bool:
+    """Whether a kernel takes ``enable_gqa``, as PyTorch's does since 2.13. By its signature, since builds differ."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
+KERNEL_SUPPORTS_GQA = supports_gqa(varlen_attn)  # here, because torch.compile cannot trace it
 
 
 @cache
@@ -94,11 +104,9 @@ def flash_attention(
     torch.Tensor
         (tokens, heads, head size).
     """
-    from torch.nn.attention.varlen import varlen_attn  # absent before PyTorch 2.10
-
     options: dict[str, Any] = {}
     if query.shape[1] != key.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if KERNEL_SUPPORTS_GQA:
             options["enable_gqa"] = True
         else:
             groups = query.shape[1] // key.shape[1]
