@@ -40,6 +40,15 @@ class CudaTensor(torch.Tensor):
     def tolist(self) -> list:  # PyTorch's reads memory that a subclass does not have
         return self.value.tolist()
 
+    def __int__(self) -> int:
+        return int(self.value)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
     def data_ptr(self) -> int:
         return self.value.data_ptr()
 
