@@ -38,8 +38,9 @@ CURVES = Path(__file__).with_name("curves.json")
 # Kernels for other CPUs add up in another order: with those for SSE4 or AVX2 instead of AVX-512 (ATEN_CPU_CAPABILITY,
 # ONEDNN_MAX_CPU_ISA) these runs differ by at most 4e-7. A learning rate 1 % higher shifts them by 2e-3.
 CURVE_TOLERANCE = 1e-4
-# The 4-bit kernels of bitsandbytes differ by processor in more than the order: by 2e-4 between two kinds of AMD EPYC.
-QLORA_TOLERANCE = 5e-4
+# The 4-bit kernels of bitsandbytes depend on the processor: between two AMD EPYC the loss differs by 2e-4, the gradient norm by
+# 2.4e-3.
+QLORA_TOLERANCE = {"loss": 5e-4, "grad_norm": 5e-3}
 METHODS = {
     "full": {},
     "frozen": {"freeze_vision_model": True},
@@ -103,7 +104,7 @@ def test_loss_follows_the_saved_curve(method, course):
         CURVES.write_text(json.dumps(curves | {method: found}, indent=2) + "\n")
         pytest.skip(f"wrote the curve of {method} to {CURVES.name}")
     for key, values in found.items():
-        tolerance = QLORA_TOLERANCE if method == "qlora" else CURVE_TOLERANCE
+        tolerance = QLORA_TOLERANCE[key] if method == "qlora" else CURVE_TOLERANCE
         assert values == pytest.approx(curves[method][key], rel=tolerance), key
 
 
