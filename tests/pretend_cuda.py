@@ -59,6 +59,9 @@ class CudaTensor(torch.Tensor):
         places = torch.ops.aten.nonzero(self)
         return places.unbind(1) if as_tuple else places
 
+    def new_empty(self, *size, **kwargs) -> torch.Tensor:
+        return torch.ops.aten.new_empty(self, size[0] if len(size) == 1 else size, **kwargs)
+
     def contiguous(self) -> torch.Tensor:
         return self if self.is_contiguous() else torch.ops.aten.clone(self, memory_format=torch.contiguous_format)
 
@@ -72,7 +75,7 @@ class CudaTensor(torch.Tensor):
         if tensors:
             torch.ops.aten.index_put_(view, tensors, torch.as_tensor(value, dtype=self.dtype, device=self.device))
         elif isinstance(value, torch.Tensor):
-            view.copy_(value)
+            torch.ops.aten.copy_(view, value)
         else:
             view.fill_(value)
 
