@@ -1,6 +1,6 @@
 # make demo [TASK=docvqa|hateful_memes|nlvr2|ucf101]   finetune the tiny checkpoint on generated sample data
 # make test                                             lint and all tests, as in CI;  make quick: without slow tests
-# make lint | format                                    check or format the code with ruff
+# make lint | format                                    check style, types and spelling, or format the code
 # make matrix                                           every task with every method on sample data, into results/embedded.md
 # make bench-table                                      render benchmarks/results/ into docs/performance.md
 
@@ -17,30 +17,34 @@ test quick: export OMP_NUM_THREADS = 1
 .PHONY: demo test quick lint format matrix bench-table
 
 # torch is installed first, because DeepSpeed's setup imports it. DS_IGNORE_CUDA_DETECTION keeps that setup from requiring the
-# CUDA compiler.
+# CUDA compiler. An environment that exists is installed into.
 .venv/installed: requirements.txt
 	@$(PYTHON) -c '$(CHECK_PYTHON)'
-	$(PYTHON) -m venv --clear .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$$(grep '^torch==' requirements.txt)" setuptools wheel
 	DS_IGNORE_CUDA_DETECTION=1 $(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/installed-for-tests: .venv/installed pyproject.toml
+	DS_IGNORE_CUDA_DETECTION=1 $(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/python -m tools.embedded $(TASK)
 
-test: .venv/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check --quiet .
+test: lint
 	$(BIN)/python -m pytest -q -rs --durations=25 -n 2 --dist loadfile
 
-quick: .venv/installed
+quick: .venv/installed-for-tests
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
-lint: .venv/installed
+lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/codespell
+	$(BIN)/mypy
 
-format: .venv/installed
+format: .venv/installed-for-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -164,7 +164,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         help="recompute in the backward pass: all layers, every second layer, norms and activations only, or nothing "
         "(default: as little as memory allows)",
     )
-    group.add_argument("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requirements-gpu.txt)")
+    group.add_argument("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requires liger-kernel)")
     group.add_argument("--torch_compile", action="store_true", help="compile the decoder layers")
     group.add_argument(
         "--dataloader_num_workers",

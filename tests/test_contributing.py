@@ -17,7 +17,7 @@ FILES = dict(re.findall(r"^`([\w/.]+\.py)`:\n\n```python\n(.+?)^```", GUIDE, re.
 def checkout(tmp_path):
     """The repository with the example's files added."""
     (tmp_path / "tests").mkdir()
-    for name in ("common", "assets", "ruff.toml", "pytest.ini"):
+    for name in ("common", "assets", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests")
     for name, content in FILES.items():

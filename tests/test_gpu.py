@@ -153,7 +153,7 @@ def test_bf16_with_flash_follows_the_saved_curve(method, options, places, tmp_pa
     ids=["Liger", "Liger, LoRA", "flash-attn 2", "compiled"],
 )
 def test_other_kernels_follow_the_saved_curve(package, method, options, places, tmp_path):
-    pytest.importorskip(package, reason=f"{package} is not installed: requirements-gpu.txt")
+    pytest.importorskip(package, reason=f"{package} is not installed")
     log, _ = train(places, tmp_path, bf16=True, **options)
     assert [entry["loss"] for entry in log] == pytest.approx(CURVES[method]["loss"], rel=2e-2)
     if method == "lora":  # Liger's loss comes after the head, whose adapter must move

@@ -11,12 +11,14 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
-import socket
 import string
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +28,9 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, TINY
+from forked import server
 from PIL import Image
+from runs import free_port
 from torch.distributed.run import get_args_parser
 
 from assets.draw_samples import draw_samples
@@ -94,45 +98,51 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def environment(checkout: Path) -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_CACHE": str(checkout / "cache")}
-    return os.environ | own | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def be_program(words: list[str], checkout: Path, log: Path, variables: dict[str, str]) -> None:
+    """Be ``python script.py …`` or ``python -m module …`` in a process that has imported the libraries already."""
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(variables)
+    os.chdir(checkout)
+    sys.path.insert(0, str(checkout))
+    module = words[1] if words[0] == "-m" else Path(words[0]).stem
+    sys.argv = words[words[0] == "-m" :]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def call(words: list[str], checkout: Path) -> str:
-    """Run a command, which must succeed, and return what it said."""
-    result = subprocess.run(
-        words,
-        cwd=checkout,
-        env=environment(checkout),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout[-6000:]}"
-    return result.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def call(words: list[str], checkout: Path, variables: tuple[dict[str, str], ...] = ({},)) -> str:
+    """Run a Python command, which must succeed, in one process for each set of variables, and return its output."""
+    logs = [Path(tempfile.mkstemp(dir=checkout, suffix=".log")[1]) for _ in variables]
+    members = [
+        server().Process(target=be_program, args=(words[1:], checkout, log, own))
+        for log, own in zip(logs, variables, strict=True)
+    ]
+    for member in members:
+        member.start()
+    for member in members:
+        member.join(SECONDS)
+        member.kill()
+    output = "".join(log.read_text() for log in logs)
+    assert [member.exitcode for member in members] == [0] * len(members), f"{shlex.join(words)}\n{output[-6000:]}"
+    return output
 
 
 def train(command: str, checkout: Path) -> None:
+    """Run what torchrun would start, with one process a node; torchrun itself only parses its own flags."""
+    launch = get_args_parser().parse_args(shlex.split(re.sub(r"\$\w+", "0", command))[1:])
     task = re.search(r"finetune_hf_trainer_(\w+)\.py", command)[1]
     own_data = [] if "--data_dir" in command else ["--data_dir", f"drawn/{task}"]
-    flags = ["--model_name_or_path", str(TINY), *own_data, *LIMITS]
-    nodes = int(match[1]) if (match := re.search(r"--nnodes=(\d+)", command)) else 1
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    lines = []
-    for node in range(nodes):
-        words = shlex.split(string.Template(command).substitute(variables, NODE_RANK=node))
-        words = [re.sub(r"(--nproc_per_node)=\d+", r"\1=1", word) for word in words if word not in ELSEWHERE]
-        lines.append([words[0], *(["--standalone"] if nodes == 1 else []), *words[1:], *flags])
-    with ThreadPoolExecutor(nodes) as pool:
-        list(pool.map(lambda line: call(line, checkout), lines))
+    flags = [word for word in launch.training_script_args if word not in ELSEWHERE]
+    flags += ["--model_name_or_path", str(TINY), *own_data, *LIMITS]
+    nodes, port = int(launch.nnodes.split(":")[0]), str(free_port())
+    group = {
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(nodes),
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    call(["python", launch.training_script, *flags], checkout, tuple({"RANK": str(node)} | group for node in range(nodes)))
     output = checkout / re.search(r"--output_dir (\S+)", command)[1]
     assert json.loads((output / "eval_after.json").read_text())["samples"] > 0
     assert (output / "report.html").is_file()
@@ -166,10 +176,10 @@ def serve(command: str, checkout: Path) -> None:
     port = free_port()
     words = [*shlex.split(command), "--server_port", str(port)]
     with (checkout / "served.log").open("w") as log:
-        server = subprocess.Popen(words, cwd=checkout, env=environment(checkout), stdout=log, stderr=subprocess.STDOUT)
+        demo = subprocess.Popen([sys.executable, *words[1:]], cwd=checkout, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(SECONDS):
-            assert server.poll() is None, (checkout / "served.log").read_text()
+            assert demo.poll() is None, (checkout / "served.log").read_text()
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
                     assert "Ask a finetuned model" in page.read().decode()
@@ -178,8 +188,8 @@ def serve(command: str, checkout: Path) -> None:
                 time.sleep(0.5)
         raise AssertionError(f"{command} doesn't answer: {(checkout / 'served.log').read_text()}")
     finally:
-        server.terminate()
-        server.wait()
+        demo.terminate()
+        demo.wait()
 
 
 def make(command: str, checkout: Path) -> None:
@@ -202,11 +212,14 @@ def install(command: str, checkout: Path) -> None:
     assert [word for word in words if "==" in word and word not in pinned] == []
     for file in (after for word, after in zip(words, words[1:], strict=False) if word in ("-r", "--requirement")):
         assert (ROOT / file).is_file()
-    assert "==" in command or "-r " in command
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert all(group in groups for names in re.findall(r"\.\[([\w,]+)\]", command) for group in names.split(","))
+    assert re.search(r"==| -r | -e ", command)
 
 
 def virtual_environment(command: str, checkout: Path) -> None:
-    call(["bash", "-ec", f"{command.replace('-m venv', '-m venv --without-pip')} && python --version"], checkout)
+    words = ["bash", "-ec", f"{command.replace('-m venv', '-m venv --without-pip')} && python --version"]
+    subprocess.run(words, cwd=checkout, check=True)
 
 
 class Rule(NamedTuple):

@@ -93,7 +93,7 @@ def use_liger_kernel(device: torch.device) -> None:
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_phi3
     except ImportError:
-        raise InputError("liger-kernel is not installed: pip install -r requirements-gpu.txt", "--use_liger_kernel") from None
+        raise InputError("liger-kernel is not installed: pip install liger-kernel==0.8.5", "--use_liger_kernel") from None
     apply_liger_kernel_to_phi3(cross_entropy=False, fused_linear_cross_entropy=False)
 
 
