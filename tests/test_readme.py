@@ -50,7 +50,7 @@ PROGRAMS = ["convert_ucf101", "assets.draw_samples"] + [
 DRAWN = {"docvqa": (3, 1), "hateful_memes": (4, 2), "nlvr2": (2, 1), "ucf101": (1, 1)}
 LIMITS = ["--max_steps", "1", "--batch_size", "2", "--max_eval_samples", "2", "--max_new_tokens", "4", "--num_crops", "1"]
 LIMITS += ["--dataloader_num_workers", "0"]
-ELSEWHERE = ("--use_flash_attention", "--full_train")  # on a GPU; from the hub
+ELSEWHERE = ("--bf16", "--use_flash_attention", "--full_train")  # fast on a GPU; on a GPU; from the hub
 SECONDS = 600
 
 
