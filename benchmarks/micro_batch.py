@@ -65,8 +65,9 @@ def make_batch(samples, num_crops, pages, device):
     processor = AutoProcessor.from_pretrained(TOKENIZER, num_crops=num_crops)
     rows = draw_rows(pages, samples, np.random.default_rng(0))
     batch = Collator(processor, packing=True)([encode_conversation(row, processor) for row in rows])
-    on_cpu = ("image_sizes", "answer_spans")
-    return {name: value.to(device) if torch.is_tensor(value) and name not in on_cpu else value for name, value in batch.items()}
+    return {
+        name: value.to(device) if torch.is_tensor(value) and name != "image_sizes" else value for name, value in batch.items()
+    }
 
 
 def measure(model, batch, method, repetitions, device):

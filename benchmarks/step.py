@@ -40,7 +40,6 @@ from common.phi3v.image_processing import (
     num_views,
     to_crop_grid,
 )
-from common.phi3v.last_layer import answer_spans
 from common.phi3v.processing import pad_rows
 
 from .measure import RESULTS, display_path, interleave, ratios, summarise, write_result
@@ -119,7 +118,6 @@ def packed_batch(samples):
         "labels": torch.tensor([labels]),
         "cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32),
         "max_length_q": int(np.diff(ends).max()),
-        "answer_spans": answer_spans([torch.tensor(sample["labels"]) for sample in samples]),
         "pixel_values": torch.cat([crops for sample in samples for crops in sample["crops"]]),
         "image_sizes": torch.tensor([size for sample in samples for size in sample["sizes"]]),
     }

@@ -22,10 +22,7 @@ DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- make bench-table: begin -->", "<!-- make bench-table: end -->"
 PEAK = {"8×A100-80GB": 312e12, "8×V100-32GB": 125e12}
 # Mean sample of the published run: 2,443 tokens, of which 30 are text and the rest from 15.33 crops and the global view.
-PUBLISHED_BATCH = BatchSizes(
-    **{"tokens": 2443, "pairs": 2443 * 2444 // 2, "views": 16.33, "image_tokens": 2413, "supervised": 8},
-    **{"answer_tokens": 2443, "answer_pairs": 2443 * 2444 // 2},
-)
+PUBLISHED_BATCH = BatchSizes(tokens=2443, pairs=2443 * 2444 // 2, views=16.33, image_tokens=2413, supervised=8)
 MODES = {"L": "grayscale", "RGB": "color", "1": "black and white"}  # by mode of Pillow
 # MFU and peak GB. The memory targets are for full recomputation and one sample per micro-batch.
 GPU_TARGETS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}

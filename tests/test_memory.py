@@ -17,7 +17,6 @@ from common.model.loading import add_lora, count_parameters, set_gradient_checkp
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
-from common.phi3v.last_layer import answer_spans
 from common.training import memory
 from common.training.deepspeed import zero_stage
 from common.training.memory import (
@@ -79,8 +78,6 @@ def batch(texts, packing):
     labels = torch.where(from_end <= 16, 9, -100).expand_as(ids)
     crops = torch.zeros(2 * len(texts), 3, CROP_SIZE, CROP_SIZE, dtype=torch.uint8)
     sizes = torch.tensor([[CROP_SIZE, 2 * CROP_SIZE]] * len(texts))
-    if packing:
-        layout["answer_spans"] = answer_spans(list(labels[0].split(lengths)))
     return {"input_ids": ids, "labels": labels, "pixel_values": crops, "image_sizes": sizes} | layout
 
 

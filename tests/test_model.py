@@ -63,10 +63,15 @@ def assert_equal_gradients(first, second, relative):
         assert (first[name] - second[name]).norm() <= relative * scale, name
 
 
-@pytest.mark.parametrize("limit", [4096, 400])
-def test_packed_padded_and_alone_are_one(processor, samples, limit):
-    """Loss and gradients don't depend on how samples are laid out, also where they straddle LongRoPE's limit."""
-    model = load(original_max_position_embeddings=limit, max_position_embeddings=32 * limit)
+@pytest.mark.parametrize(("limit", "key_heads"), [(4096, 6), (400, 6), (4096, 3)], ids=["short", "long", "grouped keys"])
+def test_packed_padded_and_alone_are_one(processor, samples, limit, key_heads):
+    """Loss and gradients do not depend on the layout; with several turns, without an answer, and across LongRoPE's limit."""
+    options = {"original_max_position_embeddings": limit, "max_position_embeddings": 32 * limit}
+    model = load(**options) if key_heads == 6 else grouped(key_heads)
+    turns = [{"images": [noise(300, 200)], "user": "What?", "assistant": "Noise."}, {"user": "Sure?", "assistant": "Quite."}]
+    several = encode_conversation({"conversations": turns}, processor)
+    silent = samples[1] | {"labels": [-100] * len(samples[1]["labels"])}
+    samples = [*samples, several, silent]
     rope = model.config.rope_parameters
     rope["long_factor"] = [1.5 * factor + 1 for factor in rope["short_factor"]]
     model.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inverse_frequencies()[0])
@@ -89,37 +94,22 @@ def test_packed_padded_and_alone_are_one(processor, samples, limit):
     assert_equal_gradients(alone_gradients, padded_gradients, 1e-5)
 
 
-@pytest.mark.parametrize("key_heads", [6, 3], ids=["as many keys", "grouped keys"])
-def test_the_last_layer_runs_where_answers_are(processor, samples, key_heads):
-    """Loss and gradients are those of running it everywhere, with several turns, and with a sample that has no answer."""
-    turns = [{"images": [noise(300, 200)], "user": "What?", "assistant": "Noise."}, {"user": "Sure?", "assistant": "Quite."}]
-    several = encode_conversation({"conversations": turns}, processor)
-    silent = samples[1] | {"labels": [-100] * len(samples[1]["labels"])}
-    batch = Collator(processor, packing=True)([*samples, several, silent])
-    everywhere = {name: value for name, value in batch.items() if name != "answer_spans"}
-    torch.manual_seed(0)
-    model = load() if key_heads == 6 else grouped(key_heads)
-    seen = []
-    model.model.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1]))
-    loss, gradients = loss_and_gradients(model, batch)
-    expected, expected_gradients = loss_and_gradients(model, everywhere)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert_equal_gradients(expected_gradients, gradients, 1e-5)
-
-    from_first_answer = [
-        len(entry["labels"]) - next(i for i, label in enumerate(entry["labels"]) if label != -100) + 1
-        for entry in (*samples, several)
-    ]
-    assert seen == [sum(from_first_answer) + 1, batch["input_ids"].shape[1]]
-    model.eval()
-    with torch.no_grad():
-        assert model(**batch).logits.shape[:2] == batch["input_ids"].shape  # whoever asks for logits gets all of them
-        assert model(**batch, skip_logits=True).loss.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 def grouped(key_heads):
     config = json.loads((TINY / "config.json").read_text()) | {"num_key_value_heads": key_heads}
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(Phi3VConfig.from_dict(config), dtype=torch.float32, attn_implementation="varlen")
+
+
+def test_logits_are_computed_where_asked(processor, samples):
+    """At all positions in evaluation, at none in training; the loss is the same."""
+    model, batch = load(), Collator(processor, packing=True)(samples)
+    trained = model.train()(**batch)
+    assert trained.logits is None
+    with torch.no_grad():
+        evaluated = model.eval()(**batch)
+        assert evaluated.logits.shape[:2] == batch["input_ids"].shape
+        assert evaluated.loss.item() == pytest.approx(trained.loss.item(), rel=1e-6)
+        assert model(**batch, skip_logits=True).logits is None
 
 
 def test_long_factors_change_the_result(processor, samples):

@@ -9,7 +9,6 @@ import torch
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import grid_to_crops, to_crop_grid
-from common.phi3v.last_layer import answer_spans
 from common.phi3v.processing import pad_rows
 from common.runtime import InputError
 
@@ -66,8 +65,8 @@ class Collator:
     Calling it with a list of samples (see :func:`common.data.conversations.encode_conversation`) returns a dict with
 
     - padded: ``input_ids``, ``attention_mask``, ``labels``, int64 (batch, longest sample);
-    - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int,
-      ``answer_spans`` int64 (batch, 2); images are numbered over the whole row;
+    - packed: ``input_ids``, ``labels``, int64 (1, all tokens), ``cu_seq_lens_q`` int32 (batch + 1,), ``max_length_q`` int;
+      images are numbered over the whole row;
     - if there are images: ``pixel_values`` uint8 (all crops, 3, 336, 336) and ``image_sizes`` int64 (images, 2).
 
     If an image cannot be decoded, the message names the ``place`` of its sample.
@@ -107,5 +106,4 @@ class Collator:
             "labels": torch.cat(labels)[None],
             "cu_seq_lens_q": cu_seq_lens,
             "max_length_q": int(cu_seq_lens.diff().max()),
-            "answer_spans": answer_spans(labels),
         }

@@ -1,10 +1,9 @@
 """Model FLOPs of a training step, and peak FLOPs of GPUs, for the model FLOPs utilization (MFU).
 
 The count includes the required matrix products of decoder, vision tower, projector and head: attention below the causal
-diagonal, crops and tokens without padding, the head at supervised positions, and in packed batches the last decoder layer at
-the answers. Recomputation, padding, blank crops and element-wise operations are not counted. The backward pass costs as much
-as the forward pass for the gradients of the inputs, if any earlier parameter is trained, and the same for those of trained
-weights.
+diagonal, crops and tokens without padding, and the head at supervised positions. Recomputation, padding, blank crops and
+element-wise operations are not counted. The backward pass costs as much as the forward pass for the gradients of the inputs,
+if any earlier parameter is trained, and the same for those of trained weights.
 """
 
 from __future__ import annotations
@@ -67,9 +66,6 @@ class BatchSizes:
         Image tokens.
     supervised : int
         Supervised tokens.
-    answer_tokens, answer_pairs : int
-        Tokens for which the last decoder layer is computed, and their query-key pairs: equal to ``tokens`` and ``pairs`` in
-        a padded batch.
     """
 
     tokens: int
@@ -77,8 +73,6 @@ class BatchSizes:
     views: int
     image_tokens: int
     supervised: int
-    answer_tokens: int
-    answer_pairs: int
 
 
 class TrainingFlops:
@@ -108,20 +102,17 @@ class TrainingFlops:
 
         Its tensors may be on any device, but call this before moving them to a GPU: reading their values would synchronize.
         """
-        names = ("cu_seq_lens_q", "attention_mask", "answer_spans", "image_sizes", "labels")
+        names = ("cu_seq_lens_q", "attention_mask", "image_sizes", "labels")
         batch = {name: batch[name].cpu() for name in names if name in batch}
         packed = "cu_seq_lens_q" in batch
         lengths = batch["cu_seq_lens_q"].diff().long() if packed else batch["attention_mask"].sum(-1)
-        answers = batch["answer_spans"].diff()[:, 0] if "answer_spans" in batch else lengths
         images = [tuple(size) for size in batch["image_sizes"].tolist()] if "image_sizes" in batch else []
         return BatchSizes(
             tokens=int(lengths.sum()),
-            pairs=_pairs(lengths),
+            pairs=int((lengths * (lengths + 1) // 2).sum()),
             views=sum(num_views(*size) for size in images),
             image_tokens=sum(self._vision.num_tokens(images)),
             supervised=int((batch["labels"][:, 1:] != -100).sum()),
-            answer_tokens=int(answers.sum()),
-            answer_pairs=_pairs(lengths) - _pairs(lengths - answers),
         )
 
     def count(self, sizes: BatchSizes) -> tuple[float, float]:
@@ -149,12 +140,10 @@ class TrainingFlops:
     def _decoder_forward(self, model: Phi3VForCausalLM) -> None:
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            last = layer is model.model.layers[-1]
             self._linear([attention.qkv_proj], "tokens")
-            width = model.config.num_attention_heads * attention.head_dim
-            self._attention(width, "answer_pairs" if last else "pairs")
+            self._attention(model.config.num_attention_heads * attention.head_dim, "pairs")
             for linear in (attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
-                self._linear([linear], "answer_tokens" if last else "tokens")
+                self._linear([linear], "tokens")
         self._linear([model.lm_head], "supervised")
 
     def _linear(self, parallel: list[nn.Module], unit: str, rows: int = 1) -> None:
@@ -181,10 +170,6 @@ class TrainingFlops:
         # Two products: queries with keys, and attention weights with values. All four inputs need gradients.
         self.forward[unit] += 2 * 2 * multiplications
         self.backward[unit] += 2 * 2 * 2 * multiplications * self._gradient_flows
-
-
-def _pairs(lengths: torch.Tensor) -> int:
-    return int((lengths * (lengths + 1) // 2).sum())
 
 
 def peak_flops(device: torch.device) -> float | None:

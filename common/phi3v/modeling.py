@@ -2,8 +2,7 @@
 
 Parameter names in memory, in checkpoints and in adapters are the published ones. There are deliberate differences from the
 published code: image features are assigned to placeholders by image number, LongRoPE uses the length of each sample, blank
-crops and the unused last layer of the tower are skipped, and training computes the head only for supervised tokens and, in
-packed batches, the last decoder layer only for answers.
+crops and the unused last layer of the tower are skipped, and training computes the head only for supervised tokens.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from .cache import new_cache
 from .configuration import Phi3VConfig
 from .fused import is_recomputing, recompute_elementwise
 from .image_processing import CROP_SIZE
-from .last_layer import Phi3VLastLayer, span_positions
 from .layers import use_lean_layers
 from .rotary import Phi3VRotaryEmbedding
 from .vision import Phi3VImageEmbedding
@@ -38,13 +36,11 @@ class Phi3VModel(Phi3Model):
     """Decoder with image inputs, without the language modeling head."""
 
     config_class = Phi3VConfig
-    _no_split_modules = ["Phi3DecoderLayer", "Phi3VLastLayer", "CLIPEncoderLayer"]
+    _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.same_modules_always = False
-        for layer in self.layers[-1:]:
-            layer.__class__ = Phi3VLastLayer  # same modules; creating a new layer would initialize its weights again
         self.rotary_emb = Phi3VRotaryEmbedding(config)
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         use_lean_layers(self)
@@ -110,7 +106,6 @@ class Phi3VModel(Phi3Model):
         image_sizes: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         max_length_q: int | None = None,
-        answer_spans: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the decoder.
@@ -127,9 +122,6 @@ class Phi3VModel(Phi3Model):
             Cumulative sample lengths, int32 (samples + 1,), if the batch is one row of packed samples.
         max_length_q : int, optional
             Length of the longest packed sample.
-        answer_spans : torch.Tensor, optional
-            int64 (samples, 2), on the CPU: return only the hidden states of the samples' answers, see
-            :func:`~common.phi3v.last_layer.answer_spans`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
@@ -172,8 +164,6 @@ class Phi3VModel(Phi3Model):
         position_embeddings = (cos.to(inputs_embeds.dtype), sin.to(inputs_embeds.dtype))
         hidden_states = inputs_embeds
         for layer in self.layers:
-            if answer_spans is not None and layer is self.layers[-1]:
-                kwargs["answer_spans"] = answer_spans
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,
@@ -240,7 +230,6 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        answer_spans: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the model; see :meth:`Phi3VModel.forward` for the inputs.
@@ -254,12 +243,9 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             By default, the number in this batch.
         skip_logits : bool, optional
             Return no ``logits`` and compute the head only for supervised tokens. Default: True in training with labels.
-        answer_spans : torch.Tensor, optional
-            See :meth:`Phi3VModel.forward`; ignored unless ``logits`` are skipped.
         """
         if skip_logits is None:
             skip_logits = self.training and labels is not None
-        answer_spans = answer_spans if skip_logits else None
         recompute = self.recompute_elementwise and self.training and not is_recomputing()
         with recompute_elementwise() if recompute else nullcontext():
             outputs = self.model(
@@ -271,16 +257,12 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
                 pixel_values=pixel_values,
                 image_sizes=image_sizes,
                 use_cache=use_cache,
-                answer_spans=answer_spans,
                 **kwargs,
             )
         hidden_states = outputs.last_hidden_state
         loss = None
         if labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if answer_spans is not None:
-                targets = targets[:, span_positions(answer_spans, targets.device)]
-            loss = self._answer_loss(hidden_states, targets, num_items_in_batch)
+            loss = self._answer_loss(hidden_states, labels[:, 1:], num_items_in_batch)
         logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,

@@ -23,7 +23,6 @@ from common.model.loading import autocast, base_model, set_gradient_checkpointin
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.fused import recompute_elementwise
 from common.phi3v.image_processing import CROP_SIZE
-from common.phi3v.last_layer import answer_spans
 from common.runtime import gather, local_world_size, world_size
 
 from .deepspeed import zero_settings
@@ -253,8 +252,7 @@ def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torc
     }
     if packing:
         boundaries = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
-        spans = answer_spans([labels[0].cpu()])
-        return batch | {"cu_seq_lens_q": boundaries, "max_length_q": len(ids), "answer_spans": spans}
+        return batch | {"cu_seq_lens_q": boundaries, "max_length_q": len(ids)}
     return batch | {"attention_mask": torch.ones_like(input_ids)}
 
 

@@ -91,9 +91,7 @@ def summarize(
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         needed = loaded + trial.needed(recomputation, *batches.largest(lengths))
         lines["memory"] = f"about {needed / GIB:.1f} GiB per process, {(loaded + trial.free) / GIB:.1f} GiB available"
-        flops_per_process = (
-            steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation, setup.packing)
-        )
+        flops_per_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation)
         seconds = flops_per_process / trial.flops_per_second
         lines["time"] = f"about {approximate_duration(seconds)}, without saving and evaluation"
     elif setup.zero_stage == 3:
@@ -137,19 +135,16 @@ def _batch(args: argparse.Namespace, count: int, accumulation: int) -> str:
     return f"{args.batch_size} samples per step = {processes} × {share}"
 
 
-def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str, packing: bool) -> float:
+def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str) -> float:
     """Mean FLOPs of the forward and backward pass of a sample, including recomputation."""
     tokens = lengths.tokens.astype(np.float64)
     views = lengths.views.sum()
-    pairs = (tokens * (tokens + 1) / 2).sum()
     sizes = BatchSizes(
         tokens=tokens.sum(),
-        pairs=pairs,
+        pairs=(tokens * (tokens + 1) / 2).sum(),
         views=views,
         image_tokens=TOKENS_PER_VIEW * views,
         supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
-        answer_tokens=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens) if packing else tokens.sum(),
-        answer_pairs=SUPERVISED_TOKENS_PER_SAMPLE * tokens.sum() if packing else pairs,
     )
     forward, backward = flops.count(sizes)
     return (forward * {"none": 1, "elementwise": 1, "selective": 1.5, "full": 2}[recomputation] + backward) / len(tokens)

@@ -361,10 +361,9 @@ class FinetuningTrainer(Trainer):
 
     # Overridden because the Trainer would move all tensors, and wait for each copy.
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Copy a batch to the device without waiting, except for the tensors that the model reads on the CPU."""
-        on_cpu = ("image_sizes", "answer_spans")
+        """Copy a batch to the device without waiting, except for ``image_sizes``, which the model reads on the CPU."""
         return {
-            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name not in on_cpu else value
+            name: value.to(self.args.device, non_blocking=True) if torch.is_tensor(value) and name != "image_sizes" else value
             for name, value in inputs.items()
         }
 
