@@ -108,7 +108,7 @@ def share_by_length(
     rank: int,
     world_size: int,
     same_number: bool = False,
-    beginnings: Sequence[str] | None = None,
+    prefixes: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """Return the batches of one process.
 
@@ -118,7 +118,7 @@ def share_by_length(
     ----------
     same_number : bool
         Give every process the same number of batches, by repeating the last batch if necessary.
-    beginnings : sequence of str, optional
+    prefixes : sequence of str, optional
         Identifies the prefix of each prompt. Prompts with the same prefix are kept together.
 
     Returns
@@ -126,12 +126,12 @@ def share_by_length(
     list of list of int
         Indices. Every index occurs on one process; with ``same_number`` it may be repeated.
     """
-    beginnings = range(len(lengths)) if beginnings is None else beginnings
-    longest: dict[Any, int] = {}
-    for beginning, length in zip(beginnings, lengths, strict=True):
-        longest[beginning] = max(length, longest.get(beginning, 0))
-    first = {beginning: number for number, beginning in enumerate(longest)}
-    order = sorted(range(len(lengths)), key=lambda i: (-longest[beginnings[i]], first[beginnings[i]], -lengths[i]))
+    groups: dict[Any, list[int]] = {}
+    for index, prefix in enumerate(range(len(lengths)) if prefixes is None else prefixes):
+        groups.setdefault(prefix, []).append(index)
+    for group in groups.values():
+        group.sort(key=lambda index: -lengths[index])
+    order = [index for group in sorted(groups.values(), key=lambda group: -lengths[group[0]]) for index in group]
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     if same_number:
         batches += [batches[-1]] * (-len(batches) % world_size)
@@ -173,7 +173,7 @@ def generate_and_compare(
     candidates: Sequence[str],
     args: argparse.Namespace,
     generate: bool = True,
-) -> tuple[list[str] | None, np.ndarray]:
+) -> tuple[list[str], np.ndarray]:
     """Generate the answer to the last turn of each conversation, and compute the log-probabilities of given answers.
 
     The prefix of each prompt, including its images, is computed once for both.
@@ -189,8 +189,8 @@ def generate_and_compare(
 
     Returns
     -------
-    answers : list of str or None
-        As returned by :func:`generate_answers`; None without ``generate``.
+    answers : list of str
+        As returned by :func:`generate_answers`; empty without ``generate``.
     log_probabilities : numpy.ndarray
         float64 (conversations, candidates), summed over the tokens of each answer, in the order of ``conversations``, on every
         process.
@@ -200,16 +200,16 @@ def generate_and_compare(
     ]
     max_tokens = max([args.max_new_tokens if generate else 0, *map(len, candidate_ids)])
     base = base_model(model)
-    results = {}
+    results: dict[int, tuple[str, list[float]]] = {}
     with _evaluating(model, args):
         for indices, batch in _prompt_batches(model, processor, conversations, args, max_tokens):
             prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
             rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
-            texts = _generate(base, processor, prompts, args.max_new_tokens) if generate else [None] * len(indices)
+            texts = _generate(base, processor, prompts, args.max_new_tokens) if generate else [""] * len(indices)
             results.update(zip(indices, zip(texts, rows, strict=True), strict=True))
-    answers, log_probabilities = zip(*_gather_results(results), strict=True)
-    return list(answers) if generate else None, np.array(log_probabilities)
+    answers, log_probabilities = zip(*_gather_by_index(results), strict=True)
+    return list(answers) if generate else [], np.array(log_probabilities)
 
 
 def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[str, Any], max_new_tokens: int) -> list[str]:
@@ -219,7 +219,9 @@ def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[s
         answers = _continue_answers(base, **prompts, max_new_tokens=max_new_tokens, stops=stops)
     else:
         options = {"do_sample": False, "eos_token_id": stops, "pad_token_id": processor.tokenizer.pad_token_id}
-        whole = base.generate(**prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options)
+        whole: Any = base.generate(  # type: ignore[misc]  # typed for a protocol
+            **prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options
+        )
         answers = whole[:, prompts["input_ids"].shape[1] :].tolist()
     return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -291,16 +293,9 @@ def _prefill(base: Phi3VForCausalLM, batch: dict[str, torch.Tensor]) -> dict[str
     if "prefix_rows" not in batch:
         return batch
     names = ("prefix_rows", "prefix_input_ids", "prefix_attention_mask", "pixel_values", "image_sizes")
-    rows, input_ids, mask, pixel_values, image_sizes = (batch.pop(name, None) for name in names)
-    cache = base(
-        input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=_positions(mask),
-        pixel_values=pixel_values,
-        image_sizes=image_sizes,
-        use_cache=True,
-        logits_to_keep=1,
-    ).past_key_values
+    prefix = {name.removeprefix("prefix_"): batch.pop(name) for name in names if name in batch}
+    rows, positions = prefix.pop("rows"), _positions(prefix["attention_mask"])
+    cache = base(**prefix, position_ids=positions, use_cache=True, logits_to_keep=1).past_key_values
     cache.batch_select_indices(rows)
     return batch | {"past_key_values": cache}
 
@@ -312,16 +307,18 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
-    was_training, config = model.training, base_model(model).config
-    attention = config._attn_implementation
+    base, was_training = base_model(model), model.training
+    attention = base.config._attn_implementation
+    # For every token, flash attention would remove the padding from the whole cache of each layer.
+    switch = attention.startswith("flash_attention")
     model.eval()
-    if attention.startswith("flash_attention"):
-        # For every token, flash attention would remove the padding from the whole cache of each layer.
-        config._attn_implementation = "sdpa"
+    if switch:
+        base.set_attn_implementation({"": "sdpa"})
     # Compiled layers would be recompiled as the cache grows.
     with autocast(model, args.bf16), torch.compiler.set_stance("force_eager"):
         yield
-    config._attn_implementation = attention
+    if switch:
+        base.set_attn_implementation({"": attention})
     model.train(was_training)
 
 
@@ -334,8 +331,9 @@ def _prompt_batches(
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield this process's share of the prompts: indices, and left-padded batches on the model's device."""
     prompts = _Prompts(conversations, processor)
-    share = (prompts[index] for index in range(rank(), len(prompts), world_size()))
-    lengths, prefixes = zip(*_gather_in_order([(len(prompt["input_ids"]), prompt["prefix"]) for prompt in share]), strict=True)
+    share = ((index, prompts[index]) for index in range(rank(), len(prompts), world_size()))
+    encoded = _gather_by_index({index: (len(prompt["input_ids"]), prompt["prefix"]) for index, prompt in share})
+    lengths, prefixes = zip(*encoded, strict=True)
     # ZeRO-3 gathers the weights of each layer collectively, so all processes need the same number of batches.
     same_number = is_deepspeed_zero3_enabled()
     batches = share_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, prefixes)
@@ -351,16 +349,7 @@ def _prompt_batches(
         yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _gather_results(results: dict[int, T]) -> list[T]:
+def _gather_by_index(results: dict[int, T]) -> list[T]:
     """Merge the results of all processes, by index."""
     merged = {index: result for share in gather(results) for index, result in share.items()}
     return [merged[index] for index in range(len(merged))]
-
-
-def _gather_in_order(share: list[T]) -> list[T]:
-    """Merge the results of all processes, each of which has those of items ``rank``, ``rank + world_size``, …."""
-    shares = gather(share)
-    merged: list[Any] = [None] * sum(map(len, shares))
-    for index, part in enumerate(shares):
-        merged[index :: len(shares)] = part
-    return merged

@@ -79,7 +79,7 @@ def consistency(sentences: Sequence[str], correct: Sequence[bool]) -> float:
     correct : sequence of bool
         Whether each sample was answered correctly.
     """
-    all_correct = defaultdict(lambda: True)
+    all_correct: dict[str, bool] = defaultdict(lambda: True)
     for sentence, is_correct in zip(sentences, correct, strict=True):
         all_correct[sentence] &= bool(is_correct)
     return float(np.mean(list(all_correct.values())))
