@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import bnb, layer
+from peft.tuners.lora import LoraLayer, bnb, layer
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    _Base = LoraLayer
+else:
+    _Base = object  # another base would change the memory layout, and Python would not assign ``__class__``
 
 PARTS = ("lora_A", "lora_B")
 
@@ -54,7 +59,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    weight = base.weight
+    weight: Any = base.weight
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit  # only QLoRA needs it, and it is slow to import
 
@@ -68,7 +73,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tor
     return (left @ right).to(dtype)
 
 
-class _Fused:
+class _Fused(_Base):
     """Mixin for PEFT's LoRA layers; parameters and saved adapters stay the same."""
 
     casts: tuple[torch.Tensor, ...] | None = None
@@ -89,11 +94,11 @@ class _Fused:
         )
         return names[0] if runs else None
 
-    def forward(self, states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.casts is None or not torch.is_grad_enabled():
-            return super().forward(states, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]  # of the class that this one is mixed into
         name = self.active_adapters[0]
-        return _LoraLinear.apply(states, self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer, self.casts)
+        return _LoraLinear.apply(x, self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer, self.casts)
 
 
 class FusedLoraLinear(_Fused, layer.Linear):
@@ -104,14 +109,14 @@ class FusedLoraLinear4bit(_Fused, bnb.Linear4bit):
     """PEFT's LoRA layer on a 4-bit base."""
 
 
-FUSED = {layer.Linear: FusedLoraLinear, bnb.Linear4bit: FusedLoraLinear4bit}
+FUSED: dict[type[nn.Module], type[nn.Module]] = {layer.Linear: FusedLoraLinear, bnb.Linear4bit: FusedLoraLinear4bit}
 
 
 def fuse_lora(model: PeftModel) -> None:
     """Run each LoRA layer of a model as one operation in training. Layers with dropout or DoRA, and ZeRO-3, use PEFT's own."""
     for module in model.modules():
         module.__class__ = FUSED.get(type(module), type(module))
-    layers = [module for module in model.modules() if isinstance(module, _Fused)]
+    layers: list[_Fused] = [module for module in model.modules() if isinstance(module, _Fused)]
     model.get_base_model().register_forward_pre_hook(lambda *_: _cast_adapters(layers))
 
 

@@ -66,6 +66,7 @@ def varlen_attention_forward(
     if cu_seq_lens_q is None:
         kwargs.pop("cu_seq_lens_k", None)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    assert max_length_q is not None
     # Under autocast, a rotary embedding in fp32 returns queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if has_varlen_kernel(query.device) and value.dtype in (torch.bfloat16, torch.float16):
@@ -74,7 +75,7 @@ def varlen_attention_forward(
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     grouped = query.shape[1] != key.shape[1]
-    outputs = [scaled_dot_product_attention(*sample, is_causal=True, scale=scaling, enable_gqa=grouped) for sample in samples]
+    outputs = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped) for q, k, v in samples]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -111,9 +112,11 @@ def flash_attention(
         else:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return varlen_attn(
+    output = varlen_attn(
         query, key, value, cu_seq_lens, cu_seq_lens, max_length, max_length, scale=scaling, window_size=(-1, 0), **options
     )
+    assert isinstance(output, torch.Tensor)  # a tuple only if auxiliary outputs are requested
+    return output
 
 
 AttentionInterface.register("varlen", varlen_attention_forward)

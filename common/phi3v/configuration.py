@@ -79,12 +79,13 @@ class Phi3VConfig(Phi3Config):
                 f"config.json has embd_layer {self.embd_layer}, but only the published layout is supported: "
                 "hd_transform_order 'sub_glb' with with_learnable_separator true"
             )
-        if (self.vision_config.image_size // self.vision_config.patch_size) % 2:
+        if self.patches_per_side % 2:
             raise ValueError(
                 f"vision_config in config.json has image_size {self.vision_config.image_size} and patch_size "
                 f"{self.vision_config.patch_size}: the number of patches per side must be even, since they are merged 2×2"
             )
         super().__post_init__(**kwargs)
+        assert self.rope_parameters is not None  # filled in above
         if self.rope_parameters["rope_type"] == "longrope":
             # transformers would compute the same factor, but with a warning each time.
             self.rope_parameters["factor"] = self.max_position_embeddings / self.original_max_position_embeddings
@@ -130,7 +131,20 @@ class Phi3VConfig(Phi3Config):
     @property
     def tokens_per_crop_side(self) -> int:
         """Image tokens per side of a crop after merging 2×2 patches (12 in published checkpoints)."""
-        return self.vision_config.image_size // self.vision_config.patch_size // 2
+        return self.patches_per_side // 2
+
+    @property
+    def patches_per_side(self) -> int:
+        """Patches per side of a crop (24 in published checkpoints)."""
+        image_size, patch_size = self.tower.image_size, self.tower.patch_size
+        assert isinstance(image_size, int) and isinstance(patch_size, int)
+        return image_size // patch_size
+
+    @property
+    def tower(self) -> CLIPVisionConfig:
+        """Configuration of the vision tower, ``vision_config`` once it is converted."""
+        assert isinstance(self.vision_config, CLIPVisionConfig)
+        return self.vision_config
 
 
 def hub_repository(name_or_path: str) -> str:

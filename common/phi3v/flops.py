@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .image_processing import num_views
 from .modeling import Phi3VForCausalLM
@@ -118,7 +117,10 @@ class TrainingFlops:
     def count(self, sizes: BatchSizes) -> tuple[float, float]:
         """FLOPs of the forward pass and of the backward pass."""
         amounts = vars(sizes)
-        return tuple(sum(cost * amounts[unit] for unit, cost in costs.items()) for costs in (self.forward, self.backward))
+        forward, backward = (
+            sum(cost * amounts[unit] for unit, cost in costs.items()) for costs in (self.forward, self.backward)
+        )
+        return forward, backward
 
     def _vision_forward(self) -> None:
         tower, projection = self._vision.tower, self._vision.img_projection
@@ -127,6 +129,7 @@ class TrainingFlops:
         convolution = tower.embeddings.patch_embedding
         self._product(convolution.weight.numel() * patches, "views", convolution.weight.requires_grad)
         self._gradient_flows |= any(parameter.requires_grad for parameter in tower.embeddings.parameters())
+        layer: Any
         for layer in tower.encoder.layers[:-1]:
             attention, mlp = layer.self_attn, layer.mlp
             self._linear([attention.q_proj, attention.k_proj, attention.v_proj], "views", positions)
@@ -138,6 +141,7 @@ class TrainingFlops:
             self._linear([linear], "image_tokens")
 
     def _decoder_forward(self, model: Phi3VForCausalLM) -> None:
+        layer: Any
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self._linear([attention.qkv_proj], "tokens")
@@ -146,8 +150,8 @@ class TrainingFlops:
                 self._linear([linear], "tokens")
         self._linear([model.lm_head], "supervised")
 
-    def _linear(self, parallel: list[nn.Module], unit: str, rows: int = 1) -> None:
-        """Count layers that share an input; ``rows`` is the number of input rows per unit."""
+    def _linear(self, parallel: list[Any], unit: str, rows: int = 1) -> None:
+        """Count linear layers, with PEFT's adapters if any, that share an input; ``rows`` is the number of rows per unit."""
         flows = self._gradient_flows
         for layer in parallel:
             base = getattr(layer, "base_layer", layer)

@@ -49,7 +49,7 @@ class FusedDecoderLayer(Phi3DecoderLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -61,8 +61,9 @@ class FusedDecoderLayer(Phi3DecoderLayer):
             return super().forward(
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
             )
-        residual, normed = add_norm(hidden_states, None, self.input_layernorm)
         heads, key_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        assert key_heads is not None and position_embeddings is not None
+        residual, normed = add_norm(hidden_states, None, self.input_layernorm)
         qkv = rotate_qkv(attention.qkv_proj(normed), *position_embeddings, heads, key_heads)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         states = (states.transpose(1, 2) for states in qkv)

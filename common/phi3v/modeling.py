@@ -36,12 +36,13 @@ class Phi3VModel(Phi3Model):
     """Decoder with image inputs, without the language modeling head."""
 
     config_class = Phi3VConfig
+    config: Phi3VConfig
     _no_split_modules = ["Phi3DecoderLayer", "CLIPEncoderLayer"]
 
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__(config)
         self.same_modules_always = False
-        self.rotary_emb = Phi3VRotaryEmbedding(config)
+        self.rotary_emb: Phi3VRotaryEmbedding = Phi3VRotaryEmbedding(config)  # type: ignore[assignment]  # by sample length
         self.vision_embed_tokens = Phi3VImageEmbedding(config)
         use_lean_layers(self)
         self.post_init()
@@ -79,7 +80,8 @@ class Phi3VModel(Phi3Model):
             if (input_ids < 0).any():
                 raise ValueError("input_ids contains image placeholders (negative ids), but pixel_values is missing")
             return self._touch_vision(embeddings) if self.training or self.same_modules_always else embeddings
-        sizes = [tuple(size) for size in image_sizes.tolist()]
+        assert image_sizes is not None
+        sizes = [(height, width) for height, width in image_sizes.tolist()]
         features = self.vision_embed_tokens(pixel_values, sizes)
         placeholders, index = _feature_index(input_ids, self.vision_embed_tokens.num_tokens(sizes))
         return embeddings.index_put(placeholders, features[index].to(embeddings.dtype))
@@ -126,8 +128,9 @@ class Phi3VModel(Phi3Model):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if inputs_embeds is None:
+        if input_ids is not None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_sizes)
+        assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = new_cache()
 
@@ -182,6 +185,8 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
     """Phi-3-vision / Phi-3.5-vision for training and generation."""
 
     config_class = Phi3VConfig
+    config: Phi3VConfig
+    model: Phi3VModel
     _no_split_modules = Phi3VModel._no_split_modules
     accepts_loss_kwargs = True
 
@@ -286,11 +291,11 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             num_items = num_items.to(loss.device)
         return loss / num_items
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # has the images as parameters
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.LongTensor,
         past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         **kwargs: Any,
@@ -306,7 +311,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
                 past_key_values = None
                 past_length = 0
                 kwargs["next_sequence_length"] = None
-        inputs = super(Phi3ForCausalLM, self).prepare_inputs_for_generation(
+        inputs = super(Phi3ForCausalLM, self).prepare_inputs_for_generation(  # type: ignore[misc]  # typed for a protocol
             input_ids, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
         )
         if past_length == 0:
@@ -314,17 +319,23 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         return inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, *args: Any, input_ids: torch.Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         # For beam search and several answers per prompt: repeat all images of a row together, not each image separately.
         vision = {}
-        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
+        if expand_size > 1 and input_ids is not None and model_kwargs.get("pixel_values") is not None:
             counts = input_ids.min(-1).values.neg().clamp(min=0).tolist()
             for key in ("pixel_values", "image_sizes"):
                 rows = model_kwargs.pop(key).split(counts)
                 vision[key] = torch.cat([row for row in rows for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, input_ids=input_ids, **model_kwargs)
-        return input_ids, model_kwargs | vision
+        expanded, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # typed for a protocol
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return expanded, model_kwargs | vision
 
 
 def _feature_index(input_ids: torch.Tensor, tokens_per_image: list[int]) -> tuple[Any, torch.Tensor]:

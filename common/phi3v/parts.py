@@ -32,7 +32,7 @@ def lora_targets(config: Phi3VConfig, vision: bool) -> str:
     if not vision:
         return DECODER_LORA_MODULES
     # The last layer of the tower never runs, so DDP would wait for the gradient of an adapter there forever.
-    layers = "|".join(map(str, range(config.vision_config.num_hidden_layers - 1)))
+    layers = "|".join(map(str, range(config.tower.num_hidden_layers - 1)))
     return rf"{DECODER_LORA_MODULES}|{TOWER}\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
 
 
@@ -46,6 +46,6 @@ def unquantized_modules(config: Phi3VConfig, vision: bool) -> list[str]:
         Whether the vision tower is quantized.
     """
     # transformers matches names by prefix, so these are full names. The last layer of the tower never runs.
-    last = config.vision_config.num_hidden_layers - 1
+    last = config.tower.num_hidden_layers - 1
     skip = ["lm_head", f"{VISION}.img_projection", f"{VISION}.img_processor.vision_model.encoder.layers.{last}"]
     return skip if vision else [*skip, VISION]

@@ -136,12 +136,8 @@ class Phi3VProcessor(ProcessorMixin):
         if kwargs or return_tensors not in (None, "pt"):
             raise ValueError(f"Phi3VProcessor accepts text, images and padding_side, got {kwargs or return_tensors!r}")
         texts = [text] if isinstance(text, str) else list(text)
-        if isinstance(text, str):
-            batch_images = [[images] if isinstance(images, Image.Image) else list(images or [])]
-        else:
-            batch_images = [
-                [item] if isinstance(item, Image.Image) else list(item or []) for item in (images or [[]] * len(texts))
-            ]
+        groups: Any = [images] if isinstance(text, str) else images or [[]] * len(texts)
+        batch_images = [[group] if isinstance(group, Image.Image) else list(group or []) for group in groups]
         if len(batch_images) != len(texts):
             raise ValueError(
                 f"expected one list of images per text, got {len(texts)} texts and {len(batch_images)} lists of images"
@@ -157,7 +153,7 @@ class Phi3VProcessor(ProcessorMixin):
             data.update(self.image_processor(all_images))
         return BatchFeature(data=data)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:  # type: ignore[override]  # no upload
         """Save the tokenizer files, ``preprocessor_config.json`` and ``processor_config.json`` in the published format."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -171,13 +167,11 @@ class Phi3VProcessor(ProcessorMixin):
             # transformers 5 renamed this key, but still reads the published one. Earlier versions expect a dict in the new one.
             content["additional_special_tokens"] = content.pop("extra_special_tokens")
         code = f"{self._hub_repository()}--processing_phi3_v"
-        processor = {
-            "processor_class": "Phi3VProcessor",
-            "auto_map": {"AutoProcessor": f"{code}.Phi3VProcessor"},
-        }
+        auto_map = {"AutoProcessor": f"{code}.Phi3VProcessor"}
+        processor = {"processor_class": "Phi3VProcessor", "auto_map": auto_map}
         _write_json(tokenizer_config, content | processor | {"tokenizer_class": "PreTrainedTokenizerFast"})
         image_processor = {
-            "auto_map": {"AutoImageProcessor": f"{code}.Phi3VImageProcessor", **processor["auto_map"]},
+            "auto_map": {"AutoImageProcessor": f"{code}.Phi3VImageProcessor", **auto_map},
             "do_convert_rgb": self.image_processor.do_convert_rgb,
             "image_mean": self.image_processor.image_mean,
             "image_processor_type": "Phi3VImageProcessor",

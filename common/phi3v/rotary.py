@@ -16,6 +16,8 @@ class Phi3VRotaryEmbedding(nn.Module):
     Reference: Ding et al., LongRoPE (2024), as configured by ``short_factor`` and ``long_factor``.
     """
 
+    inv_freq: torch.Tensor
+
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         self.config = config
@@ -26,7 +28,8 @@ class Phi3VRotaryEmbedding(nn.Module):
 
     def inverse_frequencies(self) -> tuple[torch.Tensor, float]:
         """Return the inverse frequencies, float32 (2, head size / 2), and the scaling factor of cosine and sine."""
-        rope_type = self.config.rope_parameters["rope_type"]
+        assert self.config.rope_parameters is not None
+        rope_type = str(self.config.rope_parameters["rope_type"])
         if rope_type == "default":
             inv_freq, scaling = Phi3RotaryEmbedding.compute_default_rope_parameters(self.config)
             return torch.stack([inv_freq, inv_freq]), scaling
