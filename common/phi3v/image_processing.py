@@ -56,10 +56,10 @@ def crop_grid_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
     return (long_side, short_side) if width < height else (short_side, long_side)
 
 
-def num_image_tokens(height: int, width: int) -> int:
-    """Number of tokens of an image with ``image_sizes`` (height, width): ``(h*w + 1)*144 + 1 + (h + 1)*12`` for h×w crops."""
+def num_image_tokens(height: int, width: int, side: int = TOKENS_PER_SIDE) -> int:
+    """Number of tokens of an image with ``image_sizes`` (height, width): ``(h*w + 1)*side² + 1 + (h + 1)*side``, h×w crops."""
     rows, columns = height // CROP_SIZE, width // CROP_SIZE
-    return (rows * columns + 1) * TOKENS_PER_SIDE**2 + 1 + (rows + 1) * TOKENS_PER_SIDE
+    return (rows * columns + 1) * side**2 + 1 + (rows + 1) * side
 
 
 def num_views(height: int, width: int) -> int:
@@ -129,23 +129,10 @@ def grid_to_crops(grid: np.ndarray) -> torch.Tensor:
 
 
 def cut_crops(pixels: torch.Tensor) -> torch.Tensor:
-    """Split images into crops, in row-major order.
-
-    Parameters
-    ----------
-    pixels : torch.Tensor
-        (..., 3, height, width); both sides are multiples of 336.
-
-    Returns
-    -------
-    torch.Tensor
-        (..., rows * columns, 3, 336, 336).
-    """
-    *batch, channels, height, width = pixels.shape
-    rows, columns = height // CROP_SIZE, width // CROP_SIZE
-    crops = pixels.reshape(*batch, channels, rows, CROP_SIZE, columns, CROP_SIZE)
-    crops = crops.movedim((-4, -2), (-5, -4))
-    return crops.reshape(*batch, rows * columns, channels, CROP_SIZE, CROP_SIZE)
+    """Split an image, (3, height, width), into crops, (rows * columns, 3, 336, 336), in row-major order."""
+    channels, height, width = pixels.shape
+    crops = pixels.reshape(channels, height // CROP_SIZE, CROP_SIZE, width // CROP_SIZE, CROP_SIZE)
+    return crops.permute(1, 3, 0, 2, 4).reshape(-1, channels, CROP_SIZE, CROP_SIZE)
 
 
 def join_crops(crops: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -245,9 +232,6 @@ class Phi3VImageProcessor(BaseImageProcessor):
     def num_tokens(self, width: int, height: int) -> int:
         """Number of tokens of an image of ``width`` × ``height`` pixels."""
         return num_image_tokens(*crop_grid_size(width, height, self.num_crops))
-
-    def __call__(self, images: Image.Image | list[Image.Image], return_tensors: str | None = "pt") -> BatchFeature:
-        return self.preprocess(images, return_tensors=return_tensors)
 
     def preprocess(self, images: Image.Image | list[Image.Image], return_tensors: str | None = "pt") -> BatchFeature:
         """Convert images to model inputs.

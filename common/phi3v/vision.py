@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
 
 from .configuration import Phi3VConfig
-from .image_processing import CROP_SIZE, normalise_with_global_view, num_views
+from .image_processing import CROP_SIZE, normalise_with_global_view, num_image_tokens, num_views
 
 
 class CLIPTower(nn.Module):
@@ -18,7 +18,7 @@ class CLIPTower(nn.Module):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = CLIPEncoder(config)
+        self.encoder = CLIPEncoder(config)  # type: ignore[arg-type]  # annotated for CLIPConfig, takes either
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def unused_modules(self) -> list[nn.Module]:
@@ -42,9 +42,9 @@ class Phi3VImageEmbedding(nn.Module):
     def __init__(self, config: Phi3VConfig) -> None:
         super().__init__()
         self.side = config.tokens_per_crop_side
-        merged_size = 4 * config.vision_config.hidden_size
+        merged_size = 4 * config.tower.hidden_size
         self.img_processor = nn.Module()
-        self.img_processor.vision_model = CLIPTower(config.vision_config)
+        self.img_processor.vision_model = CLIPTower(config.tower)
         self.glb_GN = nn.Parameter(torch.zeros(1, 1, merged_size))
         self.sub_GN = nn.Parameter(torch.zeros(1, 1, 1, merged_size))
         self.img_projection = nn.Sequential(
@@ -54,7 +54,9 @@ class Phi3VImageEmbedding(nn.Module):
     @property
     def tower(self) -> CLIPTower:
         """The CLIP tower, ``img_processor.vision_model``."""
-        return self.img_processor.vision_model
+        tower = self.img_processor.vision_model
+        assert isinstance(tower, CLIPTower)
+        return tower
 
     def views(self, pixel_values: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
         """Views of all images without blank crops, (views, 3, 336, 336): for each image the global view, then its crops.
@@ -100,6 +102,4 @@ class Phi3VImageEmbedding(nn.Module):
 
     def num_tokens(self, image_sizes: list[tuple[int, int]]) -> list[int]:
         """Number of tokens of each image."""
-        side = self.side
-        grids = [(height // CROP_SIZE, width // CROP_SIZE) for height, width in image_sizes]
-        return [(rows * columns + 1) * side**2 + 1 + (rows + 1) * side for rows, columns in grids]
+        return [num_image_tokens(height, width, self.side) for height, width in image_sizes]
