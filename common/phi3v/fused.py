@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 
 @functools.cache
@@ -89,70 +90,47 @@ def _rotate_backward(
     return torch.cat([states.to(value.dtype), value], dim=1)
 
 
-@_kernel
-def _rms_norm(states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _standardize(states: torch.Tensor, center: bool, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standardized states in fp32, (tokens, width), and the factor by which they were scaled, (tokens, 1)."""
     wide = states.float()
-    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.float()).to(weight.dtype)
+    if center:
+        wide = wide - wide.mean(-1, keepdim=True)
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return wide * scale, scale
+
+
+def _normalize(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """LayerNorm, or RMSNorm if there is no bias."""
+    normed = _standardize(states, bias is not None, eps)[0] * weight.float()
+    return (normed if bias is None else normed + bias.float()).to(weight.dtype)
+
+
+_norm = _kernel(_normalize)
 
 
 @_kernel
-def _add_rms_norm(
-    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+def _add_norm(
+    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = states + residual
-    return total, _rms_norm.__wrapped__(total, weight, eps)
+    return total, _normalize(total, weight, bias, eps)
 
 
 @_kernel
-def _rms_norm_backward(
-    gradient: torch.Tensor, total_gradient: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
+def _norm_backward(
+    gradient: torch.Tensor, total_gradient: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, center: bool, eps: float
 ) -> torch.Tensor:
-    wide = total.float()
-    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normed, gradient = wide * scale, gradient.float() * weight.float()
-    gradient = gradient - normed * (gradient * normed).mean(-1, keepdim=True)
-    return (gradient * scale + total_gradient.float()).to(total.dtype)
+    normed, scale = _standardize(total, center, eps)
+    gradient = gradient.float() * weight.float()
+    along = normed * (gradient * normed).mean(-1, keepdim=True)
+    if center:
+        along = along + gradient.mean(-1, keepdim=True)
+    return ((gradient - along) * scale + total_gradient.float()).to(total.dtype)
 
 
 @_kernel
-def _rms_norm_weight_backward(gradient: torch.Tensor, total: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = total.float()
-    return (gradient.float() * wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).sum(0)
-
-
-@_kernel
-def _layer_norm(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = states.float()
-    wide = wide - wide.mean(-1, keepdim=True)
-    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (wide * scale * weight.float() + bias.float()).to(weight.dtype)
-
-
-@_kernel
-def _add_layer_norm(
-    states: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    total = states + residual
-    return total, _layer_norm.__wrapped__(total, weight, bias, eps)
-
-
-@_kernel
-def _layer_norm_backward(
-    gradient: torch.Tensor, total_gradient: torch.Tensor, total: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    wide = total.float()
-    wide = wide - wide.mean(-1, keepdim=True)
-    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normed, gradient = wide * scale, gradient.float() * weight.float()
-    gradient = gradient - normed * (gradient * normed).mean(-1, keepdim=True) - gradient.mean(-1, keepdim=True)
-    return (gradient * scale + total_gradient.float()).to(total.dtype)
-
-
-@_kernel
-def _layer_norm_weight_backward(gradient: torch.Tensor, total: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = total.float()
-    wide = wide - wide.mean(-1, keepdim=True)
-    return (gradient.float() * wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).sum(0)
+def _norm_weight_backward(gradient: torch.Tensor, total: torch.Tensor, center: bool, eps: float) -> torch.Tensor:
+    return (gradient.float() * _standardize(total, center, eps)[0]).sum(0)
 
 
 class _ElementWise(torch.autograd.Function):
@@ -179,7 +157,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Source: Shazeer, GLU Variants Improve Transformer (2020).
     """
     output = _ElementWise.apply(gate_up, _swiglu, _swiglu_backward)
-    remember(output, _swiglu, None, gate_up)
+    remember(output, _swiglu, gate_up)
     return output
 
 
@@ -189,7 +167,7 @@ def quick_gelu(states: torch.Tensor) -> torch.Tensor:
     Source: Hendrycks & Gimpel, Gaussian Error Linear Units (2016), the sigmoid approximation.
     """
     output = _ElementWise.apply(states, _quick_gelu, _quick_gelu_backward)
-    remember(output, _quick_gelu, None, states)
+    remember(output, _quick_gelu, states)
     return output
 
 
@@ -243,13 +221,11 @@ class _AddNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        norm, add_norm = (_rms_norm, _add_rms_norm) if bias is None else (_layer_norm, _add_layer_norm)
-        parameters = (weight, eps) if bias is None else (weight, bias, eps)
-        width = states.shape[-1]
+        rows = states.reshape(-1, states.shape[-1])
         if residual is None:
-            total, normed = states, norm(states.reshape(-1, width), *parameters)
+            total, normed = states, _norm(rows, weight, bias, eps)
         else:
-            total, normed = add_norm(states.reshape(-1, width), residual.reshape(-1, width), *parameters)
+            total, normed = _add_norm(rows, residual.reshape(rows.shape), weight, bias, eps)
             total = total.view(states.shape)
         ctx.save_for_backward(total, weight, bias)
         ctx.eps, ctx.adds = eps, residual is not None
@@ -259,39 +235,36 @@ class _AddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, total_gradient: torch.Tensor, gradient: torch.Tensor) -> tuple:
         total, weight, bias = ctx.saved_tensors
-        shape, weight_gradient, bias_gradient = total.shape, None, None
+        shape, center, weight_gradient, bias_gradient = total.shape, bias is not None, None, None
         gradient, total_gradient, total = (states.reshape(-1, shape[-1]) for states in (gradient, total_gradient, total))
-        backward = _rms_norm_backward if bias is None else _layer_norm_backward
-        states_gradient = backward(gradient, total_gradient, total, weight, ctx.eps).view(shape)
+        states_gradient = _norm_backward(gradient, total_gradient, total, weight, center, ctx.eps).view(shape)
         if ctx.needs_input_grad[2]:
-            weight_backward = _rms_norm_weight_backward if bias is None else _layer_norm_weight_backward
-            weight_gradient = weight_backward(gradient, total, ctx.eps).to(weight.dtype)
+            weight_gradient = _norm_weight_backward(gradient, total, center, ctx.eps).to(weight.dtype)
         if ctx.needs_input_grad[3]:
             bias_gradient = gradient.sum(0)
         return states_gradient, states_gradient if ctx.adds else None, weight_gradient, bias_gradient, None
 
 
-def add_norm(states: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(
+    states: torch.Tensor, residual: torch.Tensor | None, norm: nn.LayerNorm | Phi3RMSNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Add to the residual stream and normalize the sum.
 
     Parameters
     ----------
     states, residual : torch.Tensor
         (..., width). If ``residual`` is None, ``states`` is the sum.
-    norm : torch.nn.Module
-        A LayerNorm, or an RMSNorm with ``weight`` and ``variance_epsilon``.
+    norm : torch.nn.LayerNorm or Phi3RMSNorm
+        Provides the weights and the epsilon.
 
     Returns
     -------
     tuple of torch.Tensor
         The sum, and the normalized sum in the dtype of the norm's weight.
     """
-    if isinstance(norm, nn.LayerNorm):
-        total, normed = _AddNorm.apply(states, residual, norm.weight, norm.bias, norm.eps)
-        remember(normed, _layer_norm, norm.eps, total, norm.weight, norm.bias)
-    else:
-        total, normed = _AddNorm.apply(states, residual, norm.weight, None, norm.variance_epsilon)
-        remember(normed, _rms_norm, norm.variance_epsilon, total, norm.weight)
+    bias, eps = (norm.bias, norm.eps) if isinstance(norm, nn.LayerNorm) else (None, norm.variance_epsilon)
+    total, normed = _AddNorm.apply(states, residual, norm.weight, bias, eps)
+    remember(normed, _norm, total, norm.weight, bias, eps)
     return total, normed
 
 
@@ -301,12 +274,12 @@ _recomputing = False
 
 
 def remember(
-    output: torch.Tensor, function: Callable[..., torch.Tensor], eps: float | None, states: torch.Tensor, *weights: torch.Tensor
+    output: torch.Tensor, function: Callable[..., torch.Tensor], states: torch.Tensor, *parameters: torch.Tensor | float | None
 ) -> None:
     """Note how to recompute ``output`` from ``states``, which the backward pass stores anyway."""
     if _recomputing and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         key = output.untyped_storage()._cdata
-        inputs = (states.detach().reshape(-1, states.shape[-1]), *weights, *([] if eps is None else [eps]))
+        inputs = (states.detach().reshape(-1, states.shape[-1]), *parameters)
         _recipes[key] = (weakref.ref(output, lambda _: _recipes.pop(key, None)), function, inputs)
 
 
