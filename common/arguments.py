@@ -165,7 +165,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         "(default: as little as memory allows)",
     )
     group.add_argument("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requires liger-kernel)")
-    group.add_argument("--torch_compile", action="store_true", help="compile the decoder layers")
+    group.add_argument("--torch_compile", action="store_true", help="compile the layers of the decoder and the tower")
     group.add_argument(
         "--dataloader_num_workers",
         type=int,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
@@ -144,7 +145,7 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     # DeepSpeed casts the weights to the training precision and creates its own fp32 master weights.
     deepspeed_has_masters = setup.deepspeed is not None
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path,
             revision=setup.revision or "main",
             output_loading_info=True,
@@ -160,7 +161,9 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
             f"the weights cannot be read ({error}): copy the checkpoint's files again",
             f"--model_name_or_path {args.model_name_or_path}",
         ) from None
-    mismatched = sorted(loaded["missing_keys"]) + sorted(name for name, *_ in loaded["mismatched_keys"])
+    model: Phi3VForCausalLM
+    model, report = loaded
+    mismatched = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
     if mismatched:
         what = f"weight {mismatched[0]} is missing or has the wrong shape ({len(mismatched)} in total)"
         raise InputError(f"{what}: copy the checkpoint's files again", f"--model_name_or_path {args.model_name_or_path}")
@@ -172,9 +175,8 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     model.config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.eos_token_id = stop_token_ids(processor)
     freeze(model, trained_parts(args))
-    if uses_adapters(args):
-        model = add_lora(model, args, setup.revision)
-    return model if args.use_qlora else model.to(device)
+    trained: nn.Module = add_lora(model, args, setup.revision) if uses_adapters(args) else model
+    return trained if args.use_qlora else trained.to(device)
 
 
 def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
@@ -191,17 +193,26 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
     if mode in ("none", "elementwise"):
         base.gradient_checkpointing_disable()
         return
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    attention = base.config.attention_dropout or base.config.tower.attention_dropout
+    dropout = attention or any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+    base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": bool(dropout)})
     if mode == "selective":
         for layer in base.model.layers[::2]:
-            layer.gradient_checkpointing = False
+            layer.gradient_checkpointing = False  # type: ignore[assignment]  # not a parameter or module
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile the layers of the decoder and of the vision tower, each kind once for all sizes of batches."""
+    base = base_model(model).model
+    for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]):
+        layer.compile(dynamic=True)
 
 
 def avoid_avx512_kernel(model: nn.Module) -> None:
     """Disable a CPU kernel for 4-bit layers that always computes in bf16 and has no backward pass."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":  # checked by name: bitsandbytes is imported only if weights are quantized
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # not a parameter or module
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -218,7 +229,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 def base_model(model: nn.Module) -> Phi3VForCausalLM:
     """Return the ``Phi3VForCausalLM`` itself, without the PEFT wrapper."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, Phi3VForCausalLM)
+    return base
 
 
 def freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
@@ -239,7 +252,7 @@ def _quantization(args: argparse.Namespace, setup: Setup) -> BitsAndBytesConfig:
     )
 
 
-def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> nn.Module:
+def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> PeftModel:
     """Add LoRA adapters to the decoder and, unless it is frozen, to the vision tower and the projector.
 
     Parameters
@@ -268,15 +281,15 @@ def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | 
             task_type="CAUSAL_LM",
             revision=revision,
         )
-        model = get_peft_model(model, config)
+        peft_model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:
         raise InputError(f"rejected by PEFT ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
-    for module in model.modules():
+    for module in peft_model.modules():
         if isinstance(module, LoraLayer):
             # Adapters are fp32: PEFT would cast their inputs to fp32, and autocast would cast them back.
             module.cast_input_dtype_enabled = False
-    fuse_lora(model)
-    return model
+    fuse_lora(peft_model)
+    return peft_model
 
 
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:

@@ -28,7 +28,7 @@ from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.adapters import write_base_description
 from common.model.checkpoint import find_snapshot, read_tensors
-from common.model.loading import autocast, base_model, set_gradient_checkpointing
+from common.model.loading import autocast, base_model, compile_layers, set_gradient_checkpointing
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
@@ -106,8 +106,7 @@ def build_trainer(
         recomputation = least_recomputation(trial, *batches.largest(lengths))
     set_gradient_checkpointing(model, recomputation)
     if args.torch_compile:
-        for layer in base_model(model).model.layers[:-1]:  # the last layer's input shapes differ with every batch
-            layer.compile(dynamic=True)
+        compile_layers(model)
     trainer = FinetuningTrainer(
         flags=args,
         setup=setup,
