@@ -97,17 +97,18 @@ def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_
     torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
 
 
-@pytest.mark.parametrize(("share_left", "sizes"), [(0.5, [7, 3, 1]), (1.0, [7, 5, 3, 2, 1])])
-def test_answers_that_have_ended_leave_the_batch(conversations, processor, share_left, sizes, monkeypatch):
+def test_answers_that_have_ended_leave_the_batch(conversations, processor, monkeypatch):
     model, rows = load(), []
     stops = [3, 11, 20, 51]  # after 1, 4, 4, 6, 9, 12 and 1 tokens of what the model says to these prompts
     monkeypatch.setattr(sys.modules[__name__], "stop_token_ids", lambda _: stops)
     monkeypatch.setattr(generation, "stop_token_ids", lambda _: stops)
-    monkeypatch.setattr(generation, "SHARE_LEFT", share_left)
     expected = [alone(model, processor, conversation)[0] for conversation in conversations]
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    assert generate_answers(model, processor, conversations, flags(8)) == expected
-    assert list(dict.fromkeys(rows[1:])) == sizes
+    for share_left, sizes in ((0.5, [7, 3, 1]), (1.0, [7, 5, 3, 2, 1])):
+        rows.clear()
+        monkeypatch.setattr(generation, "SHARE_LEFT", share_left)
+        assert generate_answers(model, processor, conversations, flags(8)) == expected
+        assert list(dict.fromkeys(rows[1:])) == sizes
 
 
 def test_pictures_that_prompts_share_pass_the_tower_once(conversations, processor):

@@ -129,7 +129,7 @@ def test_zero_stages_are_one_and_resume_exactly(stage, train, course, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "stage"), [("lora", "zero2"), ("lora", "zero3"), ("qlora", "zero2")])
+@pytest.mark.parametrize(("method", "stage"), [("lora", "zero3"), ("qlora", "zero2")])
 def test_adapters_take_the_same_steps_under_zero(method, stage, train, course, tmp_path):
     """As under plain DDP, their default; what is saved is the same adapter."""
     log = train(tmp_path, deepspeed=zero(stage), **METHODS[method])
@@ -211,7 +211,7 @@ def test_frozen_vision_has_no_optimizer_state(train, course, tmp_path):
 
 @pytest.mark.slow
 def test_only_named_parts_move_under_zero2(train, model, tmp_path):
-    train(tmp_path, max_steps=2, train_only="vision,projector")
+    train(tmp_path, max_steps=1, train_only="vision,projector")
     before, after = weights(model), weights(tmp_path)
     moved = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"vision", "projector"}
@@ -276,11 +276,13 @@ def validation_batch(data, processor):
     ("options", "expected"),
     [
         ({"use_dora": True}, {"use_dora": True, "init_lora_weights": "gaussian"}),
-        ({"use_rslora": True, "init_lora_weights": "True"}, {"use_rslora": True, "init_lora_weights": True}),
+        (
+            {"use_rslora": True, "init_lora_weights": "True", "freeze_vision_model": True},
+            {"use_rslora": True, "use_dora": False, "init_lora_weights": True},
+        ),
         ({"init_lora_weights": "olora"}, {"init_lora_weights": "olora", "use_dora": False, "use_rslora": False}),
-        ({"freeze_vision_model": True}, {"use_dora": False, "init_lora_weights": "gaussian"}),
     ],
-    ids=["DoRA", "rsLoRA", "OLoRA", "frozen vision"],
+    ids=["DoRA", "rsLoRA, frozen vision", "OLoRA"],
 )
 def test_kinds_of_lora_train_and_load_elsewhere(options, expected, train, data, tmp_path):
     """PEFT gets the flags, the loss falls, and the adapter, loaded by PEFT, has the loss that training ended with."""
