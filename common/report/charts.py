@@ -95,29 +95,30 @@ def curve_charts(logs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
     """
     charts = []
     for key, title in CURVES.items():
-        figure, axes = _axes()
         lines = {name: series(log, key) for name, log in logs.items()}
         if len(logs) == 1 and key == "loss":
             lines["evaluation"] = series(*logs.values(), "eval_loss")
+        index = {name: place for place, name in enumerate(lines)}  # a run has the same color in all charts
+        lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
+        if not lines:
+            continue
+        figure, axes = _axes()
         captions = []
-        for index, (name, (steps, values)) in enumerate(lines.items()):
+        for name, (steps, values) in lines.items():
             finite = np.isfinite(values)
-            if not finite.any():
-                continue
             smooth = key in ("loss", "grad_norm") and finite.sum() > SMOOTH_FROM
-            style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "linestyle": DASHES[index % len(DASHES)]}
+            style: dict[str, Any] = {"color": SERIES[index[name] % len(SERIES)], "linestyle": DASHES[index[name] % len(DASHES)]}
             marker = "o" if len(steps) < 10 else None
             axes.plot(steps, values, alpha=0.35 if smooth else 1, marker=marker, markersize=3, **style)
             if smooth:
                 width = finite.sum() // 20
-                axes.plot(
-                    *(np.convolve(points[finite], np.ones(width) / width, "valid") for points in (steps, values)), **style
-                )
-            axes.plot([], label=name, **style)
+                mean_steps, mean = (np.convolve(points[finite], np.ones(width) / width, "valid") for points in (steps, values))
+                axes.plot(mean_steps, mean, **style)
+            axes.plot([], label=name, **style)  # for the legend, without a marker
             captions.append((f"{name}: " if len(lines) > 1 else "") + _summary(key, steps[finite], values[finite]))
             if not finite.all():
                 captions[-1] += f", {np.sum(~finite):,} not finite"
-        if len(captions) > 1:
+        if len(lines) > 1:
             axes.legend()
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -125,13 +126,12 @@ def curve_charts(logs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if key != "loss":
             axes.set_ylim(bottom=0)
-        if captions:
-            charts.append(Chart(key, title, figure, _sentence(captions)))
+        charts.append(Chart(key, title, figure, _sentence(captions)))
     return charts
 
 
 @matplotlib.rc_context(STYLE)
-def roc_chart(evaluations: dict[str, tuple[Sequence[int], Sequence[float]]]) -> Chart:
+def roc_chart(evaluations: dict[str, tuple[list[int], list[float]]]) -> Chart:
     """Draw the receiver operating characteristic of each evaluation, given as labels (0 and 1) and P(yes)."""
     figure, axes = _axes()
     captions = []

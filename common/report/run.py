@@ -84,7 +84,7 @@ def write_run(
     """
     if not is_main_process():
         return
-    run = {
+    run: dict[str, Any] = {
         "task": task,
         "command": launch_command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
