@@ -17,7 +17,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 BEFORE, AFTER, MUTED, LINE = "#8c8577", "#0e6252", "#5f5b54", "#d5d1c8"
 SERIES = (AFTER, "#b4551d", "#3c5aa6", "#8a2f6b", "#77680a", "#1f7a9a")
 DASHES = ("solid", "dashed", "dotted")  # lines can be distinguished without colors
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "text.parse_math": False,
@@ -97,7 +97,7 @@ def curve_charts(logs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
     for key, title in CURVES.items():
         lines = {name: series(log, key) for name, log in logs.items()}
         if len(logs) == 1 and key == "loss":
-            lines["evaluation"] = series(*logs.values(), "eval_loss")
+            lines["evaluation"] = series(next(iter(logs.values())), "eval_loss")
         index = {name: place for place, name in enumerate(lines)}  # a run has the same color in all charts
         lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
         if not lines:
