@@ -13,7 +13,7 @@ from common.phi3v import Phi3VConfig
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS
 from common.runtime import write_file
-from tools.results_page import METHOD_TITLES, load_published, markdown_table
+from tools.runs import METHOD_TITLES, load_published, markdown_table
 
 from .measure import RESULTS
 

@@ -19,113 +19,77 @@ CLASSES = [
     "BasketballDunk",
     "BenchPress",
 ]
-TASKS = ("DocVQA", "Hateful Memes", "NLVR2", "UCF-101")
+QUESTIONS = {
+    "DocVQA": "Who signed the letter of 12 March to the board of the Northern Dairy Council?",
+    "Hateful Memes": "Does this meme promote hate speech?\nAnswer yes or no.",
+    "NLVR2": "The first image is on the left. Does the statement hold true?\nAnswer yes or no.",
+    "UCF-101": f"Classify the video into one of the following classes: {', '.join(CLASSES)}.",
+}
+ANSWERS = {"DocVQA": ["M. Okafor", "Ana-Lucía Peña"], "UCF-101": CLASSES}
+TASKS = tuple(QUESTIONS)
+IMAGES = {"NLVR2": 2, "UCF-101": 8}
 
 
 def make_run(directory: Path, task: str, samples: int = 200, steps: int = 160, learning_rate: float = 5e-6) -> Path:
     """Write the run directory of `task` with everything that a report shows."""
     chance = random.Random(f"{task} {learning_rate}")
-    rows = [_row(task, index, chance) for index in range(samples)]
-    before = _evaluation(task, rows, 0.25, chance)
-    after = _evaluation(task, rows, 0.85, chance)
+    before, after = (_evaluation(task, samples, skill, chance) for skill in (0.25, 0.85))
     write_json(directory / "eval_before.json", before)
     write_json(directory / "eval_after.json", after)
     write_json(directory / "trainer_state.json", _trainer_state(steps, learning_rate, chance))
     write_json(directory / "train_results.json", {"epoch": 2.0, "train_loss": 0.6123, "train_runtime": 4821.7})
     write_json(directory / "run.json", _settings(task, learning_rate))
-    numbers = {row["id"]: number for number, row in enumerate(rows)}
-    chosen = [key for ids in select_gallery(before, after).values() for key in ids]
-    save_gallery_images(directory, lambda key: _pictures(task, numbers[key]), chosen)
+    chosen = [key for ids in select_gallery([before["predictions"], after["predictions"]]).values() for key in ids]
+    save_gallery_images(directory, lambda key: [_picture(key) for _ in range(IMAGES.get(task, 1))], chosen)
     return directory
 
 
-def write_json(path: Path, contents: dict) -> None:
+def write_json(path: Path, contents: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(contents), encoding="utf-8")
 
 
-def _row(task: str, index: int, chance: random.Random) -> dict:
-    if task == "DocVQA":
-        total = f"{chance.randint(1, 2000)}.{chance.randint(0, 99):02}"
-        return (
-            {
-                "id": str(49153 + index),
-                "question": "What is the total amount on the receipt?",
-                "answers": [total, f"RM {total}"],
-            }
-            if index % 2
-            else {
-                "id": str(49153 + index),
-                "question": "Who signed the letter of 12 March to the board of the Northern Dairy Council?",
-                "answers": [chance.choice(["M. Okafor", "Ana-Lucía Peña", "J. R. Whitfield", "Wei Zhang"])],
-            }
+def _evaluation(task: str, samples: int, skill: float, chance: random.Random) -> dict:
+    answers = ANSWERS.get(task, ["No.", "Yes."])
+    predictions = []
+    for index in range(samples):
+        label = index % len(answers)
+        right, question = (
+            chance.random() < skill,
+            QUESTIONS[task] + (" Answer briefly." if index % 2 else "") * (task == "DocVQA"),
         )
-    if task == "UCF-101":
-        label = CLASSES[index % len(CLASSES)]
-        question = f"Classify the video into one of the following classes: {', '.join(CLASSES)}."
-        return {"id": f"val-{index:010}", "question": question, "answers": [label]}
-    label = index % 2
-    question = "Does this meme promote hate speech?\nAnswer yes or no."
-    if task == "NLVR2":
-        question = (
-            "The first image is the image on the left, the second image is the image on the right. Given the left and right "
-            'images, does the statement "There are exactly two dogs lying on grass." hold true? Answer yes or no.'
-        )
-    return {"id": f"dev-{index}-0-1", "question": question, "answers": ["Yes." if label else "No."], "label": label}
-
-
-def _evaluation(task: str, rows: list[dict], skill: float, chance: random.Random) -> dict:
-    predictions = [_prediction(task, row, skill, chance) for row in rows]
-    mean = sum(row["score"] for row in predictions) / len(predictions)
-    evaluation = {"metric": "accuracy", "accuracy": mean}
-    if task == "DocVQA":
-        evaluation = {"metric": "anls", "anls": mean, "anls_case_sensitive": 0.97 * mean}
-    if task == "Hateful Memes":
-        evaluation = {"metric": "auroc", "auroc": 0.5 + skill / 2, "accuracy": mean}
-    if task == "NLVR2":
-        evaluation["consistency"] = mean**2
-    if task == "UCF-101":
-        of_class = {label: [row["score"] for row in predictions if row["answers"][0] == label] for label in CLASSES}
-        evaluation["accuracy_per_class"] = {label: sum(scores) / len(scores) for label, scores in of_class.items()}
-    return {**evaluation, "samples": len(rows), "predictions": predictions}
-
-
-def _prediction(task: str, row: dict, skill: float, chance: random.Random) -> dict:
-    right = chance.random() < skill
-    answer, score = row["answers"][0], 1.0
-    if task == "DocVQA":
-        if not right:
-            answer, score = chance.choice([("", 0.0), ("the receipt is dated 12/03/2018", 0.0), (answer[:-1], 0.8)])
-        return {**row, "prediction": answer, "score": score}
-    if task == "UCF-101":
-        answer = answer if right else chance.choice([*CLASSES, "a person"])
-        return {**row, "prediction": answer, "score": float(answer == row["answers"][0])}
-    answer = answer if right else {"Yes.": "No.", "No.": "Yes."}[answer]
-    row = {**row, "prediction": answer, "score": float(right)}
-    if task == "NLVR2":
-        del row["label"]
-        return row
-    leaning = (1 if row["label"] else -1) * (4 * skill) + chance.gauss(0, 1.6)
-    return {**row, "p_yes": 1 / (1 + math.exp(-leaning))}
+        row = {"id": f"val-{index:010}", "question": question, "answers": [answers[label]], "score": float(right)}
+        row["prediction"] = answers[label] if right else chance.choice([*answers[:label], *answers[label + 1 :], "a person"])
+        if task == "DocVQA" and not right:
+            row["prediction"], row["score"] = chance.choice([("", 0.0), ("dated 12/03/2018", 0.0), (answers[label][:-1], 0.8)])
+        if task == "Hateful Memes":
+            row |= {"label": label, "p_yes": 1 / (1 + math.exp((-1) ** label * 4 * skill + chance.gauss(0, 1.6)))}
+        predictions.append(row)
+    mean = sum(row["score"] for row in predictions) / samples
+    metrics = {
+        "DocVQA": {"metric": "anls", "anls": mean, "anls_case_sensitive": 0.97 * mean},
+        "Hateful Memes": {"metric": "auroc", "auroc": 0.5 + skill / 2, "accuracy": mean},
+        "NLVR2": {"metric": "accuracy", "accuracy": mean, "consistency": mean**2},
+        "UCF-101": {"metric": "accuracy", "accuracy": mean, "accuracy_per_class": dict.fromkeys(CLASSES, mean)},
+    }
+    return {**metrics[task], "samples": samples, "predictions": predictions}
 
 
 def _trainer_state(steps: int, learning_rate: float, chance: random.Random) -> dict:
-    log = []
+    log: list[dict] = []
     for step in range(1, steps + 1):
-        log.append(
-            {
-                "loss": 0.3 + 2.5 * math.exp(-step / 25) + abs(chance.gauss(0, 0.08)),
-                "grad_norm": math.nan if step == 3 else 1 + 4 * math.exp(-step / 12) + abs(chance.gauss(0, 0.3)),
-                "learning_rate": learning_rate * min(step / 50, (steps - step) / max(steps - 50, 1)),
-                "images_per_second": 8.6 + chance.gauss(0, 0.15),
-                "tokens_per_second": 21000 + chance.gauss(0, 400),
-                "mfu": 0.41 + chance.gauss(0, 0.005),
-                "epoch": 2 * step / steps,
-                "step": step,
-            }
-        )
+        place = {"epoch": 2 * step / steps, "step": step}
+        figures = {
+            "loss": 0.3 + 2.5 * math.exp(-step / 25) + abs(chance.gauss(0, 0.08)),
+            "grad_norm": math.nan if step == 3 else 1 + 4 * math.exp(-step / 12) + abs(chance.gauss(0, 0.3)),
+            "learning_rate": learning_rate * min(step / 50, (steps - step) / max(steps - 50, 1)),
+            "images_per_second": 8.6 + chance.gauss(0, 0.15),
+            "tokens_per_second": 21000 + chance.gauss(0, 400),
+            "mfu": 0.41 + chance.gauss(0, 0.005),
+        }
+        log.append(figures | place)
         if step % (steps // 4) == 0:
-            log.append({"eval_loss": 0.42 + 1.8 * math.exp(-step / 30), "epoch": 2 * step / steps, "step": step})
+            log.append({"eval_loss": 0.42 + 1.8 * math.exp(-step / 30)} | place)
     log.append({"train_runtime": 4821.7, "train_loss": 0.6123, "epoch": 2.0, "step": steps})
     return {"global_step": steps, "epoch": 2.0, "log_history": log}
 
@@ -145,34 +109,18 @@ def _settings(task: str, learning_rate: float) -> dict:
             "learning_rate": learning_rate,
             "batch_size": 64,
             "num_crops": 16,
-            "wd": 0.0,
+            "dataloader_num_workers": 4,
             "bf16": True,
+            "hub_model_id": None,
         },
     }
 
 
-def _pictures(task: str, number: int) -> list[Image.Image]:
-    chance = random.Random(number)
-    size, count = {
-        "DocVQA": ((850, 1100), 1),
-        "Hateful Memes": ((550, 400), 1),
-        "NLVR2": ((640, 480), 2),
-        "UCF-101": ((320, 240), 8),
-    }[task]
-    return [_picture(size, chance, page=task == "DocVQA") for _ in range(count)]
-
-
-def _picture(size: tuple[int, int], chance: random.Random, page: bool) -> Image.Image:
-    width, height = size
-    if page:
-        picture = Image.new("L", size, 250)
-        draw = ImageDraw.Draw(picture)
-        for line in range(60, height - 60, 34):
-            draw.line((70, line, 70 + chance.randint(100, width - 140), line), fill=chance.randint(20, 110), width=9)
-        return picture
-    picture = Image.new("RGB", size, tuple(chance.randint(120, 220) for _ in range(3)))
+def _picture(key: str) -> Image.Image:
+    chance = random.Random(key)
+    picture = Image.new("RGB", (640, 480), tuple(chance.randint(120, 220) for _ in range(3)))
     draw = ImageDraw.Draw(picture)
     for _ in range(6):
-        x, y, radius = chance.randint(0, width), chance.randint(0, height), chance.randint(20, height // 3)
+        x, y, radius = chance.randint(0, 640), chance.randint(0, 480), chance.randint(20, 160)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(chance.randint(30, 230) for _ in range(3)))
     return picture

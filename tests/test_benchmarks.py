@@ -17,7 +17,7 @@ from benchmarks.pages import SHAPES, draw_pages, find_pages
 from common.data.samples import TrainingData
 from common.phi3v import Phi3VImageProcessor
 from common.phi3v.image_processing import to_crop_grid
-from tools.results_page import load_published
+from tools.runs import load_published
 
 
 def run(name, out, *flags):

@@ -4,6 +4,7 @@ import json
 import sqlite3
 
 import pytest
+from forked import finetune_forked
 from runs import finetune, write_docvqa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,7 +16,8 @@ FIGURES = ("loss", "learning_rate", "grad_norm", "images_per_second", "tokens_pe
 def train(tmp_path, report_to):
     """Train for two steps and return the run's folder, what it logged, and its ANLS before and after."""
     output = tmp_path / "run"
-    finetune(write_docvqa(tmp_path, train=8), output, processes=1, max_steps=2, deepspeed="none", report_to=report_to)
+    run = finetune if report_to == "trackio" else finetune_forked  # Trackio reads its folder from the environment
+    run(write_docvqa(tmp_path, train=8), output, processes=1, max_steps=2, deepspeed="none", report_to=report_to)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     scores = [json.loads((output / f"eval_{when}.json").read_text())["anls"] for when in ("before", "after")]
     return output, [entry for entry in history if "loss" in entry], scores

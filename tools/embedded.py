@@ -14,24 +14,24 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from assets.draw_samples import draw_samples
 
-from .runs import METHOD_FLAGS, TASKS, RunFailed, read_results, run_on_cpu, torchrun_command
+from .runs import METHOD_FLAGS, TASKS, RunFailed, Usage, read_results, run_command, torchrun_command
 
 MODEL = "assets/tiny_phi3v"
 PROCESSES = 2
 
 # Flags of each task, which override those of all tasks. A dict gives the value by method; other methods omit the flag.
-ALL_TASKS = {"num_crops": 1, "batch_size": 8, "batch_size_per_gpu": 4, "warmup_steps": 10, "logging_steps": 10}
-ALL_TASKS |= {"max_new_tokens": 16}
-SETTINGS = {
-    "docvqa": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 5e-4, "qlora": 5e-4}},
-    "hateful_memes": {"num_train_epochs": 1, "learning_rate": 5e-4},
-    "nlvr2": {"num_train_epochs": 1, "learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 7e-4, "qlora": 7e-4}}
-    | {f"{part}_learning_rate": {"full": 3e-5, "lora": 3e-5, "qlora": 3e-5} for part in ("vision", "projector")}
-    | {"warmup_steps": 15},
-    "ucf101": {"num_train_epochs": 2, "learning_rate": {"full": 4e-4, "frozen": 4e-4, "lora": 7e-4, "qlora": 7e-4}}
+ALL_TASKS = {"num_crops": 1, "batch_size": 8, "batch_size_per_gpu": 4, "num_train_epochs": 1, "warmup_steps": 10}
+ALL_TASKS |= {"max_new_tokens": 16, "logging_steps": 10}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "docvqa": {"learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 5e-4, "qlora": 5e-4}},
+    "hateful_memes": {"learning_rate": 5e-4},
+    "nlvr2": {"learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 7e-4, "qlora": 7e-4}, "warmup_steps": 15}
+    | {f"{part}_learning_rate": {"full": 3e-5, "lora": 3e-5, "qlora": 3e-5} for part in ("vision", "projector")},
+    "ucf101": {"learning_rate": {"full": 4e-4, "frozen": 4e-4, "lora": 7e-4, "qlora": 7e-4}, "num_train_epochs": 2}
     | {f"{part}_learning_rate": {"full": 4e-5, "lora": 4e-5, "qlora": 4e-5} for part in ("vision", "projector")}
     | {"batch_size": 4, "batch_size_per_gpu": 2},
 }
@@ -42,30 +42,20 @@ SMOKE_SETTINGS |= {"logging_steps": 1}
 SMOKE_COUNTS = {"docvqa": (4, 2), "hateful_memes": (12, 8), "nlvr2": (3, 2), "ucf101": (1, 1)}
 
 
-def prepare_data(task: str, output_dir: Path, smoke: bool = False) -> None:
-    """Generate a task's sample data in a folder next to ``output_dir``; for UCF-101, also convert the clips."""
-    drawn = drawn_dir(output_dir)
+def run_embedded(task: str, method: str, output_dir: Path, flags: list[str], smoke: bool = False) -> Usage:
+    """Generate a task's sample data in a folder next to ``output_dir``, and run :func:`embedded_command` on it."""
+    drawn = output_dir.with_name(f"{output_dir.name}-data")
     shutil.rmtree(drawn, ignore_errors=True)
     draw_samples(task, drawn, *(SMOKE_COUNTS[task] if smoke else ()))
     if task == "ucf101":
-        paths = [
-            "--source",
-            str(drawn / "UCF101_subset"),
-            "--out_dir",
-            str(drawn / "converted"),
-            "--num_frames",
-            str(NUM_FRAMES),
-        ]
-        run_on_cpu(["python", "convert_ucf101.py", *paths, "--no-tqdm"])
-
-
-def drawn_dir(output_dir: Path) -> Path:
-    """Return the folder of the sample data for the run in ``output_dir``."""
-    return output_dir.with_name(f"{output_dir.name}-data")
+        paths = ["--source", str(drawn / "UCF101_subset"), "--out_dir", str(drawn / "converted")]
+        run_command(["python", "convert_ucf101.py", *paths, "--num_frames", str(NUM_FRAMES), "--no-tqdm"])
+    command = embedded_command(task, method, output_dir, flags, smoke)
+    return run_command(command, CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 
 
 def embedded_command(task: str, method: str, output_dir: Path, flags: list[str], smoke: bool = False) -> list[str]:
-    """Return the command that runs a task's script with the tiny checkpoint on the data of :func:`prepare_data`.
+    """Return the command that runs a task's script with the tiny checkpoint on sample data.
 
     Parameters
     ----------
@@ -78,26 +68,21 @@ def embedded_command(task: str, method: str, output_dir: Path, flags: list[str],
     smoke : bool
         Use as few steps as possible.
     """
-    data_dir = drawn_dir(output_dir) / ("converted" if task == "ucf101" else "")
-    paths = ["--model_name_or_path", MODEL, "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
-    settings = []
+    data_dir = output_dir.with_name(f"{output_dir.name}-data") / ("converted" if task == "ucf101" else "")
+    words = ["--model_name_or_path", MODEL, "--data_dir", str(data_dir), "--output_dir", str(output_dir), *flags]
     for name, value in (ALL_TASKS | SETTINGS[task] | (SMOKE_SETTINGS if smoke else {})).items():
         value = value.get(method) if isinstance(value, dict) else value
-        settings += [f"--{name}", str(value)] if value is not None else []
-    return torchrun_command(task, [*paths, *flags, *settings], PROCESSES)
+        words += [f"--{name}", str(value)] if value is not None else []
+    return torchrun_command(task, words, PROCESSES)
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--smoke`` and ``--no-tqdm`` (as ``run_flags``), shared by the tools that run on sample data."""
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
+    """Add the flags that the tools for several runs share: ``--smoke``, ``--no-tqdm`` (as ``run_flags``) and the folders."""
     parser.add_argument("--smoke", action="store_true", help="smoke test with a few samples and steps")
-    parser.add_argument(
-        "--no-tqdm",
-        dest="run_flags",
-        action="store_const",
-        const=["--no-tqdm"],
-        default=[],
-        help="print plain lines instead of progress bars",
-    )
+    what = "print plain lines instead of progress bars"
+    parser.add_argument("--no-tqdm", dest="run_flags", action="store_const", const=["--no-tqdm"], default=[], help=what)
+    parser.add_argument("--output_dir", type=Path, default=output_dir, help="parent of the runs (default: %(default)s)")
+    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
 
 
 def main() -> None:
@@ -105,13 +90,13 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS, help="task to finetune on")
     parser.add_argument("--method", choices=METHOD_FLAGS, default="full", help="finetuning method (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, help="output directory (default: output/demo-TASK)")
-    add_run_flags(parser)
+    parser.add_argument("--smoke", action="store_true", help="smoke test with a few samples and steps")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     args = parser.parse_args()
     output_dir = args.output_dir or Path("output") / f"demo-{args.task}"
     flags = METHOD_FLAGS[args.method]
     try:
-        prepare_data(args.task, output_dir, args.smoke)
-        usage = run_on_cpu(embedded_command(args.task, args.method, output_dir, [*flags, *args.run_flags], args.smoke))
+        usage = run_embedded(args.task, args.method, output_dir, flags + ["--no-tqdm"] * (not args.tqdm), args.smoke)
     except RunFailed as error:
         sys.exit(f"error: {error}")
     found = read_results(output_dir)

@@ -12,7 +12,6 @@ A row that already has a file in results/ is skipped. An interrupted row resumes
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -22,14 +21,31 @@ from typing import Any
 
 import torch
 
-from common.runtime import write_file
+from common.runtime import InputError, read_json, write_file
 
-from .embedded import PROCESSES, add_run_flags, embedded_command, prepare_data
-from .results_page import METHOD_TITLES, compares, load_published, percent, render_page, scientific
-from .runs import METHOD_FLAGS, RunFailed, read_results, run_command, run_on_cpu, torchrun_command
+from .embedded import PROCESSES, add_run_flags, embedded_command, run_embedded
+from .runs import (
+    METHOD_FLAGS,
+    METHOD_TITLES,
+    RunFailed,
+    load_published,
+    markdown_table,
+    read_results,
+    run_command,
+    torchrun_command,
+    write_page,
+)
 
 PUBLISHED_GPUS = 8
 SAVE_STEPS = 200  # an interrupted row loses at most this many steps
+OTHERS = """
+
+## Results with other models
+
+These runs use the hyperparameters of a row with a different model, so they cannot be compared with the published row. Those of
+the tiny checkpoint, on generated sample data, **say nothing about the real models or datasets**.
+
+"""
 
 
 def parse_args(published: dict[str, Any]) -> argparse.Namespace:
@@ -43,22 +59,16 @@ def parse_args(published: dict[str, Any]) -> argparse.Namespace:
     what.add_argument("--list", action="store_true", help="print the rows of the task, or of all tasks")
     what.add_argument("--render", action="store_true", help="only regenerate the results page")
     parser.add_argument("--dry_run", action="store_true", help="print the torchrun command without running it")
-    parser.add_argument(
-        "--model_name_or_path", help="a different model than the published row's; its result is listed separately"
-    )
+    parser.add_argument("--model_name_or_path", help="another model than the published row's; its result is listed separately")
     parser.add_argument("--nproc_per_node", type=int, help="number of processes (default: as many GPUs as divide the batch)")
     parser.add_argument("--embedded", action="store_true", help="use the tiny checkpoint and generated sample data, on a CPU")
-    add_run_flags(parser)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("output/reproduce"), help="parent of the runs (default: %(default)s)"
-    )
-    parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
+    add_run_flags(parser, Path("output/reproduce"))
     args = parser.parse_args()
     if args.task is None and not (args.list or args.render):
         parser.error("missing task, expected one of: " + ", ".join(published))
-    if args.row is not None and args.row not in published[args.task]["rows"]:
+    if args.row is not None and args.row not in (rows := published[args.task]["rows"]):
         none = "".join(f" ({method}: none published)" for method in published[args.task]["none_published"])
-        parser.error(f"{args.task} has no row {args.row!r}{none}; expected one of: {', '.join(published[args.task]['rows'])}")
+        parser.error(f"{args.task} has no row {args.row!r}{none}; expected one of: {', '.join(rows)}")
     if args.smoke and not args.embedded:
         parser.error("--smoke requires --embedded")
     if args.embedded and (args.model_name_or_path or args.nproc_per_node):
@@ -71,56 +81,45 @@ def count_processes(wanted: int | None, batch_size: int, dry_run: bool) -> int:
 
     Raises
     ------
-    ValueError
-        If there are no GPUs, or fewer than wanted, or the wanted number does not divide the batch size.
+    InputError
+        If too few GPUs are available, or the wanted number does not divide the batch size.
     """
     gpus = torch.cuda.device_count()
-    if wanted is not None and (wanted < 1 or batch_size % wanted):
-        raise ValueError(f"--nproc_per_node {wanted} does not divide the published batch size of {batch_size}")
-    if wanted is not None and (dry_run or wanted <= gpus):
-        return wanted
-    if gpus == 0 and dry_run:
-        print(f"# no GPU is available: this is the command for {PUBLISHED_GPUS} GPUs")
-        return PUBLISHED_GPUS
-    if gpus == 0:
-        raise ValueError(
-            "no GPU is available, but a published row requires one: --dry_run prints the command, --embedded runs the same "
-            "steps with the tiny checkpoint on a CPU"
-        )
-    if wanted is not None:
-        raise ValueError(f"--nproc_per_node {wanted}: only {gpus} GPU(s) are available; --dry_run prints the command for more")
-    processes = max(count for count in range(1, gpus + 1) if batch_size % count == 0)
-    if processes < gpus:
-        print(f"# using {processes} of {gpus} GPUs: no larger number divides the batch size of {batch_size}")
+    available = range(1, (gpus or PUBLISHED_GPUS) + 1)
+    processes = max(count for count in available if batch_size % count == 0) if wanted is None else wanted
+    if processes < 1 or batch_size % processes:
+        raise InputError(f"{processes} does not divide the published batch size of {batch_size}", "--nproc_per_node")
+    if processes > gpus and not dry_run:
+        remedy = "--dry_run prints the command, --embedded runs the same steps with the tiny checkpoint on a CPU"
+        raise InputError(f"{processes} processes need as many GPUs, but {gpus} are available: {remedy}", "--nproc_per_node")
+    print(f"# {processes} processes, one per GPU; {gpus} GPUs are available")
     return processes
 
 
-def method_flags(row: dict[str, Any]) -> list[str]:
-    """Return a row's flags for the method and the precision; without ``--bf16`` a GPU trains in fp16."""
-    flags = [*METHOD_FLAGS[row["method"]], *(["--bf16"] if row["precision"] == "bf16" else [])]
-    if "lora_rank" in row:
-        flags += ["--lora_rank", str(row["lora_rank"]), "--lora_alpha_ratio", f"{row['lora_alpha'] / row['lora_rank']:g}"]
-    return flags
-
-
 def row_command(task: str, table: dict[str, Any], row: dict[str, Any], output_dir: Path, args: argparse.Namespace) -> list[str]:
-    """Return the command that runs a row; the script adapts gradient accumulation to the number of processes.
-
-    Raises
-    ------
-    ValueError
-        If the row cannot be run on this machine.
-    """
-    # The last checkpoint is kept, to resume from it when the row is started again.
-    saving = ["--save_strategy", "steps", "--save_steps", str(10 if args.embedded else SAVE_STEPS), "--save_total_limit", "1"]
-    flags = [*method_flags(row), *saving, "--resume_from_checkpoint", "auto", *args.run_flags]
+    """Return the command that runs a row; the script adapts gradient accumulation to the number of processes."""
+    flags = row_flags(row, args)
     if args.embedded:
         return embedded_command(task, row["method"], output_dir, flags, args.smoke)
-    model = args.model_name_or_path or table["model"]
-    paths = ["--model_name_or_path", model, "--output_dir", str(output_dir), *table["flags"]]
+    paths = [
+        "--model_name_or_path",
+        args.model_name_or_path or table["model"],
+        "--output_dir",
+        str(output_dir),
+        *table["flags"],
+    ]
     rates = ["--learning_rate", scientific(row["learning_rate"]), "--num_train_epochs", str(row["num_train_epochs"])]
     processes = count_processes(args.nproc_per_node, table["batch_size"], args.dry_run)
     return torchrun_command(task, [*paths, "--batch_size", str(table["batch_size"]), *rates, *flags], processes)
+
+
+def row_flags(row: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Return a row's flags for the method, precision and resuming; without ``--bf16`` a GPU trains in fp16."""
+    flags = [*METHOD_FLAGS[row["method"]], *(["--bf16"] if row["precision"] == "bf16" else [])]
+    if "lora_rank" in row:
+        flags += ["--lora_rank", str(row["lora_rank"]), "--lora_alpha_ratio", f"{row['lora_alpha'] / row['lora_rank']:g}"]
+    flags += ["--save_strategy", "steps", "--save_steps", str(10 if args.embedded else SAVE_STEPS), "--save_total_limit", "1"]
+    return [*flags, "--resume_from_checkpoint", "auto", *args.run_flags]
 
 
 def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespace) -> None:
@@ -130,7 +129,7 @@ def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespac
     ------
     RunFailed
         If the task's script fails.
-    ValueError
+    InputError
         If the row cannot be run on this machine.
     """
     row = table["rows"][name]
@@ -146,60 +145,84 @@ def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespac
         print(shlex.join(command))
         return
     if args.embedded:
-        prepare_data(task, output_dir, args.smoke)
-        run_on_cpu(command)
+        run_embedded(task, row["method"], output_dir, row_flags(row, args), args.smoke)
     else:
         run_command(command)
     record = {"task": task, "row": name, "embedded": args.embedded, **read_results(output_dir)}
-    if compares(record):
+    if compares(record, table):
         record["published_upstream"] = row["published"]
     write_file(result, record)
-    write_page(args.results_dir)
+    write_page(args.results_dir, "README.md", render(args.results_dir))
     for checkpoint in output_dir.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # several times the size of the model, and no longer needed
     print(f"{task} {name}: {describe(record, table)}\nWrote {result} and {args.results_dir}/README.md", flush=True)
 
 
+def compares(record: dict[str, Any], table: dict[str, Any]) -> bool:
+    """Whether a result is comparable with the published value: it uses the real data and the published model."""
+    return not record["embedded"] and record["base_model"] == table["model"]
+
+
 def describe(record: dict[str, Any], table: dict[str, Any]) -> str:
     """Summarize a row's result, with the published value if the two can be compared."""
-    metric = table["metric"]
-    measured = f"{metric} {percent(table, record['after'][metric])} (before: {percent(table, record['before'][metric])})"
-    if not compares(record):
-        what = "sample data" if record["embedded"] else record["base_model"]
-        return f"{measured}, {what}: no published value to compare with"
-    difference = 100 * record["after"][metric] - record["published_upstream"]
-    return f"{measured}, published upstream {record['published_upstream']:.{table['decimals']}f}: {difference:+.2f} points"
+    before, after = (100 * record[when][table["metric"]] for when in ("before", "after"))
+    measured = f"{table['metric']} {after:.2f} (before: {before:.2f})"
+    if "published_upstream" not in record:
+        return f"{measured}; no published value to compare with"
+    return f"{measured}, published upstream {record['published_upstream']}: {after - record['published_upstream']:+.2f} points"
 
 
-def write_page(results_dir: Path) -> None:
-    """Regenerate the results page from the rows' files in the same folder."""
-    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results_dir.glob("*.json"))}
-    records = {name: content for name, content in contents.items() if "row" in content}
-    write_file(results_dir / "README.md", render_page(records))
-
-
-def list_rows(tables: dict[str, Any]) -> str:
-    """List all rows with their settings and published values."""
-    lines = []
+def accuracy_tables(tables: dict[str, Any], links: dict[tuple[str, str], str]) -> str:
+    """Render the published tables with the measured values in ``links``, by task and row."""
+    parts = []
     for task, table in tables.items():
-        lines.append(f"{table['title']}: {table['metric_title']} in percent, {table['model']}, batch {table['batch_size']}")
+        lines = []
         for name, row in table["rows"].items():
-            rank = f", rank {row['lora_rank']}, alpha {row['lora_alpha']}" if "lora_rank" in row else ""
-            settings = f"lr {scientific(row['learning_rate'])}, {row['num_train_epochs']} epochs{rank}"
-            method = f"{METHOD_TITLES[row['method']]}, {row['precision']}"
-            lines.append(f"  {task} --row {name:<11} {row['published']:.{table['decimals']}f}  {method:<25} {settings}")
-        lines += [f"  {method}: none published" for method in table["none_published"]]
-    return "\n".join(lines)
+            lora = f"{row['lora_rank']} / {row['lora_alpha']}" if "lora_rank" in row else "–"
+            cells = [f"`{name}`", METHOD_TITLES[row["method"]], row["precision"], lora, scientific(row["learning_rate"])]
+            value = f"{row['published']:.{table['decimals']}f}"
+            lines.append([*cells, row["num_train_epochs"], value, links.get((task, name), "not measured")])
+        lines += [["", method, "", "", "", "", "none published", "not measured"] for method in table["none_published"]]
+        metric = table["metric_title"]
+        parts += [f"## {table['title']}", f"Model `{table['model']}`, batch size {table['batch_size']}; {metric} in percent."]
+        header = ["`--row`", "method", "precision", "LoRA rank / α", "learning rate", "epochs"]
+        parts.append(markdown_table([*header, f"{metric}, published upstream", f"{metric}, measured here"], lines))
+    return "\n\n".join(parts)
+
+
+def render(results_dir: Path) -> str:
+    """Render the tables of the results page from the rows' files in its folder."""
+    contents = {path.name: read_json(path, "delete it") for path in sorted(results_dir.glob("*.json"))}
+    tables = load_published()["accuracy"]
+    links, others = {}, []
+    for name, record in contents.items():
+        if "row" not in record:
+            continue
+        table, where = tables[record["task"]], f"{record['hardware']}, {record['date'][:10]}"
+        if compares(record, table):
+            value = f"{100 * record['after'][table['metric']]:.{table['decimals']}f}"
+            links[record["task"], record["row"]] = f"[{value}]({name}) ({where})"
+        else:
+            scores = [f"{record[when][record['metric']]:.4f}" for when in ("before", "after")]
+            row = f"[{record['task']} {record['row']}]({name})"
+            others.append([row, f"`{record['base_model']}`", record["metric"], *scores, where])
+    header = ["row", "model", "metric", "before", "after", "hardware"]
+    return accuracy_tables(tables, links) + (OTHERS + markdown_table(header, others) if others else "")
+
+
+def scientific(rate: float) -> str:
+    """Format a learning rate as ``5e-6``."""
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def main() -> None:
     tables = load_published()["accuracy"]
     args = parse_args(tables)
     if args.list:
-        print(list_rows({args.task: tables[args.task]} if args.task else tables))
+        print(accuracy_tables({args.task: tables[args.task]} if args.task else tables, {}))
         return
     if args.render:
-        write_page(args.results_dir)
+        write_page(args.results_dir, "README.md", render(args.results_dir))
         return
     table = tables[args.task]
     failed = []
@@ -209,7 +232,7 @@ def main() -> None:
         except RunFailed as error:
             print(f"error: {args.task} {name}: {error}", file=sys.stderr, flush=True)
             failed.append(name)
-        except ValueError as error:
+        except InputError as error:
             sys.exit(f"error: {error}")
     if failed:
         sys.exit(f"error: {args.task}: {', '.join(failed)} failed; run the same command again to resume")

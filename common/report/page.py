@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -14,13 +15,13 @@ from common.data.conversations import pictures
 from common.data.pictures import decode_picture
 from common.runtime import InputError, replacing, write_file
 
-from .charts import DASHES, SERIES, curve_charts
-from .figures import class_table, confusions, evaluation_charts, facts, metric_table, outcomes
-from .gallery import GROUPS, gallery, save_gallery_images, select_gallery
-from .run import Run, read_run
+from .charts import curve_charts
+from .figures import MOST_CLASSES, class_table, confusions, evaluation_charts, facts, metric_table
+from .gallery import group_samples, samples, save_gallery_images, select_gallery
+from .run import RIGHT, Run, read_run
 
 
-def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
+def write_report(output_dir: str | os.PathLike[str], path: str | os.PathLike[str] | None = None) -> Path:
     """Write the report of a run, and its curves as PNG files to `curves/` in the run directory.
 
     Parameters
@@ -43,37 +44,32 @@ def write_report(output_dir: str | os.PathLike, path: str | os.PathLike | None =
         If a file is invalid; the message names it.
     """
     run = read_run(output_dir)
-    path = Path(path) if path else run.directory / "report.html"
     curves = curve_charts({"training": run.log})
     for chart in curves:
         with replacing(run.directory / "curves" / f"{chart.name}.png") as temporary:
             chart.save_png(temporary)
-    groups = select_gallery(run.before, run.after)
-    page = (
-        _environment()
-        .get_template("run.html.j2")
-        .render(
-            run=run,
-            title=run.settings.get("task") or run.directory.resolve().name,
-            subtitle=" · ".join(run.settings[key] for key in ("base_model", "method") if key in run.settings),
-            figures=metric_table(run),
-            facts=facts(run),
-            outcomes=outcomes(run),
-            curves=curves,
-            charts=evaluation_charts(run),
-            classes=class_table(run),
-            confusions=confusions(run),
-            gallery=gallery(run, groups),
-            groups={group: GROUPS[group] for group, ids in groups.items() if ids},
-            settings=_settings(run),
-            date=_date(run),
-        )
+    evaluations = list(run.predictions.values())
+    answers = {when.capitalize(): predictions for when, predictions in run.predictions.items()}
+    return _write_page(
+        Path(path) if path else run.directory / "report.html",
+        "run.html.j2",
+        run=run,
+        title=run.settings.get("task") or run.directory.resolve().name,
+        date=_date(run),
+        metrics=metric_table(run),
+        facts=facts(run),
+        outcomes=group_samples(evaluations) if len(evaluations) == 2 else {},
+        charts=evaluation_charts(run),
+        curves=curves,
+        classes=class_table(run),
+        confusions=confusions(run),
+        most_classes=MOST_CLASSES,
+        samples=samples(select_gallery(evaluations), answers, [run.directory]),
+        settings=_settings(run),
     )
-    write_file(path, page)
-    return path
 
 
-def report_run(output_dir: Path, conversation_of: Callable[[int], dict]) -> None:
+def report_run(output_dir: Path, conversation_of: Callable[[int], dict[str, Any]]) -> None:
     """Write the report at the end of a run, with the images of its samples.
 
     Parameters
@@ -86,12 +82,11 @@ def report_run(output_dir: Path, conversation_of: Callable[[int], dict]) -> None
         run = read_run(output_dir)
         rows: dict[str, int] = {}
         for row, entry in enumerate(run.after["predictions"]):
-            rows.setdefault(entry["id"], row)  # if an id occurs several times, the report uses the first row
-        selected = select_gallery(run.before, run.after)
+            rows.setdefault(str(entry["id"]), row)  # if an id occurs several times, the report uses the first row
         save_gallery_images(
             output_dir,
             lambda key: [decode_picture(picture) for picture in pictures(conversation_of(rows[key]))],
-            [key for keys in selected.values() for key in keys],
+            [key for keys in select_gallery(list(run.predictions.values())).values() for key in keys],
         )
         print(f"report saved as {write_report(output_dir)}")
     except Exception as error:  # model and results are saved, and the report can be created later
@@ -101,8 +96,8 @@ def report_run(output_dir: Path, conversation_of: Callable[[int], dict]) -> None
         )
 
 
-def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.PathLike) -> Path:
-    """Write a comparison of several runs: metrics, settings that differ, and training curves in common charts.
+def write_comparison(directories: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Path:
+    """Write a comparison of several runs: metrics, settings that differ, training curves, and answers to the same samples.
 
     Parameters
     ----------
@@ -122,82 +117,63 @@ def write_comparison(directories: Sequence[str | os.PathLike], path: str | os.Pa
         See `write_report`.
     """
     runs = [read_run(directory) for directory in directories]
-    names = _names(runs)
-    settings = _rows([_flat(_settings(run)) for run in runs])
-    page = (
-        _environment()
-        .get_template("comparison.html.j2")
-        .render(
-            names=names,
-            runs=runs,
-            figures=[metric_table(run) for run in runs],
-            facts=_rows([facts(run) for run in runs]),
-            different={key: values for key, values in settings.items() if len(set(values)) > 1},
-            same={key: values[0] for key, values in settings.items() if len(set(values)) == 1},
-            curves=curve_charts({name: run.log for name, run in zip(names, runs, strict=True)}),
-            colours=len(SERIES),
-            dashes=DASHES,
-        )
+    places = [run.directory.resolve() for run in runs]
+    if len(set(places)) < len(places):
+        raise InputError(f"{places[0]} and other runs are the same directory; pass each run only once")
+    parent = os.path.commonpath(places)
+    named = {os.path.relpath(place, parent): run for place, run in zip(places, runs, strict=True)}
+    answers = {name: run.predictions["after"] for name, run in named.items() if "after" in run.predictions}
+    with_images = {key for run in runs for keys in select_gallery(list(run.predictions.values())).values() for key in keys}
+    settings = [
+        {(group, key): value for group, values in _settings(run).items() for key, value in values.items()} for run in runs
+    ]
+    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    rows = {key: [of_run.get(key, "—") for of_run in settings] for key in keys}
+    return _write_page(
+        Path(path),
+        "comparison.html.j2",
+        title=f"{len(runs)} runs compared",
+        date="",
+        runs=named,
+        metrics={name: metric_table(run) for name, run in named.items()},
+        facts=[facts(run) for run in runs],
+        different={key: values for key, values in rows.items() if len(set(values)) > 1},
+        same={key: values[0] for (_, key), values in rows.items() if len(set(values)) == 1},
+        curves=curve_charts({name: run.log for name, run in named.items()}),
+        samples=samples(select_gallery(list(answers.values()), with_images), answers, places) if len(answers) > 1 else [],
     )
-    write_file(Path(path), page)
-    return Path(path)
 
 
-def _date(run: Run) -> str | None:
-    try:
-        return datetime.fromisoformat(run.settings["date"]).strftime("%d %B %Y, %H:%M %Z").strip()
-    except (KeyError, TypeError, ValueError):
-        return run.settings.get("date")
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    """Return the shortest path suffixes that distinguish the run directories."""
-    parts = [run.directory.resolve().parts for run in runs]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise InputError(f"{runs[0].directory} and other runs are the same directory; pass each run only once")
-
-
-def _settings(run: Run) -> dict[str, dict[str, str]]:
-    """Return the settings as text, in named groups, without those that the report shows elsewhere."""
-    groups = {"Run": {}}
-    for key, value in run.settings.items():
-        name = key.replace("_", " ").capitalize()
-        if isinstance(value, dict):
-            groups[name] = {inner: _text(setting) for inner, setting in value.items()}
-        elif key not in ("command", "date"):
-            groups["Run"][name] = _text(value)
-    return {name: group for name, group in groups.items() if group}
-
-
-def _flat(groups: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Return the settings of all groups. The group is added to names that occur in several groups."""
-    counts = Counter(key for group in groups.values() for key in group)
-    return {
-        key if counts[key] == 1 else f"{key} ({name.lower()})": value
-        for name, group in groups.items()
-        for key, value in group.items()
-    }
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _rows(columns: Sequence[dict[str, str]]) -> dict[str, list[str]]:
-    """Return the values of each key in all columns, with a dash for missing values."""
-    keys = dict.fromkeys(key for column in columns for key in column)
-    return {key: [column.get(key, "—") for column in columns] for key in keys}
-
-
-def _environment() -> jinja2.Environment:
-    # All texts may come from a model or a dataset, so everything except the charts is escaped.
-    return jinja2.Environment(
+def _write_page(path: Path, template: str, **content: Any) -> Path:
+    # All texts may come from a model or a dataset, so everything is escaped.
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    write_file(path, environment.get_template(template).render(**content, right=RIGHT))
+    return path
+
+
+def _date(run: Run) -> str:
+    date = str(run.settings.get("date", ""))
+    try:
+        return datetime.fromisoformat(date).strftime("%d %B %Y, %H:%M %Z").strip()
+    except ValueError:
+        return date
+
+
+def _settings(run: Run) -> dict[str, dict[str, str]]:
+    """Return the settings as text, in groups: hyperparameters that the command names, then the others, without empty ones."""
+    given = re.findall(r"--([\w-]+)", str(run.settings.get("command")))
+    names = ("Run", "Set on the command line", "Versions", "Other hyperparameters")
+    groups: dict[str, dict[str, str]] = {name: {} for name in names}
+    for key, value in run.settings.items():
+        for name, setting in (value if isinstance(value, dict) else {key: value}).items():
+            hyperparameters = "Set on the command line" if name in given else "Other hyperparameters"
+            group = {"hyperparameters": hyperparameters, "versions": "Versions"}.get(key, "Run")
+            if setting is not None and key not in ("command", "date"):
+                groups[group][name] = setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
+    return {name: group for name, group in groups.items() if group}

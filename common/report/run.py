@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,26 +25,29 @@ RIGHT = 0.5  # minimum score of an answer that counts as right; lower ANLS score
 
 @dataclass
 class Run:
-    """The contents of a run directory.
-
-    `before` and `after` are the evaluations, `state` is the state of the Trainer, `results` its final metrics, and `settings`
-    the contents of `run.json`. A missing file is an empty dict, and its name is a key of `missing`.
-    """
+    """The contents of a run directory: one attribute per entry of `FILES`, empty if the file is missing."""
 
     directory: Path
-    before: dict
-    after: dict
-    state: dict
-    results: dict
-    settings: dict
-    missing: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    state: dict[str, Any]
+    results: dict[str, Any]
 
     @property
-    def metric(self) -> str | None:
-        return (self.after or self.before).get("metric")
+    def missing(self) -> dict[str, str]:
+        """The missing files, and what the report lacks without each of them."""
+        contents = (self.settings, self.before, self.after, self.state, self.results)
+        return {name: lacking for (name, lacking), content in zip(FILES.items(), contents, strict=True) if not content}
 
     @property
-    def log(self) -> list[dict]:
+    def predictions(self) -> dict[str, list[dict[str, Any]]]:
+        """The predictions of the evaluations that have some, with the keys `before` and `after`."""
+        evaluations = {"before": self.before, "after": self.after}
+        return {when: found["predictions"] for when, found in evaluations.items() if found.get("predictions")}
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
         return self.state.get("log_history", [])
 
 
@@ -81,7 +84,7 @@ def write_run(
     """
     if not is_main_process():
         return
-    run = {
+    run: dict[str, Any] = {
         "task": task,
         "command": launch_command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -109,22 +112,13 @@ def launch_command() -> str:
     script = shlex.join(sys.argv)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return f"python {script}"
-    processes, nodes = local_world_size(), ""
-    if world_size() > processes:
-        nodes = f"--nnodes={world_size() // processes} "
+    processes = local_world_size()
+    nodes = f"--nnodes={world_size() // processes} " if world_size() > processes else ""
     return f"torchrun --nproc_per_node={processes} {nodes}{script}"
 
 
-def read_run(directory: str | os.PathLike) -> Run:
+def read_run(directory: str | os.PathLike[str]) -> Run:
     """Read a run directory.
-
-    Parameters
-    ----------
-    directory : path
-
-    Returns
-    -------
-    Run
 
     Raises
     ------
@@ -136,34 +130,19 @@ def read_run(directory: str | os.PathLike) -> Run:
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory; pass the --output_dir of a training run")
-    contents = {
-        name: read_json(directory / name, "delete it, or run the training again")
-        for name in FILES
-        if (directory / name).is_file()
-    }
-    if not contents:
+    paths = [directory / name for name in FILES]
+    run = Run(directory, *(read_json(path, "delete it, or run the training again") if path.is_file() else {} for path in paths))
+    if len(run.missing) == len(FILES):
         raise FileNotFoundError(
             f"{directory} contains no file of a run ({', '.join(FILES)}); pass the --output_dir of a training run"
         )
-    for name in contents.keys() & {"eval_before.json", "eval_after.json"}:
-        _check_evaluation(contents[name], directory / name)
-    return Run(
-        directory,
-        before=contents.get("eval_before.json", {}),
-        after=contents.get("eval_after.json", {}),
-        state=contents.get("trainer_state.json", {}),
-        results=contents.get("train_results.json", {}),
-        settings=contents.get("run.json", {}),
-        missing={name: consequence for name, consequence in FILES.items() if name not in contents},
-    )
+    for name, evaluation in (("eval_before.json", run.before), ("eval_after.json", run.after)):
+        if evaluation:
+            _check_evaluation(evaluation, directory / name)
+    return run
 
 
-def predictions_by_id(evaluation: dict | None) -> dict[str, dict]:
-    """Return the predictions by id. If an id occurs several times, its first prediction is used."""
-    return {str(row["id"]): row for row in reversed((evaluation or {}).get("predictions", []))}
-
-
-def _check_evaluation(evaluation: dict, path: Path) -> None:
+def _check_evaluation(evaluation: dict[str, Any], path: Path) -> None:
     metric = evaluation.get("metric")
     if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
         raise InputError(f"'metric' must be the key of a number in the same file, got {metric!r}", str(path))
