@@ -38,7 +38,7 @@ def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     assert said == message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    assert "config.json is not valid JSON" in said
+    assert "config.json: invalid JSON" in said
 
 
 def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data, tmp_path):

@@ -148,7 +148,7 @@ def break_cut_short(data):
 
 def break_json(data):
     (data / "train_v1.0_withQT.json").write_text("{")
-    return "train_v1.0_withQT.json is not valid JSON", "download it again"
+    return "train_v1.0_withQT.json: invalid JSON", "download it again"
 
 
 def break_schema(data):
@@ -196,7 +196,7 @@ def break_text(data):
 def break_character(data):
     path = data / "val_v1.0_withQT.json"
     path.write_text(path.read_text().replace("Which", "\\ud800"))
-    return "val_v1.0_withQT.json is not valid JSON", "surrogates not allowed"
+    return "val_v1.0_withQT.json: invalid JSON", "surrogates not allowed"
 
 
 def break_folder(data):

@@ -164,7 +164,7 @@ def test_a_corrupt_file_is_an_error_that_names_it_and_leaves_the_old_report(tmp_
     make_run(tmp_path, "DocVQA", samples=4, steps=8)
     old = write_report(tmp_path).read_bytes()
     (tmp_path / name).write_text('{"metric": "anls", ')
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is not valid JSON")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: invalid JSON")):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
     assert [path.name for path in tmp_path.glob(".*")] == []
@@ -372,7 +372,7 @@ def test_of_rows_with_one_id_the_gallery_shows_the_first(tmp_path):
 def test_the_tool_says_what_is_wrong(tmp_path, monkeypatch):
     (tmp_path / "run.json").write_text("{")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
-    with pytest.raises(SystemExit, match=re.escape(f"error: {tmp_path / 'run.json'} is not valid JSON")):
+    with pytest.raises(SystemExit, match=re.escape(f"error: {tmp_path / 'run.json'}: invalid JSON")):
         tools.report.main()
 
 

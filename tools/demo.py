@@ -5,7 +5,6 @@ python -m tools.demo --model output/docvqa-lora --server_name 0.0.0.0 --server_p
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from common.data.collator import Collator
 from common.data.conversations import encode_prompt
 from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
-from common.runtime import limit_library_bars
+from common.runtime import limit_library_bars, read_json
 
 ONE_HOUR = 3600
 CSS = """
@@ -119,7 +118,7 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     if adapter and base is None:
         base, revision = find_base(adapter)
     if base is None and (run := Path(name) / "run.json").is_file():
-        described = json.loads(run.read_text(encoding="utf-8"))
+        described = read_json(run, "delete it, or set --base")
         base, revision = described.get("base_model"), described.get("base_revision")
     if base:
         try:

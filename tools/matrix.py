@@ -9,12 +9,11 @@ Results are saved to results/embedded.json after each run. Resume an interrupted
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from common.runtime import write_file
+from common.runtime import read_json, write_file
 
 from .embedded import MODEL, PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, markdown_table
@@ -72,7 +71,7 @@ def main() -> None:
     parser.add_argument("--results_dir", type=Path, default=Path("results"), help="results folder (default: %(default)s)")
     args = parser.parse_args()
     kept = args.results_dir / "embedded.json"
-    records = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    records = read_json(kept, "delete it") if kept.is_file() else {}
     for task in args.tasks:
         for method in args.methods:
             output_dir = args.output_dir / f"{task}-{method}"

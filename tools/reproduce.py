@@ -12,7 +12,6 @@ A row that already has a file in results/ is skipped. An interrupted row resumes
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 
-from common.runtime import write_file
+from common.runtime import read_json, write_file
 
 from .embedded import PROCESSES, add_run_flags, embedded_command, prepare_data
 from .results_page import METHOD_TITLES, compares, load_published, percent, render_page, scientific
@@ -173,7 +172,7 @@ def describe(record: dict[str, Any], table: dict[str, Any]) -> str:
 
 def write_page(results_dir: Path) -> None:
     """Regenerate the results page from the rows' files in the same folder."""
-    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results_dir.glob("*.json"))}
+    contents = {path.name: read_json(path, "measure it again") for path in sorted(results_dir.glob("*.json"))}
     records = {name: content for name, content in contents.items() if "row" in content}
     write_file(results_dir / "README.md", render_page(records))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from common.runtime import read_json
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published.json"
 METHOD_TITLES = {"full": "full", "frozen": "full, frozen vision", "lora": "LoRA", "qlora": "QLoRA"}
@@ -65,7 +66,7 @@ to end, and **say nothing about the real models or datasets**.
 
 def load_published() -> dict[str, Any]:
     """Load the published tables from ``results/published.json``."""
-    return json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return read_json(PUBLISHED, "restore it")
 
 
 def render_page(records: dict[str, dict[str, Any]]) -> str:

@@ -6,9 +6,7 @@ On all processes that see the same files, a function returns the same rows or ra
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -21,7 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
 from pyarrow import json as arrow_json
 
-from common.runtime import InputError, Progress, first_on_each_machine, gather, rank, replacing, say, world_size
+from common.runtime import InputError, Progress, first_on_each_machine, gather, parse_json, rank, replacing, say, world_size
 
 from .conversations import Conversation, check_conversation, conversation_faults, pictures
 from .pictures import Picture, check_picture
@@ -359,21 +357,7 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
     """
     if len(line) > BLOCK_SIZE:
         raise InputError(f"longer than {BLOCK_SIZE:,} bytes: split the conversation", place)
-    try:
-        row = json.loads(line, object_pairs_hook=_reject_duplicate_keys)
-        json.dumps(row, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"invalid JSON ({error}): write one object per line, in UTF-8", place) from None
-    if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, got {type(row).__name__}: write one object per line", place)
-    return row
-
-
-def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(fields)) < len(fields):
-        [(name, _)] = Counter(name for name, _ in fields).most_common(1)
-        raise InputError(f'duplicate key "{name}"')
-    return found
+    return parse_json(line, "write one object per line, in UTF-8", place)
 
 
 def _to_arrow(path: Path, skip_bad: bool = False) -> Path:

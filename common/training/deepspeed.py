@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from common.arguments import uses_adapters
 from common.runtime import InputError, read_json
 
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
+REMEDY = "see common/deepspeed/ for examples"
 
 
 def choose_deepspeed(args: argparse.Namespace) -> str | None:
@@ -27,7 +27,7 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     if not path.is_file():
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DIRECTORY.glob("*.json")))
         raise InputError(f"no such file; use one of {shipped}, or none for plain DDP", f"--deepspeed {path}")
-    config = read_json(path, "see common/deepspeed/ for examples")
+    config = read_json(path, REMEDY)
     if "optimizer" in config:
         raise InputError(
             f'--deepspeed {path} has an "optimizer" section, which would override --optim and all learning rates: '
@@ -60,4 +60,4 @@ def zero_stage(deepspeed: str | None) -> int | None:
 
 def zero_settings(deepspeed: str) -> dict[str, Any]:
     """Return the ``zero_optimization`` section of a DeepSpeed configuration file."""
-    return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})
+    return read_json(Path(deepspeed), REMEDY).get("zero_optimization", {})
