@@ -22,7 +22,7 @@ from pyarrow import json as arrow_json
 from common.runtime import InputError, Progress, first_on_each_machine, gather, parse_json, rank, replacing, say, world_size
 
 from .conversations import Conversation, check_conversation, conversation_faults, pictures
-from .pictures import Picture, check_picture
+from .pictures import Picture, check_picture, picture_path
 from .rows import BadRows, Rows
 
 T = TypeVar("T")
@@ -213,8 +213,11 @@ def load_conversations(
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
-    images = (image_dir / name.as_py() for name in names)
-    if bad := check_pictures(images, bar, len(names), whole=False, skip_bad=skip_bad):
+
+    def check(name: pa.StringScalar) -> None:
+        check_picture(picture_path(image_dir, name.as_py()))
+
+    if bad := _check_all("images", names, check, len(names), bar, skip_bad):
         unusable = {names[index].as_py() for index in bad}
         rows = rows.select([index for index, row in enumerate(rows) if unusable.isdisjoint(picture_names(row))])
 
@@ -292,37 +295,6 @@ def check_rows(
     if not len(rows):
         raise InputError(f"no {name}s are left: the dataset has fewer rows than requested")
     return rows
-
-
-def check_pictures(
-    images: Iterable[Picture], bar: bool = True, count: int | None = None, whole: bool = True, skip_bad: bool = False
-) -> list[int]:
-    """Check that images exist and can be decoded; each process checks its share.
-
-    Parameters
-    ----------
-    images : iterable
-    bar : bool
-        False with ``--no-tqdm``.
-    count : int, optional
-        Number of images, if ``images`` has no length.
-    whole : bool
-        See :func:`~common.data.pictures.check_picture`.
-    skip_bad : bool
-        Return the indices of invalid images instead of raising the first error.
-
-    Returns
-    -------
-    list of int
-        Indices of the invalid images.
-
-    Raises
-    ------
-    InputError
-        For the first invalid image; the message names it.
-    """
-    check = partial(check_picture, whole=whole)
-    return _check_all("images", images, check, len(images) if count is None else count, bar, skip_bad)
 
 
 def _check_all(
