@@ -33,12 +33,16 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
             f'--deepspeed {path} has an "optimizer" section, which would override --optim and all learning rates: '
             "remove that section"
         )
-    if "offload_optimizer" in config.get("zero_optimization", {}) and not args.optim.startswith("adamw_torch"):
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise InputError(f'--deepspeed {path}: "zero_optimization" must be an object with a "stage" from 0 to 3; {REMEDY}')
+    if "offload_optimizer" in zero and not args.optim.startswith("adamw_torch"):
         raise InputError(
             f"--deepspeed {path} offloads the optimizer. DeepSpeed then runs its own AdamW on the CPU and ignores "
             f"--optim {args.optim}: remove --optim, or use a file without offload_optimizer"
         )
-    if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
+    if args.use_qlora and stage == 3:
         raise InputError(
             f"--deepspeed {path} is ZeRO-3, which cannot shard a 4-bit base model; use ZeRO-2 or none with --use_qlora"
         )
