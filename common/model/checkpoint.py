@@ -6,7 +6,6 @@ PyTorch or PEFT would stumble over is checked first, so that a broken file is re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -288,8 +287,8 @@ def first_line(error: Any) -> str:
 
 
 def is_positive(value: Any) -> bool:
-    """Whether a JSON value is a finite number above 0."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Whether a JSON value is a number above 0 that a tensor can hold."""
+    return type(value) in (int, float) and 0 < value < 2**53
 
 
 def _config_faults(config: Phi3VConfig) -> Iterator[str]:
@@ -314,14 +313,15 @@ def _config_faults(config: Phi3VConfig) -> Iterator[str]:
         for key in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
             if not 0 <= (getattr(part, key, 0) or 0) < 1:
                 yield f"{where}{key} must be from 0 to 1, got {getattr(part, key)!r}"
-    if getattr(config, "head_dim", None) not in (None, config.hidden_size // config.num_attention_heads):
+    head_dim = config.hidden_size // config.num_attention_heads
+    if getattr(config, "head_dim", head_dim) != head_dim:
         yield f"head_dim must be hidden_size / num_attention_heads, got {config.head_dim!r}"
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key)
         for token in value if isinstance(value, list) else [value]:
             if token is not None and not 0 <= token < config.vocab_size:
                 yield f"{key} must be from 0 to vocab_size, got {token}"
-    rope, size = config.rope_parameters, config.hidden_size // config.num_attention_heads // 2
+    rope, size = config.rope_parameters, head_dim // 2
     if rope["rope_type"] not in ("default", "longrope"):
         yield f"rope_scaling.type must be su or longrope, got {rope['rope_type']!r}"
     if not is_positive(rope["rope_theta"]) or rope.get("partial_rotary_factor", 1) != 1:
