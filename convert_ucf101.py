@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
+LARGEST_CLIP = 2**30  # bytes; a clip is read into memory
 JPEG_QUALITY = 95
 JPEG_END = b"\xff\xd9"  # missing from a truncated file
 COMMENT_START = "convert_ucf101:"
@@ -115,7 +116,7 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
         found = (path for pattern in ("*/*/*", "*/*/*/*") for path in source.glob(pattern) if path.is_file())
         yield {PurePosixPath(path.relative_to(source).as_posix()): path.read_bytes for path in found}
         return
-    if not source.exists():
+    if not source.is_file():  # opening a FIFO would wait
         raise SourceError(f"--source {source}: no such file or folder")
     with open_archive(source) as archive:
         with blame_archive(source):
@@ -164,6 +165,8 @@ def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
             f"--source {source}: unsafe archive, member {member.name!r} would be extracted outside {out_dir} ({error}); "
             "download the archive from a trusted source"
         ) from error
+    if member.size > LARGEST_CLIP:
+        raise SourceError(f"--source {source}: {member.name!r} has {member.size:,} bytes, which is too large for a clip")
 
 
 def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from common.arguments import training_parser
+from common.data.pictures import picture_path
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.shards import open_hub
@@ -62,7 +63,7 @@ def from_official(data_dir: Path, numbered: tuple[int, dict]) -> dict:
     fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
     if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
         raise InputError('requires "question" and "image" (strings) and "answers" (a nonempty list of nonempty strings)')
-    return make_row(str(entry.get("questionId", number)), str(data_dir / entry["image"]), entry["question"], answers)
+    return make_row(str(entry.get("questionId", number)), picture_path(data_dir, entry["image"]), entry["question"], answers)
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import training_parser
+from common.data.pictures import picture_path
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.shards import open_hub
@@ -62,7 +63,7 @@ def from_hub(row: dict, number: str) -> dict:
 def from_official(data_dir: Path, row: dict) -> dict:
     if not isinstance(row.get("img"), str) or row.get("label") not in (0, 1):
         raise InputError('requires "img" (name of the image) and "label" (0 or 1)')
-    image = str(data_dir / row["img"])
+    image = picture_path(data_dir, row["img"])
     return {"id": str(row.get("id", Path(image).stem)), "image": image, "label": int(row["label"])}
 
 

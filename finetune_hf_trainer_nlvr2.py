@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from common.arguments import training_parser
+from common.data.pictures import picture_path
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.shards import open_hub
@@ -63,8 +64,9 @@ def from_official(data_dir: Path, split: str, row: dict) -> dict:
         raise InputError('requires "sentence" (a string) and "label" ("True" or "False")')
     if split == "train" and "directory" not in row:
         raise InputError('requires "directory", the folder in images/train/ that contains the images')
-    folder = data_dir / "images" / split / (str(row["directory"]) if split == "train" else "")
-    images = [str(folder / f"{identifier.rpartition('-')[0]}-img{side}.png") for side in (0, 1)]
+    folder = f"{row['directory']}/" if split == "train" else ""
+    names = [f"{folder}{identifier.rpartition('-')[0]}-img{side}.png" for side in (0, 1)]
+    images = [picture_path(data_dir / "images" / split, name) for name in names]
     question = QUESTION.format(sentence=sentence)
     return {"id": identifier, "images": images, "question": question, "answer": ANSWERS[str(row["label"])]}
 

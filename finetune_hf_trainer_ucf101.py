@@ -56,6 +56,11 @@ def parse_args():
         help="file in --data_dir; with --streaming, wildcards select several files (default: %(default)s)",
     )
     group.add_argument("--eval_file", help="file in --data_dir (default: ucf101_{--eval_split}.jsonl)")
+    group.add_argument(
+        "--image_dir",
+        type=Path,
+        help="folder that the images' names are relative to and must not leave; / allows all (default: images/ in --data_dir)",
+    )
     return parser.parse_args()
 
 
@@ -63,7 +68,7 @@ def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
     """Return conversations from both files. All rows and images are checked; streamed ones when they are read."""
     train_file = args.data_dir / args.train_file
     eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
-    image_dir = args.data_dir / "images"
+    image_dir = args.image_dir or args.data_dir / "images"
     if args.streaming:
         train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
     else:

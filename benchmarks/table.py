@@ -1,6 +1,5 @@
 """Render the measured and the published results into docs/performance.md: `make bench-table`."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from common.model.loading import base_model
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS
-from common.runtime import write_file
+from common.runtime import read_json, write_file
 from tools.runs import METHOD_TITLES, load_published, markdown_table
 
 from .measure import RESULTS
@@ -49,7 +48,7 @@ def read_results() -> dict[str, list[dict]]:
     """Read all result files, grouped by benchmark."""
     found: dict[str, list[dict]] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8")) | {"file": path.name}
+        result = read_json(path, "measure it again") | {"file": path.name}
         found.setdefault(result["benchmark"], []).append(result)
     return found
 

@@ -12,7 +12,6 @@ runs in a process of its own, and one that fails (for memory, say) is reported a
 
 import argparse
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from common.model.checkpoint import load_processor
 from common.model.loading import base_model, load_model
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import TrainingFlops, peak_flops
+from common.runtime import read_json
 from common.training.start import start
 from common.training.trainer import build_trainer
 
@@ -261,7 +261,7 @@ def measure_apart(args, values, checkpoint, out):
     if run.returncode:
         reason = find_error(run.stdout) or f"exit code {run.returncode}"
         return dict(zip(("method", *DIMENSIONS[1:]), values, strict=True)) | {"error": reason[:300]}
-    return json.loads(out.read_text())["rows"][0]
+    return read_json(out, "measure it again")["rows"][0]
 
 
 def parse_args():

@@ -164,16 +164,31 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     InputError
         If the file is missing or does not contain a JSON object; the message names the file.
     """
+    if not path.is_file():  # opening a FIFO would wait
+        raise InputError(f"{path} is {'not a file' if path.exists() else 'missing'}: {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), remedy, str(path))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error}): {remedy}") from None
+
+
+def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict[str, Any]:
+    """Parse a JSON object; ``place`` is its location, for messages, and otherwise as :func:`read_json`."""
+    try:
+        content = json.loads(text, object_pairs_hook=_reject_duplicate_keys)
         json.dumps(content, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path} is missing: {remedy}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"invalid JSON ({error}): {remedy}", place) from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} must contain a JSON object, got {type(content).__name__}: {remedy}")
+        raise InputError(f"expected a JSON object, got {type(content).__name__}: {remedy}", place)
     return content
+
+
+def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(fields)) < len(fields):
+        names = [name for name, _ in fields]
+        raise InputError(f'duplicate key "{max(names, key=names.count)}"')
+    return found
 
 
 def run(main: Callable[[], None]) -> None:

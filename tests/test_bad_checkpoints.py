@@ -38,7 +38,7 @@ def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     assert said == message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "model")
-    assert "config.json is not valid JSON" in said
+    assert "config.json: invalid JSON" in said
 
 
 def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data, tmp_path):
@@ -59,7 +59,7 @@ def test_damaged_checkpoints(monkeypatch, data, tmp_path):
     model = shutil.copytree(TINY, tmp_path / "model")
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert "weights cannot be read" in said and "copy the checkpoint's files" in said
+    assert said.startswith(f"{model / 'model.safetensors'} is corrupted") and said.endswith("copy it again")
     (model / "model.safetensors.index.json").write_text("{}")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
     assert "model.safetensors.index.json is not a valid weight index" in said

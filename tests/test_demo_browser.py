@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, addr
         }""")
         page.get_by_label("Question").focus()
         page.keyboard.press("Tab")
-        button = page.get_by_role("button", name="Answer", exact=True)
+        button = page.get_by_role("button", name="Ask", exact=True)
         expect(button).to_be_focused()
         assert button.evaluate("button => getComputedStyle(button).outlineStyle") == "solid"
         page.keyboard.press("Enter")
@@ -166,7 +167,7 @@ def test_a_model_alone_answers_with_its_text(browser, internet, documents, tmp_p
     with alone as address, watched(browser, 1400, allowed=address) as page:
         page.goto(address)
         ask(page, question, [picture])
-        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.get_by_label(f"Finetuned: {TINY}")).to_have_value(expected, timeout=30_000)
         expect(page.locator(".answer")).to_have_count(1)
 
@@ -187,7 +188,7 @@ def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path
     (tmp_path / "torn.png").write_bytes(Path(documents[0][0]).read_bytes()[:300])
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
-        button = page.get_by_role("button", name="Answer", exact=True)
+        button = page.get_by_role("button", name="Ask", exact=True)
         expect(button).to_be_visible()
         button.click()
         expect(page.get_by_text("Enter a question first.")).to_be_visible()
@@ -197,7 +198,7 @@ def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
         ask(page, "What?", [str(tmp_path / "torn.png")])
-        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.get_by_text(re.compile(r"torn\.png cannot be"))).to_be_visible(timeout=30_000)
 
 
@@ -206,6 +207,19 @@ def test_only_this_machine_is_listened_to(address):
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):  # 0.0.0.0 would take it
         socket.create_connection(("127.0.0.2", port), timeout=5)
+
+
+def test_only_what_was_uploaded_is_served_and_read(address, documents):
+    api = f"{address}/gradio_api"
+    assert httpx.get(f"{api}/file={REPOSITORY / 'README.md'}").status_code == 403
+    upload = [("files", ("large.png", bytes(21 * 10**6)))]
+    assert httpx.post(f"{api}/upload", files=upload, timeout=60).status_code == 413
+    outside = [{"image": {"path": documents[0][0], "meta": {"_type": "gradio.FileData"}}, "caption": None}]
+    request = {"data": [outside, "What?"], "fn_index": 0, "session_hash": "test"}
+    assert httpx.post(f"{api}/queue/join", json=request).status_code == 200
+    events = httpx.get(f"{api}/queue/data", params={"session_hash": "test"}, timeout=60).text
+    completed = [line for line in events.splitlines() if '"process_completed"' in line]
+    assert completed and '"success":false' in completed[0].replace(" ", ""), events
 
 
 def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents):

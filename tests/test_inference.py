@@ -113,7 +113,7 @@ def test_another_configuration_is_refused(moved_base):
     base, adapter = moved_base
     scaling = json.loads((base / "config.json").read_text())["rope_scaling"]
     edit_json(base / "config.json", rope_scaling=scaling | {"short_factor": [1.5] * len(scaling["short_factor"])})
-    with pytest.raises(ValueError, match=r"is a different model \(different rope_scaling\).*--base"):
+    with pytest.raises(ValueError, match="has different rope_scaling: pass the right one with --base"):
         load_for_inference(adapter, "cpu")
 
 

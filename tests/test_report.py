@@ -117,7 +117,7 @@ def test_a_missing_file_is_named_and_a_corrupt_one_is_an_error(tmp_path, name):
     make_run(tmp_path, "Hateful Memes", samples=20, steps=8)
     old = write_report(tmp_path).read_bytes()
     (tmp_path / name).write_text('{"metric": "anls", ')
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name} is not valid JSON")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}: invalid JSON")):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old and not list(tmp_path.glob(".*"))
 

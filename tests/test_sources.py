@@ -12,9 +12,10 @@ from conftest import TINY
 from PIL import Image
 from transformers import AutoProcessor
 
+from common.data.pictures import check_picture
 from common.data.rows import Rows
 from common.data.samples import TrainingData
-from common.data.sources import check_pictures, check_rows, load_conversations, load_hub
+from common.data.sources import check_rows, load_conversations, load_hub
 
 
 @pytest.fixture(autouse=True)
@@ -134,26 +135,24 @@ def test_a_picture_that_is_missing_or_cut_short_is_named(tmp_path, image_dir):
     unheard_of = write(tmp_path / "name.jsonl", {"conversations": [turn(images=["a\0.png"])]})
     with pytest.raises(ValueError, match="a\0.png cannot be read .embedded null byte.: replace it"):
         load_conversations(unheard_of, image_dir)
+    for name in ("../b.png", "a/../../b.png", str(tmp_path / "b.png")):
+        outside = write(tmp_path / f"{len(name)}.jsonl", {"conversations": [turn(images=[name])]})
+        with pytest.raises(ValueError, match=f"image {name} is outside {image_dir}"):
+            load_conversations(outside, image_dir)
     assert len(load_conversations(path, image_dir, limit=1)) == 1  # whose rows are not used is not asked for
-
-
-def test_pictures_are_checked_one_by_one(image_dir):
-    check_pictures([image_dir / "a/left.png", str(image_dir / "a/right.jpg")])
-    with pytest.raises(ValueError, match="no.png is missing"):
-        check_pictures([image_dir / "a/left.png", image_dir / "no.png"])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_damage_before_a_files_end_is_found_where_the_whole_file_is_asked_for(kind, tmp_path):
     path = tmp_path / f"page.{kind.lower()}"
     Image.effect_noise((300, 200), 50).save(path, kind)
-    check_pictures([path])
+    check_picture(path, whole=True)
     whole = path.read_bytes()
     half = len(whole) // 2
     path.write_bytes(whole[:half] + b"\xff\xc0" + bytes(100) + whole[half + 102 :])
-    check_pictures([path], whole=False)
+    check_picture(path)
     with pytest.raises(ValueError, match=f"{path.name} cannot be decoded"):
-        check_pictures([path])
+        check_picture(path, whole=True)
 
 
 def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):

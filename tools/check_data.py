@@ -30,7 +30,7 @@ import numpy as np
 
 from common.arguments import DEFAULT_MODEL
 from common.data.conversations import Conversation, count_tokens
-from common.data.pictures import decode_picture, open_picture
+from common.data.pictures import decode_picture, open_picture, picture_path
 from common.data.sources import parse_object, picture_names, row_faults
 from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
@@ -147,8 +147,8 @@ class Checker:
                 rows.append(Row(place, problems=[("invalid row", str(error))]))
                 continue
             faults = list(row_faults(conversation, place))
-            images = [os.path.join(image_dir, name) for name in picture_names(conversation) if isinstance(name, str)]
-            image_tokens = [self.count_picture_tokens(image) for image in images]
+            images = [name for name in picture_names(conversation) if isinstance(name, str)]
+            image_tokens = [self.count_picture_tokens(image_dir, name) for name in images]
             errors = [error for error in image_tokens if isinstance(error, InputError)]
             problems = [("invalid row", str(fault)) for fault in faults]
             problems += [("unusable image", f"{place}: {error}") for error in errors]
@@ -169,8 +169,9 @@ class Checker:
                 message = f"{row.place}: {row.num_tokens:,} tokens exceed --max_length {self.max_length:,}"
                 row.problems.append(("row too long", message))
 
-    def _count_picture_tokens(self, image: str) -> int | InputError:
+    def _count_picture_tokens(self, image_dir: Path, name: str) -> int | InputError:
         try:
+            image = picture_path(image_dir, name)
             with open_picture(image) if self.quick else decode_picture(image) as picture:
                 return self.processor.image_processor.num_tokens(*picture.size)
         except InputError as error:

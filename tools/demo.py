@@ -5,13 +5,11 @@ python -m tools.demo --model output/docvqa-lora --server_name 0.0.0.0 --server_p
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from queue import Queue
 from threading import Event, Thread
 from typing import NamedTuple
 
@@ -23,15 +21,16 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 import torch
 from torch import nn
-from transformers.generation.streamers import BaseStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from common.data.collator import Collator
 from common.data.conversations import encode_prompt
 from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
-from common.runtime import limit_library_bars
+from common.runtime import limit_library_bars, read_json
 
 ONE_HOUR = 3600
+LARGEST_UPLOAD = "20mb"
 CSS = """
 .gradio-container { width: 100% !important; max-width: 76rem !important; margin: 0 auto !important; }
 .answer textarea { font-size: 1.125rem !important; line-height: 1.5 !important; }
@@ -40,22 +39,12 @@ CSS = """
 
 
 class Model(NamedTuple):
-    """A model to ask.
-
-    Attributes
-    ----------
-    title : str
-        Title of its answers on the page.
-    name : str
-        Directory or Hub id.
-    network : nn.Module
-    context : callable
-        Returns the context in which the network is this model: for the base of an adapter, the adapter is disabled.
-    """
+    """A model to ask: title of its answers, directory or Hub id, and the network."""
 
     title: str
     name: str
     network: nn.Module
+    # Returns the context in which the network is this model: for the base of an adapter, the adapter is disabled.
     context: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -119,7 +108,7 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     if adapter and base is None:
         base, revision = find_base(adapter)
     if base is None and (run := Path(name) / "run.json").is_file():
-        described = json.loads(run.read_text(encoding="utf-8"))
+        described = read_json(run, "delete it, or set --base")
         base, revision = described.get("base_model"), described.get("base_revision")
     if base:
         try:
@@ -129,29 +118,6 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
                 f"{error}\n{name} was finetuned from {base}: set --base to its directory, or omit it with --base none"
             ) from None
     return models, processor
-
-
-class _Stream(BaseStreamer):
-    """Streams the answer after each token; stops the generation at the next token once the reader is gone."""
-
-    def __init__(self, processor: Phi3VProcessor, queue: Queue) -> None:
-        self.tokenizer = processor.tokenizer
-        self.queue = queue
-        self.deserted = Event()
-        self.ids: list[int] | None = None
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.deserted.is_set():
-            raise InterruptedError("the reader is gone")
-        if self.ids is None:  # the first call passes the prompt
-            self.ids = []
-            return
-        self.ids += value.flatten().tolist()
-        # A character may take several tokens. Until the last one arrives, it decodes to a replacement character.
-        self.queue.put(self.tokenizer.decode(self.ids, skip_special_tokens=True).rstrip("\ufffd").strip())
-
-    def end(self) -> None:
-        self.queue.put(None)
 
 
 def stream_answer(
@@ -181,8 +147,8 @@ def stream_answer(
     prompt = encode_prompt({"conversations": [{"images": list(pictures), "user": question}]}, processor)
     batch = Collator(processor, padding_side="left")([prompt])
     batch = {name: tensor.to(model.network.device) for name, tensor in batch.items()}
-    queue: Queue[str | Exception | None] = Queue()
-    stream = _Stream(processor, queue)
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    deserted, failures = Event(), []
 
     def generate() -> None:
         try:
@@ -192,21 +158,25 @@ def stream_answer(
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=processor.tokenizer.pad_token_id,
-                    streamer=stream,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full(ids.shape[:1], deserted.is_set())]),
                 )
         except Exception as error:  # for example out of memory; raised again in the reading thread
-            queue.put(error)
+            failures.append(error)
+            streamer.end()
 
     thread = Thread(target=generate)
     thread.start()
+    answer = ""
     try:
-        while (piece := queue.get()) is not None:
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
+        for piece in streamer:
+            answer += piece
+            yield answer.strip()
     finally:
-        stream.deserted.set()
+        deserted.set()
         thread.join()  # the next answer may enable or disable the adapter
+    if failures:
+        raise failures[0]
 
 
 def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_tokens: int) -> gr.Blocks:
@@ -253,20 +223,15 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
                     lines=3,
                     max_lines=8,
                 )
-                ask = gr.Button("Answer", variant="primary")
+                button = gr.Button("Ask", variant="primary")
             with gr.Column(), gr.Row():
                 answers = [
-                    gr.Textbox(
-                        label=f"{model.title}: {model.name}",
-                        lines=4,
-                        interactive=False,
-                        elem_classes="answer",
-                    )
+                    gr.Textbox(label=f"{model.title}: {model.name}", lines=4, interactive=False, elem_classes="answer")
                     for model in models
                 ]
         # One answer at a time, because the models may share a network whose adapter is enabled and disabled.
         gr.on(
-            [ask.click, question.submit],
+            [button.click, question.submit],
             answer,
             [pictures, question],
             answers,
@@ -305,7 +270,7 @@ def main() -> None:
     limit_library_bars(args.tqdm)
     try:
         page = build_page(*load_models(args.model, args.base), args.max_new_tokens)
-        page.launch(
+        _, address, _ = page.launch(
             server_name=args.server_name,
             server_port=args.server_port,
             share=False,
@@ -313,7 +278,14 @@ def main() -> None:
             footer_links=[],
             theme=theme(),
             css=CSS,
+            max_file_size=LARGEST_UPLOAD,
+            quiet=True,
+            prevent_thread_lock=True,
         )
+        print(
+            f"Open {address}\nFrom another machine, first: ssh -L {page.server_port}:127.0.0.1:{page.server_port} THIS_MACHINE"
+        )
+        page.block_thread()
     except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 

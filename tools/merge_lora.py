@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
+from common.model.checkpoint import read_config
 from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
 from common.report.model_card import RUN_FILES, write_model_card
 from common.runtime import InputError, limit_library_bars, say, show_bars
@@ -91,11 +91,6 @@ def merge(
     processor = adapter_processor(adapter, model)
     say("Merging the adapter")
     adapted = attach_adapter(model, adapter)
-    if not hasattr(adapted, "merge_and_unload"):
-        kind = adapted.active_peft_config.peft_type.value
-        raise InputError(
-            f"--adapter {adapter_name} has type {kind}, which cannot be merged into the weights: use the adapter directly"
-        )
     model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
 
     say(f"Writing {output_dir}")
@@ -118,8 +113,8 @@ def base_dtype(adapter: Path, base: str | None) -> torch.dtype:
     """Return the dtype in which an adapter's base was published."""
     name, revision = (base, None) if base else find_base(adapter)
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or "main").dtype or torch.float32
-    except (OSError, ValueError):
+        return read_config(name, revision).dtype or torch.float32
+    except InputError:
         return torch.float32  # loading the base reports the error
 
 

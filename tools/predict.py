@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from common.data.conversations import Conversation, check_conversation, pictures
-from common.data.pictures import check_picture
+from common.data.pictures import check_picture, picture_path
 from common.data.sources import parse_object, read_json_lines
 from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
@@ -92,7 +92,10 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
     rows, places = [], []
     for place, line in read_json_lines(path):
         row = parse_object(line, place)
-        conversation = to_prompt(row, image_dir)
+        try:
+            conversation = to_prompt(row, image_dir)
+        except InputError as error:
+            raise error.at(place) from None
         check_conversation(conversation, place)
         rows.append((row, conversation))
         places.append(place)
@@ -112,7 +115,7 @@ def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
     turns = [dict(turn) for turn in turns]
     for turn in turns:
         if isinstance(turn.get("images"), list):
-            turn["images"] = [image_dir / name if isinstance(name, str) else name for name in turn["images"]]
+            turn["images"] = [Path(picture_path(image_dir, name)) if isinstance(name, str) else name for name in turn["images"]]
     if turns:
         turns[-1]["assistant"] = "?"
     return {"conversations": turns}

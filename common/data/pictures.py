@@ -6,10 +6,11 @@ An image is a path, a dict ``{"bytes": …, "path": …}`` as stored by ``datase
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from common.phi3v.image_processing import convert_picture
 from common.runtime import InputError
@@ -17,6 +18,8 @@ from common.runtime import InputError
 Picture = str | Path | dict[str, Any] | Image.Image
 
 
+# Formats that PIL decodes itself: for EPS, for example, it would run Ghostscript on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # found in the last bytes of a complete file
 
 
@@ -30,15 +33,35 @@ def open_picture(picture: Picture) -> Image.Image:
     """
     if isinstance(picture, Image.Image):
         return picture
-    source = picture
-    if isinstance(picture, dict):
-        source = io.BytesIO(picture["bytes"]) if picture.get("bytes") is not None else picture["path"]
     try:
-        return Image.open(source)
+        if isinstance(picture, dict) and picture.get("bytes") is not None:
+            image = Image.open(io.BytesIO(picture["bytes"]), formats=FORMATS)
+        else:
+            path = Path(picture["path"] if isinstance(picture, dict) else picture)
+            if path.exists() and not path.is_file():  # opening a FIFO would wait
+                raise OSError("not a file")
+            image = Image.open(path, formats=FORMATS)
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
     except FileNotFoundError:
         raise InputError(f"{_describe(picture)} is missing: put the file there, or remove its row from the data") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, NotImplementedError, OSError, ValueError) as error:
-        raise InputError(f"{_describe(picture)} cannot be read ({error}): replace it, or remove its row") from None
+    except Exception as error:  # PIL raises anything for a damaged file
+        raise InputError(f"{_describe(picture)} cannot be read ({error}): replace it, or remove its row") from error
+    return image
+
+
+def picture_path(folder: str | Path, name: str) -> str:
+    """Join a folder and the name of an image in it.
+
+    Raises
+    ------
+    InputError
+        If the name leads out of the folder. A symbolic link in the folder may.
+    """
+    path, root = os.path.join(folder, name), os.path.abspath(folder)
+    if os.path.commonpath([root, os.path.abspath(path)]) != root:
+        raise InputError(f"image {name} is outside {folder}: put it there, or pass another folder (/ allows all)")
+    return path
 
 
 def decode_picture(picture: Picture) -> Image.Image:
@@ -52,8 +75,8 @@ def decode_picture(picture: Picture) -> Image.Image:
     image = open_picture(picture)
     try:
         return convert_picture(image)
-    except (Image.DecompressionBombError, NotImplementedError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{_describe(picture)} cannot be decoded ({error}): replace it, or remove its row") from None
+    except Exception as error:  # PIL raises anything for a damaged file
+        raise InputError(f"{_describe(picture)} cannot be decoded ({error}): replace it, or remove its row") from error
 
 
 def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
@@ -96,7 +119,7 @@ def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
 def _checksums_match(image: Image.Image) -> bool:
     try:
         image.verify()
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # PIL raises anything for a damaged file
         return False
     return True
 

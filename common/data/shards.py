@@ -7,7 +7,6 @@ once, but only the footers of Parquet files.
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -24,6 +23,7 @@ from datasets import are_progress_bars_disabled, load_dataset_builder
 from common.runtime import InputError, on_main_process, track
 
 from .conversations import Conversation, check_conversation
+from .pictures import Picture, picture_path
 from .rows import Rows
 from .sources import load_hub, parse_conversation
 from .streaming import Span, Stream
@@ -61,8 +61,7 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
         for place, row in _read_row_group(span) if span.shard.endswith(".parquet") else _read_lines(span):
             check_conversation(row, place)
             for turn in row["conversations"]:
-                images = turn.get("images") or []
-                turn["images"] = [os.path.join(image_dir, image) if isinstance(image, str) else image for image in images]
+                turn["images"] = [_locate(image, image_dir, place) for image in turn.get("images") or []]
             yield place, {"id": row.get("id"), "conversations": row["conversations"]}
 
     def index() -> list[Span]:
@@ -72,6 +71,15 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
     return Stream(on_main_process(index), read).select(0, limit)
+
+
+def _locate(image: Picture, image_dir: Path, place: str) -> Picture:
+    if not isinstance(image, str):
+        return image
+    try:
+        return picture_path(image_dir, image)
+    except InputError as error:
+        raise error.at(place) from None
 
 
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:

@@ -6,9 +6,7 @@ On all processes that see the same files, a function returns the same rows or ra
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -21,10 +19,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
 from pyarrow import json as arrow_json
 
-from common.runtime import InputError, Progress, first_on_each_machine, gather, rank, replacing, say, world_size
+from common.runtime import InputError, Progress, first_on_each_machine, gather, parse_json, rank, replacing, say, world_size
 
 from .conversations import Conversation, check_conversation, conversation_faults, pictures
-from .pictures import Picture, check_picture
+from .pictures import Picture, check_picture, picture_path
 from .rows import BadRows, Rows
 
 T = TypeVar("T")
@@ -215,8 +213,11 @@ def load_conversations(
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     chunks = rows.data.column("conversations").chunks
     names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
-    images = (image_dir / name.as_py() for name in names)
-    if bad := check_pictures(images, bar, len(names), whole=False, skip_bad=skip_bad):
+
+    def check(name: pa.StringScalar) -> None:
+        check_picture(picture_path(image_dir, name.as_py()))
+
+    if bad := _check_all("images", names, check, len(names), bar, skip_bad):
         unusable = {names[index].as_py() for index in bad}
         rows = rows.select([index for index, row in enumerate(rows) if unusable.isdisjoint(picture_names(row))])
 
@@ -296,37 +297,6 @@ def check_rows(
     return rows
 
 
-def check_pictures(
-    images: Iterable[Picture], bar: bool = True, count: int | None = None, whole: bool = True, skip_bad: bool = False
-) -> list[int]:
-    """Check that images exist and can be decoded; each process checks its share.
-
-    Parameters
-    ----------
-    images : iterable
-    bar : bool
-        False with ``--no-tqdm``.
-    count : int, optional
-        Number of images, if ``images`` has no length.
-    whole : bool
-        See :func:`~common.data.pictures.check_picture`.
-    skip_bad : bool
-        Return the indices of invalid images instead of raising the first error.
-
-    Returns
-    -------
-    list of int
-        Indices of the invalid images.
-
-    Raises
-    ------
-    InputError
-        For the first invalid image; the message names it.
-    """
-    check = partial(check_picture, whole=whole)
-    return _check_all("images", images, check, len(images) if count is None else count, bar, skip_bad)
-
-
 def _check_all(
     what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool, skip_bad: bool = False
 ) -> list[int]:
@@ -359,21 +329,7 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
     """
     if len(line) > BLOCK_SIZE:
         raise InputError(f"longer than {BLOCK_SIZE:,} bytes: split the conversation", place)
-    try:
-        row = json.loads(line, object_pairs_hook=_reject_duplicate_keys)
-        json.dumps(row, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"invalid JSON ({error}): write one object per line, in UTF-8", place) from None
-    if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, got {type(row).__name__}: write one object per line", place)
-    return row
-
-
-def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(fields)) < len(fields):
-        [(name, _)] = Counter(name for name, _ in fields).most_common(1)
-        raise InputError(f'duplicate key "{name}"')
-    return found
+    return parse_json(line, "write one object per line, in UTF-8", place)
 
 
 def _to_arrow(path: Path, skip_bad: bool = False) -> Path:

@@ -1,6 +1,6 @@
 """The description of an adapter's base model.
 
-It is saved next to the adapter as ``base_model.json``: name, revision, main settings, fingerprint of the weights, quantization.
+It is saved next to the adapter as ``base_model.json``: name, revision, settings, fingerprint of the weights, quantization.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
 from common.phi3v import Phi3VConfig
-from common.runtime import read_json, write_file
+from common.runtime import InputError, read_json, write_file
 
-from .checkpoint import find_snapshot, open_tensors
+from .checkpoint import OPTIONAL_TEXT, TEXT, Check, check_fields, find_snapshot, open_tensors, read_config
 
 BASE_DESCRIPTION = "base_model.json"
-COMPARED_SETTINGS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-    "rope_theta",
-    "rope_scaling",
-    "vision_config",
-)
+BASE_FIELDS: dict[str, Check] = {
+    "name": TEXT,
+    "revision": OPTIONAL_TEXT,
+    "path": OPTIONAL_TEXT,
+    "settings": ("an object", lambda value: isinstance(value, dict)),
+    "weights": TEXT,
+    "quantization": ("an object or null", lambda value: value is None or isinstance(value, dict)),
+}
+# Settings that names and shapes of the weights do not show.
+COMPARED = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rope_scaling")
 
 
 def write_base_description(directory: Path, model: PeftModel) -> None:
@@ -49,7 +47,7 @@ def write_base_description(directory: Path, model: PeftModel) -> None:
         "name": name,
         "revision": revision,
         "path": str(snapshot) if Path(name).is_dir() else None,
-        "settings": _settings(AutoConfig.from_pretrained(snapshot)),
+        "settings": _settings(read_config(str(snapshot))),
         "weights": fingerprint(snapshot),
         "quantization": quantization.to_dict() if quantization is not None else None,
     }
@@ -73,26 +71,50 @@ def fingerprint(directory: Path) -> str:
 
 
 def read_base_description(adapter: Path) -> dict[str, Any]:
+    """Read ``base_model.json``; empty if the adapter has none, because it was trained with other code.
+
+    Raises
+    ------
+    InputError
+        If the file is broken.
+    """
     path = adapter / BASE_DESCRIPTION
-    return read_json(path, "copy it again, or delete it to skip its checks") if path.is_file() else {}
+    if not path.exists():
+        return {}
+    description = read_json(path, "copy it again, or delete it to skip its checks")
+    if missing := [key for key in BASE_FIELDS if key not in description]:
+        raise InputError(f"{path} has no {missing[0]}: copy it again, or delete it to skip its checks")
+    check_fields(description, BASE_FIELDS, path)
+    return description
+
+
+def differences(directory: Path, name: str, revision: str | None) -> tuple[str, bool]:
+    """Compare a base model with the one that an adapter was trained on.
+
+    Parameters
+    ----------
+    directory : Path
+        Directory of the adapter.
+    name : str
+        Directory or Hub id of the base model, which has been downloaded.
+    revision : str, optional
+        Its commit.
+
+    Returns
+    -------
+    settings : str
+        Names of the settings that differ; empty if none does, or if the adapter has no ``base_model.json``.
+    weights : bool
+        Whether the weights differ.
+    """
+    trained_on = read_base_description(directory)
+    if not trained_on:
+        return "", False
+    found, expected = _settings(read_config(name, revision)), trained_on["settings"]
+    differing = ", ".join(key for key in COMPARED if found[key] != expected.get(key))
+    return differing, trained_on["weights"] != fingerprint(find_snapshot(name, revision))
 
 
 def _settings(config: Phi3VConfig) -> dict[str, Any]:
-    values = config.to_dict() | {"vision_config": config.vision_config.to_dict()}
-    settings = {key: values.get(key) for key in COMPARED_SETTINGS}
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-    settings["vision_config"] = {key: values["vision_config"][key] for key in sizes}
-    return settings
-
-
-def compare_settings(name: str, revision: str | None, trained_on: dict[str, Any]) -> str:
-    """Describe how the configuration of a base model differs from the one that an adapter was trained on; empty if equal."""
-    if not trained_on:
-        return ""
-    found = _settings(AutoConfig.from_pretrained(name, revision=revision or "main"))
-    differences = []
-    for key, expected in trained_on["settings"].items():
-        if found[key] != expected:
-            scalar = not isinstance(expected, dict)
-            differences.append(f"{key} {found[key]}, expected {expected}" if scalar else f"different {key}")
-    return "; ".join(differences)
+    values = config.to_dict()
+    return {key: values.get(key) for key in COMPARED}

@@ -7,7 +7,6 @@ weights are checked.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,18 +15,47 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
-from common.phi3v.processing import stop_token_ids
-from common.runtime import InputError
+from common.runtime import InputError, read_json
 
-from .adapters import compare_settings, fingerprint, read_base_description
-from .checkpoint import check_checkpoint, find_snapshot, load_processor
+from .adapters import BASE_DESCRIPTION, differences, read_base_description
+from .checkpoint import (
+    OPTIONAL_TEXT,
+    Check,
+    check_fields,
+    fetch_checkpoint,
+    first_line,
+    is_positive,
+    load_processor,
+    load_weights,
+    open_file,
+)
 from .loading import avoid_avx512_kernel
+
+COPY_AGAIN = "copy the adapter's files again"
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+_NULL: Check = ("null, since it is not supported", lambda value: value is None)
+ADAPTER_FIELDS: dict[str, Check] = {
+    "peft_type": ("LORA, the only type that is supported", lambda value: value == "LORA"),
+    "base_model_name_or_path": OPTIONAL_TEXT,
+    "revision": OPTIONAL_TEXT,
+    "r": ("an integer from 1 to 4096", lambda value: type(value) is int and 1 <= value <= 4096),
+    "lora_alpha": ("a number above 0", is_positive),
+    "lora_dropout": ("from 0 to 1", lambda value: value == 0 or (is_positive(value) and value < 1)),
+    "target_modules": ("a string or a list of strings", _is_names),
+    "modules_to_save": ("a list of strings or null", lambda value: value is None or _is_names(value)),
+    "layer_replication": _NULL,
+    "megatron_config": _NULL,  # imports the module that it names
+}
 
 
 def load_for_inference(
@@ -93,10 +121,14 @@ def find_adapter(name_or_path: str | Path) -> Path | None:
             directory = Path(snapshot_download(str(name_or_path), allow_patterns=["adapter_*", "*.json", "*.jinja"]))
         except (OSError, ValueError):
             return None  # loading it as a full model reports the problem
-    if not (directory / "adapter_config.json").is_file():
+    if not (directory / "adapter_config.json").exists():
         return None
     if not (directory / "adapter_model.safetensors").is_file():
-        raise InputError(f"adapter {name_or_path} is missing adapter_model.safetensors: copy the adapter's files again")
+        pickle = directory / "adapter_model.bin"
+        hint = f" ({pickle.name} is not read: a pickle can run code; convert it to safetensors)" if pickle.exists() else ""
+        raise InputError(f"adapter {name_or_path} is missing adapter_model.safetensors{hint}: {COPY_AGAIN}")
+    path = directory / "adapter_config.json"
+    check_fields(read_json(path, COPY_AGAIN), ADAPTER_FIELDS, path)
     return directory
 
 
@@ -114,25 +146,19 @@ def load_full(
     InputError
         If the checkpoint is missing, incomplete, or not a Phi-3-V model.
     """
-    check_checkpoint(name_or_path)
-    dtype = dtype or inference_dtype(device)
-    if quantization:
-        quantization = BitsAndBytesConfig.from_dict(quantization | {"bnb_4bit_compute_dtype": dtype})
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map={"": torch.device(device)},
-            quantization_config=quantization,
-        )
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{name_or_path}: the weights cannot be read ({error}): copy the checkpoint's files again") from None
-    avoid_avx512_kernel(model)
+    fetch_checkpoint(name_or_path, None, revision)
     processor = load_processor(name_or_path, revision)
-    model.config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.eos_token_id = stop_token_ids(processor)
+    dtype = dtype or inference_dtype(device)
+    model = load_weights(
+        name_or_path,
+        processor,
+        revision,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        device_map={"": torch.device(device)},
+        quantization_config=_quantization(quantization, dtype) if quantization else None,
+    )
+    avoid_avx512_kernel(model)
     return model.eval()
 
 
@@ -162,24 +188,19 @@ def load_base(
     """
     trained_on = read_base_description(adapter)
     name, revision = (base, None) if base else find_base(adapter)
-    quantization = trained_on.get("quantization") if quantized else None
     try:
-        differences = compare_settings(name, revision, trained_on)
-        model = load_full(name, device, dtype, revision, quantization) if not differences else None
-    except (OSError, InputError) as error:
+        model = load_full(name, device, dtype, revision, trained_on.get("quantization") if quantized else None)
+    except InputError as error:
         raise InputError(
-            f"adapter {adapter} requires its base model, {name}, which cannot be loaded: {str(error).splitlines()[0]}. "
+            f"adapter {adapter} requires its base model, {name}, which cannot be loaded: {first_line(error)}. "
             "If it is in another place, pass --base DIR"
         ) from None
-    remedy = "pass the right one with --base DIR"
-    if differences:
-        raise InputError(
-            f"adapter {adapter} was trained on {trained_on['name']}, but {name} is a different model ({differences}): {remedy}"
-        )
-    if trained_on and trained_on["weights"] != fingerprint(find_snapshot(name, revision)):
-        message = f"adapter {adapter} was trained on {trained_on['name']}, but {name} has different weights"
-        if not base:
-            raise InputError(f"{message}: {remedy}")
+    settings, weights = differences(adapter, name, revision)
+    if settings or weights:
+        what = f"different {settings}" if settings else "different weights"
+        message = f"adapter {adapter} was trained on {trained_on['name']}, but {name} has {what}"
+        if settings or not base:
+            raise InputError(f"{message}: pass the right one with --base DIR")
         warnings.warn(f"{message}; its answers may be worse", stacklevel=2)
     return model
 
@@ -192,19 +213,24 @@ def attach_adapter(model: Phi3VForCausalLM, adapter: Path) -> PeftModel:
     InputError
         If the shapes of the weights do not match, or the weights cannot be read.
     """
-    try:
-        mismatch = next(_mismatches(model, adapter), None)
-    except SafetensorError as error:
-        path = adapter / "adapter_model.safetensors"
-        raise InputError(f"{path} is corrupted ({error}): copy the adapter's files again") from None
-    if mismatch is not None:
+    path = adapter / "adapter_model.safetensors"
+    files = open_file(path)
+    if mismatch := next(_mismatches(model, files), None):
         module, expected, found = mismatch
         raise InputError(
             f"adapter {adapter} does not match {model.name_or_path}: its weights for {module} expect {expected} features, "
             f"but the base model has {found}; pass the model that it was trained on with --base DIR"
         )
-    # By default, PEFT loads the adapter onto any GPU that it finds, even one that the model does not use.
-    return PeftModel.from_pretrained(model, adapter, torch_device=str(model.device)).eval()
+    try:
+        # By default, PEFT loads the adapter onto any GPU that it finds, even one that the model does not use.
+        adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(model.device)).eval()
+    except Exception as error:  # PEFT raises anything for a configuration that does not fit the weights
+        raise InputError(f"adapter {adapter} cannot be loaded ({first_line(error)}): {COPY_AGAIN}") from error
+    names = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    # Embeddings that other code saved with the adapter are those of the base model.
+    if different := sorted((names - files.keys()) | {name for name in files.keys() - names if ".lora_" in name}):
+        raise InputError(f"{path} does not fit adapter_config.json, see {different[0]}: {COPY_AGAIN}")
+    return adapted
 
 
 def rewrites_base(model: PeftModel) -> bool:
@@ -230,7 +256,7 @@ def find_base(adapter: Path) -> tuple[str, str | None]:
     InputError
         If the adapter does not name its base model.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapter / "adapter_config.json", COPY_AGAIN)
     trained_on = read_base_description(adapter)
     name = config.get("base_model_name_or_path") or trained_on.get("name")
     if not name:
@@ -243,17 +269,23 @@ def find_base(adapter: Path) -> tuple[str, str | None]:
     return name, config.get("revision") or trained_on.get("revision")
 
 
-def _mismatches(model: Phi3VForCausalLM, adapter: Path) -> Iterator[tuple[str, int, int | str]]:
+def _quantization(fields: dict[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    try:
+        return BitsAndBytesConfig.from_dict(fields | {"bnb_4bit_compute_dtype": dtype})
+    except Exception as error:  # raises anything
+        raise InputError(f"{BASE_DESCRIPTION}: invalid quantization ({first_line(error)}): {COPY_AGAIN}") from error
+
+
+def _mismatches(model: Phi3VForCausalLM, files: dict[str, Any]) -> Iterator[tuple[str, int, int | str]]:
     """Yield modules whose adapter weights do not match the base model: name, features in the adapter, features in the base."""
     modules = dict(model.named_modules())
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
-            if part not in ("A.weight", "B.weight"):
-                continue
-            shape = file.get_slice(key).get_shape()
-            module = modules.get(name)
-            expected = shape[1] if part == "A.weight" else shape[0]
-            found = "no such module" if module is None else module.in_features if part == "A.weight" else module.out_features
-            if found != expected:
-                yield name, expected, found
+    for key, file in files.items():
+        name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if part not in ("A.weight", "B.weight"):
+            continue
+        shape = file.get_slice(key).get_shape()
+        module = modules.get(name)
+        expected = shape[part == "A.weight"] if len(shape) == 2 else 0
+        found = getattr(module, "in_features" if part == "A.weight" else "out_features", "no such module")
+        if found != expected:
+            yield name, expected, found

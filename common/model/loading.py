@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
@@ -18,9 +16,9 @@ from common.arguments import Setup, trained_parts, uses_adapters
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
 from common.phi3v.parts import PARTS, lora_targets, part_of, unquantized_modules
-from common.phi3v.processing import stop_token_ids
 from common.runtime import InputError
 
+from .checkpoint import load_weights, read_config
 from .lora import fuse_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -144,36 +142,22 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     base_is_frozen = uses_adapters(args)
     # DeepSpeed casts the weights to the training precision and creates its own fp32 master weights.
     deepspeed_has_masters = setup.deepspeed is not None
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path,
-            revision=setup.revision or "main",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # rejected below, with their names
-            dtype=compute_dtype if base_is_frozen or deepspeed_has_masters else torch.float32,
-            attn_implementation=setup.attention,
-            quantization_config=_quantization(args, setup) if args.use_qlora else None,
-            # Load weights directly onto the GPU: going through CPU memory, each process would need a full copy there.
-            device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
-        )
-    except SafetensorError as error:
-        raise InputError(
-            f"the weights cannot be read ({error}): copy the checkpoint's files again",
-            f"--model_name_or_path {args.model_name_or_path}",
-        ) from None
-    model: Phi3VForCausalLM
-    model, report = loaded
-    mismatched = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
-    if mismatched:
-        what = f"weight {mismatched[0]} is missing or has the wrong shape ({len(mismatched)} in total)"
-        raise InputError(f"{what}: copy the checkpoint's files again", f"--model_name_or_path {args.model_name_or_path}")
+    model = load_weights(
+        args.model_name_or_path,
+        processor,
+        setup.revision,
+        "--model_name_or_path",
+        dtype=compute_dtype if base_is_frozen or deepspeed_has_masters else torch.float32,
+        attn_implementation=setup.attention,
+        quantization_config=_quantization(args, setup) if args.use_qlora else None,
+        # Load weights directly onto the GPU: going through CPU memory, each process would need a full copy there.
+        device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
+    )
     avoid_avx512_kernel(model)
     if args.use_liger_kernel:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         model.cross_entropy = LigerCrossEntropyLoss(reduction="sum")
-    model.config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.eos_token_id = stop_token_ids(processor)
     freeze(model, trained_parts(args))
     trained: nn.Module = add_lora(model, args, setup.revision) if uses_adapters(args) else model
     return trained if args.use_qlora else trained.to(device)
@@ -242,7 +226,7 @@ def freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
 
 
 def _quantization(args: argparse.Namespace, setup: Setup) -> BitsAndBytesConfig:
-    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=setup.revision or "main")
+    config = read_config(args.model_name_or_path, setup.revision)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -18,7 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import method_name, uses_adapters
-from common.runtime import InputError, gather, replacing, sum_over_processes
+from common.runtime import InputError, gather, read_json, replacing, sum_over_processes
 
 # Written last, after every process has written its part: the names and sizes of all files.
 MANIFEST = "complete.json"
@@ -62,11 +62,9 @@ def why_incomplete(directory: Path) -> str | None:
     if not directory.is_dir():
         return "no such directory"
     try:
-        sizes = json.loads((directory / MANIFEST).read_text())
-    except FileNotFoundError:
-        return "saving was interrupted"
-    except ValueError:  # invalid JSON, or not even text
-        return f"{MANIFEST} is corrupted"
+        sizes = read_json(directory / MANIFEST, "use an earlier checkpoint")
+    except InputError:
+        return f"{MANIFEST} is corrupted" if (directory / MANIFEST).exists() else "saving was interrupted"
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
@@ -210,7 +208,7 @@ def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
         If a setting differs from that of the checkpoint's run; the message names it.
     """
     path = checkpoint / TOTALS
-    saved = json.loads(path.read_text()).get("settings", settings) if path.is_file() else settings
+    saved = read_json(path, "use an earlier checkpoint").get("settings", settings) if path.is_file() else settings
     for name in saved | settings:
         if saved.get(name) != settings.get(name):
             raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from common.arguments import uses_adapters
 from common.runtime import InputError, read_json
 
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
+REMEDY = "see common/deepspeed/ for examples"
 
 
 def choose_deepspeed(args: argparse.Namespace) -> str | None:
@@ -27,18 +27,22 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     if not path.is_file():
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DIRECTORY.glob("*.json")))
         raise InputError(f"no such file; use one of {shipped}, or none for plain DDP", f"--deepspeed {path}")
-    config = read_json(path, "see common/deepspeed/ for examples")
+    config = read_json(path, REMEDY)
     if "optimizer" in config:
         raise InputError(
             f'--deepspeed {path} has an "optimizer" section, which would override --optim and all learning rates: '
             "remove that section"
         )
-    if "offload_optimizer" in config.get("zero_optimization", {}) and not args.optim.startswith("adamw_torch"):
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise InputError(f'--deepspeed {path}: "zero_optimization" must be an object with a "stage" from 0 to 3; {REMEDY}')
+    if "offload_optimizer" in zero and not args.optim.startswith("adamw_torch"):
         raise InputError(
             f"--deepspeed {path} offloads the optimizer. DeepSpeed then runs its own AdamW on the CPU and ignores "
             f"--optim {args.optim}: remove --optim, or use a file without offload_optimizer"
         )
-    if args.use_qlora and config.get("zero_optimization", {}).get("stage") == 3:
+    if args.use_qlora and stage == 3:
         raise InputError(
             f"--deepspeed {path} is ZeRO-3, which cannot shard a 4-bit base model; use ZeRO-2 or none with --use_qlora"
         )
@@ -60,4 +64,4 @@ def zero_stage(deepspeed: str | None) -> int | None:
 
 def zero_settings(deepspeed: str) -> dict[str, Any]:
     """Return the ``zero_optimization`` section of a DeepSpeed configuration file."""
-    return json.loads(Path(deepspeed).read_text()).get("zero_optimization", {})
+    return read_json(Path(deepspeed), REMEDY).get("zero_optimization", {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -39,6 +38,7 @@ from common.runtime import (
     cores_per_process,
     is_main_process,
     rank,
+    read_json,
     say,
     sum_over_processes,
     track,
@@ -330,7 +330,7 @@ class FinetuningTrainer(Trainer):
         checkpoint = self.setup.checkpoint
         if not checkpoint or not (checkpoint / TOTALS).exists():
             return
-        totals = json.loads((checkpoint / TOTALS).read_text())
+        totals = read_json(checkpoint / TOTALS, "use an earlier checkpoint")
         running = totals["running_loss"]
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
         self._total_loss_scalar, self._globalstep_last_logged = totals["loss"], totals["last_logged"]

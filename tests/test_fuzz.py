@@ -1,0 +1,360 @@
+"""Broken files of every kind that comes from outside: each is read rightly, or refused by an input error, in seconds.
+
+FUZZ_INPUTS sets the number of inputs; by default some 500, always the same.
+"""
+
+import copy
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+from argparse import Namespace
+from functools import partial
+
+import datasets
+import pytest
+import torch
+from adapters import save_adapter
+from clips import write_clip
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from runs import write_random_model
+
+import convert_ucf101
+import finetune_hf_trainer_docvqa as docvqa
+import finetune_hf_trainer_hateful_memes as memes
+import finetune_hf_trainer_nlvr2 as nlvr2
+from common.data.conversations import encode_conversation
+from common.data.pictures import check_picture, decode_picture
+from common.data.sources import load_conversations, parse_conversation, picture_names, read_rows
+from common.model.checkpoint import load_processor
+from common.model.inference import attach_adapter, find_adapter, find_base, load_base, load_full
+from common.runtime import InputError
+from common.training.deepspeed import choose_deepspeed, zero_stage
+
+INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
+SECONDS = 20
+
+ODD = [None, True, False, -1, 0, 1, 2, 7, 2**31, 10**30, 0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x", "\0", "\ud800"]
+ODD += ["1", "../../../etc/passwd", "phi3_v", "<|end|>", "float16", [], {}, [[]], [None], [1, "a"], {"a": 1}, {"type": "su"}]
+ODD += [[1.0] * 16, "{% for a in b %}", "x" * 5000]
+
+
+def inputs(share):
+    """Hypothesis settings for a share of all inputs."""
+    few = INPUTS <= 500
+    return settings(
+        max_examples=max(1, round(share * INPUTS)),
+        deadline=None,
+        derandomize=few,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def end(*_):
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def read(reader, *errors):
+    """What a reader makes of an input: None if it refuses it."""
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(SECONDS)
+    try:
+        return reader()
+    except (InputError, *errors) as error:
+        assert str(error)
+    finally:
+        signal.alarm(0)
+
+
+def paths(content, path=()):
+    """Where all values of a JSON value are."""
+    yield path
+    if isinstance(content, dict | list) and len(path) < 4:
+        for key in content if isinstance(content, dict) else range(min(len(content), 3)):
+            yield from paths(content[key], (*path, key))
+
+
+@st.composite
+def damaged(draw, whole):
+    """Bytes of a file that was cut short, overwritten or mixed up."""
+    at = draw(st.integers(0, len(whole)))
+    how = draw(st.sampled_from(["cut", "flip", "insert", "replace"]))
+    if how == "cut":
+        return whole[:at]
+    noise = draw(st.binary(min_size=1, max_size=16))
+    if how == "replace":
+        return draw(
+            st.sampled_from([noise, b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe" + whole, b"\xef\xbb\xbf" + whole])
+        )
+    return whole[:at] + noise + whole[at + len(noise) * (how == "flip") :]
+
+
+@st.composite
+def broken(draw, content, keys=()):
+    """A JSON file with values that are replaced, removed or added, or one that is damaged."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
+        places = [path for path in paths(content) if path] + [(key,) for key in keys]
+        *place, last = draw(st.sampled_from(places or [("new",)]))
+        target = content
+        for key in place:
+            target = target[key]
+        value = copy.deepcopy(draw(st.sampled_from(ODD) | st.integers() | st.text(max_size=4)))
+        if draw(st.integers(0, 3)) == 0 and (isinstance(target, list) or last in target):
+            del target[last]
+        else:
+            target[last] = value
+    text = json.dumps(content).encode()
+    return draw(damaged(text)) if draw(st.integers(0, 4)) == 0 else text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_random_model(tmp_path_factory.mktemp("fuzz") / "model")
+
+
+@pytest.fixture(scope="module")
+def answering(model):
+    return load_full(str(model), "cpu")
+
+
+def answer(model, processor):
+    """A token, which a checkpoint that was not refused must be able to give."""
+    prompt = processor.tokenizer.apply_chat_template([{"role": "user", "content": "Aa?"}], tokenize=False)
+    return model.generate(**processor(prompt), max_new_tokens=1, do_sample=False)
+
+
+KEYS = ["rope_parameters", "head_dim", "quantization_config", "return_dict", "to_dict", "attribute_map", "num_labels", "dtype"]
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("config.json", 0.12),
+        ("generation_config.json", 0.02),
+        ("tokenizer_config.json", 0.08),
+        ("tokenizer.json", 0.06),
+        ("preprocessor_config.json", 0.04),
+        ("processor_config.json", 0.02),
+    ],
+)
+def test_a_file_of_a_checkpoint(name, share, model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    content = json.loads((directory / name).read_text(encoding="utf-8"))
+
+    @inputs(share)
+    @given(broken(content, KEYS if name == "config.json" else ()))
+    def check(text):
+        (directory / name).write_bytes(text)
+        if (loaded := read(lambda: load_full(str(directory), "cpu"))) is not None:
+            answer(loaded, load_processor(str(directory)))
+
+    check()
+
+
+def test_weights(model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    whole = (directory / "model.safetensors").read_bytes()
+    head = whole[: 8 + int.from_bytes(whole[:8], "little")]
+
+    @inputs(0.04)
+    @given(damaged(head))
+    def check(text):
+        (directory / "model.safetensors").write_bytes(text + whole[len(head) :])
+        read(lambda: load_full(str(directory), "cpu"))
+
+    check()
+
+
+@pytest.mark.parametrize(("name", "share"), [("adapter_config.json", 0.08), ("base_model.json", 0.03)])
+def test_a_file_of_an_adapter(name, share, model, answering, tmp_path):
+    directory = save_adapter(tmp_path / "adapter", "--use_lora", base=model)
+    content = json.loads((directory / name).read_text(encoding="utf-8"))
+
+    @inputs(share)
+    @given(broken(content, ["megatron_config", "layer_replication"] if name == "adapter_config.json" else ()))
+    def check(text):
+        (directory / name).write_bytes(text)
+        if name == "base_model.json":
+            read(lambda: load_base(directory, "cpu", base=str(model)))
+        elif adapter := read(lambda: find_adapter(directory)):
+            read(lambda: find_base(adapter))
+            read(lambda: attach_adapter(copy.deepcopy(answering), adapter))
+
+    check()
+
+
+ROW = {"id": "1", "conversations": [{"images": ["a.png"], "user": "What?", "assistant": "A."}, {"user": "B", "assistant": "C"}]}
+
+
+def test_a_row_of_the_general_format():
+    processor = load_processor(str(TINY))
+
+    @inputs(0.19)
+    @given(broken(ROW))
+    def check(line):
+        if row := read(lambda: parse_conversation(line, "train.jsonl, line 1")):
+            encode_conversation(row, processor, [2] * len(picture_names(row)))
+
+    check()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the pictures that the rows below name, and with a cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("a.png", "images/train/1/dev-1-0-img0.png", "images/train/1/dev-1-0-img1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / name)
+    return tmp_path
+
+
+def test_a_file_of_the_general_format(folder):
+    @inputs(0.06)
+    @given(broken(ROW))
+    def check(line):
+        (folder / "train.jsonl").write_bytes(line + b"\n" + json.dumps(ROW).encode())
+        rows = read(lambda: load_conversations(folder / "train.jsonl", folder, bar=False))
+        assert rows is None or list(rows)
+
+    check()
+
+
+def load_docvqa(folder, text):
+    (folder / "val_v1.0_withQT.json").write_bytes(text)
+    return docvqa.load_official(folder, "val", None)
+
+
+def load_lines(name, script, to_row, folder, text):
+    (folder / "rows").write_bytes(text)
+    return read_rows(folder / "rows", name, partial(to_row, folder), None, False)
+
+
+@pytest.mark.parametrize(
+    ("script", "row", "load"),
+    [
+        (docvqa, {"data": [{"questionId": 1, "question": "Q?", "image": "a.png", "answers": ["A", "B"]}]}, load_docvqa),
+        (memes, {"id": 7, "img": "a.png", "label": 1, "text": "t"}, partial(load_lines, "Memes", memes, memes.from_official)),
+        (
+            nlvr2,
+            {"identifier": "dev-1-0-0", "sentence": "S.", "label": "True", "directory": 1},
+            partial(load_lines, "NLVR2", nlvr2, lambda folder, row: nlvr2.from_official(folder, "train", row)),
+        ),
+    ],
+    ids=["docvqa", "hateful_memes", "nlvr2"],
+)
+def test_an_official_release(script, row, load, folder):
+    @inputs(0.04)
+    @given(broken(row))
+    def check(text):
+        rows = read(lambda: load(folder, text))
+        for found in rows if rows is not None else ():
+            read(
+                lambda found=found: parse_conversation(
+                    json.dumps(script.to_conversation(found, random.Random(0))).encode(), "1"
+                )
+            )
+
+    check()
+
+
+def test_a_deepspeed_file(tmp_path):
+    content = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": "auto"}}
+    flags = Namespace(deepspeed=tmp_path / "zero.json", optim="adamw_torch", use_lora=False, use_qlora=False)
+
+    @inputs(0.06)
+    @given(broken(content, ["optimizer"]))
+    def check(text):
+        (tmp_path / "zero.json").write_bytes(text)
+        path = read(lambda: choose_deepspeed(flags))
+        assert path is None or zero_stage(path) in range(4)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_a_picture(kind):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(file, kind)
+
+    @inputs(0.02)
+    @given(damaged(file.getvalue()))
+    def check(content):
+        picture = {"bytes": content, "path": None}
+        size = read(lambda: check_picture(picture))
+        if size and (decoded := read(lambda: decode_picture(picture))):
+            assert decoded.size == size
+
+    check()
+
+
+def test_an_archive(tmp_path):
+    write_clip(tmp_path / "clip.avi", 2)
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as archive:
+        for split in convert_ucf101.SPLITS:
+            archive.add(tmp_path / "clip.avi", f"ucf/{split}/Run/a.avi")
+
+    def convert(path):
+        with convert_ucf101.open_source(path, tmp_path / "out") as files:
+            splits = convert_ucf101.find_clips(files, path)
+            return [files[clip]() for clips in splits.values() for clip in clips]
+
+    @inputs(0.06)
+    @given(damaged(plain.getvalue()))
+    def check(content):
+        (tmp_path / "a.tar").write_bytes(content)
+        read(lambda: convert(tmp_path / "a.tar"), convert_ucf101.SourceError)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
+)
+def test_what_is_not_a_file_is_refused_at_once(make, model, tmp_path):
+    make(tmp_path / "a.png")
+    assert read(lambda: check_picture(tmp_path / "a.png")) is None
+    assert read(lambda: docvqa.read_json(tmp_path / "a.png", "put a file there")) is None
+    assert read(lambda: load_conversations(tmp_path / "a.png", tmp_path)) is None
+    directory = shutil.copytree(model, tmp_path / "model")
+    for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json", "chat_template.jinja"):
+        (directory / name).rename(tmp_path / "kept")
+        make(directory / name)
+        read(lambda: load_full(str(directory), "cpu"))
+        os.rmdir(directory / name) if make is os.mkdir else os.unlink(directory / name)
+        (tmp_path / "kept").rename(directory / name)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch):
+    file = io.BytesIO()
+    Image.new("1", (20_000, 5_000)).save(file, "PNG")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="more than 89,478,485 pixels"):
+        check_picture({"bytes": file.getvalue(), "path": "a.png"}, whole=True)
+
+
+def test_no_program_is_run_for_a_picture(tmp_path):
+    (tmp_path / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(InputError, match=r"a\.eps cannot be read"):
+        check_picture(tmp_path / "a.eps")
+
+
+def test_pickles_are_refused_by_name(model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    torch.save({}, directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read: a pickle can run code"):
+        load_full(str(directory), "cpu")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    torch.save({}, tmp_path / "adapter/adapter_model.bin")
+    with pytest.raises(InputError, match=r"adapter_model\.bin is not read: a pickle can run code"):
+        find_adapter(tmp_path / "adapter")
