@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.runtime import InputError
 
@@ -20,7 +20,6 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
 import gradio as gr
 import torch
-from torch import nn
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from common.data.collator import Collator
@@ -43,7 +42,7 @@ class Model(NamedTuple):
 
     title: str
     name: str
-    network: nn.Module
+    network: Any
     # Returns the context in which the network is this model: for the base of an adapter, the adapter is disabled.
     context: Callable[[], AbstractContextManager] = nullcontext
 
@@ -97,6 +96,7 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     device = "cuda" if torch.cuda.is_available() else "cpu"
     alone = base == "none"
     adapter = find_adapter(name)
+    network: Any
     network, processor = load_for_inference(name, device, base=base if adapter and not alone else None)
     models = [Model("Finetuned", name, network)]
     if alone:

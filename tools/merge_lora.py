@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -113,7 +114,8 @@ def base_dtype(adapter: Path, base: str | None) -> torch.dtype:
     """Return the dtype in which an adapter's base was published."""
     name, revision = (base, None) if base else find_base(adapter)
     try:
-        return read_config(name, revision).dtype or torch.float32
+        config: Any = read_config(name, revision)
+        return config.dtype or torch.float32
     except InputError:
         return torch.float32  # loading the base reports the error
 

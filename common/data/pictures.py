@@ -20,6 +20,7 @@ Picture = str | Path | dict[str, Any] | Image.Image
 
 # Formats that PIL decodes itself: for EPS, for example, it would run Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS = 89_478_485  # from where on Pillow warns
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # found in the last bytes of a complete file
 
 
@@ -41,8 +42,8 @@ def open_picture(picture: Picture) -> Image.Image:
             if path.exists() and not path.is_file():  # opening a FIFO would wait
                 raise OSError("not a file")
             image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"more than {MAX_PIXELS:,} pixels")
     except FileNotFoundError:
         raise InputError(f"{_describe(picture)} is missing: put the file there, or remove its row from the data") from None
     except Exception as error:  # PIL raises anything for a damaged file

@@ -40,7 +40,8 @@ def write_base_description(directory: Path, model: PeftModel) -> None:
     model : PeftModel
         The adapter on its base model, which was loaded from a directory or from the Hub.
     """
-    base, revision = model.get_base_model(), model.peft_config["default"].revision
+    base: Any = model.get_base_model()
+    revision = model.peft_config["default"].revision
     name, snapshot = base.name_or_path, find_snapshot(base.name_or_path, revision)
     quantization = getattr(base.config, "quantization_config", None)
     description = {

@@ -245,7 +245,7 @@ def rewrites_base(model: PeftModel) -> bool:
 def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
     """Load the processor saved with an adapter, or that of its base model."""
     saved = all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json"))
-    return load_processor(str(adapter) if saved else model.name_or_path)
+    return load_processor(str(adapter if saved else model.name_or_path))
 
 
 def find_base(adapter: Path) -> tuple[str, str | None]:
