@@ -207,6 +207,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
         patch.setitem(embedded.SMOKE_SETTINGS, "save_steps", 1)
         embedded.run_embedded("nlvr2", "frozen", output_dir, flags, smoke=True)
     (output_dir / "eval_after.json").unlink()
+    capfd.readouterr()
 
     said = run_main(reproduce, monkeypatch, capfd, *row)
     assert f"resuming from {output_dir}/checkpoint-2" in said and "before finetuning" not in said
