@@ -191,7 +191,8 @@ def check_conversation(conversation: Any, name: str) -> None:
 def conversation_faults(conversation: Conversation, name: str) -> Iterator[InputError]:
     """Yield all errors that :func:`check_conversation` looks for."""
     turns = conversation["conversations"]
-    faults = [InputError(fault, name) for fault in _text_faults("system", conversation.get("system") or "-")]
+    system = conversation.get("system")
+    faults = [InputError(fault, name) for fault in _text_faults("system", "-" if system is None else system)]
     for number, turn in enumerate(turns, start=1):
         faults += [InputError(fault, f"{name}, turn {number}") for fault in _turn_faults(turn)]
     yield from faults
@@ -212,10 +213,10 @@ def conversation_faults(conversation: Conversation, name: str) -> Iterator[Input
 def _turn_faults(turn: dict[str, Any]) -> Iterator[str]:
     for field in ("user", "assistant"):
         yield from _text_faults(field, turn.get(field))
-    images = turn.get("images") or []
+    images = [] if turn.get("images") is None else turn["images"]
     if not isinstance(images, list) or not all(map(_is_picture, images)):
-        wrong = next((f", got {excerpt(image)}" for image in images if not _is_picture(image)), "")
-        yield f'"images" must be a list of file names or images{wrong if isinstance(images, list) else ""}'
+        wrong = [image for image in images if not _is_picture(image)] if isinstance(images, list) else [images]
+        yield f'"images" must be a list of file names or images, got {excerpt(wrong[0])}'
         return
     marks = str(turn.get("user")).count(IMAGE_MARK)
     if marks and (marks != len(images) or IMAGE_TAG.search(turn["user"])):
