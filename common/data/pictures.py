@@ -19,7 +19,7 @@ from common.runtime import InputError, excerpt
 Picture = str | Path | dict[str, Any] | Image.Image
 
 # Formats that PIL decodes itself: for EPS, for example, it would run Ghostscript on the file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # With a single crop, the short side of a longer image would be resized to less than a pixel.
 MAX_ASPECT_RATIO = CROP_SIZE
 PATCH_SIZE = 14  # pixels that the vision tower sees as one
