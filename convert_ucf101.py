@@ -124,7 +124,8 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
 
         def read(member: tarfile.TarInfo) -> bytes:
             with blame_archive(source):
-                return archive.extractfile(member).read()
+                content = archive.extractfile(member)
+                return content.read() if content else b""
 
         for member in members:
             refuse_unsafe(member, source, out_dir)
@@ -182,8 +183,9 @@ def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[P
     SourceError
         If there are no clips, a split is empty, the source has two datasets, or two clips map to the same images.
     """
-    splits = {split: [] for split in SPLITS}
-    roots, taken = set(), {}
+    splits: dict[str, list[PurePosixPath]] = {split: [] for split in SPLITS}
+    roots: set[tuple[str, ...]] = set()
+    taken: dict[PurePosixPath, PurePosixPath] = {}
     for path in sorted(paths, key=lambda path: path.parts):
         if len(path.parts) not in (3, 4) or path.parts[-3] not in SPLITS or path.suffix.lower() != ".avi":
             continue
@@ -218,8 +220,11 @@ def start_worker() -> None:
     """Ignore Ctrl-C in a worker process, and exit with the main process even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    parent = parent_process()
+    assert parent
+
     def end_with_parent() -> None:
-        connection.wait([parent_process().sentinel])
+        connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -227,7 +232,7 @@ def start_worker() -> None:
 
 def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
     """Decode all frames of a clip, skipping damaged packets; the frame count in the header is ignored."""
-    with av.open(io.BytesIO(video), metadata_errors="ignore") as container:
+    with av.open(io.BytesIO(video), "r", metadata_errors="ignore") as container:
         if not container.streams.video:
             raise BrokenClip("no video stream")
         stream = container.streams.video[0]
@@ -345,7 +350,8 @@ def convert_clips(
 def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_frames: int) -> dict[str, list[dict]]:
     """Return the JSONL rows of each split; ids are numbered consecutively across the splits."""
     question = f"Classify the video into one of the following classes: {', '.join(classes)}."
-    rows, number = {}, 0
+    rows: dict[str, list[dict]] = {}
+    number = 0
     for split, clips in splits.items():
         rows[split] = []
         for clip in clips:

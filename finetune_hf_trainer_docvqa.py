@@ -60,10 +60,11 @@ def from_full(row: dict, number: str) -> dict:
 def from_official(data_dir: Path, numbered: tuple[int, dict]) -> dict:
     number, entry = numbered
     answers = entry.get("answers") if isinstance(entry, dict) else None
-    fields = isinstance(answers, list) and answers and all(isinstance(answer, str) and answer.strip() for answer in answers)
-    if not fields or not isinstance(entry.get("question"), str) or not isinstance(entry.get("image"), str):
+    texts = answers if isinstance(answers, list) else []
+    strings = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("question", "image"))
+    if not strings or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError('requires "question" and "image" (strings) and "answers" (a nonempty list of nonempty strings)')
-    return make_row(str(entry.get("questionId", number)), picture_path(data_dir, entry["image"]), entry["question"], answers)
+    return make_row(str(entry.get("questionId", number)), picture_path(data_dir, entry["image"]), entry["question"], texts)
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
@@ -81,6 +82,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         raise InputError(
             "--streaming and --full_train read from the Hub and cannot be used with --data_dir: remove one of them"
         )
+    train_rows: Rows | Stream
     if args.data_dir:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
         eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
@@ -92,7 +94,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
             train_rows = mini(streaming=args.streaming).map(from_mini)
         train_rows = train_rows.select(0, args.max_train_samples)
         eval_rows = mini(split="test").map(from_mini).select(0, args.max_eval_samples)
-    if not args.streaming:
+    if isinstance(train_rows, Rows):
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
     return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
 

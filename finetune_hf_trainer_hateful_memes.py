@@ -30,7 +30,7 @@ from common.evaluation.metrics import accuracy, auroc
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import InputError, run
+from common.runtime import InputError, excerpt, run
 from common.training.start import start
 from common.training.trainer import build_trainer
 
@@ -56,7 +56,7 @@ def parse_args():
 def from_hub(row: dict, number: str) -> dict:
     answer = row["texts"][0]["assistant"]
     if answer not in ANSWERS:
-        raise InputError(f'expected the answer "{ANSWERS[0]}" or "{ANSWERS[1]}", got "{answer}": remove the row')
+        raise InputError(f'expected the answer "{ANSWERS[0]}" or "{ANSWERS[1]}", got "{excerpt(answer)}": remove the row')
     return {"id": number, "image": row["images"][0], "label": ANSWERS.index(answer)}
 
 
@@ -71,6 +71,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
     if args.data_dir and args.streaming:
         raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
+    train_rows: Rows | Stream
     if args.data_dir:
         to_row = partial(from_official, args.data_dir)
         train_rows, eval_rows = (
@@ -82,7 +83,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         eval_rows = rows.head(min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
         train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
-    if not args.streaming:
+    if isinstance(train_rows, Rows):
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
     eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
     if len({row["label"] for row in eval_rows}) < 2:

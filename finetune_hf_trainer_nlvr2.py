@@ -76,15 +76,10 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     if args.data_dir and args.streaming:
         raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
     skip = args.skip_bad_rows
+    train_rows: Rows | Stream
     if args.data_dir:
         train_rows, eval_rows = (
-            read_rows(
-                args.data_dir / f"{split}.json",
-                "NLVR2",
-                partial(from_official, args.data_dir, split),
-                limit,
-                args.skip_bad_rows,
-            )
+            read_rows(args.data_dir / f"{split}.json", "NLVR2", partial(from_official, args.data_dir, split), limit, skip)
             for split, limit in (("train", args.max_train_samples), ("dev", args.max_eval_samples))
         )
     else:
@@ -94,7 +89,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         questions = sum(len(row["texts"]) for row in held_out)
         train_rows = hub(each="texts").map(from_hub).select(questions, args.max_train_samples)
         eval_rows = held_out.map(from_hub).select(0, args.max_eval_samples)
-    if not args.streaming:
+    if isinstance(train_rows, Rows):
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, skip)
     return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, skip)
 

@@ -19,9 +19,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Dataset
-
 from common.arguments import training_parser
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.shards import stream_conversations
 from common.data.sources import load_conversations
@@ -64,11 +63,12 @@ def parse_args():
     return parser.parse_args()
 
 
-def load_rows(args) -> tuple[Dataset | Stream, Dataset]:
+def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return conversations from both files. All rows and images are checked; streamed ones when they are read."""
     train_file = args.data_dir / args.train_file
     eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
     image_dir = args.image_dir or args.data_dir / "images"
+    train_rows: Rows | Stream
     if args.streaming:
         train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
     else:
@@ -92,7 +92,7 @@ def score(rows: Sequence, answers: list[str]) -> list[Prediction]:
     return predictions
 
 
-def evaluate(model, processor, rows: Dataset, args) -> Evaluation:
+def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     """Compute the accuracy of the generated answer to the last turn, over all rows and per class."""
     predictions = score(rows, generate_answers(model, processor, rows, args))
     classes, correct = [entry.answers[0] for entry in predictions], [entry.score for entry in predictions]
@@ -112,7 +112,7 @@ def main() -> None:
         model,
         processor,
         train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed, name="evaluation row"),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir),
     )

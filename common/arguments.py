@@ -226,7 +226,11 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--max_train_samples", type=int, help="train on the first N rows")
     group.add_argument("--max_eval_samples", type=int, help="evaluate on the first N rows")
     group.add_argument("--eval_batch_size", type=int, default=8, help="prompts per process per batch (default: 8)")
-    group.add_argument("--max_new_tokens", type=int, default=64, help="maximum tokens per answer (default: %(default)s)")
+    group.add_argument(
+        "--max_new_tokens",
+        type=int,
+        help="maximum tokens per answer (default: those of the longest evaluation answer, at least 64)",
+    )
 
     group = parser.add_argument_group("logging")
     group.add_argument("--logging_steps", type=int, default=10, help="steps between log lines (default: %(default)s)")

@@ -48,6 +48,12 @@ class InputError(ValueError):
         return InputError(str(self), place)
 
 
+def excerpt(value: object) -> str:
+    """Return a value as text for a message, in at most 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
+
+
 def rank() -> int:
     """Global rank of this process, as set by torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))

@@ -347,7 +347,7 @@ def test_a_page_of_the_release_that_is_damaged_before_its_end_is_named_before_tr
     page = data / "documents/train0.png"
     whole = page.read_bytes()
     page.write_bytes(whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :])
-    assert f"{page} cannot be decoded" in message(monkeypatch, data, tmp_path / "out")
+    assert f"{page.name} cannot be decoded" in message(monkeypatch, data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -32,7 +32,7 @@ def check(*flags):
 
 def problems(output):
     """The problems of a report, as (kind, message)."""
-    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|empty file"
+    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|images in two files|empty file"
     return re.findall(rf"^  ({kinds}): (.+)$", output, re.MULTILINE)
 
 
@@ -107,7 +107,7 @@ def test_all_problems_in_one_report(folder):
             row(None, ("word " * 3000, "Too long.")),
             {**GOOD_ROWS[0], "id": "other"},  # 10
             '{"conversations": [{"user": "\\ud800", "assistant": "half a character"}]}\n',
-            {**row(None, ("A number as", "Id.")), "id": 7},
+            {**row(None, ("Not an", "Id.")), "id": [7]},
             {"conversations": [{"images": ["gone.jpg"], "user": "", "assistant": "One."}, {"user": "Two?"}], "id": 3},
         ],
     )
@@ -124,57 +124,51 @@ def test_all_problems_in_one_report(folder):
         ("unusable image", f"line 7: image {folder}/text.jpg cannot be read"),
         ("unusable image", "line 8: image"),
         ("row too long", "line 9: 15,0"),
-        ("duplicate row", f"line 10: same images and texts as {data}, line 1"),
         ("invalid row", "line 11: invalid JSON"),
-        ("invalid row", 'line 12: "id" must be a string: put it in quotes'),
+        ("invalid row", 'line 12: "id" must be a string or an integer'),
         ("invalid row", 'line 13, turn 1: "user" must be'),
         ("invalid row", 'line 13, turn 2: "assistant" must be'),
-        ("invalid row", 'line 13: "id" must be a string'),
         ("unusable image", f"line 13: image {folder}/gone.jpg is missing"),
+        ("duplicate row", f"line 10: same images and texts as {data}, line 1"),
     ]
     assert [kind for kind, _ in found] == [kind for kind, _ in expected]
     for (_, message), (_, start) in zip(found, expected, strict=True):
         assert message.startswith(f"{data}, {start}")
-    assert "16 problems: invalid row 10, unusable image 4, row too long 1, duplicate row 1" in output
+    assert "14 problems: invalid row 9, unusable image 4, row too long 1" in output
+    assert "1 warning: duplicate row 1" in output
 
 
-def test_quick_sees_missing_pictures_but_decodes_none(folder):
-    data = write(
-        folder / "data.jsonl", [row([name], ("What is it?", "Noise.")) for name in ("cut.jpg", "gone.jpg", "text.jpg")]
-    )
+def test_quick_checks_pictures_as_a_run_does(folder):
+    noise = bytearray((folder / "wide.jpg").read_bytes())
+    noise[len(noise) // 2 : len(noise) // 2 + 2] = b"\xff\xc0"
+    (folder / "damaged.jpg").write_bytes(noise)
+    names = ("cut.jpg", "gone.jpg", "text.jpg", "damaged.jpg")
+    data = write(folder / "data.jsonl", [row([name], ("What is it?", "Noise.")) for name in names])
     code, output = check("--data_file", data, "--quick")
     assert code == 1
-    assert [kind for kind, _ in problems(output)] == ["unusable image"] * 2
-    assert "cut.jpg" not in output
+    assert [kind for kind, _ in problems(output)] == ["unusable image"] * 3
+    assert "damaged.jpg" not in output
 
 
-def test_rows_that_occur_in_two_files_and_an_empty_one(folder):
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick):
+    """However a picture is named; its copies too, except with --quick."""
+    (folder / "a").mkdir()
+    (folder / "a/copy.png").write_bytes((folder / "tall.png").read_bytes())
     train = write(folder / "train.jsonl", [*GOOD_ROWS, GOOD_ROWS[2]])
-    other_answer = row(["wide.jpg"], ("What is it?", "A picture."))
-    val = write(folder / "val.jsonl", [other_answer, {**GOOD_ROWS[1], "id": "99"}, row(None, ("New", "Yes."))])
-    empty = write(folder / "empty.jsonl", ["\n"])
-    code, output = check("--data_file", train, val, empty, "--image_dir", folder)
-    assert code == 1
+    other = row(["a/../wide.jpg"], ("What is it?", "A picture."))
+    same = {**row([f"{folder}/wide.jpg", "tall.png"], ("Same?", "No."), ("And now?", "Still not.")), "id": "99"}
+    val = write(folder / "val.jsonl", [other, same, row(["a/copy.png"], ("New", "Yes."))])
+    code, output = check("--data_file", train, val, "--image_dir", folder, *quick)
+    assert code == 0, output
+    assert "No problems." in output
     assert problems(output) == [
         ("duplicate row", f"{train}, line 5: same images and texts as {train}, line 3"),
         ("row in two files", f"{val}, line 2: same images and texts as {train}, line 2"),
-        ("empty file", f"{empty}: no rows"),
+        ("images in two files", f"2 images of {val} are also in {train}, for example {val}, line 1: a/../wide.jpg"),
     ]
     assert f"{train}: 5 rows" in output
     assert f"{val}: 3 rows" in output
-
-
-def test_a_picture_is_the_same_however_it_is_named(folder):
-    for name in ("a", "b"):
-        (folder / name).mkdir()
-        write(
-            folder / name / "data.jsonl", [row(["../wide.jpg" if name == "a" else f"{folder}/wide.jpg"], ("What?", "Noise."))]
-        )
-    code, output = check("--data_file", folder / "a/data.jsonl", folder / "b/data.jsonl")
-    assert code == 1
-    assert problems(output) == [
-        ("row in two files", f"{folder}/b/data.jsonl, line 1: same images and texts as {folder}/a/data.jsonl, line 1")
-    ]
 
 
 def test_many_rows_keep_their_order(folder):
@@ -186,13 +180,16 @@ def test_many_rows_keep_their_order(folder):
     code, output = check("--data_file", data)
     assert code == 1
     assert problems(output) == [
-        ("duplicate row", f"{data}, line 1501: same images and texts as {data}, line 8"),
         ("invalid row", f'{data}, line 3000: "conversations" must be a list of at least one turn'),
+        ("duplicate row", f"{data}, line 1501: same images and texts as {data}, line 8"),
     ]
 
 
 def test_unusable_flags(folder, monkeypatch, capsys):
     data = write(folder / "data.jsonl", GOOD_ROWS)
+    empty = write(folder / "empty.jsonl", ["\n"])
+    broken = write(folder / "broken.json", ["[{}, {]"])
+    assert f"1 problem: empty file 1\n  empty file: {empty}: no rows\nNo warnings.\n" in check("--data_file", empty)[1]
 
     def refused(*flags):
         monkeypatch.setattr(sys, "argv", ["check_data", *map(str, flags)])
@@ -207,6 +204,8 @@ def test_unusable_flags(folder, monkeypatch, capsys):
     assert message.startswith(f"error: --model_name_or_path {folder} is missing config.json")
     # without a model named, it is the published one, which is out of reach here
     assert refused("--data_file", data).startswith("error: --model_name_or_path microsoft/Phi-3.5-vision-instruct")
+    model = ("--model_name_or_path", TINY)
+    assert refused("--data_file", broken, *model).startswith(f"error: {broken}: invalid JSON")
     assert refused("--data_file", data, "--num_crops", 17) == 2
     assert "argument --num_crops" in capsys.readouterr().err
     assert refused("--data_file", data, folder / "." / data.name) == 2
@@ -240,14 +239,14 @@ def test_workers_end_with_a_killed_check(folder):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_in_a_minute(folder):
+def test_many_rows_in_seconds(folder):
     for number in range(2000):
         os.link(folder / "wide.jpg", folder / f"{number}.jpg")
-    rows = [row([f"{number % 2000}.jpg"], (f"What is to be seen in picture {number}?", "Noise.")) for number in range(100_000)]
+    rows = [row([f"{number % 2000}.jpg"], (f"What is to be seen in picture {number}?", "Noise.")) for number in range(20_000)]
     data = write(folder / "data.jsonl", rows)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     code, output = check("--data_file", data, "--quick")
     assert code == 0, output
-    # A minute for two cores that do nothing else, however busy this machine is.
+    # A minute per 100,000 rows for two cores that do nothing else, however busy this machine is.
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 2 * 60
+    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 2 * 12

@@ -8,7 +8,7 @@ from conftest import GOLDEN, TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.data.conversations import check_conversation, encode_conversation, encode_prompt, prompt_text
+from common.data.conversations import check_conversation, encode_conversation, encode_prompt, prompt_text, read_conversation
 from common.data.pictures import check_picture
 
 TOKENIZERS = [
@@ -21,7 +21,7 @@ TOKENIZERS = [
 ]
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=TOKENIZERS, scope="module")
 def processor(request):
     return AutoProcessor.from_pretrained(request.param, num_crops=1)
 
@@ -103,9 +103,16 @@ def test_a_turn_has_no_beginning_of_text_of_its_own(processor):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], '"conversations" must be a list of at least one turn'),
-        ({"conversations": []}, '"conversations" must be a list of at least one turn'),
-        ({"conversations": ["Hi"]}, "turn 1: a turn must be an object"),
+        ({"conversations": [turn("Hi", "Ho")], "system": "<|end|>"}, '"system" contains the special token <|end|>'),
+        (
+            {"conversations": [turn("<image> or <image>?", "Ho", "a")]},
+            '"user" has 2 <image> mark(s), but the turn has 1 image(s)',
+        ),
+        ({"conversations": [turn("What is an <image>?", "Ho")]}, '"user" has 1 <image> mark(s), but the turn has 0 image(s)'),
+        ({"conversations": [turn("<image> <|image_1|>", "Ho", "a")]}, "use one mark per image, and no tags beside them"),
+        ({"conversations": [turn("Look", "<image>", "a")]}, 'only allowed in "user", but "assistant" contains <image>'),
+        ({"conversations": [turn("Look", "Ho", "data:image/png;base64," + "A" * 9000)]}, "AAAA… (9,022 characters)"),
+        ({"conversations": [turn("Look", "Ho", "https://example.com/a.png")]}, "got https://example.com/a.png"),
         ({"conversations": [turn("Hi", "Ho"), {"user": "Hi"}]}, 'turn 2: "assistant" must be a non-empty string'),
         ({"conversations": [turn(" ", "Ho")]}, 'turn 1: "user" must be a non-empty string'),
         ({"conversations": [turn("Hi", 3)]}, 'turn 1: "assistant" must be a non-empty string'),
@@ -121,7 +128,99 @@ def test_a_turn_has_no_beginning_of_text_of_its_own(processor):
 def test_what_is_no_conversation_is_refused_by_name(content, message):
     with pytest.raises(ValueError, match=r"data\.jsonl, line 3") as raised:
         check_conversation(content, "data.jsonl, line 3")
-    assert message in str(raised.value)
+    assert message in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_marks_set_the_places_of_images_and_the_system_prompt_comes_first(processor):
+    turns = [turn("Is <image> left of <image>?", "No", picture(), picture(90)), turn("And <image>?", "So", picture())]
+    marked = {"system": "Be brief.", "conversations": turns}
+    text = prompt_text(marked, processor)
+    assert text.startswith("<|system|>\nBe brief.<|end|>\n<|user|>\nIs <|image_1|> left of <|image_2|>?<|end|>\n")
+    assert "<|user|>\nAnd <|image_3|>?<|end|>\n" in text
+    sample = encode_conversation(marked, processor)
+    (begin, end), _ = answer_spans(sample["labels"])
+    assert sample["input_ids"][:begin] == encode_prompt(marked | {"conversations": turns[:1]}, processor)["input_ids"]
+
+
+SAID = [("What is it?", "A cat."), ("Sure?", "Yes.")]
+LLAVA = [{"from": role, "value": text} for said in SAID for role, text in zip(("human", "gpt"), said, strict=True)]
+MESSAGES = [{"role": role, "content": text} for said in SAID for role, text in zip(("user", "assistant"), said, strict=True)]
+TURNS = [{"user": user, "assistant": assistant} for user, assistant in SAID]
+
+
+def first(message, **fields):
+    """The messages with other fields in the first one."""
+    return [message[0] | fields, *message[1:]]
+
+
+PARTS = [
+    [{"type": "image", "image": None}, {"type": "text", "text": "What?"}],
+    [{"type": "text", "text": "Is"}, {"type": "image_url", "image_url": {"url": "a"}}, {"type": "image", "image": "b"}],
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "images", "question", "system"),
+    [
+        ({"image": "a", "conversations": first(LLAVA, value="<image>\nWhat?")}, [["a"], []], "<image>\nWhat?", None),
+        ({"image": ["a", "b"], "id": 7, "conversations": LLAVA}, [["a", "b"], []], "What is it?", None),
+        ({"images": ["a", "b"], "conversations": first(LLAVA, value="<image>?")}, None, None, None),
+        ({"conversations": [{"from": "system", "value": "Be brief."}, *LLAVA]}, [[], []], "What is it?", "Be brief."),
+        ({"system": "Be brief.", "conversations": LLAVA}, [[], []], "What is it?", "Be brief."),
+        ({"system": "Be brief.", "conversations": TURNS}, [[], []], "What is it?", "Be brief."),
+        ({"images": ["a"], "messages": MESSAGES}, [["a"], []], "What is it?", None),
+        ({"messages": first(MESSAGES, content=PARTS[0]), "image": "a"}, [["a"], []], "<image>\nWhat?", None),
+        ({"messages": first(MESSAGES, content=PARTS[1])}, [["a", "b"], []], "Is\n<image>\n<image>", None),
+    ],
+)
+def test_rows_of_other_formats_are_read_as_they_are(row, images, question, system):
+    if images is None:
+        with pytest.raises(ValueError, match=r"line 3: the row has 2 image\(s\) and 1 <image> mark\(s\)"):
+            read_conversation(row, "line 3")
+        return
+    found = read_conversation(row, "line 3")
+    check_conversation(found, "line 3")
+    assert [turn.get("images", []) for turn in found["conversations"]] == images
+    assert [turn["assistant"] for turn in found["conversations"]] == ["A cat.", "Yes."]
+    assert found["conversations"][0]["user"] == question and found["system"] == system
+    assert found["id"] == ("7" if "id" in row else None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "line 3: expected a JSON object, got list"),
+        ({"conversations": []}, 'line 3: "conversations" must be a list of at least one turn'),
+        ({"conversations": ["Hi"]}, "line 3, turn 1: a turn must be an object"),
+        ({"images": ["0.png"], "conversations": TURNS}, 'unknown field "images" (known are "conversations", '),
+        ({"image": "0.png", "conversations": TURNS}, 'move it into a turn, as a list "images"'),
+        ({"conversations": first(TURNS, image="0.png")}, 'line 3, turn 1: unknown field "image" (known are "images", '),
+        ({"conversations": first(TURNS, image="0.png")}, 'did you mean "images"?'),
+        ({"conversations": first(TURNS, system="Be brief.")}, "move it from the turn to the row"),
+        ({"conversations": TURNS, "sytem": "Be brief."}, 'did you mean "system"?'),
+        ({"conversations": TURNS, "w" * 500: 1}, "w… (500 characters)"),
+        ({"conversations": first(LLAVA, weight=0)}, 'line 3, message 1: unknown field "weight"'),
+        ({"conversations": LLAVA[1:]}, "line 3, message 1: a message of the assistant is not expected here"),
+        ({"conversations": [LLAVA[0], *LLAVA]}, "line 3, message 2: a message of the user is not expected here"),
+        ({"messages": [*MESSAGES, {"role": "system", "content": "Be brief."}]}, "message 5: a message of the system is not"),
+        ({"messages": first(MESSAGES, role="tool")}, 'message 1: unknown "role" tool: expected human, '),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "there is no message of the user"),
+        ({"messages": first(MESSAGES, content=7)}, "message 1: the text must be a string or a list of parts"),
+        ({"messages": first(MESSAGES, content=[{"type": "audio", "audio": "a"}])}, "unknown part of type audio"),
+        ({"conversations": TURNS, "id": 1.5}, '"id" must be a string or an integer'),
+    ],
+)
+def test_what_is_unknown_or_misplaced_in_a_row_is_refused(row, message):
+    with pytest.raises(ValueError, match="^line 3") as raised:
+        read_conversation(row, "line 3")
+    assert message in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_a_question_at_the_end_has_no_answer():
+    found = read_conversation({"conversations": LLAVA[:3]}, "line 3")
+    assert "assistant" not in found["conversations"][1]
+    with pytest.raises(ValueError, match='line 3, turn 2: "assistant" must be a non-empty string'):
+        check_conversation(found, "line 3")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -130,7 +229,7 @@ def test_a_stored_picture_that_is_cut_short_is_found_before_it_is_asked_about(pr
     Image.effect_noise((300, 200), 50).save(file, kind)
     whole = file.getvalue()
     asked = {"conversations": [turn("What?", "Noise.", {"bytes": whole, "path": None})]}
-    assert check_picture({"bytes": whole, "path": None}) == (300, 200)
+    assert check_picture({"bytes": whole, "path": None}) is None
     assert encode_prompt(asked, processor)["images"] == [{"bytes": whole, "path": None}]
     cut = {"bytes": whole[: len(whole) // 2], "path": "a.png"}
     with pytest.raises(ValueError, match="image a.png cannot be decoded"):
@@ -142,7 +241,7 @@ def test_a_stored_picture_that_is_cut_short_is_found_before_it_is_asked_about(pr
 def test_a_whole_picture_with_something_after_its_end_is_no_mistake():
     file = io.BytesIO()
     Image.effect_noise((300, 200), 50).save(file, "JPEG")
-    assert check_picture({"bytes": file.getvalue() + bytes(1000), "path": None}) == (300, 200)
+    assert check_picture({"bytes": file.getvalue() + bytes(1000), "path": None}) is None
 
 
 def test_a_picture_of_a_kind_that_nothing_decodes_is_named():

@@ -40,28 +40,3 @@ def test_from_pictures_and_a_table_to_a_finetuned_model(tmp_path):
 def test_the_example_of_the_format_is_in_the_format():
     [example] = re.findall(r"^```json\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     assert len(parse_conversation(example.encode(), "the guide")["conversations"]) == 2
-
-
-def test_rows_of_llava_become_rows_of_the_format(tmp_path, monkeypatch):
-    [snippet] = re.findall(r"^```python\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL)
-    folder = tmp_path / "data" / "mine"
-    folder.mkdir(parents=True)
-    talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
-    rows = [
-        {"id": "7", "image": "cat.jpg", "conversations": talk + [talk[0] | {"value": "Sure?"}, talk[1] | {"value": "Yes."}]},
-        {"image": ["a.jpg", "b.jpg"], "conversations": talk},
-        {"id": 9, "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]},
-    ]
-    (folder / "llava.json").write_text(json.dumps(rows))
-    monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "the guide", "exec"), {})
-    lines = (folder / "train.jsonl").read_bytes().splitlines()
-    found = [parse_conversation(line, "a line") for line in lines]
-    assert [row["id"] for row in found] == ["7", "", "9"]
-    assert [[turn.get("images", []) for turn in row["conversations"]] for row in found] == [
-        [["cat.jpg"], []],
-        [["a.jpg", "b.jpg"]],
-        [[]],
-    ]
-    assert [turn["user"] for turn in found[0]["conversations"]] == ["What is it?", "Sure?"]
-    assert [turn["assistant"] for turn in found[0]["conversations"]] == ["A cat.", "Yes."]

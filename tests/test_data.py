@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from common.data.collator import Collator, load_crops
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import Row, StreamedData
 
@@ -96,10 +97,10 @@ def test_rows_that_draw_nothing_are_measured_once(rows, processor):
 
 def test_a_row_that_can_not_be_measured_is_named(rows, processor, tmp_path):
     tagged = {"conversations": [{"images": [], "user": "See <|image_1|>?", "assistant": "No."}]}
-    with pytest.raises(ValueError, match=r"training row 70: the text's image tags"):
+    with pytest.raises(ValueError, match=r"^row 70: the text's image tags"):
         TrainingData([*rows[:70], tagged], as_it_is, processor, seed=0).lengths(0)
     gone = {"conversations": [{"images": [str(tmp_path / "gone.png")], "user": "See?", "assistant": "No."}]}
-    with pytest.raises(ValueError, match=r"training row 2: image .*gone\.png is missing"):
+    with pytest.raises(ValueError, match=r"^row 2: image .*gone\.png is missing"):
         TrainingData([*rows[:2], gone], as_it_is, processor, seed=0).lengths(0)
 
 
@@ -113,8 +114,7 @@ def test_a_stored_picture_that_can_not_be_decoded_is_named_by_its_row(processor)
     text = {"conversations": [turn | {"images": []}]}
     damaged = {"conversations": [turn]}
     kinds = {
-        "training row 1": lambda: TrainingData([text, damaged], as_it_is, processor, 0)[0, 1],
-        "evaluation row 1": lambda: TrainingData([text, damaged], as_it_is, processor, 0, name="evaluation row")[0, 1],
+        "mine, row 1": lambda: TrainingData(Rows([text, damaged], "mine, row {}".format), as_it_is, processor, 0)[0, 1],
         "a.parquet, row 8": lambda: StreamedData(None, as_it_is, processor, 0)[Row(0, 1, "a.parquet, row 8", damaged)],
     }
     for place, sample in kinds.items():

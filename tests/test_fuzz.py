@@ -29,9 +29,9 @@ import convert_ucf101
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as memes
 import finetune_hf_trainer_nlvr2 as nlvr2
-from common.data.conversations import encode_conversation
+from common.data.conversations import encode_conversation, pictures
 from common.data.pictures import check_picture, decode_picture
-from common.data.sources import load_conversations, parse_conversation, picture_names, read_rows
+from common.data.sources import load_conversations, parse_conversation, read_rows
 from common.model.checkpoint import load_processor
 from common.model.inference import attach_adapter, find_adapter, find_base, load_base, load_full
 from common.runtime import InputError
@@ -201,7 +201,7 @@ def test_a_row_of_the_general_format():
     @given(broken(ROW))
     def check(line):
         if row := read(lambda: parse_conversation(line, "train.jsonl, line 1")):
-            encode_conversation(row, processor, [2] * len(picture_names(row)))
+            encode_conversation(row, processor, [2] * len(pictures(row)))
 
     check()
 

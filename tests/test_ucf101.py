@@ -126,6 +126,8 @@ def test_two_processes_learn_three_clips(data_dir, tmp_path):
         "--learning_rate", 2e-3, "--warmup_steps", 2, "--max_new_tokens", 12, "--dataloader_num_workers", 0,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
+    assert "warning:     3 of 3 evaluation rows are also training rows, for example" in result.stdout
+    assert "warning:     6 of 6 evaluation images are also training images, for example image" in result.stdout
     before, after = (json.loads((out / f"eval_{when}.json").read_text()) for when in ("before", "after"))
     assert before["accuracy"] < 0.5
     assert after["accuracy"] == 1

@@ -3,16 +3,14 @@
 python -m tools.check_data --data_file data/mine/train.jsonl --image_dir data/mine/images
 python -m tools.check_data --data_file data/mine/train.jsonl data/mine/val.jsonl --image_dir data/mine/images --quick
 
-Every row is validated against the general format, every image is decoded (with --quick, only its header is read), and
-the tokens of every row are counted as in training. Duplicate rows, with the same images and texts, are found within a
-file and across files. The exit code is 1 if there is any problem.
+Every row is read and checked as by a training run, every image is decoded (with --quick, it is only checked as by a run), and
+the tokens of every row are counted. Problems, which would end a run, make the exit code 1. Warnings point out what a run trains
+on, but may be a mistake: rows or images that occur in two files or twice in one, tiny images, files without images.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import signal
 import sys
@@ -29,16 +27,16 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import DEFAULT_MODEL
-from common.data.conversations import Conversation, count_tokens
-from common.data.pictures import decode_picture, open_picture, picture_path
-from common.data.sources import parse_object, picture_names, row_faults
+from common.data.conversations import Conversation, check_context, count_tokens, read_conversation
+from common.data.pictures import check_picture, decode_picture, picture_content, picture_path, picture_size
+from common.data.sources import content_hash, file_faults, listed_images, parse_object, read_lines
 from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
-from common.runtime import InputError, Progress, limit_library_bars
+from common.runtime import InputError, Progress, excerpt, limit_library_bars
 
 LINES_AT_ONCE = 500
-PICTURES_REMEMBERED = 100_000
+IMAGES_REMEMBERED = 100_000
 HISTOGRAM_BINS, HISTOGRAM_WIDTH = 10, 40
 
 
@@ -50,20 +48,24 @@ class Row:
     ----------
     place : str
         File and line, for messages.
-    content : bytes, optional
+    content : int, optional
         Hash of the row's images and texts, without its id; None for an invalid row.
-    num_pictures : int
+    images : list of (str, str or bytes)
+        Name of each usable image, and its identity: the hash of its content or, with ``--quick``, its resolved path.
+    num_images : int
     num_tokens : int, optional
         None if the row is invalid or one of its images is unusable.
-    problems : list of (str, str)
-        Kind and message of each problem.
+    problems, warnings : list of (str, str)
+        Kind and message of each problem or warning.
     """
 
     place: str
-    content: bytes | None = None
-    num_pictures: int = 0
+    content: int | None = None
+    images: list[tuple[str, str | bytes]] = field(default_factory=list)
+    num_images: int = 0
     num_tokens: int | None = None
     problems: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -72,19 +74,19 @@ class Report:
 
     Attributes
     ----------
-    num_rows : Counter
-        Number of rows by file.
-    num_pictures : int
+    num_rows, num_images : Counter
+        Number of rows and of their images by file.
     tokens : list of int
         Number of tokens of each row without problems.
-    problems : list of (str, str)
-        Kind and message of each problem.
+    problems, warnings : list of (str, str)
+        Kind and message of each problem or warning.
     """
 
     num_rows: Counter[Path] = field(default_factory=Counter)
-    num_pictures: int = 0
+    num_images: Counter[Path] = field(default_factory=Counter)
     tokens: list[int] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
 def parse_args() -> argparse.Namespace:
@@ -93,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data_file", type=Path, nargs="+", required=True, metavar="FILE", help="one or more JSONL files")
+    group.add_argument("--data_file", type=Path, nargs="+", required=True, metavar="FILE", help="JSONL files or JSON arrays")
     group.add_argument("--image_dir", type=Path, help="root folder of the image paths (default: the data file's folder)")
 
     group = parser.add_argument_group("tokens")
@@ -112,7 +114,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--max_length", type=int, metavar="TOKENS", help="report rows with more tokens (default: no limit)")
 
     group = parser.add_argument_group("running")
-    group.add_argument("--quick", action="store_true", help="only read the images' headers, without decoding them")
+    group.add_argument("--quick", action="store_true", help="check images as a run does, without decoding them")
     group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     args = parser.parse_args()
     if len({path.resolve() for path in args.data_file}) < len(args.data_file):
@@ -130,65 +132,64 @@ class Checker:
     max_length : int, optional
         Maximum number of tokens of a row; a longer row is a problem.
     quick : bool
-        Read the sizes of the images without decoding them.
+        Check the images as a training run does, without decoding them.
     """
 
     def __init__(self, processor: Phi3VProcessor, max_length: int | None, quick: bool) -> None:
         self.processor, self.max_length, self.quick = processor, max_length, quick
-        self.count_picture_tokens = lru_cache(PICTURES_REMEMBERED)(self._count_picture_tokens)
+        self.check_image = lru_cache(IMAGES_REMEMBERED)(self._check_image)
 
     def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[Row]:
         """Check lines of a file, given as pairs of place and content."""
-        rows, usable = [], []
+        rows: list[Row] = []
+        usable: list[tuple[Row, Conversation, list[int]]] = []
         for place, line in lines:
+            row = Row(place)
+            rows.append(row)
             try:
-                conversation = parse_object(line, place)
+                conversation = read_conversation(parse_object(line, place), place)
             except InputError as error:
-                rows.append(Row(place, problems=[("invalid row", str(error))]))
+                row.problems.append(("invalid row", str(error)))
                 continue
-            faults = list(row_faults(conversation, place))
-            images = [name for name in picture_names(conversation) if isinstance(name, str)]
-            image_tokens = [self.count_picture_tokens(image_dir, name) for name in images]
-            errors = [error for error in image_tokens if isinstance(error, InputError)]
-            problems = [("invalid row", str(fault)) for fault in faults]
-            problems += [("unusable image", f"{place}: {error}") for error in errors]
-            content = None if faults else row_content(conversation, image_dir)
-            rows.append(Row(place, content, len(images), problems=problems))
-            if not problems:
-                usable.append((rows[-1], conversation, image_tokens))
-        self._count_tokens(usable)
+            row.problems += [("invalid row", str(error)) for error in file_faults(conversation, place)]
+            image_tokens = []
+            for name in listed_images(conversation):
+                if not isinstance(name, str):
+                    continue
+                row.num_images += 1
+                try:
+                    num_tokens, identity, doubt = self.check_image(picture_path(image_dir, name))
+                except InputError as error:
+                    row.problems.append(("unusable image", f"{place}: {error}"))
+                    continue
+                image_tokens.append(num_tokens)
+                row.images.append((name, identity))
+                row.warnings += [("suspicious image", f"{place}: {doubt}")] if doubt else []
+            if not row.problems:
+                row.content = content_hash([conversation], [identity for _, identity in row.images])
+                usable.append((row, conversation, image_tokens))
+        if usable:
+            self._count_tokens(usable)
         return rows
 
     def _count_tokens(self, usable: list[tuple[Row, Conversation, list[int]]]) -> None:
-        if not usable:
-            return
         rows, conversations, image_tokens = zip(*usable, strict=True)
         counts = count_tokens(conversations, image_tokens, (row.place for row in rows), self.processor)
         for row, row.num_tokens in zip(rows, counts, strict=True):
-            if self.max_length is not None and row.num_tokens > self.max_length:
-                message = f"{row.place}: {row.num_tokens:,} tokens exceed --max_length {self.max_length:,}"
-                row.problems.append(("row too long", message))
+            try:
+                check_context(row.num_tokens, self.processor)
+                if self.max_length is not None and row.num_tokens > self.max_length:
+                    raise InputError(f"{row.num_tokens:,} tokens exceed --max_length {self.max_length:,}")
+            except InputError as error:
+                row.problems.append(("row too long", str(error.at(row.place))))
 
-    def _count_picture_tokens(self, image_dir: Path, name: str) -> int | InputError:
-        try:
-            image = picture_path(image_dir, name)
-            with open_picture(image) if self.quick else decode_picture(image) as picture:
-                return self.processor.image_processor.num_tokens(*picture.size)
-        except InputError as error:
-            return error
-
-
-def row_content(conversation: Conversation, image_dir: Path) -> bytes:
-    """Hash a row's texts and the resolved paths of its images, to find duplicates."""
-    turns = [
-        (
-            [os.path.realpath(os.path.join(image_dir, name)) for name in turn.get("images") or []],
-            turn["user"],
-            turn["assistant"],
-        )
-        for turn in conversation["conversations"]
-    ]
-    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest()
+    def _check_image(self, image: str) -> tuple[int, str | bytes, str | None]:
+        """Return tokens, identity and what is suspicious of an image."""
+        doubt = check_picture(image)
+        if not self.quick:
+            decode_picture(image)
+        identity = os.path.realpath(image) if self.quick else picture_content(image)
+        return self.processor.image_processor.num_tokens(*picture_size(image)), identity, doubt
 
 
 _checker: Checker | None = None  # set in worker processes
@@ -200,25 +201,28 @@ def start_worker(checker: Checker) -> None:
     _checker = checker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    parent = parent_process()
+    assert parent
+
     def end_with_parent() -> None:
-        connection.wait([parent_process().sentinel])
+        connection.wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def check_lines(path: Path, image_dir: Path, lines: list[tuple[int, bytes]]) -> list[Row]:
-    """Check numbered lines of a file in a worker process; blank lines are skipped."""
-    return _checker.check([(f"{path}, line {number}", line) for number, line in lines if line.strip()], image_dir)
+def check_lines(image_dir: Path, lines: list[tuple[str, bytes]]) -> list[Row]:
+    """Check lines of a file in a worker process."""
+    assert _checker
+    return _checker.check(lines, image_dir)
 
 
-def read_lines(files: list[Path]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
-    """Yield the numbered lines of each file in chunks."""
+def read_chunks(files: list[Path]) -> Iterator[tuple[Path, list[tuple[str, bytes]]]]:
+    """Yield the lines of each file in chunks, with their places."""
     for path in files:
-        with path.open("rb") as file:
-            numbered = enumerate(file, start=1)
-            while lines := list(islice(numbered, LINES_AT_ONCE)):
-                yield path, lines
+        lines = read_lines(path)
+        while chunk := list(islice(lines, LINES_AT_ONCE)):
+            yield path, chunk
 
 
 def check_in_parallel(
@@ -228,18 +232,20 @@ def check_in_parallel(
     total = sum(path.stat().st_size for path in files)
     pending: deque[tuple[Path, int, Future]] = deque()
     # With "fork", workers inherit the checker and the imported libraries; importing again takes longer than most checks.
-    pool = ProcessPoolExecutor(os.cpu_count(), get_context("fork"), start_worker, (checker,))
+    num_workers = os.cpu_count() or 1
+    pool = ProcessPoolExecutor(num_workers, get_context("fork"), start_worker, (checker,))
     with pool, Progress("Checking data", "bytes", total, bar) as progress:
-        batches = read_lines(files)
+        batches = read_chunks(files)
         while True:
-            for path, lines in islice(batches, 2 * os.cpu_count() - len(pending)):
-                future = pool.submit(check_lines, path, image_dir or path.parent, lines)
+            for path, lines in islice(batches, 2 * num_workers - len(pending)):
+                future = pool.submit(check_lines, image_dir or path.parent, lines)
                 pending.append((path, sum(len(line) for _, line in lines), future))
             if not pending:
+                progress.update(total - progress.done)
                 return
             path, size, future = pending.popleft()
             yield path, future.result()
-            progress.update(size)
+            progress.update(min(size, total - progress.done - 1))  # the size of a row in a JSON array is not exact
 
 
 def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar: bool = True) -> Report:
@@ -255,20 +261,35 @@ def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar
         Show progress bars; False for ``--no-tqdm``.
     """
     report = Report()
-    first_places: dict[bytes, tuple[Path, str]] = {}
+    first_rows: dict[int, tuple[Path, str]] = {}
+    first_files: dict[str | bytes, Path] = {}
+    shared_images: dict[tuple[Path, Path], set[str | bytes]] = {}
+    examples: dict[tuple[Path, Path], str] = {}
     for path, rows in check_in_parallel(files, image_dir, checker, bar):
         report.num_rows[path] += len(rows)
         for row in rows:
-            report.num_pictures += row.num_pictures
+            report.num_images[path] += row.num_images
             report.problems += row.problems
+            report.warnings += row.warnings
             if row.num_tokens is not None:
                 report.tokens.append(row.num_tokens)
+            for name, identity in row.images:
+                if (first_path := first_files.setdefault(identity, path)) != path:
+                    shared_images.setdefault((path, first_path), set()).add(identity)
+                    examples.setdefault((path, first_path), f"{row.place}: {excerpt(name)}")
             if row.content is not None:
-                first_path, first_place = first_places.setdefault(row.content, (path, row.place))
+                first_path, first_place = first_rows.setdefault(row.content, (path, row.place))
                 if first_place != row.place:
                     kind = "duplicate row" if first_path == path else "row in two files"
-                    report.problems.append((kind, f"{row.place}: same images and texts as {first_place}"))
-    report.problems += [("empty file", f"{path}: no rows") for path in files if not report.num_rows[path]]
+                    report.warnings.append((kind, f"{row.place}: same images and texts as {first_place}"))
+    for (path, first_path), images in shared_images.items():
+        message = f"{len(images):,} images of {path} are also in {first_path}, for example {examples[path, first_path]}"
+        report.warnings.append(("images in two files", message))
+    for path in files:
+        if not report.num_rows[path]:
+            report.problems.append(("empty file", f"{path}: no rows"))
+        elif not report.num_images[path]:
+            report.warnings.append(("no images", f"{path}: no row has an image"))
     return report
 
 
@@ -276,7 +297,7 @@ def print_report(report: Report) -> None:
     """Print the counts, token statistics and all problems."""
     for path, num_rows in report.num_rows.items():
         print(f"{path}: {num_rows:,} rows")
-    print(f"{report.num_pictures:,} images")
+    print(f"{report.num_images.total():,} images")
     if report.tokens:
         tokens = np.array(report.tokens)
         low, high = int(tokens.min()), int(tokens.max())
@@ -289,14 +310,12 @@ def print_report(report: Report) -> None:
         for count, edge in zip(counts, edges, strict=False):
             bar = "#" * -(-int(count) * HISTOGRAM_WIDTH // int(counts.max()))
             print(f"  {edge:>9,} to {edge + width - 1:>9,}  {bar:{HISTOGRAM_WIDTH}}  {count:,}")
-    if not report.problems:
-        print("No problems.")
-        return
-    kinds = Counter(kind for kind, _ in report.problems)
-    count = len(report.problems)
-    print(f"{count:,} problem{'s' * (count > 1)}: " + ", ".join(f"{kind} {times:,}" for kind, times in kinds.items()))
-    for kind, message in report.problems:
-        print(f"  {kind}: {message}")
+    for name, entries in (("problem", report.problems), ("warning", report.warnings)):
+        kinds = Counter(kind for kind, _ in entries)
+        summary = ", ".join(f"{kind} {count:,}" for kind, count in kinds.items())
+        print(f"{len(entries):,} {name}{'s' * (len(entries) > 1)}: {summary}" if entries else f"No {name}s.")
+        for kind, message in entries:
+            print(f"  {kind}: {message}")
 
 
 def main() -> None:
@@ -315,6 +334,8 @@ def main() -> None:
     checker = Checker(processor, args.max_length, args.quick)
     try:
         report = check_files(args.data_file, args.image_dir, checker, args.tqdm)
+    except InputError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
     print_report(report)

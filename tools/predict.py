@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from common.data.conversations import Conversation, check_conversation, pictures
+from common.data.conversations import Conversation, check_conversation, pictures, read_conversation
 from common.data.pictures import check_picture, picture_path
-from common.data.sources import parse_object, read_json_lines
+from common.data.sources import file_faults, parse_object, read_json_lines
 from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
 from common.phi3v.image_processing import MAX_CROPS
-from common.runtime import InputError, limit_library_bars, track, write_file
+from common.runtime import InputError, limit_library_bars, say, track, write_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,47 +82,34 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, Any], Conversation]]:
-    """Read rows in the general format, convert them to conversations with full image paths, and check the images.
+    """Read rows, convert them to conversations with full image paths and a placeholder as last answer, and check the images.
 
     Raises
     ------
     InputError
         With file and line.
     """
-    rows, places = [], []
+    rows = []
     for place, line in read_json_lines(path):
         row = parse_object(line, place)
+        conversation = read_conversation(row, place)
+        turns = conversation["conversations"]
+        turns[-1]["assistant"] = "?"
+        for error in file_faults(conversation, place):
+            raise error
         try:
-            conversation = to_prompt(row, image_dir)
+            for turn in turns:
+                turn["images"] = [picture_path(image_dir, name) for name in turn.get("images") or []]
         except InputError as error:
             raise error.at(place) from None
-        check_conversation(conversation, place)
-        rows.append((row, conversation))
-        places.append(place)
-    for place, (_, conversation) in zip(places, track(rows, "Checking images", "rows", bar), strict=True):
-        check_prompt_pictures(conversation, place)
-    return rows
+        rows.append((place, row, conversation))
+    for place, _, conversation in track(rows, "Checking images", "rows", bar):
+        check_images(conversation, place)
+    return [(row, conversation) for _, row, conversation in rows]
 
 
-def to_prompt(row: dict[str, Any], image_dir: Path) -> dict[str, Any]:
-    """Convert a row to a conversation with full image paths and a placeholder as its last answer.
-
-    A malformed row is returned unchanged, so that the check of the conversation reports it.
-    """
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return row
-    turns = [dict(turn) for turn in turns]
-    for turn in turns:
-        if isinstance(turn.get("images"), list):
-            turn["images"] = [Path(picture_path(image_dir, name)) if isinstance(name, str) else name for name in turn["images"]]
-    if turns:
-        turns[-1]["assistant"] = "?"
-    return {"conversations": turns}
-
-
-def check_prompt_pictures(conversation: Conversation, place: str) -> None:
-    """Check that all images of a conversation exist and are complete.
+def check_images(conversation: Conversation, place: str) -> None:
+    """Check that all images of a conversation exist and are complete, and warn of suspicious ones.
 
     Raises
     ------
@@ -130,10 +117,9 @@ def check_prompt_pictures(conversation: Conversation, place: str) -> None:
         With ``place`` and the image.
     """
     for picture in pictures(conversation):
-        if not isinstance(picture, Path):
-            raise InputError(f'{place}: "images" must contain file names')
         try:
-            check_picture(picture)
+            if doubt := check_picture(picture):
+                say(f"warning: {place}: {doubt}")
         except InputError as error:
             raise error.at(place) from None
 
@@ -143,10 +129,10 @@ def predict(args: argparse.Namespace) -> None:
     if args.data_file:
         rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
     else:
-        turn = {"images": [Path(image) for image in args.images], "user": args.prompt, "assistant": "?"}
+        turn = {"images": args.images, "user": args.prompt, "assistant": "?"}
         rows = [({}, {"conversations": [turn]})]
         check_conversation(rows[0][1], "--prompt")
-        check_prompt_pictures(rows[0][1], "--images")
+        check_images(rows[0][1], "--images")
 
     model, processor = load_for_inference(args.model, args.device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops

@@ -1,41 +1,181 @@
-"""Checking conversations, and encoding them as token ids, labels and image references, without decoding images.
+"""Reading rows as conversations, checking them, and encoding them as token ids, labels and image references.
 
 A conversation is a plain dict, one line of the general JSONL format::
 
     {"id": "42", "conversations": [{"images": ["a.jpg", "b.jpg"], "user": "Same?", "assistant": "Yes."}, …]}
 
 Images are numbered over the whole conversation; :mod:`common.data.pictures` lists the types of images.
-If the user's text has no image tag, the tags of its images are inserted before it.
+If the user's text has no image tag, the tags of its images are inserted before it; ``<image>`` marks the place of the next one.
+A conversation can have a ``system`` prompt. :func:`read_conversation` also accepts rows of other common formats.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from common.phi3v import Phi3VProcessor
-from common.phi3v.processing import IMAGE_TAG, check_image_numbers, image_numbers
-from common.runtime import InputError
+from common.phi3v.processing import IMAGE_TAG, SPECIAL_TOKEN, check_image_numbers, image_numbers
+from common.runtime import InputError, excerpt
 
-from .pictures import Picture, check_picture, open_picture
+from .pictures import Picture, check_picture, picture_size
 
 Conversation = dict[str, Any]
 
-# Special tokens of the published tokenizers, except image tags.
-SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
+IMAGE_MARK = "<image>"
+NOTES = ("id", "source", "metadata")  # fields of a row that are not trained on
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# Further bytes of a turn that :func:`text_size` counts for the chat template's tokens.
+BYTES_PER_TURN = 64
+
+
+def read_conversation(row: Any, place: str) -> Conversation:
+    """Convert a row of a file to a conversation.
+
+    Parameters
+    ----------
+    row : Any
+        A dict of the general format; or ``messages`` of ``role`` and ``content`` (as OpenAI's API, TRL), or ``conversations``
+        of ``from`` and ``value`` (LLaVA, ShareGPT), with the images in ``image`` or ``images`` of the row, whose places in the
+        texts may be marked by ``<image>``, or in the parts of a ``content``. None counts as missing.
+    place : str
+        Location of the row, for messages.
+
+    Returns
+    -------
+    Conversation
+        ``id``, ``system`` (str or None) and ``conversations``; still to be checked with :func:`conversation_faults`. The last
+        turn has no ``assistant`` if the row ends with a question.
+
+    Raises
+    ------
+    InputError
+        If a field is unknown or the turns are not recognized; the message names the row.
+    """
+    if not isinstance(row, dict):
+        raise InputError(f"expected a JSON object, got {type(row).__name__}", place)
+    row = _without_none(row)
+    name = "messages" if "messages" in row else "conversations"
+    turns = row.get(name)
+    if not isinstance(turns, list) or not turns:
+        raise InputError('"conversations" must be a list of at least one turn', place)
+    if not all(isinstance(turn, dict) for turn in turns):
+        number = next(number for number, turn in enumerate(turns, start=1) if not isinstance(turn, dict))
+        raise InputError("a turn must be an object", f"{place}, turn {number}")
+    turns = [_without_none(turn) for turn in turns]
+    keys = {key for turn in turns for key in turn}
+    if "from" in keys or "role" in keys:
+        _check_fields(row, (name, *NOTES, "system", "image", "images"), {}, place)
+        turns, system = _merge_messages(turns, ("from", "value") if "from" in keys else ("role", "content"), place)
+        if system and row.get("system"):
+            raise InputError("the row has a system prompt twice: remove one", place)
+        row["system"] = system or row.get("system")
+        _place_images(turns, row.get("images", row.get("image", [])), place)
+    else:
+        misplaced = dict.fromkeys(("image", "images"), 'move it into a turn, as a list "images"')
+        _check_fields(row, (name, *NOTES, "system"), misplaced, place)
+        for number, turn in enumerate(turns, start=1):
+            misplaced = {"system": 'move it from the turn to the row, next to "conversations"'}
+            _check_fields(turn, ("images", "user", "assistant"), misplaced, f"{place}, turn {number}")
+    identifier = row.get("id")
+    if identifier is not None and not isinstance(identifier, str | int):
+        raise InputError('"id" must be a string or an integer', place)
+    identifier = None if identifier is None else str(identifier)
+    return {"id": identifier, "system": row.get("system"), "conversations": turns}
+
+
+def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_fields(found: Iterable[str], known: Collection[str], misplaced: Mapping[str, str], place: str) -> None:
+    for name in found:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = misplaced.get(name) or (f'did you mean "{near[0]}"?' if near else "remove it")
+            names = ", ".join(f'"{field}"' for field in known)
+            raise InputError(f'unknown field "{excerpt(name)}" (known are {names}): {remedy}', place)
+
+
+def _merge_messages(messages: list[Any], keys: tuple[str, str], place: str) -> tuple[list[dict[str, Any]], str | None]:
+    """Merge messages of alternating roles into turns, and return the system prompt if there is one."""
+    turns: list[dict[str, Any]] = []
+    system = None
+    for number, message in enumerate(messages, start=1):
+        here = f"{place}, message {number}"
+        _check_fields(message, keys, {}, here)
+        role, (text, images) = ROLES.get(str(message.get(keys[0]))), _read_content(message.get(keys[1]), here)
+        if role is None:
+            raise InputError(f'unknown "{keys[0]}" {excerpt(message.get(keys[0]))}: expected {", ".join(ROLES)}', here)
+        if images and role != "user":
+            raise InputError("only the user's messages can contain images", here)
+        open_turn = bool(turns) and "assistant" not in turns[-1]
+        if role == "system" and number == 1:
+            system = text
+        elif role == "user" and not open_turn:
+            turns.append({"images": images, "user": text})
+        elif role == "assistant" and open_turn:
+            turns[-1]["assistant"] = text
+        else:
+            raise InputError(
+                f"a message of the {role} is not expected here: after a system message at the start, user and assistant must "
+                "alternate, and the user begins; merge or remove messages",
+                here,
+            )
+    if not turns:
+        raise InputError("there is no message of the user", place)
+    return turns, system
+
+
+def _read_content(content: Any, place: str) -> tuple[str, list[Any]]:
+    """Return the text of a message, in which every image part is a mark, and the images that are named in it."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise InputError("the text must be a string or a list of parts", place)
+    texts, images = [], []
+    for part in map(_without_none, content):
+        kind = part.get("type")
+        _check_fields(part, ("type", str(kind)), {}, place)
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            texts.append(IMAGE_MARK)
+            image = part.get(kind)
+            images += [image["url"] if isinstance(image, dict) and "url" in image else image] if image is not None else []
+        else:
+            raise InputError(f"unknown part of type {excerpt(kind)}: expected text, image or image_url", place)
+    return "\n".join(texts), images
+
+
+def _place_images(turns: list[dict[str, Any]], images: Any, place: str) -> None:
+    """Give the images of a row to the turns by their marks, or to the first turn if there are no marks."""
+    images = list(images) if isinstance(images, list) else [images]
+    if not images:
+        return
+    marks = [turn["user"].count(IMAGE_MARK) for turn in turns]
+    if any(turn["images"] for turn in turns) or sum(marks) not in (0, len(images)):
+        counts = f"{len(images)} image(s) and {sum(marks)} {IMAGE_MARK} mark(s)"
+        raise InputError(f"the row has {counts}: use one mark per image, or none", place)
+    marks = marks if any(marks) else [len(images)]
+    ends = [sum(marks[:number]) for number in range(len(marks) + 1)]
+    for turn, (begin, end) in zip(turns, pairwise(ends), strict=False):
+        turn["images"] = images[begin:end]
 
 
 def check_conversation(conversation: Any, name: str) -> None:
-    """Check that a conversation has the fields of the general format, and image tags that match its images.
+    """Check the texts and images of a conversation, and that its image tags match its images.
 
     Parameters
     ----------
     conversation : Any
-        Content of the row.
+        As returned by :func:`read_conversation`.
     name : str
         Location for messages, for example ``data.jsonl, line 3``.
 
@@ -48,18 +188,15 @@ def check_conversation(conversation: Any, name: str) -> None:
         raise error
 
 
-def conversation_faults(conversation: Any, name: str) -> Iterator[InputError]:
+def conversation_faults(conversation: Conversation, name: str) -> Iterator[InputError]:
     """Yield all errors that :func:`check_conversation` looks for."""
-    turns = conversation.get("conversations") if isinstance(conversation, dict) else None
-    if not isinstance(turns, list) or not turns:
-        yield InputError('"conversations" must be a list of at least one turn', name)
-        return
-    valid = True
+    turns = conversation["conversations"]
+    system = conversation.get("system")
+    faults = [InputError(fault, name) for fault in _text_faults("system", "-" if system is None else system)]
     for number, turn in enumerate(turns, start=1):
-        for fault in _turn_faults(turn):
-            valid = False
-            yield InputError(fault, f"{name}, turn {number}")
-    if not valid:
+        faults += [InputError(fault, f"{name}, turn {number}") for fault in _turn_faults(turn)]
+    yield from faults
+    if faults:
         return
     num_images, tags = 0, []
     for number, (turn, content) in enumerate(zip(turns, _user_contents(conversation), strict=True), start=1):
@@ -73,20 +210,27 @@ def conversation_faults(conversation: Any, name: str) -> Iterator[InputError]:
             return
 
 
-def _turn_faults(turn: Any) -> Iterator[str]:
-    if not isinstance(turn, dict):
-        yield 'a turn must be an object with "user" and "assistant"'
-        return
+def _turn_faults(turn: dict[str, Any]) -> Iterator[str]:
     for field in ("user", "assistant"):
-        if not isinstance(turn.get(field), str) or not turn[field].strip():
-            yield f'"{field}" must be a non-empty string'
-        elif token := SPECIAL_TOKEN.search(turn[field]):
-            yield (f'"{field}" contains the special token {token[0]}: remove it, the chat template inserts special tokens')
-    images = turn.get("images") or []
+        yield from _text_faults(field, turn.get(field))
+    images = [] if turn.get("images") is None else turn["images"]
     if not isinstance(images, list) or not all(map(_is_picture, images)):
-        yield '"images" must be a list of file names or images'
-    if isinstance(turn.get("assistant"), str) and IMAGE_TAG.search(turn["assistant"]):
-        yield 'image tags are only allowed in "user", not in "assistant"'
+        wrong = [image for image in images if not _is_picture(image)] if isinstance(images, list) else [images]
+        yield f'"images" must be a list of file names or images, got {excerpt(wrong[0])}'
+        return
+    marks = str(turn.get("user")).count(IMAGE_MARK)
+    if marks and (marks != len(images) or IMAGE_TAG.search(turn["user"])):
+        counts = f"{marks} {IMAGE_MARK} mark(s), but the turn has {len(images)} image(s)"
+        yield f'"user" has {counts}: use one mark per image, and no tags beside them'
+
+
+def _text_faults(field: str, text: Any) -> Iterator[str]:
+    if not isinstance(text, str) or not text.strip():
+        yield f'"{field}" must be a non-empty string'
+    elif token := SPECIAL_TOKEN.search(text):
+        yield f'"{field}" contains the special token {token[0]}: remove it, the chat template inserts special tokens'
+    elif field != "user" and (tag := IMAGE_TAG.search(text) or re.search(IMAGE_MARK, text)):
+        yield f'image tags are only allowed in "user", but "{field}" contains {tag[0]}'
 
 
 def pictures(conversation: Conversation) -> list[Picture]:
@@ -99,7 +243,8 @@ def prompt_text(conversation: Conversation, processor: Phi3VProcessor) -> str:
 
     The last turn's ``assistant`` is ignored and may be missing.
     """
-    messages = []
+    system = conversation.get("system")
+    messages = [{"role": "system", "content": system}] if system else []
     for turn, content in zip(conversation["conversations"], _user_contents(conversation), strict=True):
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.get("assistant")}]
     return processor.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -156,8 +301,8 @@ def encode_conversation(
     image_tokens = image_tokens or count_image_tokens(images, processor)
     spans = []
     for number in range(1, len(turns)):
-        history = prompt_text({"conversations": turns[:number]}, processor)
-        used = image_tokens[: len(pictures({"conversations": turns[:number]}))]
+        part = conversation | {"conversations": turns[:number]}
+        history, used = prompt_text(part, processor), image_tokens[: len(pictures(part))]
         begin = len(processor.tokenize(history, used))
         end = len(processor.tokenize(f"{history}{turns[number - 1]['assistant']}<|end|>\n", used))
         spans.append((begin, end))
@@ -167,6 +312,7 @@ def encode_conversation(
     for begin, end in spans:
         labels[begin:end] = input_ids[begin:end]
     answer_ids = processor.tokenizer(_last_answer(conversation, processor), add_special_tokens=False).input_ids
+    check_context(len(input_ids) + len(answer_ids), processor)
     return {"input_ids": input_ids + answer_ids, "labels": labels + answer_ids, "images": images}
 
 
@@ -210,7 +356,32 @@ def count_tokens(
 
 def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list[int]:
     """Number of tokens of each image, computed from its size."""
-    return [processor.image_processor.num_tokens(*open_picture(image).size) for image in images]
+    return [processor.image_processor.num_tokens(*picture_size(image)) for image in images]
+
+
+def text_size(conversation: Conversation) -> int:
+    """Return an upper bound of the number of tokens of a conversation's texts: at most one per byte."""
+    texts = [conversation.get("system") or ""]
+    texts += [turn[field] for turn in conversation["conversations"] for field in ("user", "assistant")]
+    return sum(len(text.encode()) + BYTES_PER_TURN for text in texts)
+
+
+def check_context(num_tokens: int, processor: Phi3VProcessor) -> None:
+    """Check that a row fits into the context of the model.
+
+    Raises
+    ------
+    InputError
+        If it does not.
+    """
+    if num_tokens > (context := processor.tokenizer.model_max_length):
+        raise InputError(f"{num_tokens:,} tokens exceed the model's context of {context:,}: shorten or split the row")
+
+
+def longest_answer(conversations: Iterable[Conversation], processor: Phi3VProcessor) -> int:
+    """Return the number of tokens of the longest answer to a last turn, including the token that ends it."""
+    answers = [conversation["conversations"][-1].get("assistant") or "" for conversation in conversations]
+    return 1 + max(_count_text_tokens(answers, processor, add_special_tokens=False).values(), default=0)
 
 
 def _tokenize(text: str, image_tokens: list[int], processor: Phi3VProcessor) -> list[int]:
@@ -228,7 +399,9 @@ def _check_tags(numbers: list[int], num_images: int) -> None:
 def _is_picture(entry: Any) -> bool:
     if isinstance(entry, dict):
         return entry.get("bytes") is not None or isinstance(entry.get("path"), str)
-    return isinstance(entry, str | Path | Image.Image)
+    if isinstance(entry, str):
+        return not re.match(r"(data|https?):", entry)
+    return isinstance(entry, Path | Image.Image)
 
 
 def _last_answer(conversation: Conversation, processor: Phi3VProcessor) -> str:
@@ -246,8 +419,12 @@ def _user_contents(conversation: Conversation) -> list[str]:
     for turn in conversation["conversations"]:
         count = len(turn.get("images") or [])
         content = turn["user"]
-        if count and not IMAGE_TAG.search(content):
-            content = "".join(f"<|image_{number + index + 1}|>" for index in range(count)) + "\n" + content
+        tags = [f"<|image_{number + index + 1}|>" for index in range(count)]
+        if content.count(IMAGE_MARK) == count and count:
+            for tag in tags:
+                content = content.replace(IMAGE_MARK, tag, 1)
+        elif count and not IMAGE_TAG.search(content):
+            content = "".join(tags) + "\n" + content
         number += count
         contents.append(content)
     return contents

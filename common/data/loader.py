@@ -44,7 +44,7 @@ class WorkerLoader(DataLoader):
             **kwargs,
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator around PyTorch's iterator
         if self.num_workers > 0:
             wait_until_quiet()
         return raise_input_errors(super().__iter__())
@@ -55,7 +55,7 @@ class _ErrorReturningDataset(Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
 
     def __getitems__(self, keys: list[Any]) -> list[Any] | InputError:
         try:

@@ -5,6 +5,7 @@ An image is a path, a dict ``{"bytes": …, "path": …}`` as stored by ``datase
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 
 from PIL import Image
 
-from common.phi3v.image_processing import convert_picture
-from common.runtime import InputError
+from common.phi3v.image_processing import CROP_SIZE, convert_picture, upright_size
+from common.runtime import InputError, excerpt
 
 Picture = str | Path | dict[str, Any] | Image.Image
 
-
 # Formats that PIL decodes itself: for EPS, for example, it would run Ghostscript on the file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-MAX_PIXELS = 89_478_485  # from where on Pillow warns
+# With a single crop, the short side of a longer image would be resized to less than a pixel.
+MAX_ASPECT_RATIO = CROP_SIZE
+PATCH_SIZE = 14  # pixels that the vision tower sees as one
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # found in the last bytes of a complete file
 
 
@@ -30,24 +32,26 @@ def open_picture(picture: Picture) -> Image.Image:
     Raises
     ------
     InputError
-        If the file is missing or not an image; the message names it.
+        If the file is missing or not an image, or if the image is too narrow for the model; the message names it.
     """
     if isinstance(picture, Image.Image):
-        return picture
-    try:
-        if isinstance(picture, dict) and picture.get("bytes") is not None:
-            image = Image.open(io.BytesIO(picture["bytes"]), formats=FORMATS)
-        else:
-            path = Path(picture["path"] if isinstance(picture, dict) else picture)
-            if path.exists() and not path.is_file():  # opening a FIFO would wait
-                raise OSError("not a file")
-            image = Image.open(path, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"more than {MAX_PIXELS:,} pixels")
-    except FileNotFoundError:
-        raise InputError(f"{_describe(picture)} is missing: put the file there, or remove its row from the data") from None
-    except Exception as error:  # PIL raises anything for a damaged file
-        raise InputError(f"{_describe(picture)} cannot be read ({error}): replace it, or remove its row") from error
+        image = picture
+    else:
+        try:
+            image = Image.open(_source(picture), formats=FORMATS)
+            if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or 0):
+                raise Image.DecompressionBombError(f"more than {limit:,} pixels")
+        except FileNotFoundError:
+            raise InputError(
+                f"{describe_picture(picture)} is missing: put the file there, or remove its row from the data"
+            ) from None
+        except Exception as error:  # PIL raises anything for a damaged file
+            raise _unusable(picture, "read", error) from error
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise InputError(
+            f"{describe_picture(picture)} is {image.width:,} × {image.height:,} pixels, an aspect ratio of more than "
+            f"{MAX_ASPECT_RATIO}: crop it, or remove its row"
+        )
     return image
 
 
@@ -61,12 +65,17 @@ def picture_path(folder: str | Path, name: str) -> str:
     """
     path, root = os.path.join(folder, name), os.path.abspath(folder)
     if os.path.commonpath([root, os.path.abspath(path)]) != root:
-        raise InputError(f"image {name} is outside {folder}: put it there, or pass another folder (/ allows all)")
+        raise InputError(f"image {excerpt(name)} is outside {folder}: put it there, or pass another folder (/ allows all)")
     return path
 
 
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of an image in pixels, as a viewer shows it; only its header is read. Raises as :func:`open_picture`."""
+    return upright_size(open_picture(picture))
+
+
 def decode_picture(picture: Picture) -> Image.Image:
-    """Open and decode an image: grayscale images as mode L, all others as RGB.
+    """Open and decode an image as a viewer shows it: grayscale images as mode L, all others as RGB.
 
     Raises
     ------
@@ -77,10 +86,10 @@ def decode_picture(picture: Picture) -> Image.Image:
     try:
         return convert_picture(image)
     except Exception as error:  # PIL raises anything for a damaged file
-        raise InputError(f"{_describe(picture)} cannot be decoded ({error}): replace it, or remove its row") from error
+        raise _unusable(picture, "decoded", error) from error
 
 
-def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
+def check_picture(picture: Picture, whole: bool = False) -> str | None:
     """Check that an image exists and can be decoded, without decoding it if a cheaper check is enough.
 
     Verifying the checksums of a PNG file takes about 2 % of the time of decoding it. In other formats, a missing end marker
@@ -96,8 +105,8 @@ def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
 
     Returns
     -------
-    tuple of int
-        Width and height in pixels.
+    str or None
+        What is suspicious about the image, for a warning.
 
     Raises
     ------
@@ -105,7 +114,10 @@ def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
         As :func:`decode_picture`.
     """
     image = open_picture(picture)
-    size = image.size
+    try:
+        doubt = picture_doubt(picture, image)
+    except Exception as error:  # in the second frame
+        raise _unusable(picture, "decoded", error) from error
     if not isinstance(picture, Image.Image):
         with image:
             if image.format == "PNG" and (whole or isinstance(picture, dict)):
@@ -114,13 +126,60 @@ def check_picture(picture: Picture, whole: bool = False) -> tuple[int, int]:
                 valid = not whole and _has_end_marker(image, default=isinstance(picture, dict))
         if not valid:
             decode_picture(picture)
-    return size
+    return doubt
+
+
+def picture_doubt(picture: Picture, image: Image.Image) -> str | None:
+    """Return what is suspicious about an opened image, for a warning: hardly any pixels, or further pages or frames."""
+    if min(image.size) < PATCH_SIZE:
+        return f"{describe_picture(picture)} is only {image.width:,} × {image.height:,} pixels"
+    # A photo in MPO format is followed by previews of itself.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        return f"{describe_picture(picture)} has several pages or frames, of which only the first is used"
+    return None
+
+
+def picture_content(picture: Picture) -> bytes:
+    """Return a hash of the content of an image, the same for copies of a file."""
+    if isinstance(picture, Image.Image):
+        content = repr((picture.mode, picture.size)).encode() + picture.tobytes()
+    elif isinstance(source := _source(picture), io.BytesIO):
+        content = source.getvalue()
+    else:
+        content = Path(source).read_bytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def describe_picture(picture: Picture) -> str:
+    """Name of an image for messages."""
+    if isinstance(picture, Image.Image):
+        name = getattr(picture, "filename", "")
+    else:
+        name = picture.get("path") if isinstance(picture, dict) else picture
+    text = str(name or "")
+    return f"image {text if len(text) <= 80 else f'…{text[-79:]}'}" if text else "an image stored in the dataset"
+
+
+def _source(picture: str | Path | dict[str, Any]) -> str | Path | io.BytesIO:
+    if isinstance(picture, dict):
+        if picture.get("bytes") is not None:
+            return io.BytesIO(picture["bytes"])
+        picture = picture["path"]
+    if (path := Path(picture)).exists() and not path.is_file():  # opening a FIFO would wait
+        raise OSError("not a file")
+    return path
+
+
+def _unusable(picture: Picture, how: str, error: BaseException) -> InputError:
+    # Messages of OSError and Pillow repeat the name of the file.
+    reason = excerpt(getattr(error, "strerror", None) or error)
+    return InputError(f"{describe_picture(picture)} cannot be {how} ({reason}): replace it, or remove its row")
 
 
 def _checksums_match(image: Image.Image) -> bool:
     try:
         image.verify()
-    except Exception:  # PIL raises anything for a damaged file
+    except (OSError, SyntaxError, ValueError):
         return False
     return True
 
@@ -129,14 +188,6 @@ def _has_end_marker(image: Image.Image, default: bool) -> bool:
     """Whether a file ends with the end marker of its format; ``default`` for formats without one."""
     if image.format not in END_MARKERS:
         return default
-    image.fp.seek(max(0, image.fp.seek(0, io.SEEK_END) - 64))
-    return END_MARKERS[image.format] in image.fp.read()
-
-
-def _describe(picture: Picture) -> str:
-    """Name of an image for messages."""
-    if isinstance(picture, Image.Image):
-        name = getattr(picture, "filename", "")
-    else:
-        name = picture.get("path") if isinstance(picture, dict) else picture
-    return f"image {name}" if name else "an image stored in the dataset"
+    file = image.fp  # type: ignore[attr-defined]  # of ImageFile
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
+    return END_MARKERS[image.format] in file.read()

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from common.runtime import InputError, say
 
 MAX_REPORTED = 10  # further invalid rows are only counted
 
 
-class Rows(Sequence):
+@dataclass(frozen=True)
+class Contents:
+    """What this process, which has checked its share of some rows, knows about them; see :mod:`common.data.review`.
+
+    Attributes
+    ----------
+    rows : numpy.ndarray
+        int64 (rows of the share, 4): index, hash of texts and images, upper bound of the text's tokens, number of images.
+    pictures : sequence of str or bytes
+        Files, or hashes of images stored in the dataset.
+    doubts : sequence of str
+        What is suspicious about images.
+    """
+
+    rows: np.ndarray
+    pictures: Sequence[str | bytes]
+    doubts: Sequence[str]
+
+
+class Rows(Sequence[Any]):
     """Rows of a dataset, converted lazily.
 
     Parameters
@@ -19,69 +41,76 @@ class Rows(Sequence):
         A ``datasets.Dataset`` or a list of dicts.
     place : callable
         Returns the location of a row of the source, by its index, for messages.
-    keys : sequence of (int, int or None), optional
-        For each row, its index in the source and the index of its entry in the column ``each``. By default, all rows.
+    numbers : sequence of int, optional
+        For each row, its index in the source. By default, all rows.
+    entries : sequence of int, optional
+        For each row, the index of its entry in the column ``each``.
     each : str, optional
         A column of lists. Each row contains a single entry of its list.
     convert : callable, optional
         Converts a source row and an identifier to the row that the task reads.
+    contents : Contents, optional
+        Known if the rows have been checked.
     """
 
     def __init__(
         self,
         source: Sequence[Any],
         place: Callable[[int], str],
-        keys: Sequence[tuple[int, int | None]] | None = None,
+        numbers: Sequence[int] | None = None,
+        entries: Sequence[int] | None = None,
         each: str | None = None,
         convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
+        contents: Contents | None = None,
     ) -> None:
-        self.source, self.each, self.convert = source, each, convert
+        self.source, self.each, self.convert, self.contents = source, each, convert, contents
         self._place = place
-        self.keys = [(row, None) for row in range(len(source))] if keys is None else keys
+        self.numbers = range(len(source)) if numbers is None else numbers
+        self.entries = entries
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.numbers)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._read(index, self.source[self.keys[index][0]])
+    def __getitem__(self, index: Any) -> Any:
+        return self._read(index, self.source[self.numbers[index]])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        numbers = [self.keys[index][0] for index in indices]
+        numbers = [self.numbers[index] for index in indices]
         # Reading many rows of a datasets.Dataset at once takes as long as reading a single row.
         fetch = getattr(self.source, "__getitems__", None)
         contents = fetch(numbers) if fetch else [self.source[number] for number in numbers]
         return [self._read(index, content) for index, content in zip(indices, contents, strict=True)]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
     def place(self, index: int) -> str:
         """Location of a row, for messages."""
-        return self._place(self.keys[index][0])
+        return self._place(self.numbers[index])
 
     def map(self, convert: Callable[[dict[str, Any], str], dict[str, Any]]) -> Rows:
         """Return the same rows with another conversion of source row and identifier."""
-        return Rows(self.source, self._place, self.keys, self.each, convert)
+        return Rows(self.source, self._place, self.numbers, self.entries, self.each, convert)
 
     def select(self, begin: int, limit: int | None = None) -> Rows:
         """Return at most ``limit`` rows, starting at ``begin``."""
-        end = None if limit is None else begin + limit
-        return Rows(self.source, self._place, self.keys[begin:end], self.each, self.convert)
+        part = slice(begin, None if limit is None else begin + limit)
+        entries = self.entries and self.entries[part]
+        return Rows(self.source, self._place, self.numbers[part], entries, self.each, self.convert)
 
     def head(self, count: int) -> Rows:
         """Return the first ``count`` rows."""
         return self.select(0, count)
 
-    def without(self, bad: set[int]) -> Rows:
-        """Return all rows except those with the given indices."""
-        keys = [key for index, key in enumerate(self.keys) if index not in bad]
-        return Rows(self.source, self._place, keys, self.each, self.convert)
+    def checked(self, bad: set[int], contents: Contents) -> Rows:
+        """Return all rows except those with the given indices, with what is known about their contents."""
+        good = [index for index in range(len(self)) if index not in bad] if bad else range(len(self))
+        numbers = [self.numbers[index] for index in good] if bad else self.numbers
+        entries = self.entries and [self.entries[index] for index in good]
+        return Rows(self.source, self._place, numbers, entries, self.each, self.convert, contents)
 
     def _read(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
-        row, entry = self.keys[index]
-        identifier = str(row)
-        if entry is not None:
-            content, identifier = content | {self.each: [content[self.each][entry]]}, f"{row}-{entry}"
+        identifier = str(self.numbers[index])
+        if self.each and self.entries:
+            entry = self.entries[index]
+            content, identifier = content | {self.each: [content[self.each][entry]]}, f"{identifier}-{entry}"
         return self.convert(content, identifier) if self.convert else content
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_
 from common.runtime import InputError, Progress, gather, rank, world_size
 
 from .batches import Lengths
-from .conversations import Conversation, count_tokens, encode_conversation, pictures
-from .pictures import open_picture
+from .conversations import Conversation, check_context, count_tokens, encode_conversation, pictures
+from .pictures import picture_size
 from .rows import Rows
 
 ROWS_AT_ONCE = 64  # limits how many images stored in the dataset are in memory
@@ -28,14 +27,12 @@ class TrainingData(Dataset):
     Parameters
     ----------
     rows : sequence
-        Rows as the task reads them, for example :class:`Rows` or a ``datasets.Dataset``.
+        Rows as the task reads them, usually :class:`Rows`, whose locations are used in messages.
     to_conversation : callable
         Converts a row and a ``random.Random`` to a conversation. The generator, which may choose one of several questions
         or accepted answers, is seeded by (seed, epoch, row), so that all processes and workers draw the same.
     processor : Phi3VProcessor
     seed : int
-    name : str
-        Name of a row in messages, if the rows have no location.
     """
 
     def __init__(
@@ -44,13 +41,12 @@ class TrainingData(Dataset):
         to_conversation: Callable[[Any, random.Random], Conversation],
         processor: Phi3VProcessor,
         seed: int,
-        name: str = "training row",
     ) -> None:
         self.rows = rows
         self.to_conversation = to_conversation
         self.processor = processor
         self.seed = seed
-        self.place = rows.place if isinstance(rows, Rows) else partial("{} {}".format, name)
+        self.place = rows.place if isinstance(rows, Rows) else "row {}".format
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
         # Whether a row's conversation changes with the epoch. This is assumed until the row is measured; most never change.
@@ -148,6 +144,11 @@ class TrainingData(Dataset):
                 measured[position, 1] = sum(num_views(*size) for size in sizes)
             names = [self.place(row) for row in chosen]
             tokens = count_tokens(conversations, image_tokens, names, self.processor)
+            for count, name in zip(tokens, names, strict=True):
+                try:
+                    check_context(count, self.processor)
+                except InputError as error:
+                    raise error.at(name) from None
             measured[start : start + len(chosen), 0] = tokens
             if count_done:
                 count_done(len(chosen))
@@ -164,7 +165,7 @@ class TrainingData(Dataset):
             return self._image_sizes[row]
         num_crops = self.processor.image_processor.num_crops
         try:
-            sizes = [crop_grid_size(*open_picture(image).size, num_crops) for image in pictures(conversation)]
+            sizes = [crop_grid_size(*picture_size(image), num_crops) for image in pictures(conversation)]
         except InputError as error:
             raise error.at(self.place(row)) from None
         if keep:

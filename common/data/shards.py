@@ -22,7 +22,7 @@ from datasets import are_progress_bars_disabled, load_dataset_builder
 
 from common.runtime import InputError, on_main_process, track
 
-from .conversations import Conversation, check_conversation
+from .conversations import Conversation, check_conversation, read_conversation
 from .pictures import Picture, picture_path
 from .rows import Rows
 from .sources import load_hub, parse_conversation
@@ -58,11 +58,10 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
     """
 
     def read(span: Span) -> Iterator[tuple[str, Conversation]]:
-        for place, row in _read_row_group(span) if span.shard.endswith(".parquet") else _read_lines(span):
-            check_conversation(row, place)
+        for place, row in _read_table(span) if span.shard.endswith(".parquet") else _read_lines(span):
             for turn in row["conversations"]:
                 turn["images"] = [_locate(image, image_dir, place) for image in turn.get("images") or []]
-            yield place, {"id": row.get("id"), "conversations": row["conversations"]}
+            yield place, row
 
     def index() -> list[Span]:
         shards = sorted(glob.glob(str(pattern)))
@@ -71,15 +70,6 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
     return Stream(on_main_process(index), read).select(0, limit)
-
-
-def _locate(image: Picture, image_dir: Path, place: str) -> Picture:
-    if not isinstance(image, str):
-        return image
-    try:
-        return picture_path(image_dir, image)
-    except InputError as error:
-        raise error.at(place) from None
 
 
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
@@ -156,6 +146,22 @@ def _read_lines(span: Span) -> Iterator[tuple[str, Conversation]]:
                 yield place, parse_conversation(line, place)
 
 
+def _locate(image: Picture, image_dir: Path, place: str) -> Picture:
+    if not isinstance(image, str):
+        return image
+    try:
+        return picture_path(image_dir, image)
+    except InputError as error:
+        raise error.at(place) from None
+
+
+def _read_table(span: Span) -> Iterator[tuple[str, Conversation]]:
+    for place, row in _read_row_group(span):
+        conversation = read_conversation(row, place)
+        check_conversation(conversation, place)
+        yield place, conversation
+
+
 @lru_cache(maxsize=32)
 def _open_parquet(shard: str) -> pq.ParquetFile:
     try:
@@ -166,7 +172,9 @@ def _open_parquet(shard: str) -> pq.ParquetFile:
 
 def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | None = None) -> list[tuple[int, int, int]]:
     file = _open_parquet(shard)
-    if missing := set(columns or ["conversations"]) - set(file.schema_arrow.names):
+    names = set(file.schema_arrow.names)
+    required = columns or ([] if "messages" in names else ["conversations"])
+    if missing := set(required) - names:
         raise InputError(f"{shard} has no column {', '.join(sorted(missing))}")
     pieces, first = [], 0
     for group in range(file.num_row_groups):

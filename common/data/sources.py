@@ -1,4 +1,4 @@
-"""Loading rows: from the Hub, from JSON Lines files, and from the general format as a memory-mapped Arrow file.
+"""Loading rows: from the Hub, from JSON Lines files, and conversations as a memory-mapped Arrow file.
 
 On all processes that see the same files, a function returns the same rows or raises the same error.
 """
@@ -6,30 +6,35 @@ On all processes that see the same files, a function returns the same rows or ra
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
-from pyarrow import json as arrow_json
 
 from common.runtime import InputError, Progress, first_on_each_machine, gather, parse_json, rank, replacing, say, world_size
 
-from .conversations import Conversation, check_conversation, conversation_faults, pictures
-from .pictures import Picture, check_picture, picture_path
-from .rows import BadRows, Rows
+from .conversations import Conversation, check_conversation, conversation_faults, pictures, read_conversation, text_size
+from .pictures import check_picture, picture_content, picture_path
+from .rows import BadRows, Contents, Rows
 
 T = TypeVar("T")
 
 TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
-SCHEMA = pa.schema([("id", pa.string()), ("conversations", pa.list_(TURN))])
-BLOCK_SIZE = 16 * 2**20  # bytes per read, which limits the length of a line
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("system", pa.string()), ("conversations", pa.list_(TURN)), ("place", pa.string())]
+    + [(name, pa.int64()) for name in ("hash", "size", "num_images")]  # see Contents
+)
+MAX_LINE = 16 * 2**20  # bytes
+LINES_AT_ONCE = 1000
 
 
 def load_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Rows:
@@ -66,14 +71,16 @@ def load_hub(*name: str, columns: list[str], split: str = "train", each: str | N
             rows = rows.cast_column(column, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):
             rows = rows.cast_column(column, [Image(decode=False)])
-    keys = None
+    numbers, entries = None, None
     if each:
-        keys = [(row, entry) for row, entries in enumerate(rows[each]) for entry in range(len(entries or []))]
-    return Rows(rows, partial("{}, {}, row {}".format, " ".join(name), split), keys, each)
+        counts = [len(found or []) for found in rows[each]]
+        numbers = [number for number, count in enumerate(counts) for _ in range(count)]
+        entries = [entry for count in counts for entry in range(count)]
+    return Rows(rows, partial("{}, {}, row {}".format, " ".join(name), split), numbers, entries, each)
 
 
 def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, bytes]]:
-    """Read the non-blank lines of a JSON Lines file.
+    """Read the non-blank lines of a JSON Lines file, or the entries of a JSON array.
 
     Parameters
     ----------
@@ -84,7 +91,7 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
     Yields
     ------
     tuple of (str, bytes)
-        Location (file and line) and content of the line.
+        Location (file and line, or entry) and content of the row.
 
     Raises
     ------
@@ -92,16 +99,28 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
         If the file is missing or has no rows.
     """
     if not path.is_file():
-        remedy = f"--data_dir must be the folder of {release}'s official files" if release else "name a JSON Lines file"
+        remedy = f"--data_dir must be the folder of {release}'s official files" if release else "put the file there"
         raise InputError(f"{path} is missing: {remedy}")
     empty = True
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}, line {number}", line
-                empty = False
+    for place, content in read_lines(path):
+        yield place, content
+        empty = False
     if empty:
         raise InputError(f"{path} is empty: expected one JSON object per line")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Read a file as :func:`read_json_lines`, which may be empty."""
+    with path.open("rb") as file:
+        if file.read(1) != b"[":
+            file.seek(0)
+            yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
+            return
+    try:
+        entries = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"invalid JSON ({error}): write one object per line, or one array of objects", str(path)) from None
+    yield from ((f"{path}, entry {number}", json.dumps(entry).encode()) for number, entry in enumerate(entries, start=1))
 
 
 def collect_rows(
@@ -141,45 +160,34 @@ def read_rows(
 
 
 def parse_conversation(line: bytes, place: str) -> Conversation:
-    """Parse and check one line of the general format, in which images are file names.
-
-    Parameters
-    ----------
-    line : bytes
-    place : str
-        Location (file and line), for messages.
+    """Parse and check one line of a file of conversations, in which images are file names.
 
     Raises
     ------
     InputError
-        If the line is invalid; the message names the location and what is expected.
+        If the line is invalid; the message names ``place``, the file and line, and what is expected.
     """
-    conversation = parse_object(line, place)
-    for error in row_faults(conversation, place):
+    conversation = read_conversation(parse_object(line, place), place)
+    for error in file_faults(conversation, place):
         raise error
     return conversation
 
 
-def row_faults(row: dict[str, Any], place: str) -> Iterator[InputError]:
-    """Yield all errors of a row of the general format, without checking the image files."""
-    yield from conversation_faults(row, place)
-    if not isinstance(row.get("id") or "", str):
-        yield InputError('"id" must be a string: put it in quotes', place)
-    if any(isinstance(name, dict) for name in picture_names(row)):
+def file_faults(conversation: Conversation, place: str) -> Iterator[InputError]:
+    """Yield all errors of a conversation from a file of conversations, without checking the image files."""
+    yield from conversation_faults(conversation, place)
+    if any(isinstance(name, dict) for name in listed_images(conversation)):
         yield InputError('"images" must contain file names', place)
 
 
-def picture_names(row: dict[str, Any]) -> list[Any]:
-    """All values in the ``images`` lists of a row, which may be invalid."""
-    turns = row.get("conversations")
-    found = [turn.get("images") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    return [name for images in found if isinstance(images, list) for name in images]
+def listed_images(conversation: Conversation) -> list[Any]:
+    """All entries of the ``images`` lists of a conversation, which may be invalid."""
+    found = [turn.get("images") for turn in conversation["conversations"]]
+    return [image for images in found if isinstance(images, list) for image in images]
 
 
-def load_conversations(
-    path: Path, image_dir: Path, limit: int | None = None, bar: bool = True, skip_bad: bool = False
-) -> Dataset:
-    """Load a JSONL file in the general format; see :mod:`common.data.conversations`.
+def load_conversations(path: Path, image_dir: Path, limit: int | None = None, bar: bool = True, skip_bad: bool = False) -> Rows:
+    """Load a file of conversations; :func:`~.conversations.read_conversation` lists the formats.
 
     The file is converted to Arrow once, in the cache of ``datasets``, and memory-mapped. Later runs therefore load a million
     rows in seconds and without copying them to memory. All rows and images are checked.
@@ -187,7 +195,7 @@ def load_conversations(
     Parameters
     ----------
     path : Path
-        JSONL file.
+        JSON Lines file, or a JSON array.
     image_dir : Path
         Folder that image names are relative to.
     limit : int, optional
@@ -199,35 +207,45 @@ def load_conversations(
 
     Returns
     -------
-    datasets.Dataset
-        Conversations, with ``id`` (None if the row has none) and image names joined to ``image_dir``.
+    Rows
+        Conversations, with ``id`` and ``system`` (None if the row has none) and image names joined to ``image_dir``.
 
     Raises
     ------
     InputError
         If the file, a row or an image is invalid; the message names the file and line, or the image.
     """
-    rows = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path, skip_bad))))
-    if skip_bad and (count := sum(1 for _ in read_json_lines(path)) - len(rows)):
+    table = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path, skip_bad))))
+    if skip_bad and (count := sum(1 for _ in read_json_lines(path)) - len(table)):
         say(f"{path}: {count:,} invalid rows skipped (--skip_bad_rows)")
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
-    chunks = rows.data.column("conversations").chunks
-    names = pa.chunked_array([pc.struct_field(turns.flatten(), "images").flatten() for turns in chunks]).unique()
+    table = table.select(range(min(limit or len(table), len(table))))
+    turns = [chunk.flatten() for chunk in table.data.column("conversations").chunks]
+    names = pa.chunked_array([pc.struct_field(chunk, "images").flatten() for chunk in turns]).unique()
+    doubts: list[str] = []
 
-    def check(name: pa.StringScalar) -> None:
-        check_picture(picture_path(image_dir, name.as_py()))
+    def check(name: str) -> None:
+        if doubt := check_picture(picture_path(image_dir, name)):
+            doubts.append(doubt)
 
-    if bad := _check_all("images", names, check, len(names), bar, skip_bad):
-        unusable = {names[index].as_py() for index in bad}
-        rows = rows.select([index for index, row in enumerate(rows) if unusable.isdisjoint(picture_names(row))])
+    bad_files = check_all("images", (name.as_py() for name in names), check, len(names), bar, skip_bad)
+    unusable = {names[index].as_py() for index in bad_files}
+    bad = {index for index, row in enumerate(table if unusable else []) if not unusable.isdisjoint(pictures(row))}
 
-    def with_paths(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for turns in batch["conversations"]:
-            for turn in turns:
-                turn["images"] = [os.path.join(image_dir, name) for name in turn["images"] or []]
-        return batch
+    def with_paths(row: dict[str, Any], _: str) -> dict[str, Any]:
+        turns = [
+            turn | {"images": [os.path.join(image_dir, name) for name in turn["images"] or []]} for turn in row["conversations"]
+        ]
+        return {"id": row["id"], "system": row["system"], "conversations": turns}
 
-    return rows.with_transform(with_paths)
+    columns = [table.data.column(name).to_numpy() for name in ("hash", "size", "num_images")]
+    known = np.stack([np.arange(len(table)), *columns], axis=1)
+    share = slice(rank(), None, world_size())
+    files = [os.path.join(image_dir, name.as_py()) for name in names[rank() :: world_size()] if name.as_py() not in unusable]
+    rows = Rows(table, lambda index: f"{path}, {table.data.column('place')[index]}", convert=with_paths)
+    rows = rows.checked(bad, _share(known[share], bad, files, doubts))
+    if not len(rows):
+        raise InputError("no rows are left", str(path))
+    return rows
 
 
 def check_rows(
@@ -261,53 +279,73 @@ def check_rows(
     InputError
         If a row is invalid; the message names the row.
     """
-    checked: dict[Picture, InputError | None] = {}  # rows may share image files
-
-    def check_file(picture: str) -> None:
-        if picture not in checked:
-            try:
-                checked[picture] = check_picture(picture, whole=True) and None
-            except InputError as error:
-                checked[picture] = error
-        if checked[picture]:
-            raise checked[picture]
+    found: dict[str | bytes, str | None | InputError] = {}  # rows may share images; what is suspicious or wrong about them
+    known: list[tuple[int, int, int, int]] = []
 
     def check(index: int) -> None:
         place = rows.place(index)
         try:
-            found = list(conversations(rows[index]))
-            if not found:
+            variants = list(conversations(rows[index]))
+            if not variants:
                 raise InputError("the row has no question: remove it")
         except IndexError:
             raise InputError("the row is missing an image or a text: remove it", place) from None
         except InputError as error:
             raise error.at(place) from None
-        for conversation in found:
+        for conversation in variants:
             check_conversation(conversation, place)
-        try:
-            for picture in pictures(found[0]):
-                (check_file if isinstance(picture, str) else check_picture)(picture)
-        except InputError as error:
-            raise error.at(place) from None
+        keys = []
+        for picture in pictures(variants[0]):
+            keys.append(picture if isinstance(picture, str) else picture_content(picture))
+            if keys[-1] not in found:
+                try:
+                    found[keys[-1]] = check_picture(picture, whole=isinstance(picture, str))
+                except InputError as error:
+                    found[keys[-1]] = error
+            if isinstance(result := found[keys[-1]], InputError):
+                raise result.at(place)
+        known.append((index, content_hash(variants, keys), max(map(text_size, variants)), len(keys)))
 
-    bad = _check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)
-    rows = rows.without(set(bad)) if bad else rows
+    bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad))
+    doubts = [result for result in found.values() if isinstance(result, str)]
+    rows = rows.checked(bad, _share(np.array(known, dtype=np.int64).reshape(-1, 4), bad, list(found), doubts))
     if not len(rows):
         raise InputError(f"no {name}s are left: the dataset has fewer rows than requested")
     return rows
 
 
-def _check_all(
+def content_hash(conversations: list[Conversation], images: Sequence[str | bytes]) -> int:
+    """Return a hash, int64, of the texts and the images of a row that can be converted to any of these conversations."""
+    texts = [
+        (conversation.get("system"), [(turn["user"], turn["assistant"]) for turn in conversation["conversations"]])
+        for conversation in conversations
+    ]
+    digest = hashlib.blake2b(repr((texts, images)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _share(known: np.ndarray, bad: set[int], files: Sequence[str | bytes], doubts: list[str]) -> Contents:
+    """Return contents without bad rows, whose indices are those of the remaining rows."""
+    gone = np.array(sorted(bad), dtype=np.int64)
+    known = known[~np.isin(known[:, 0], gone)]
+    known[:, 0] -= np.searchsorted(gone, known[:, 0])
+    return Contents(known, files, doubts)
+
+
+def check_all(
     what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool, skip_bad: bool = False
 ) -> list[int]:
-    """Check items, each process its share. All processes raise the first error, or return the indices of invalid items."""
+    """Check items, each process its share. All processes raise the first error, or return the indices of invalid items.
+
+    ``check`` raises an :class:`~common.runtime.InputError` for an invalid item; ``what`` names the items in messages.
+    """
     found: list[tuple[int, InputError]] = []
     with Progress(f"Checking {what}", what, len(range(rank(), count, world_size())), bar) as progress:
         for index, item in islice(enumerate(items), rank(), None, world_size()):
             try:
                 check(item)
-            except InputError as error:
-                found.append((index, error))
+            except InputError as failure:
+                found.append((index, failure))
                 if not skip_bad:
                     break
             progress.update()
@@ -327,84 +365,39 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
     InputError
         If the line is not a valid JSON object; the message names its location.
     """
-    if len(line) > BLOCK_SIZE:
-        raise InputError(f"longer than {BLOCK_SIZE:,} bytes: split the conversation", place)
+    if len(line) > MAX_LINE:
+        raise InputError(f"longer than {MAX_LINE:,} bytes: split the conversation", place)
     return parse_json(line, "write one object per line, in UTF-8", place)
 
 
 def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
-    """Convert a file in the general format to an Arrow file in the cache, if it is not there yet."""
+    """Convert a file of conversations to an Arrow file in the cache, if it is not there yet."""
     if not path.is_file():
         raise InputError(
             f"{path} is missing: put the JSONL file there (convert_ucf101.py writes the one of UCF-101), or name another file"
         )
     state = path.stat()
-    version = hashlib.sha256(
-        f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}".encode()
-    ).hexdigest()
-    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "conversations" / f"{version[:32]}.arrow"
+    version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}"
+    name = hashlib.sha256(version.encode()).hexdigest()[:32]
+    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "conversations" / f"{name}.arrow"
     if arrow.exists():
         return arrow
-    try:
-        with (
-            replacing(arrow) as temporary,
-            arrow_json.open_json(
-                path,
-                read_options=arrow_json.ReadOptions(block_size=BLOCK_SIZE),
-                # Without an explicit schema, an answer such as 2020-01-01 would be parsed as a date.
-                parse_options=arrow_json.ParseOptions(explicit_schema=SCHEMA, unexpected_field_behavior="ignore"),
-            ) as batches,
-            pa.ipc.new_stream(str(temporary), SCHEMA) as writer,
-        ):
-            num_rows = 0
-            for batch in batches:
-                _check_batch(batch)
-                writer.write_batch(batch)
-                num_rows += len(batch)
-            with path.open("rb") as file:
-                if num_rows != sum(1 for line in file if line.strip()):
-                    raise InputError("expected one conversation per line")  # Arrow also accepts other layouts
-    except (pa.ArrowInvalid, UnicodeError, InputError) as error:
-        if skip_bad:
-            return _good_lines_to_arrow(path, arrow)
-        _raise_first_error(path)
-        raise InputError(
-            f"{path} cannot be read ({error}): write one JSON object per line, with only the fields of the general format"
-        ) from None
-    return arrow
-
-
-def _good_lines_to_arrow(path: Path, arrow: Path) -> Path:
-    """Convert the valid lines of a file, one by one."""
-    bad = BadRows(skip=True)
+    bad, entries = BadRows(skip_bad), read_json_lines(path)
     with replacing(arrow) as temporary, pa.ipc.new_stream(str(temporary), SCHEMA) as writer:
-        for place, line in read_json_lines(path):
-            try:
-                row = parse_conversation(line, place)
-            except InputError as error:
-                bad.add(error)
-            else:
-                writer.write_batch(pa.RecordBatch.from_pylist([{"id": None} | row], SCHEMA))
+        while lines := list(islice(entries, LINES_AT_ONCE)):
+            rows = []
+            for place, line in lines:
+                try:
+                    row = parse_conversation(line, place)
+                except InputError as error:
+                    bad.add(error)
+                    continue
+                images = pictures(row)
+                known = {
+                    "hash": content_hash([row], [str(image) for image in images]),
+                    "size": text_size(row),
+                    "num_images": len(images),
+                }
+                rows.append(row | known | {"place": place.removeprefix(f"{path}, ")})
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
     return arrow
-
-
-def _check_batch(batch: pa.RecordBatch) -> None:
-    """Check a batch like :func:`parse_conversation`, but vectorized; the message does not name the row."""
-    conversations = batch.column("conversations")
-    turns = conversations.flatten()
-    texts = pa.chunked_array([pc.struct_field(turns, "user"), pc.struct_field(turns, "assistant")])
-    names = pc.struct_field(turns, "images").flatten()
-    lengths = pc.fill_null(pc.list_value_length(conversations), 0)
-    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(texts), ""), True)
-    if pc.any(pc.equal(lengths, 0)).as_py() or pc.any(empty).as_py() or names.null_count:
-        raise InputError("a row does not have the general format")
-    marked = (pc.match_substring_regex(pc.struct_field(turns, field), r"<[|/su]") for field in ("user", "assistant"))
-    rows = pc.list_parent_indices(conversations).filter(pc.or_(*marked)).unique()
-    for conversation in batch.take(rows).to_pylist():
-        check_conversation(conversation, "a row")
-
-
-def _raise_first_error(path: Path) -> None:
-    """Parse a file line by line and raise the first error, which names its line."""
-    for place, line in read_json_lines(path):
-        parse_conversation(line, place)

@@ -157,7 +157,8 @@ class StreamedBatches:
 
     def largest(self, lengths: Lengths) -> tuple[int, int]:
         """Tokens and views of the largest micro-batch, estimated from the lengths of sampled rows, for the memory estimate."""
-        return tuple(int(self.batch_size_per_gpu * size.max()) for size in (lengths.tokens, lengths.views))
+        tokens, views = (int(self.batch_size_per_gpu * size.max()) for size in (lengths.tokens, lengths.views))
+        return tokens, views
 
     def __iter__(self) -> Iterator[list[Row | None]]:
         resumed_epoch, done = self._done
@@ -211,8 +212,9 @@ def training_data(
     seed: int,
 ) -> TrainingData | StreamedData:
     """Create the dataset of training samples for rows in memory or streamed rows."""
-    data = StreamedData if isinstance(rows, Stream) else TrainingData
-    return data(rows, to_conversation, processor, seed)
+    if isinstance(rows, Stream):
+        return StreamedData(rows, to_conversation, processor, seed)
+    return TrainingData(rows, to_conversation, processor, seed)
 
 
 def _slice_spans(spans: list[Span], begin: int, end: int) -> list[Span]:

@@ -6,27 +6,29 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.cache_utils import Cache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from common.data.collator import load_crops
-from common.data.conversations import Conversation, encode_prompt
+from common.data.conversations import Conversation, encode_prompt, longest_answer
 from common.data.loader import WorkerLoader
-from common.data.pictures import Picture
+from common.data.pictures import picture_content
 from common.model.loading import autocast, base_model
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.cache import new_cache
-from common.phi3v.processing import pad_rows, stop_token_ids
+from common.phi3v.processing import control_token_ids, pad_rows, stop_token_ids
 from common.runtime import InputError, gather, rank, track, world_size
 
 T = TypeVar("T")
+
+MIN_ANSWER_LIMIT = 64  # without --max_new_tokens
 
 # Finished answers are removed from a batch when at most this share is unfinished. Removing them copies the cache.
 SHARE_LEFT = 0.5
@@ -51,7 +53,7 @@ class _Prompts(Dataset):
         prefix_length = max((position for position, token in enumerate(ids) if token < 0), default=0) + 1
         content = hashlib.blake2b(np.array(ids[:prefix_length]).tobytes())
         for image in prompt["images"]:
-            content.update(_image_content(image))
+            content.update(str(image).encode() if isinstance(image, str | Path) else picture_content(image))
         return prompt | {"prefix_length": prefix_length, "prefix": content.hexdigest(), "place": f"evaluation row {index}"}
 
 
@@ -93,15 +95,6 @@ class _PromptCollator:
         return dict(zip(("pixel_values", "image_sizes"), load_crops(images, self.num_crops, places), strict=True))
 
 
-def _image_content(image: Picture) -> bytes:
-    """Return bytes that identify an image."""
-    if isinstance(image, Image.Image):
-        return repr((image.mode, image.size)).encode() + image.tobytes()
-    if isinstance(image, dict) and image.get("bytes") is not None:
-        return image["bytes"]
-    return str(image["path"] if isinstance(image, dict) else image).encode()
-
-
 def share_by_length(
     lengths: Sequence[int],
     batch_size: int,
@@ -138,6 +131,11 @@ def share_by_length(
     return batches[rank::world_size]
 
 
+def answer_limit(conversations: Iterable[Conversation], processor: Phi3VProcessor) -> int:
+    """Return the default of ``--max_new_tokens``: enough for every reference answer, and at least 64."""
+    return max(MIN_ANSWER_LIMIT, longest_answer(conversations, processor))
+
+
 @torch.no_grad()
 def generate_answers(
     model: nn.Module,
@@ -154,12 +152,13 @@ def generate_answers(
     conversations : sequence of dict
         See :mod:`common.data.conversations`; the answer to the last turn is ignored.
     args : argparse.Namespace
-        The flags ``eval_batch_size``, ``max_new_tokens``, ``dataloader_num_workers``, ``bf16``, ``tqdm``.
+        The flags ``eval_batch_size``, ``max_new_tokens`` (None: see :func:`answer_limit`), ``dataloader_num_workers``,
+        ``bf16``, ``tqdm``.
 
     Returns
     -------
     list of str
-        Answers without special tokens, in the order of ``conversations``, on every process.
+        Answers without control tokens, in the order of ``conversations``, on every process.
     """
     answers, _ = generate_and_compare(model, processor, conversations, (), args)
     return answers
@@ -198,7 +197,8 @@ def generate_and_compare(
     candidate_ids = [
         torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
     ]
-    max_tokens = max([args.max_new_tokens if generate else 0, *map(len, candidate_ids)])
+    limit = args.max_new_tokens or answer_limit(conversations, processor)
+    max_tokens = max([limit if generate else 0, *map(len, candidate_ids)])
     base = base_model(model)
     results: dict[int, tuple[str, list[float]]] = {}
     with _evaluating(model, args):
@@ -206,7 +206,7 @@ def generate_and_compare(
             prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
             rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
-            texts = _generate(base, processor, prompts, args.max_new_tokens) if generate else [""] * len(indices)
+            texts = _generate(base, processor, prompts, limit) if generate else [""] * len(indices)
             results.update(zip(indices, zip(texts, rows, strict=True), strict=True))
     answers, log_probabilities = zip(*_gather_by_index(results), strict=True)
     return list(answers) if generate else [], np.array(log_probabilities)
@@ -223,7 +223,8 @@ def _generate(base: Phi3VForCausalLM, processor: Phi3VProcessor, prompts: dict[s
             **prompts, past_key_values=new_cache(), max_new_tokens=max_new_tokens, **options
         )
         answers = whole[:, prompts["input_ids"].shape[1] :].tolist()
-    return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    control = control_token_ids(processor)
+    return processor.tokenizer.batch_decode([[token for token in answer if token not in control] for answer in answers])
 
 
 def _continue_answers(

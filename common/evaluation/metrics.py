@@ -47,12 +47,12 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
     return best
 
 
-def accuracy(correct: Sequence[bool]) -> float:
+def accuracy(correct: Sequence[float]) -> float:
     """Share of correct answers."""
     return float(np.mean(correct))
 
 
-def accuracy_per_class(classes: Sequence[str], correct: Sequence[bool]) -> dict[str, float]:
+def accuracy_per_class(classes: Sequence[str], correct: Sequence[float]) -> dict[str, float]:
     """Share of correct answers for each class, with classes in alphabetical order."""
     groups = defaultdict(list)
     for name, is_correct in zip(classes, correct, strict=True):
@@ -69,7 +69,7 @@ def auroc(labels: Sequence[int], scores: Sequence[float]) -> float:
     return float(roc_auc_score(labels, scores))
 
 
-def consistency(sentences: Sequence[str], correct: Sequence[bool]) -> float:
+def consistency(sentences: Sequence[str], correct: Sequence[float]) -> float:
     """Share of sentences that are answered correctly for all of their image pairs (NLVR2's second metric).
 
     Parameters

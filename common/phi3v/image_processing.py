@@ -1,4 +1,7 @@
-"""Image processing with PIL and PyTorch, bit-identical to the published processor.
+"""Image processing with PIL and PyTorch, bit-identical to the published processor for upright, opaque images of 8 bits.
+
+Other images are converted to what an image viewer shows, see :func:`convert_picture`; the published processor ignores EXIF
+orientation, composes transparency on black and clips deeper pixels.
 
 An image is resized and padded to a grid of 336 px crops (:func:`to_crop_grid`), normalized, and preceded by a global view
 (:func:`normalise_with_global_view`). The second step runs on any device, so that training only transfers uint8 crops.
@@ -11,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
@@ -21,6 +24,15 @@ TOKENS_PER_SIDE = 12
 MAX_CROPS = 16
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def check_num_crops(num_crops: int) -> int:
@@ -72,12 +84,57 @@ def num_views(height: int, width: int) -> int:
 
 
 def convert_picture(image: Image.Image) -> Image.Image:
-    """Decode an image: grayscale images as mode L, all others as RGB."""
+    """Decode an image as a viewer shows it: grayscale images as mode L, all others as RGB.
+
+    The first page or frame is used and turned by its EXIF orientation. Transparency is composed on white. 16-bit pixels are
+    scaled to 8 bits; 32-bit integers from 0 to 255 and floats from 0 to 1 or 255 likewise, others from their own range.
+    """
+    turn = _turn(image)
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
     mode = "L" if image.mode in ("1", "L") else "RGB"
     if image.mode != mode:
-        return image.convert(mode)
-    image.load()
+        image = image.convert(mode)
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {}  # contains the orientation
     return image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image after :func:`convert_picture`, without decoding it."""
+    swapped = _turn(image) in [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
+    return (image.height, image.width) if swapped else image.size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    # Pillow turns TIFF images itself. If a PNG image has no EXIF data in its header, getexif would decode the image.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return None
+    try:
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Damaged EXIF data raises errors of many types. Viewers ignore it.
+        return None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    pixels = np.asarray(image).astype(np.float64)
+    if image.mode.startswith("I;16"):
+        low, high = 0.0, 65535.0
+    else:
+        finite = pixels[np.isfinite(pixels)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+        usual = [depth for depth in ((1.0, 255.0) if image.mode == "F" else (255.0,)) if low >= 0 and high <= depth]
+        if usual:
+            low, high = 0.0, usual[0]
+        elif low == high:
+            low, high = min(low, 0.0), max(high, 0.0)
+    return Image.fromarray((np.nan_to_num((pixels - low) / (high - low)).clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
@@ -86,7 +143,7 @@ def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
     Parameters
     ----------
     image : PIL.Image.Image
-        Image in any mode.
+        Upright; :func:`convert_picture` is applied to other modes than L and RGB.
     num_crops : int
         Maximum number of crops per image.
 
@@ -96,7 +153,8 @@ def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
         uint8, (height, width, 3), or (height, width, 1) for a grayscale image, whose channels are equal; both sides are
         multiples of 336.
     """
-    image = convert_picture(image)
+    if image.mode not in ("L", "RGB"):
+        image = convert_picture(image)
     if image.width < image.height:
         height, width = _resized(image.height, image.width, num_crops)
         # The published code transposes portrait images, so that the long side is resized and rounded first.
@@ -255,7 +313,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
         pixel_values = torch.zeros(len(images), self.num_crops + 1, 3, CROP_SIZE, CROP_SIZE)
         image_sizes = []
         for output, image in zip(pixel_values, images, strict=True):
-            grid = to_crop_grid(image, self.num_crops)
+            grid = to_crop_grid(convert_picture(image), self.num_crops)
             size = grid.shape[:2]
             crops = grid_to_crops(grid)
             output[: 1 + len(crops)] = normalise_with_global_view(crops, [size])

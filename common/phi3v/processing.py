@@ -15,9 +15,11 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration import hub_repository
-from .image_processing import Phi3VImageProcessor
+from .image_processing import Phi3VImageProcessor, upright_size
 
 IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+# Control tokens of the published tokenizers, except image tags. Others, such as <loc_1>, may be added and are part of answers.
+SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
 
 
 def image_numbers(text: str) -> list[int]:
@@ -34,7 +36,7 @@ def check_image_numbers(numbers: Sequence[int], num_images: int) -> None:
         If a tag has no image, an image has no tag, or a number is missing.
     """
     if sorted(set(numbers)) != list(range(1, num_images + 1)):
-        tags = ", ".join(f"<|image_{number}|>" for number in sorted(set(numbers))) or "none"
+        tags = ", ".join(f"<|image_{number}|>" for number in sorted(set(numbers))[:5]) or "none"
         raise ValueError(
             f"the text's image tags ({tags}) do not match its {num_images} image(s): "
             f"number the tags consecutively from <|image_1|>, and give one image per tag"
@@ -145,7 +147,7 @@ class Phi3VProcessor(ProcessorMixin):
 
         rows = []
         for row_text, row_images in zip(texts, batch_images, strict=True):
-            tokens_per_image = [self.image_processor.num_tokens(*image.size) for image in row_images]
+            tokens_per_image = [self.image_processor.num_tokens(*upright_size(image)) for image in row_images]
             rows.append(self.tokenize(row_text, tokens_per_image))
         data = pad_rows(rows, self.tokenizer.pad_token_id, padding_side or self.tokenizer.padding_side)
         all_images = [image for row_images in batch_images for image in row_images]
@@ -193,6 +195,14 @@ def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
     """Token ids that end an answer: end of text and end of turn."""
     tokenizer = processor.tokenizer
     return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
+def control_token_ids(processor: Phi3VProcessor) -> set[int]:
+    """Ids of the tokenizer's own control tokens, which are no part of an answer; tokens added by users are."""
+    tokenizer = processor.tokenizer
+    added = tokenizer.added_tokens_decoder.items()
+    control = {index for index, token in added if token.special and SPECIAL_TOKEN.fullmatch(token.content)}
+    return control | {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_token_id: int, padding_side: str) -> dict[str, torch.Tensor]:

@@ -22,8 +22,10 @@ from common.arguments import Setup, method_name, trained_parts, uses_adapters
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
+from common.data.review import longest_evaluation_answer, review_data
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
+from common.evaluation.generation import MIN_ANSWER_LIMIT
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.adapters import write_base_description
 from common.model.checkpoint import find_snapshot, read_tensors
@@ -83,6 +85,7 @@ def build_trainer(
     resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
     resolved |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
     resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
+    resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest_evaluation_answer(eval_data))
     write_run(
         args.output_dir,
         task=args.task,
@@ -97,6 +100,7 @@ def build_trainer(
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     batches, lengths = _plan_batches(args, setup, train_data)
+    warnings = review_data(train_data, eval_data, lengths, args.max_new_tokens, args.tqdm)
     if setup.zero_stage == 3:
         base_model(model).run_same_modules_always()
     flops = TrainingFlops(base_model(model))
@@ -122,6 +126,8 @@ def build_trainer(
         processing_class=processor,
     )
     say(summarize(args, setup, model, len(train_data), batches, lengths, recomputation, trial, flops), sys.stdout)
+    for warning in warnings:
+        say(f"{'warning:':13}{warning}", sys.stdout)
     return trainer
 
 
