@@ -20,12 +20,11 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig
 
 from common.arguments import Setup
 from common.model import lora
 from common.model.loading import base_model, set_gradient_checkpointing
-from common.phi3v import attention, fused, layers
+from common.phi3v import Phi3VConfig, attention, fused, layers
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, crop_grid_size, num_image_tokens
 from common.phi3v.last_layer import answer_spans
@@ -90,14 +89,15 @@ def as_on_a_gpu(meter: Meter) -> Iterator[None]:
         yield
 
 
-def fake_model(method: str, config: PretrainedConfig, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
+def fake_model(method: str, config: Phi3VConfig, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
     """The model of a method on fake CPU tensors; a CPU-only PyTorch has no backward pass on fake CUDA tensors."""
     model = build_model("lora" if method == "qlora" else method, config, torch.device("meta"), dtype)
     if method == "qlora":
         kept = tuple(unquantized_modules(config, vision=True))
         for name, module in base_model(model).named_modules():
-            if isinstance(module, lora.FusedLoraLinear) and not name.startswith(kept):
-                module.base_layer = QuantizedLinear(module.base_layer)
+            linear = getattr(module, "base_layer", None)
+            if isinstance(linear, nn.Linear) and not name.startswith(kept):
+                module.base_layer = QuantizedLinear(linear)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -191,7 +191,7 @@ class Predictor:
     several; LoRA and QLoRA of rank 32 with DDP.
     """
 
-    def __init__(self, method: str, gpus: int = 1, config: PretrainedConfig | None = None) -> None:
+    def __init__(self, method: str, gpus: int = 1, config: Phi3VConfig | None = None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         adapters = method in ("lora", "qlora")
         deepspeed = None if adapters or gpus == 1 else str(DIRECTORY / "zero2.json")
