@@ -27,7 +27,6 @@ from common.model.loading import base_model, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig, attention, fused, layers
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, crop_grid_size, num_image_tokens
-from common.phi3v.last_layer import answer_spans
 from common.phi3v.parts import unquantized_modules
 from common.training import memory
 from common.training.deepspeed import DIRECTORY
@@ -127,7 +126,6 @@ def fake_batch(samples: int, num_crops: int, mode: FakeTensorMode) -> dict[str, 
         "image_sizes": torch.tensor(sizes),
         "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
         "max_length_q": max(lengths),
-        "answer_spans": answer_spans(labels),
     }
 
 
