@@ -49,11 +49,11 @@ def use_plain_layers(model):
             module.adapter = lambda: None  # no adapter for it to run: PEFT's layer runs
 
 
-def build_model(method, config, device):
-    """A model with random bf16 weights, of which those of the method train; adapters are fp32."""
+def build_model(method, config, device, dtype=torch.bfloat16):
+    """A model with random weights, of which those of the method train; adapters are fp32."""
     flags = training_parser(__doc__, task="benchmark", metric="none").parse_args(METHOD_FLAGS[method])
     with device:
-        model = AutoModelForCausalLM.from_config(random_config(config), dtype=torch.bfloat16, attn_implementation="varlen")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="varlen")
     freeze(model, ("decoder",) if method == "frozen" else PARTS)
     if method == "lora":
         model = add_lora(model, flags, None).to(device)
@@ -142,7 +142,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pages = draw_pages(Path(folder), max(args.samples))
         for method in args.methods:
-            model = build_model(method, args.config, device)
+            model = build_model(method, random_config(args.config), device)
             if args.torch_compile:
                 base = base_model(model).model
                 for layer in (*base.layers[:-1], *base.vision_embed_tokens.tower.encoder.layers[:-1]):

@@ -1,7 +1,8 @@
-"""Render the measured and the published results into docs/performance.md: `make bench-table`."""
+"""Render predicted, measured and published speed into docs/performance.md and README.md: `make bench-table`."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,11 +18,22 @@ from tools.runs import METHOD_TITLES, load_published, markdown_table
 from .measure import RESULTS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 BEGIN, END = "<!-- make bench-table: begin -->", "<!-- make bench-table: end -->"
 PEAK = {"8×A100-80GB": 312e12, "8×V100-32GB": 125e12}
 # Mean sample of the published run: 2,443 tokens, of which 30 are text and the rest from 15.33 crops and the global view.
-PUBLISHED_BATCH = BatchSizes(tokens=2443, pairs=2443 * 2444 // 2, views=16.33, image_tokens=2413, supervised=8)
+_MEAN_VIEWS: Any = 16.33
+PUBLISHED_BATCH = BatchSizes(tokens=2443, pairs=2443 * 2444 // 2, views=_MEAN_VIEWS, image_tokens=2413, supervised=8)
+EPOCH = 39463  # questions of DocVQA's train split
+EIGHT_BIT = "--deepspeed none --optim adamw_bnb_8bit"
+# What the README shows of the predictions: method and number of GPUs, title, flags.
+CHOICES = {
+    ("full", 8): ("full, on 8 GPUs", "--bf16 --use_flash_attention"),
+    ("full", 1): ("full, on one GPU", f"--bf16 --use_flash_attention {EIGHT_BIT}"),
+    ("frozen", 1): ("frozen vision, on one GPU", f"--bf16 --use_flash_attention --freeze_vision_model {EIGHT_BIT}"),
+    ("lora", 1): ("LoRA", "--bf16 --use_flash_attention --use_lora"),
+    ("qlora", 1): ("QLoRA", "--bf16 --use_flash_attention --use_qlora"),
+}
 MODES = {"L": "grayscale", "RGB": "color", "1": "black and white"}  # by mode of Pillow
 # MFU and peak GB. The memory targets are for full recomputation and one sample per micro-batch.
 GPU_TARGETS = {"full": ("≥ 40 %", "–"), "lora": ("≥ 40 %", "≤ 16"), "qlora": ("≥ 33 %", "≤ 10"), "frozen": ("≥ 40 %", "–")}
@@ -77,33 +89,52 @@ def any_machine(results: dict[str, list[dict]]) -> str:
             what = f"input pipeline, {modes if name == 'as they are' else 'the same pages in color'}"
             figures = f"{times['ours']:.1f} ms vs. {times['plain']:.1f} ms per page"
             rows.append([what, target, spread(measured["times_faster"]), figures, where(result)])
-    for result in results.get("step", []):
-        faster, seconds = result["times_faster"], {name: value["median"] for name, value in result["seconds"].items()}
-        plain = min((name for name in faster if "SDPA" in name), key=lambda name: faster[name]["median"])
-        targets = {plain: "≥ 1.5×", "one by one, eager": "≥ 4×"}
-        for name, ratio in faster.items():
-            figures = f"{seconds['packed']:.2f} s vs. {seconds[name]:.2f} s"
-            other = name.replace("one by one", "one at a time").replace("recomputing", "with recomputation")
-            what = f"training step in {result['precision']}, packed vs. {other}"
-            rows.append([what, targets.get(name, "–"), spread(ratio), figures, where(result)])
     for result in results.get("evaluation", []):
         seconds = {name: value["median"] for name, value in result["seconds"].items()}
         figures = f"{seconds['batched']:.1f} s vs. {seconds['one by one']:.1f} s for {result['questions']} questions"
         what = f"evaluation, batch size {result['batch_size']} vs. one at a time"
         rows.append([what, "≥ 4×", spread(result["times_faster"]), figures, where(result)])
-    for result in results.get("memory", []):
-        peak = result["peak_mib"]
-        what = f"peak memory of head and loss at {result['batch']['samples']} × {result['batch']['tokens']:,} tokens"
-        figures = f"{peak['answer']:,.0f} MiB vs. {peak['full']:,.0f} MiB"
-        rows.append([what, "≤ 1/20", f"**1/{result['times_less']:.0f}**", figures, where(result)])
-    targets = {
-        "inputs": ("input pipeline vs. the published float pipeline", "≥ 3×"),
-        "step": ("training step, packed vs. padded or one at a time with SDPA", "≥ 1.5×"),
-        "evaluation": ("evaluation, batched vs. one at a time", "≥ 4×"),
-        "memory": ("peak memory of head and loss", "≤ 1/20"),
-    }
-    rows += [[*targets[name], "not measured", "–", "–"] for name in targets if name not in results]
     return markdown_table(["benchmark", "target", "measured", "values", "hardware"], rows)
+
+
+def predictions(results: dict[str, list[dict]]) -> dict[tuple[str, int], list[dict]]:
+    """Return the predicted rows of each method and number of GPUs, cheapest GPU first."""
+    rows = [row for result in results.get("roofline", []) for row in result["rows"]]
+    return {key: [row for row in rows if (row["method"], row["gpus"]) == key] for key in CHOICES}
+
+
+def hours(row: dict) -> str:
+    """Format the time of an epoch of DocVQA."""
+    return f"{EPOCH / row['images_per_second'] / 3600:.1f}"
+
+
+def predicted_table(results: dict[str, list[dict]]) -> str:
+    """Render the best predicted settings of every method on every GPU."""
+    rows = []
+    for key, found in predictions(results).items():
+        for row in found:
+            name = [CHOICES[key][0], f"{row['gpus']} × {row['gpu']}"]
+            if "ms" not in row:
+                rows.append([*name, "does not fit", *["–"] * 6])
+                continue
+            speed = [f"{row['ms']:,}", f"{100 * row['mfu']:.0f} %", f"{row['images_per_second']:.2f}", hours(row)]
+            rows.append([*name, row["checkpointing"], row["samples_at_once"], f"{row['peak_gb']:.1f}", *speed])
+    header = "method|GPU|recomputation|pages at once|peak GB|ms per micro-batch|MFU|images/s|hours per epoch"
+    return markdown_table(header.split("|"), rows)
+
+
+def choice_table(results: dict[str, list[dict]]) -> str:
+    """Render the README's table: for each method its flags, the cheapest GPU that fits, and an H100."""
+    rows = []
+    for key, found in predictions(results).items():
+        fitting = {row["gpu"]: row for row in found if "ms" in row}
+        cells = [
+            f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 1}f} images/s, {hours(row)} h"
+            for row in (next(iter(fitting.values())), fitting["H100"])
+        ]
+        title, flags = CHOICES[key]
+        rows.append([title, f"`{flags}`", f"{key[1]} × {next(iter(fitting))}: {cells[0]}", f"{key[1]} × H100: {cells[1]}"])
+    return markdown_table(["method", "flags", "cheapest GPU that fits, predicted", "H100, predicted"], rows)
 
 
 def gpu_rows(results: dict[str, list[dict]], method: str) -> list[tuple[dict, dict]]:
@@ -161,25 +192,28 @@ def published_table(published: dict, results: dict[str, list[dict]]) -> str:
     return markdown_table(header.split("|"), rows)
 
 
-def render() -> str:
-    """Render all tables."""
+def render() -> dict[Path, str]:
+    """Render the tables of each document."""
     results = read_results()
-    published = load_published()["speed"]
-    return "\n\n".join(
-        [
-            "### Without a GPU",
-            "The targets are set by this project; missed targets stay in the table.",
-            any_machine(results),
-            "### On one GPU, with the real model configuration",
-            "The targets are for one H100 80 GB; memory targets are for full recomputation and one sample per micro-batch.\n"
-            "For full training, the targets also include ≥ 5.1 images/s and a data wait of ≤ 2 % of a step.",
-            gpu_table(results),
-            "### Comparison with the published table",
-            "The rows with 8 GPUs per node were published upstream and not measured here; their MFU is computed from the\n"
-            "published speed. The rows below show the fastest configuration measured here, on one GPU. Peak memory is per GPU.",
-            published_table(published, results),
-        ]
-    )
+    sections = [
+        "### Predicted for every method and GPU",
+        "**Predicted by `benchmarks.roofline`, not measured.** For each GPU the fastest recomputation and number of pages\n"
+        "at once that fit, with 16 crops and batch size 64. An epoch is DocVQA's train split, 39,463 questions. On one GPU,\n"
+        "full training has 8-bit optimizer states; on 8 it runs under ZeRO-2, and the images are those of all, without\n"
+        "communication.",
+        predicted_table(results),
+        "### Whole training steps on one GPU, measured",
+        "The targets are for one H100 80 GB; memory targets are for full recomputation and one sample per micro-batch.\n"
+        "For full training, the targets also include ≥ 5.1 images/s and a data wait of ≤ 2 % of a step.",
+        gpu_table(results),
+        "### Comparison with the published table",
+        "The rows with 8 GPUs per node were published upstream and not measured here; their MFU is computed from the\n"
+        "published speed. The rows below show the fastest configuration measured here, on one GPU. Peak memory is per GPU.",
+        published_table(load_published()["speed"], results),
+        "### Data and evaluation, on a CPU",
+        any_machine(results),
+    ]
+    return {DOCUMENT: "\n\n".join(sections), README: choice_table(results)}
 
 
 def fill(document: str, tables: str) -> str:
@@ -193,17 +227,18 @@ def fill(document: str, tables: str) -> str:
     head, begin, rest = document.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{DOCUMENT.name}: missing markers {BEGIN} and {END}; restore them")
+        raise ValueError(f"missing markers {BEGIN} and {END}; restore them")
     return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 
 def main() -> None:
-    try:
-        content = fill(DOCUMENT.read_text(encoding="utf-8"), render())
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    write_file(DOCUMENT, content)
-    print(f"Wrote {DOCUMENT.relative_to(ROOT)}")
+    for path, tables in render().items():
+        try:
+            content = fill(path.read_text(encoding="utf-8"), tables)
+        except ValueError as error:
+            sys.exit(f"error: {path.name}: {error}")
+        write_file(path, content)
+        print(f"Wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
