@@ -19,7 +19,7 @@ from common.data.pictures import picture_path
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.shards import open_hub
-from common.data.sources import check_rows, collect_rows
+from common.data.sources import check_rows, collect_rows, load_hub
 from common.data.streaming import Stream, training_data
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import anls
@@ -87,13 +87,13 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
         eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
     else:
-        mini = partial(open_hub, MINI, columns=["id", "image", "query", "answers"])
+        columns = ["id", "image", "query", "answers"]
         if args.full_train:
             train_rows = open_hub(*FULL, columns=["images", "texts"], streaming=args.streaming).map(from_full)
         else:
-            train_rows = mini(streaming=args.streaming).map(from_mini)
+            train_rows = open_hub(MINI, columns=columns, streaming=args.streaming).map(from_mini)
         train_rows = train_rows.select(0, args.max_train_samples)
-        eval_rows = mini(split="test").map(from_mini).select(0, args.max_eval_samples)
+        eval_rows = load_hub(MINI, columns=columns, split="test").map(from_mini).select(0, args.max_eval_samples)
     if isinstance(train_rows, Rows):
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
     return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)

@@ -175,11 +175,12 @@ class Checker:
     def _count_tokens(self, usable: list[tuple[Row, Conversation, list[int]]]) -> None:
         rows, conversations, image_tokens = zip(*usable, strict=True)
         counts = count_tokens(conversations, image_tokens, (row.place for row in rows), self.processor)
-        for row, row.num_tokens in zip(rows, counts, strict=True):
+        for row, count in zip(rows, counts, strict=True):
+            row.num_tokens = count
             try:
-                check_context(row.num_tokens, self.processor)
-                if self.max_length is not None and row.num_tokens > self.max_length:
-                    raise InputError(f"{row.num_tokens:,} tokens exceed --max_length {self.max_length:,}")
+                check_context(count, self.processor)
+                if self.max_length is not None and count > self.max_length:
+                    raise InputError(f"{count:,} tokens exceed --max_length {self.max_length:,}")
             except InputError as error:
                 row.problems.append(("row too long", str(error.at(row.place))))
 

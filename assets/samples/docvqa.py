@@ -14,8 +14,8 @@ from .page import COLUMNS, Page, write_json
 
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 FIRST_NAMES = ("Ana", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivan", "Jill", "Kai", "Lena", "Max", "Nora")
-SYLLABLES = ("ba", "ber", "con", "dal", "den", "el", "far", "gan", "hol", "jen", "kor", "lin", "mar", "mon", "ner")
-SYLLABLES += ("or", "pel", "quin", "ras", "ren", "sal", "son", "tal", "ter", "um", "val", "ven", "wick", "xan", "zor")
+SYLLABLES = ["ba", "ber", "con", "dal", "den", "el", "far", "gan", "hol", "jen", "kor", "lin", "mar", "mon", "ner"]
+SYLLABLES += ["or", "pel", "quin", "ras", "ren", "sal", "son", "tal", "ter", "um", "val", "ven", "wick", "xan", "zor"]
 COMPANY_ENDINGS = ("Ltd", "Inc", "Co", "AG", "LLC")
 
 
@@ -120,7 +120,7 @@ def draw_form(rng: np.random.Generator, held_out: bool) -> tuple[Page, dict[Fiel
 
 def draw_split(out_dir: Path, split: str, documents: int, rng: np.random.Generator, questions_each: int = 4) -> None:
     """Draw one split: `documents/<split>_<number>.png` and `<split>_v1.0_withQT.json`."""
-    rows = []
+    rows: list[dict] = []
     (out_dir / "documents").mkdir(parents=True, exist_ok=True)
     for number in range(documents):
         page, values = draw_form(rng, held_out=split == "val")

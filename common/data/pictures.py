@@ -161,11 +161,10 @@ def describe_picture(picture: Picture) -> str:
 
 
 def _source(picture: str | Path | dict[str, Any]) -> str | Path | io.BytesIO:
-    if isinstance(picture, dict):
-        if picture.get("bytes") is not None:
-            return io.BytesIO(picture["bytes"])
-        picture = picture["path"]
-    if (path := Path(picture)).exists() and not path.is_file():  # opening a FIFO would wait
+    if isinstance(picture, dict) and picture.get("bytes") is not None:
+        return io.BytesIO(picture["bytes"])
+    path = Path(picture["path"] if isinstance(picture, dict) else picture)
+    if path.exists() and not path.is_file():  # opening a FIFO would wait
         raise OSError("not a file")
     return path
 
