@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,17 @@ from common.runtime import InputError, world_size
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 SAVE_STEPS = 500
-LORA_DEFAULTS = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
+# What may change when a run is resumed, if it is named in --accept_changes.
+CHANGEABLE: tuple[str, ...] = (
+    "learning_rate",
+    "vision_learning_rate",
+    "projector_learning_rate",
+    "wd",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
+CHANGEABLE += ("steps", "seed", "num_crops", "data")
+LORA_DEFAULTS: dict[str, Any] = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
 LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
 
 
@@ -39,6 +50,8 @@ class Setup:
         Commit of a model from the Hub.
     checkpoint : Path, optional
         Checkpoint to resume from.
+    identity : dict
+        Settings that must not change when the run is resumed, by name.
     """
 
     device: torch.device
@@ -50,6 +63,7 @@ class Setup:
     zero_stage: int | None = None
     revision: str | None = None
     checkpoint: Path | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
 def training_parser(description: str, task: str, metric: str) -> argparse.ArgumentParser:
@@ -139,6 +153,18 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         help="linear warmup steps; if below 1, a fraction of all steps (default: %(default)s)",
     )
     group.add_argument("--seed", type=int, default=42, help="random seed (default: %(default)s)")
+    group.add_argument(
+        "--max_nonfinite_steps",
+        type=int,
+        default=3,
+        help="end the run after N steps in a row with a loss or gradient that is not finite (default: %(default)s)",
+    )
+    group.add_argument(
+        "--ddp_timeout",
+        type=int,
+        default=1800,
+        help="seconds after which a process that does not respond ends the run, once the data is ready (default: %(default)s)",
+    )
 
     group = parser.add_argument_group("speed and memory")
     group.add_argument(
@@ -191,6 +217,16 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         "--resume_from_checkpoint",
         metavar="auto|DIR",
         help="resume from the last complete checkpoint in --output_dir, if any (auto), or from this one",
+    )
+    group.add_argument(
+        "--accept_changes",
+        nargs="+",
+        choices=CHANGEABLE,
+        default=[],
+        help="resume although these are not as in the checkpoint's run; the new values apply",
+    )
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true", help="delete what an earlier run wrote to --output_dir, unless resumed"
     )
     group.add_argument("--load_best_model_at_end", action="store_true", help="load the best checkpoint at the end")
     group.add_argument("--early_stopping_patience", type=int, help="stop after N evaluations without improvement")
@@ -256,7 +292,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     positive = (
         "batch_size batch_size_per_gpu num_train_epochs lora_rank eval_batch_size max_new_tokens logging_steps "
         "max_train_samples max_eval_samples max_tokens_per_batch save_steps save_total_limit eval_steps "
-        "eval_metric_steps early_stopping_patience"
+        "eval_metric_steps early_stopping_patience max_nonfinite_steps ddp_timeout"
     )
     for name in positive.split():
         if (value := getattr(args, name, None)) is not None and value < 1:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -17,15 +20,17 @@ from typing import Any, TextIO, TypeVar
 import datasets
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
 
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "pillow")
-LIBRARIES += ("flash-attn", "liger-kernel")
+LIBRARIES = ["torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "pillow"]
+LIBRARIES += ["flash-attn", "liger-kernel"]
 
 
 class InputError(ValueError):
@@ -62,6 +67,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes on all machines, as set by torchrun; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Rank of this process on its machine, as set by torchrun; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
@@ -108,7 +118,7 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 def on_main_process(load: Callable[[], T]) -> T:
     """Call a function on the main process only; all processes return its result or raise its input error."""
-    result: T | InputError | None = None
+    result: Any = None
     if is_main_process():
         try:
             result = load()
@@ -198,13 +208,57 @@ def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; an :class:`InputError` exits with its message and code 1, other errors show their traceback."""
+    """Run a script's ``main``; an :class:`InputError` exits with its message and code 1, other errors show their traceback.
+
+    SIGTERM and SIGINT end the process at once, except where ``main`` handles them. A process of torchrun is killed if torchrun
+    is, because torchrun's successor would write to the same directory.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_at_once)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        _die_with_parent()
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not dist.is_initialized() or "timed out" not in str(error).lower():
+            raise
+        sys.exit(f"error: {_missing_processes()} did not respond within --ddp_timeout ({error})")
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def stop_at_once(number: int, _: Any = None) -> None:
+    """End this process now, as the handler of a signal."""
+    if is_main_process():
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def _die_with_parent() -> None:
+    parent, PR_SET_PDEATHSIG = os.getppid(), 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _missing_processes() -> str:
+    """Name the processes that have not noticed the timeout, because they hang."""
+    try:
+        store = c10d._get_default_store()
+        store.set(f"timeout/{rank()}", "")
+        time.sleep(SECONDS_BETWEEN_LINES)  # the others notice it at about the same time
+        missing = [str(other) for other in range(world_size()) if not store.check([f"timeout/{other}"])]
+    except RuntimeError:  # the process that holds the store is gone
+        missing = []
+    return f"process {', '.join(missing)}" if missing else "a process"
+
+
+def set_timeout(seconds: int) -> None:
+    """Set the timeout of all process groups that exist."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def show_bars(wanted: bool) -> bool:
@@ -263,7 +317,7 @@ class Progress:
         self._bar.close()
 
 
-def track(items: Collection[T], description: str, unit: str, bar: bool = True) -> Iterator[T]:
+def track(items: Collection[T] | DataLoader[T], description: str, unit: str, bar: bool = True) -> Iterator[T]:
     """Iterate over items and show progress; see :class:`Progress` for the parameters."""
     with Progress(description, unit, len(items), bar) as progress:
         for item in items:

@@ -12,7 +12,8 @@ from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.samples import TrainingData
 from common.data.streaming import Span, Stream, StreamedBatches
 from common.evaluation.generation import share_by_length
-from common.training.trainer import FinetuningTrainer, _plan_batches
+from common.training.plan import plan_batches
+from common.training.trainer import FinetuningTrainer
 
 
 def lengths(rows, seed=0):
@@ -172,13 +173,13 @@ def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
     }
     flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
     flags |= {"freeze_vision_model": False, "train_only": None}
-    batches, measured = _plan_batches(argparse.Namespace(**flags), setup, Texts(1024))
+    batches, measured = plan_batches(argparse.Namespace(**flags), setup, Texts(1024))
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)
     assert batches.accumulation == (1 if budget else 4)
     assert batches.vision_trains
     for frozen in ({"freeze_vision_model": True}, {"train_only": ["decoder", "projector"]}):
-        assert not _plan_batches(argparse.Namespace(**flags | frozen), setup, Texts(1024))[0].vision_trains
+        assert not plan_batches(argparse.Namespace(**flags | frozen), setup, Texts(1024))[0].vision_trains
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])

@@ -5,11 +5,13 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers.trainer
-from conftest import TINY
+from conftest import ROOT, TINY
 from forked import be_process, finetune_forked, server
 from runs import flags, free_port, steps, weights, write_docvqa, write_random_model
 from safetensors.torch import save_file
@@ -17,8 +19,17 @@ from tokenizers import Tokenizer
 from transformers import TrainerCallback
 
 from common.arguments import check_arguments, training_parser
-from common.training.checkpoints import check_resumable, find_checkpoint, run_settings, saving, why_incomplete, write_manifest
+from common.training.checkpoints import (
+    check_plan,
+    check_resumable,
+    find_checkpoint,
+    run_identity,
+    saving,
+    why_incomplete,
+    write_manifest,
+)
 from common.training.deepspeed import zero_stage
+from common.training.output import check_unused, lock, remove_outputs
 
 
 class Interrupt(TrainerCallback):
@@ -177,6 +188,33 @@ def test_a_stop_leaves_out_what_is_due_at_the_epochs_end(options, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_finished_run_gets_longer_at_another_rate(options, tmp_path):
+    """The rate is that of a run of this length, with the new flag, from the first step on."""
+    options = options | {"deepspeed": "none", "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-3}
+    output = tmp_path / "run"
+    finetune_forked(options["data_dir"], output, **options)
+    options |= {"max_steps": 6, "learning_rate": 4e-4, "accept_changes": "learning_rate"}
+    log = go_on(output, **options)
+    assert "planned for 6 steps instead of 2" in (tmp_path / "run.log").read_text()
+    assert [entry["learning_rate"] for entry in log[2:]] == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["none", "auto"])
+def test_numbers_that_are_not_finite_end_a_run(deepspeed, options, tmp_path):
+    """Weights that are not are never saved, and the message names the step and its rows."""
+    options = options | {"deepspeed": deepspeed, "learning_rate": "inf", "warmup_steps": 0, "max_steps": 9}
+    for more, message in (
+        ({}, "in a row, first in step"),
+        ({"save_strategy": "steps", "save_steps": 1}, "not finite after step"),
+    ):
+        with pytest.raises(AssertionError, match=message) as error:
+            finetune_forked(options["data_dir"], tmp_path / f"{len(more)}", **options, **more)
+        assert "entry" in str(error.value) and not list(tmp_path.rglob("complete.json"))
+        assert not list(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.slow
 def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
     """The flags count, not the checkpoint's."""
     expected, _, options = straight
@@ -210,6 +248,12 @@ def damage(checkpoint, how):
             model.unlink()
         case "a truncated model":
             model.write_bytes(bytes(99))
+        case "a flipped bit":
+            model.write_bytes(bytes(50) + b"\x01" + bytes(49))
+        case "another manifest":
+            manifest.write_text('{"model.safetensors": 100}')
+        case "a list":
+            manifest.write_text("[1]")
         case "nothing":
             shutil.rmtree(checkpoint)
 
@@ -222,17 +266,20 @@ def damage(checkpoint, how):
         ("a damaged manifest", "complete.json is corrupted"),
         ("no model", "model.safetensors is missing"),
         ("a truncated model", "model.safetensors has 99 bytes, expected 100"),
+        ("a flipped bit", "model.safetensors is damaged"),
+        ("another manifest", "complete.json is corrupted"),
+        ("a list", "complete.json is corrupted"),
         ("nothing", "no such directory"),
     ],
 )
 def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
-    assert find_checkpoint("auto", checkpoint.parent) == find_checkpoint(str(checkpoint), checkpoint.parent)
+    assert find_checkpoint("auto", checkpoint.parent, {}, []) == find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
     damage(checkpoint, how)
     assert why_incomplete(checkpoint) == reason
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .{reason}.; use auto"):
-        find_checkpoint(str(checkpoint), checkpoint.parent)
+        find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
     skipped = [] if how == "nothing" else [f"checkpoint-3 ({reason})"]
-    assert find_checkpoint("auto", checkpoint.parent) == (None, skipped)
+    assert find_checkpoint("auto", checkpoint.parent, {}, []) == (None, skipped)
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
@@ -240,14 +287,75 @@ def test_the_last_complete_checkpoint_is_found(tmp_path):
         write_manifest(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11" / "complete.json").unlink()
     (tmp_path / "checkpoint-best").mkdir()
-    assert find_checkpoint("auto", tmp_path) == (tmp_path / "checkpoint-10", ["checkpoint-11 (saving was interrupted)"])
-    assert find_checkpoint(None, tmp_path) == (None, [])
+    assert find_checkpoint("auto", tmp_path, {}, []) == (
+        tmp_path / "checkpoint-10",
+        ["checkpoint-11 (saving was interrupted)"],
+    )
+    assert find_checkpoint(None, tmp_path, {}, []) == (None, [])
+
+
+def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
+    for step, seed in ((5, 1), (6, 2)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/totals.json").write_text(json.dumps({"settings": {"--seed": seed}}))
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    found, [skipped] = find_checkpoint("auto", tmp_path, {"--seed": 1}, [])
+    assert found == tmp_path / "checkpoint-5" and "another run" in skipped and "--seed is 1, but the" in skipped
+    with pytest.raises(ValueError, match="--seed is 3, but .* had 2.*, or accept .* --accept_changes seed"):
+        find_checkpoint("auto", tmp_path, {"--seed": 3}, [])
+    assert find_checkpoint("auto", tmp_path, {"--seed": 3}, ["seed"]) == (tmp_path / "checkpoint-6", [])
+
+
+def test_a_run_may_get_longer(tmp_path):
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"data": "4 rows", "steps": 6}}))
+    assert check_plan(checkpoint, {"data": "4 rows", "steps": 6}, []) is None
+    assert "as in a run of 8 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 8}, [])
+    assert "as in a run of 5 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 5}, ["steps"])
+    for plan, message in (
+        ({"data": "4 rows", "steps": 5}, "steps is 5, but .* --accept_changes steps"),
+        ({"data": "4 rows", "steps": 3}, "it has made 4 steps, more than the 3"),
+        ({"data": "5 rows", "steps": 8}, "data is 5 rows, but .* --accept_changes data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_plan(checkpoint, plan, [])
+
+
+def test_an_output_directory_holds_one_result(tmp_path):
+    for name in ("adapter_model.safetensors", "README.md", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="holds adapter_model.safetensors of another run: .*--overwrite_output_dir"):
+        check_unused(tmp_path, overwrite=False, resuming=True)
+    check_unused(tmp_path, overwrite=True, resuming=False)
+    remove_outputs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "checkpoint-3").mkdir()
+    check_unused(tmp_path, overwrite=False, resuming=True)  # an incomplete one
+    with pytest.raises(ValueError, match="holds checkpoint-3"):
+        check_unused(tmp_path, overwrite=False, resuming=False)
+
+
+def test_one_run_at_a_time(tmp_path):
+    """The lock of a process that has died, however, is none."""
+    holder = "import sys, time; from pathlib import Path; from common.training.output import lock; lock(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{holder}; print('locked', flush=True); time.sleep(600)", tmp_path]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run .process {process.pid} on .* is writing to it"):
+        lock(tmp_path)
+    process.kill()
+    process.wait()
+    lock(tmp_path)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        lock(tmp_path / "_lock" / "below")
 
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
-    args = training_parser("", task="test", metric="anls").parse_args(words)
+    args = training_parser("", task="test", metric="anls").parse_args(["--model_name_or_path", str(TINY), *words])
     check_arguments(args)
-    return run_settings(args, zero_stage(deepspeed), processes)
+    return run_identity(args, zero_stage(deepspeed), processes, "fp32", None)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +363,7 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
     [
         (("--use_lora",), {"deepspeed": None}, "method"),
         (("--freeze_vision_model",), {}, "method"),
-        (("--optim", "adafactor"), {}, r"optimizer \(--optim\)"),
+        (("--optim", "adafactor"), {}, "--optim"),
         ((), {"deepspeed": None}, r"sharding \(--deepspeed\)"),
         ((), {"deepspeed": "common/deepspeed/zero3_offload.json"}, r"sharding \(--deepspeed\)"),
         ((), {"processes": 4}, "number of processes"),
@@ -264,23 +372,23 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
 )
 def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
-    check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"))
+    check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"), [])
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, but the checkpoint's run had"):
-        check_resumable(tmp_path, settings_of(*words, **changes))
+        check_resumable(tmp_path, settings_of(*words, **changes), [])
 
 
 def test_what_does_not_matter_may_change(tmp_path):
     """Under DDP also the number of processes: a step's samples are the same on any."""
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
-    check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4))
+    check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4), [])
     streaming = ("--use_lora", "--streaming")
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
     with pytest.raises(ValueError, match="number of processes is 4, but the checkpoint's run had 2"):
-        check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4))
+        check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4), [])
     with pytest.raises(ValueError, match="--lora_rank is 8, but the checkpoint's run had 64"):
-        check_resumable(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None))
+        check_resumable(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None), [])
     (tmp_path / "totals.json").unlink()
-    check_resumable(tmp_path, settings_of())
+    check_resumable(tmp_path, settings_of(), [])
 
 
 WRITERS = {

@@ -70,6 +70,7 @@ def embedded_command(task: str, method: str, output_dir: Path, flags: list[str],
     """
     data_dir = output_dir.with_name(f"{output_dir.name}-data") / ("converted" if task == "ucf101" else "")
     words = ["--model_name_or_path", MODEL, "--data_dir", str(data_dir), "--output_dir", str(output_dir), *flags]
+    words += ["--overwrite_output_dir"]
     for name, value in (ALL_TASKS | SETTINGS[task] | (SMOKE_SETTINGS if smoke else {})).items():
         value = value.get(method) if isinstance(value, dict) else value
         words += [f"--{name}", str(value)] if value is not None else []

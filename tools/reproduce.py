@@ -119,7 +119,7 @@ def row_flags(row: dict[str, Any], args: argparse.Namespace) -> list[str]:
     if "lora_rank" in row:
         flags += ["--lora_rank", str(row["lora_rank"]), "--lora_alpha_ratio", f"{row['lora_alpha'] / row['lora_rank']:g}"]
     flags += ["--save_strategy", "steps", "--save_steps", str(10 if args.embedded else SAVE_STEPS), "--save_total_limit", "1"]
-    return [*flags, "--resume_from_checkpoint", "auto", *args.run_flags]
+    return [*flags, "--resume_from_checkpoint", "auto", "--overwrite_output_dir", *args.run_flags]
 
 
 def run_row(task: str, name: str, table: dict[str, Any], args: argparse.Namespace) -> None:

@@ -1,26 +1,33 @@
-"""Checkpoints that are skipped unless they are complete, and runs that stop cleanly on SIGTERM."""
+"""Checkpoints: whether they are complete and undamaged, and whether a run can resume from them."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
+import hashlib
 import json
 import os
-import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import numpy as np
+import xxhash
+from PIL import Image
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from common.arguments import method_name, uses_adapters
-from common.runtime import InputError, gather, read_json, replacing, sum_over_processes
+from common.arguments import CHANGEABLE, LORA_DEFAULTS, method_name, uses_adapters
+from common.data.conversations import pictures
+from common.data.pictures import Picture
+from common.data.samples import TrainingData
+from common.data.streaming import StreamedData
+from common.model.adapters import fingerprint
+from common.model.checkpoint import find_snapshot
+from common.runtime import InputError, gather, local_rank, on_main_process, read_json, replacing
 
-# Written last, after every process has written its part: the names and sizes of all files.
+# Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"
 TOTALS = "totals.json"
 # Error texts of a full disk: Python, safetensors and tokenizers quote the operating system, torch does not.
@@ -48,171 +55,208 @@ def saving() -> Iterator[None]:
 
 
 def write_manifest(directory: Path) -> None:
-    """Mark a checkpoint as complete by recording its files and their sizes. The file is written atomically."""
-    sizes = {str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()}
-    sizes.pop(MANIFEST, None)
+    """Mark a checkpoint as complete by recording the size and the checksum of its files. The file is written atomically."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
+    with ThreadPoolExecutor(8) as threads:
+        checksums = list(threads.map(checksum, files))
+    entries = {
+        str(path.relative_to(directory)): [path.stat().st_size, found] for path, found in zip(files, checksums, strict=True)
+    }
     with replacing(directory / MANIFEST) as temporary, temporary.open("w") as file:
-        json.dump(sizes, file, indent=2)
+        json.dump(entries, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 
 
+def checksum(path: Path) -> str:
+    """XXH3 (64 bits) of a file, which is computed faster than a disk reads."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def why_incomplete(directory: Path) -> str | None:
-    """Return why a checkpoint is incomplete, or None if it is complete."""
+    """Return why a checkpoint is incomplete or damaged, or None if it is neither."""
     if not directory.is_dir():
         return "no such directory"
     try:
-        sizes = read_json(directory / MANIFEST, "use an earlier checkpoint")
-    except InputError:
-        return f"{MANIFEST} is corrupted" if (directory / MANIFEST).exists() else "saving was interrupted"
-    for name, size in sizes.items():
-        path = directory / name
+        entries = json.loads((directory / MANIFEST).read_text())
+        expected = {directory / name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    except FileNotFoundError:
+        return "saving was interrupted"
+    except (ValueError, TypeError, AttributeError):  # invalid JSON, not even text, or JSON of something else
+        return f"{MANIFEST} is corrupted"
+    for path, (size, _) in expected.items():
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{path.relative_to(directory)} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+            return f"{path.relative_to(directory)} has {path.stat().st_size} bytes, expected {size}"
+    with ThreadPoolExecutor(8) as threads:
+        for (path, (_, digest)), found in zip(expected.items(), threads.map(checksum, expected), strict=True):
+            if found != digest:
+                return f"{path.relative_to(directory)} is damaged"
     return None
 
 
-def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+def find_checkpoint(
+    wanted: str | None, output_dir: Path, identity: dict[str, Any], accepted: list[str]
+) -> tuple[Path | None, list[str]]:
     """Find the checkpoint to resume from. It has to be complete on all nodes, which may not share a file system.
 
     Parameters
     ----------
     wanted : str, optional
-        ``"auto"`` for the last complete checkpoint in ``output_dir``, or the directory of a checkpoint.
+        ``"auto"`` for the last complete checkpoint of this run in ``output_dir``, or the directory of a checkpoint.
     output_dir : Path
         The run directory.
+    identity : dict
+        The :func:`run_identity` of this run.
+    accepted : list of str
+        ``--accept_changes``
 
     Returns
     -------
     checkpoint : Path or None
         None if there is no checkpoint to resume from.
     skipped : list of str
-        Names of incomplete checkpoints, with the reason.
+        Names of checkpoints that are newer but incomplete or of another run, with the reason.
 
     Raises
     ------
     InputError
-        If the given directory is not a complete checkpoint.
+        If the given directory is not a complete checkpoint, or if there are only checkpoints of other runs.
     """
     if wanted is None:
         return None, []
     if wanted != "auto":
         if reason := _incomplete_anywhere(Path(wanted)):
             raise InputError(f"--resume_from_checkpoint {wanted} is not complete ({reason}); use auto or an earlier checkpoint")
+        check_resumable(Path(wanted), identity, accepted)
         return Path(wanted), []
-    skipped = []
+    skipped: list[str] = []
+    refused = None
     steps = [path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     for step in sorted({int(step) for names in gather(steps) for step in names if step.isdigit()}, reverse=True):
         path = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         reason = _incomplete_anywhere(path)
         if reason is None:
-            return path, skipped
+            try:
+                check_resumable(path, identity, accepted)
+                return path, skipped
+            except InputError as error:
+                refused = refused or error
+                reason = f"another run: {error}"
         skipped.append(f"{path.name} ({reason})")
+    if refused:
+        raise refused
     return None, skipped
 
 
 def _incomplete_anywhere(directory: Path) -> str | None:
-    return next((reason for reason in gather(why_incomplete(directory)) if reason), None)
+    # One process per node reads all files.
+    own = why_incomplete(directory) if local_rank() == 0 else None
+    return next((reason for reason in gather(own) if reason), None)
 
 
-class StopOnSignal(TrainerCallback):
-    """After SIGTERM on any process, save a complete checkpoint at the end of the step and stop all processes."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self.stopped = False
-        self.evaluation_due = False
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def _received_anywhere(self) -> bool:
-        return bool(sum_over_processes(torch.tensor(int(self.received), device=PartialState().device)))
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Install the signal handler."""
-        self._previous_handler = signal.signal(signal.SIGTERM, self._receive)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Stop if any process has received SIGTERM."""
-        if self._received_anywhere():
-            self.stopped = True
-            ends_epoch = state.epoch.is_integer() or state.global_step >= state.max_steps
-            # There may be no time left for an evaluation. The resumed run does it instead.
-            self.evaluation_due = control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch)
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Skip evaluation and saving at the end of the epoch: the checkpoint of this step is already saved."""
-        if self.stopped:
-            control.should_evaluate = control.should_save = False
-        return control
-
-    def end(self) -> bool:
-        """Restore the previous handler; return whether any process has received SIGTERM since training began."""
-        received = self._received_anywhere()
-        signal.signal(signal.SIGTERM, self._previous_handler)
-        return received
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Early stopping whose patience counter is restored on resume. A run that had already stopped early stops again."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Restore the counter, but not the patience, from the checkpoint."""
-        super().on_train_begin(args, state, control, **kwargs)
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
-        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
-        return control
-
-
-def run_settings(args: argparse.Namespace, zero_stage: int | None, num_processes: int) -> dict[str, Any]:
-    """Settings, by name, that must not change on resume, because weights, optimizer states or rows would no longer match."""
-    settings = {
+def run_identity(
+    args: argparse.Namespace, zero_stage: int | None, num_processes: int, precision: str, revision: str | None
+) -> dict[str, Any]:
+    """What makes a run this run, by name: all settings that change its course. Must be called on all processes."""
+    names = ["batch_size", "seed", "num_crops", "optim", "learning_rate", "vision_learning_rate", "projector_learning_rate"]
+    names += ["wd", "lr_scheduler_type", "warmup_steps"]
+    identity: dict[str, Any] = {
         "method": method_name(args),
-        "optimizer (--optim)": args.optim,
+        "base model": on_main_process(lambda: fingerprint(find_snapshot(args.model_name_or_path, revision))),
+        "precision": precision,
         "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
-        "--batch_size": args.batch_size,
     }
-    if uses_adapters(args):
-        settings["--lora_rank"] = args.lora_rank
+    identity |= {f"--{name}": getattr(args, name) for name in names + (list(LORA_DEFAULTS) if uses_adapters(args) else [])}
     if zero_stage or args.streaming:  # each process has its own states, or its own part of the stream
-        settings["number of processes"] = num_processes
-    return settings
+        identity["number of processes"] = num_processes
+    return identity
 
 
-def check_resumable(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Check that a run can resume exactly from a checkpoint.
+def data_fingerprint(data: TrainingData | StreamedData, count: int = 256) -> str:
+    """Describe training data by the number of its rows and a checksum of some of them: texts, and names of pictures."""
+    rows = data.rows.head(64) if isinstance(data, StreamedData) else data.rows
+    sample = TrainingData(rows, data.to_conversation, data.processor, 0)
+    digest = hashlib.sha256()
+    for row in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist():
+        conversation = sample.conversation(0, row)
+        turns = [{key: value for key, value in turn.items() if key != "images"} for turn in conversation["conversations"]]
+        digest.update(json.dumps([turns, [_identify(picture) for picture in pictures(conversation)]]).encode())
+    return f"{len(data)} rows, {digest.hexdigest()[:16]}"
+
+
+def _identify(picture: Picture) -> str:
+    """Identify a picture by its file name, wherever that file is, or by its bytes."""
+    if isinstance(picture, dict) and picture.get("bytes") is not None:
+        return xxhash.xxh3_64(picture["bytes"]).hexdigest()
+    if isinstance(picture, Image.Image):
+        return str(picture.size)
+    return Path(picture["path"] if isinstance(picture, dict) else picture).name
+
+
+def check_resumable(checkpoint: Path, identity: dict[str, Any], accepted: list[str]) -> None:
+    """Check that this run is the one that a checkpoint was saved by.
 
     Parameters
     ----------
     checkpoint : Path
         A complete checkpoint.
-    settings : dict
-        The :func:`run_settings` of this run.
+    identity : dict
+        The :func:`run_identity` of this run, or a part of it.
+    accepted : list of str
+        Names of flags that may have changed.
 
     Raises
     ------
     InputError
-        If a setting differs from that of the checkpoint's run; the message names it.
+        If a setting differs; the message names it.
     """
-    path = checkpoint / TOTALS
-    saved = read_json(path, "use an earlier checkpoint").get("settings", settings) if path.is_file() else settings
-    for name in saved | settings:
-        if saved.get(name) != settings.get(name):
-            raise InputError(
-                f"{name} is {settings.get(name)}, but the checkpoint's run had "
-                f"{saved.get(name)}: use the same value, or start a new run in another --output_dir",
-                f"--resume_from_checkpoint {checkpoint}",
-            )
+    place = f"--resume_from_checkpoint {checkpoint}"
+    if not (checkpoint / TOTALS).is_file():
+        return
+    saved = read_json(checkpoint / TOTALS, "use an earlier checkpoint").get("settings")
+    if not isinstance(saved, dict):
+        raise InputError(f"{TOTALS} has no settings: use an earlier checkpoint", place)
+    for name, value in identity.items():
+        flag = name.removeprefix("--")
+        if saved.get(name, value) == value or flag in accepted:
+            continue
+        remedy = f", or accept the change with --accept_changes {flag}" if flag in CHANGEABLE else ""
+        raise InputError(
+            f"{name} is {value}, but the checkpoint's run had {saved[name]}: use the same value, or start a new run in another "
+            f"--output_dir{remedy}",
+            place,
+        )
+
+
+def check_plan(checkpoint: Path, plan: dict[str, Any], accepted: list[str]) -> str | None:
+    """Check data and number of steps as :func:`check_resumable`, but let a run be longer than planned.
+
+    Parameters
+    ----------
+    checkpoint : Path
+    plan : dict
+        ``data``, the :func:`data_fingerprint`, and ``steps``.
+    accepted : list of str
+
+    Returns
+    -------
+    str or None
+        What is done about another number of steps.
+    """
+    if not (checkpoint / TOTALS).is_file():
+        return None
+    done = int(checkpoint.name.rpartition("-")[2])
+    now = plan["steps"]
+    before = read_json(checkpoint / TOTALS, "use an earlier checkpoint")["settings"].get("steps", now)
+    if now < done:
+        raise InputError(f"it has made {done} steps, more than the {now} of this run", f"--resume_from_checkpoint {checkpoint}")
+    check_resumable(checkpoint, plan, [*accepted, "steps"] if now > before else accepted)
+    if now == before:
+        return None
+    return f"planned for {now:,} steps instead of {before:,}: the learning rate continues as in a run of {now:,} steps"

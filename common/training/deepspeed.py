@@ -49,6 +49,16 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     return str(path)
 
 
+def allow_states() -> None:
+    """Let ``torch.load(weights_only=True)`` read DeepSpeed's checkpoints, which contain these plain classes."""
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+
+
 def do_without_compiler() -> None:
     """Prevent DeepSpeed from compiling its CPU communication op."""
     # The op exchanges tensors between processes on one node, which gloo also does without a compiler.

@@ -180,16 +180,19 @@ def kept_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
-    def observe(tensor: torch.Tensor) -> torch.Tensor:
+    def observe(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if tensor.device == batch["input_ids"].device and storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        observe(tensor)
         # The graph keeps the storage alive, so no other tensor gets its address. Without detach, an operation that saves its
         # own output would keep itself alive, and everything else that it saved.
         return tensor.detach()
 
     elementwise = base_model(model).recompute_elementwise
-    with recompute_elementwise(observe) if elementwise else saved_tensors_hooks(observe, lambda tensor: tensor):
+    with recompute_elementwise(observe) if elementwise else saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch, skip_logits=True).loss
     del loss
     return sum(kept.values())
@@ -213,7 +216,7 @@ def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
     partition = processes if stage >= 1 else 1
     bucket = zero.get("reduce_bucket_size", 5e8)
     if bucket == "auto":
-        bucket = model.config.hidden_size**2  # as transformers fills it in
+        bucket = base_model(model).config.hidden_size ** 2  # as transformers fills it in
     buckets = 2 * (2 if halves else 4) * min(bucket, count)
     return (0 if offloads else masters_and_moments / partition) + gradients / (processes if stage >= 2 else 1) + buckets
 

@@ -37,7 +37,7 @@ class TrainingProgress(TrainerCallback):
     def on_step_end(self, *_: Any, **kwargs: Any) -> None:
         self.bar.update()
 
-    def on_log(self, args: Any, state: TrainerState, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, *, logs: Any = None, **kwargs: Any) -> None:
         parts = [form.format(logs[name]) for name, form in self.FORMATS.items() if name in logs]
         if "eval_loss" in logs:  # evaluations before and after training print their own line
             metrics = [name for name in logs if name.startswith("eval_") and name not in self.TRAINER_ENTRIES]

@@ -28,12 +28,14 @@ from common.runtime import (
     first_on_each_machine,
     limit_library_bars,
     local_world_size,
+    on_main_process,
     say,
     world_size,
 )
 
-from .checkpoints import check_resumable, find_checkpoint, run_settings
-from .deepspeed import choose_deepspeed, do_without_compiler, zero_stage
+from .checkpoints import find_checkpoint, run_identity
+from .deepspeed import allow_states, choose_deepspeed, do_without_compiler, zero_stage
+from .output import check_unused, lock
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
@@ -45,7 +47,7 @@ def _leave_process_group() -> None:
 
     Registered with :mod:`atexit` so that the error is printed first: the other processes may be killed as soon as they notice.
     """
-    if dist.is_initialized():
+    if dist.group.WORLD is not None:
         time.sleep(1)  # the others may still be finishing the collective that reported the error to them
         dist.group.WORLD.abort()
         dist.destroy_process_group()
@@ -73,21 +75,28 @@ def start(args: argparse.Namespace) -> Setup:
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)
     stage = zero_stage(deepspeed)
+    if deepspeed:
+        allow_states()
     if deepspeed and not on_gpu:
         do_without_compiler()
-    checkpoint, incomplete = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    for skipped in incomplete:
-        say(f"skipping {skipped}", sys.stdout)
+    identity = run_identity(args, stage, world_size(), precision, revision)
+    on_main_process(lambda: lock(args.output_dir))
+    checkpoint, skipped = find_checkpoint(args.resume_from_checkpoint, args.output_dir, identity, args.accept_changes)
+    for name in skipped:
+        say(f"skipping {name}", sys.stdout)
     if checkpoint:
-        check_resumable(checkpoint, run_settings(args, stage, world_size()))
         say(f"resuming from {checkpoint}", sys.stdout)
+    if checkpoint is None or checkpoint.resolve().parent != args.output_dir.resolve():
+        auto = args.resume_from_checkpoint == "auto"
+        on_main_process(lambda: check_unused(args.output_dir, args.overwrite_output_dir, auto))
     set_seed(args.seed)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    return Setup(device, precision, attention, reason, packing, deepspeed, stage, revision, checkpoint)
+    return Setup(device, precision, attention, reason, packing, deepspeed, stage, revision, checkpoint, identity)
 
 
 def _prepare_environment(on_gpu: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torch.load never runs code from a file, even if a library asks for it, as DeepSpeed does.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     if "RANK" not in os.environ:
         # Started without torchrun: a process group of size 1, so that DeepSpeed needs no launcher.
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")

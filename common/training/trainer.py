@@ -1,9 +1,11 @@
-"""The Trainer: planned micro-batches, complete checkpoints, learning rates per part, throughput."""
+"""The Trainer of a run: planned micro-batches, complete checkpoints, learning rates per part, throughput."""
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +17,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoConfig, PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from common.arguments import Setup, method_name, trained_parts, uses_adapters
-from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
+from common.arguments import Setup, method_name, uses_adapters
+from common.data.batches import PlannedBatches, epoch_steps
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
 from common.data.review import longest_evaluation_answer, review_data
@@ -28,7 +30,7 @@ from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.generation import MIN_ANSWER_LIMIT
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.adapters import write_base_description
-from common.model.checkpoint import find_snapshot, read_tensors
+from common.model.checkpoint import find_snapshot, first_line, read_tensors
 from common.model.loading import autocast, base_model, compile_layers, set_gradient_checkpointing
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
@@ -39,22 +41,27 @@ from common.runtime import (
     broadcast,
     cores_per_process,
     is_main_process,
+    on_main_process,
     rank,
     read_json,
     say,
+    set_timeout,
     sum_over_processes,
     track,
     world_size,
     write_file,
 )
 
-from .checkpoints import MANIFEST, TOTALS, EarlyStopping, StopOnSignal, run_settings, saving, write_manifest
+from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
+from .checkpoints import MANIFEST, TOTALS, check_plan, data_fingerprint, saving, write_manifest
 from .memory import estimate_memory, least_recomputation
+from .output import remove_outputs
+from .plan import plan_batches, training_arguments
 from .progress import TrainingProgress
-from .summary import summarize
+from .summary import number_of_steps, summarize
 
+NAMED_ROWS = 8
 NOT_FLAGS = ("task", "metric")  # in args, but not set by a flag; run.json has separate entries for them
-EXIT_AFTER_SIGTERM = 128 + 15
 
 
 def build_trainer(
@@ -80,6 +87,15 @@ def build_trainer(
     source : str
         Origin of the data: Hub ids separated by spaces, or a directory.
     """
+    set_timeout(args.ddp_timeout)
+    if name := find_nonfinite(model):
+        raise InputError(f"{name} is not finite: copy the files again", f"--model_name_or_path {args.model_name_or_path}")
+    batches, lengths = plan_batches(args, setup, train_data)
+    plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": number_of_steps(args, batches)}
+    if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
+        say(change, sys.stdout)
+    if setup.checkpoint is None and args.overwrite_output_dir:
+        on_main_process(lambda: remove_outputs(args.output_dir))
     flags = {name: value for name, value in vars(args).items() if name not in NOT_FLAGS}
     resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
     resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
@@ -99,7 +115,6 @@ def build_trainer(
     if args.push_to_hub and is_main_process():
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
-    batches, lengths = _plan_batches(args, setup, train_data)
     warnings = review_data(train_data, eval_data, lengths, args.max_new_tokens, args.tqdm)
     if setup.zero_stage == 3:
         base_model(model).run_same_modules_always()
@@ -114,12 +129,13 @@ def build_trainer(
     trainer = FinetuningTrainer(
         flags=args,
         setup=setup,
+        identity=setup.identity | plan,
         batches=batches,
         flops=flops,
         evaluate_task=evaluate,
         recomputation=recomputation,
         model=model,
-        args=_training_arguments(args, setup, batches.accumulation),
+        args=training_arguments(args, setup, batches.accumulation),
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=Collator(processor, packing=setup.packing),
@@ -131,40 +147,6 @@ def build_trainer(
     return trainer
 
 
-def _plan_batches(
-    args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
-) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
-    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time."""
-    order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
-    if args.streaming and not isinstance(data, StreamedData):
-        raise InputError("this script does not support streaming; remove the flag", "--streaming")
-    if isinstance(data, StreamedData):
-        batches = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **order)
-        if setup.checkpoint:
-            trainer_state = setup.checkpoint / "trainer_state.json"
-            batches.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
-        return batches, data.sample_lengths()
-    accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
-    if args.max_tokens_per_batch:
-        steps_per_epoch = -(-len(data) // args.batch_size)
-        epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else args.num_train_epochs
-        by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
-        lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
-        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), args.max_tokens_per_batch)
-    else:
-        lengths = data.sample_lengths()
-    batches = PlannedBatches(
-        len(data),
-        args.batch_size,
-        **order,
-        accumulation=accumulation,
-        measure=data.measure if setup.packing else None,
-        max_tokens=args.max_tokens_per_batch,
-        vision_trains="vision" in trained_parts(args),
-    )
-    return batches, lengths
-
-
 class FinetuningTrainer(Trainer):
     """A Trainer with planned micro-batches, checkpoints that are verified to be complete, and logged throughput.
 
@@ -174,6 +156,8 @@ class FinetuningTrainer(Trainer):
         The script's flags.
     setup : Setup
         The settings determined from them at the start.
+    identity : dict
+        What must not change when the run is resumed, by name.
     batches : PlannedBatches or StreamedBatches
         Micro-batches of this process.
     evaluate_task : callable
@@ -184,11 +168,20 @@ class FinetuningTrainer(Trainer):
         The chosen mode, which the benchmark records.
     """
 
+    # What transformers declares as possibly None, or as a choice of types that the recipes do not make.
+    model: nn.Module
+    step_loss: torch.Tensor | float = 0.0  # of all micro-batches of a step
+    grad_norm: Any = 0.0
+    processing_class: Phi3VProcessor
+    train_dataset: TrainingData | StreamedData
+    eval_dataset: TrainingData
+
     def __init__(
         self,
         *args: Any,
         flags: argparse.Namespace,
         setup: Setup,
+        identity: dict[str, Any],
         batches: PlannedBatches | StreamedBatches,
         flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
@@ -198,6 +191,7 @@ class FinetuningTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.flags = flags
         self.setup = setup
+        self.identity = identity
         self.result: TrainOutput | None = None
         self.batches = batches
         self.flops = flops
@@ -207,6 +201,7 @@ class FinetuningTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingProgress(flags.tqdm))
         self.stop_on_signal = StopOnSignal()
+        self.add_callback(CheckNumbers(self, flags.max_nonfinite_steps))
         self.add_callback(self.stop_on_signal)
         if flags.early_stopping_patience:
             self.add_callback(EarlyStopping(flags.early_stopping_patience))
@@ -214,7 +209,7 @@ class FinetuningTrainer(Trainer):
             # Saves memory: gradients are views into DDP's buckets instead of copies.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.start_time = 0.0  # of training, moved back by the training time before a resume
-        self.add_callback(_RestoreCounters(self))  # last, because it may evaluate and stop
+        self.add_callback(RestoreCounters(self))  # last, because it may evaluate and stop
         self._processed = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log entry
         self._measuring_since: float | None = None
 
@@ -222,7 +217,7 @@ class FinetuningTrainer(Trainer):
         # The Trainer fetches all micro-batches of a step before it runs the first one.
         return self._loader(self.train_dataset, self.batches, ahead=self.batches.accumulation)
 
-    def get_eval_dataloader(self, eval_dataset: TrainingData | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         size = self.flags.batch_size_per_gpu
         rows = [(0, row) for row in range(len(self.eval_dataset))]
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -257,6 +252,7 @@ class FinetuningTrainer(Trainer):
                 if members:
                     groups.append({**group, "params": members, "lr": rates.get(name) or group["lr"]})
         optimizer.param_groups[:] = groups
+        self._settings_of_groups = [(group["lr"], group["weight_decay"]) for group in groups]
         return optimizer
 
     def evaluate_before(self) -> None:
@@ -267,34 +263,48 @@ class FinetuningTrainer(Trainer):
             write_evaluation(path, before)
             say(f"before finetuning: {before}", sys.stdout)
             # Logged at step 0, when the --report_to integrations are set up.
-            self.add_callback(_LogAtStart(self, before.logs))
+            self.add_callback(LogAtStart(self, before.logs))
 
-    def train(self) -> TrainOutput:
+    def train(self) -> TrainOutput:  # type: ignore[override]  # the checkpoint was chosen at the start
         """Train, resuming from the checkpoint if there is one. After SIGTERM, save a checkpoint and exit."""
-        self.result = super().train(resume_from_checkpoint=self.setup.checkpoint)
+        try:
+            self.result = super().train(str(self.setup.checkpoint) if self.setup.checkpoint else None)
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"a file may run code or is damaged, and is not loaded ({first_line(error)}): use another checkpoint",
+                f"--resume_from_checkpoint {self.setup.checkpoint}",
+            ) from error
         if self.stop_on_signal.stopped:
-            say(
-                f"stopped by SIGTERM after step {self.state.global_step}; resume with --resume_from_checkpoint auto", sys.stdout
-            )
-            sys.exit(EXIT_AFTER_SIGTERM)
+            number = self.stop_on_signal.end()
+            name = signal.Signals(number).name
+            say(f"stopped by {name} after step {self.state.global_step}; resume with --resume_from_checkpoint auto", sys.stdout)
+            sys.exit(128 + number)
         return self.result
 
     def save_result(self) -> None:
         """Write the model or adapter, the processor, ``train_results.json`` and ``trainer_state.json``."""
+        assert self.result is not None, "called after train()"
+        self.require_finite("the result is")
         with saving():
             self.save_model(_internal_call=True)  # without pushing, which is done at the end
             self.save_metrics("train", self.result.metrics, combined=False)
             self.save_state()
-        if self.stop_on_signal.end():
+        if number := self.stop_on_signal.end():
+            name = signal.Signals(number).name
             say(
-                f"stopped by SIGTERM after training; the model is saved in {self.flags.output_dir}, but not evaluated",
+                f"stopped by {name} after training; the model is saved in {self.flags.output_dir}, but not evaluated",
                 sys.stdout,
             )
-            sys.exit(EXIT_AFTER_SIGTERM)
+            sys.exit(128 + number)
 
     def evaluate_after(self) -> None:
         """Evaluate the trained model and write ``eval_after.json``."""
         after = self.evaluate_task(self.model)
+        path = self.flags.output_dir / "eval_before.json"
+        if is_main_process() and path.is_file():
+            before = read_json(path, "delete it").get("predictions", [])
+            if [entry["prediction"] for entry in before] == [entry.prediction for entry in after.predictions]:
+                say(f"warning: all {len(before)} answers are the same as before training; check the learning rate and the data")
         write_evaluation(self.flags.output_dir / "eval_after.json", after)
         self.log(after.logs)
         say(f"after finetuning: {after}; results saved in {self.flags.output_dir}", sys.stdout)
@@ -320,7 +330,7 @@ class FinetuningTrainer(Trainer):
         totals = {
             "loss": self._total_loss_scalar,
             "running_loss": running_loss,  # per process, since the last log entry
-            "settings": run_settings(self.flags, self.setup.zero_stage, world_size()),
+            "settings": self.identity,
             "last_logged": self._globalstep_last_logged,
             "seconds": time.time() - self.start_time,
             "evaluation_due": self.stop_on_signal.evaluation_due,
@@ -328,12 +338,47 @@ class FinetuningTrainer(Trainer):
         if self.args.should_save:
             write_file(directory / TOTALS, totals)
 
+    def require_finite(self, what: str) -> None:
+        """End the run on all processes if a weight is not finite, before something is saved."""
+        if name := find_nonfinite(self.model, self.optimizer):
+            raise InputError(
+                f"{name} is not finite after step {self.state.global_step}{self.rows_of(self.state.global_step - 1)}: {what} "
+                "not saved, earlier checkpoints are intact; use a lower --learning_rate, or check these rows"
+            )
+
+    def rows_of(self, step: int) -> str:
+        """Name the rows of a step, counted from 0, for messages; empty for streamed rows."""
+        batches = self.batches
+        if not isinstance(batches, PlannedBatches) or not isinstance(self.train_dataset, TrainingData):
+            return ""
+        epoch, number = divmod(step, len(batches) // batches.accumulation)
+        rows = sorted(set(epoch_steps(batches.num_rows, batches.batch_size, batches.seed, epoch)[number].tolist()))
+        names = [str(self.train_dataset.place(row)) for row in rows[:NAMED_ROWS]]
+        return f" ({', '.join(names)}{f' and {len(rows) - NAMED_ROWS} others' if len(rows) > NAMED_ROWS else ''})"
+
+    def _apply_flags(self) -> None:
+        """Set learning rates and weight decay by the flags, at this step of the schedule, after resuming restored old ones."""
+        scheduler: Any = self.lr_scheduler
+        optimizer: Any = self.optimizer
+        scheduler.base_lrs = [rate for rate, _ in self._settings_of_groups]
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate, (base, decay) in zip(
+            optimizer.param_groups, scheduler._last_lr, self._settings_of_groups, strict=True
+        ):
+            group |= {"lr": rate, "initial_lr": base, "weight_decay": decay}
+
     def continue_counting(self) -> None:
         """Restore the checkpoint's counters, so that results cover the whole run; do an evaluation that SIGTERM prevented."""
         self.start_time = time.time()
         # On resume, the Trainer would use the intervals saved in the checkpoint instead of the current flags.
         self.state.compute_steps(self.args, self.state.max_steps)
+        set_timeout(self.flags.ddp_timeout)  # also of the groups that DeepSpeed has created
         checkpoint = self.setup.checkpoint
+        if checkpoint:
+            self._apply_flags()
+            if name := find_nonfinite(self.model, self.optimizer):
+                raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
         if not checkpoint or not (checkpoint / TOTALS).exists():
             return
         totals = read_json(checkpoint / TOTALS, "use an earlier checkpoint")
@@ -346,8 +391,20 @@ class FinetuningTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        # On resume, accelerate replaces the loader of the epoch by its own.
-        return super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
+        try:
+            # On resume, accelerate replaces the loader of the epoch by its own.
+            return super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"a data worker died ({error}), usually for lack of memory: use fewer --dataloader_num_workers"
+            ) from error
+
+    # Overridden because callbacks do not get the gradient norm of a step.
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self.grad_norm = super()._get_grad_norm(*args, **kwargs)
+        return self.grad_norm
 
     # Overridden because no public method is called between on_train_begin and the first batch, where a run that is already
     # complete has to stop.
@@ -378,12 +435,14 @@ class FinetuningTrainer(Trainer):
         sizes = self.flops.sizes(inputs)
         images = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
         self._processed += torch.tensor([images, sizes.tokens, sum(self.flops.count(sizes))], dtype=torch.float64)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.step_loss = self.step_loss + loss.detach()
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             processed, now = self._processed.to(self.args.device), time.perf_counter()
-            images, tokens, flops = (sum_over_processes(processed) / (now - self._measuring_since)).tolist()
+            images, tokens, flops = (sum_over_processes(processed) / (now - (self._measuring_since or now))).tolist()
             logs |= {"images_per_second": round(images, 3), "tokens_per_second": round(tokens, 1)}
             if peak := peak_flops(self.args.device):
                 logs["mfu"] = round(flops / (peak * self.args.world_size), 4)
@@ -397,6 +456,7 @@ class FinetuningTrainer(Trainer):
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64)
         with autocast(self.model, self.flags.bf16):
+            inputs: dict[str, Any]
             for number, inputs in enumerate(track(dataloader, "Evaluating the loss", "batches", self.flags.tqdm)):
                 inputs = self._prepare_inputs(inputs)
                 loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
@@ -407,7 +467,7 @@ class FinetuningTrainer(Trainer):
         every = self.flags.eval_metric_steps
         if every and (self.state.global_step % every == 0 or self.state.global_step >= self.state.max_steps):
             metrics |= self.evaluate_task(self.model).logs
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._excluded_from_throughput():
@@ -427,7 +487,8 @@ class FinetuningTrainer(Trainer):
             self._save_complete_checkpoint(*args, **kwargs)
 
     def _save_complete_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.require_finite("the checkpoint is")
+        directory = self.flags.output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             # A checkpoint that is overwritten is incomplete until all of it is written again.
             (directory / MANIFEST).unlink(missing_ok=True)
@@ -446,13 +507,13 @@ class FinetuningTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(self.flags.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     # Overridden to choose the format. save_model gathers DeepSpeed's shards, then calls this method to write them.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or self.flags.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         options, dtype = {}, None
@@ -460,7 +521,7 @@ class FinetuningTrainer(Trainer):
             # If lm_head has an adapter, PEFT by default also saves the base model's lm_head.
             options["save_embedding_layers"] = False
             write_base_description(directory, model)
-        elif directory == Path(self.args.output_dir):
+        elif directory == self.flags.output_dir:
             # The result is saved in the dtype of the base model. Checkpoints keep the training dtype, to resume exactly.
             base = find_snapshot(self.flags.model_name_or_path, self.setup.revision)
             dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
@@ -484,76 +545,8 @@ class FinetuningTrainer(Trainer):
         """Do nothing: :mod:`common.report.model_card` writes the model card at the end of the run."""
 
 
-class _RestoreCounters(TrainerCallback):
-    """Restores the counters of a resumed run, and stops a run that is already complete."""
-
-    def __init__(self, trainer: FinetuningTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        self.trainer.continue_counting()
-        control.should_training_stop |= state.global_step >= state.max_steps
-        return control
-
-
-class _LogAtStart(TrainerCallback):
-    def __init__(self, trainer: Trainer, logs: dict[str, float]) -> None:
-        self.trainer, self.logs = trainer, logs
-
-    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.trainer.log(self.logs)
-
-
 class _PlannedLoader(WorkerLoader):
+    batch_sampler: PlannedBatches | StreamedBatches
+
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
-
-
-def _training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
-    by_metric = args.eval_metric_steps is not None
-    best = {"metric_for_best_model": f"eval_{args.metric}" if by_metric else "eval_loss", "greater_is_better": by_metric}
-    return TrainingArguments(
-        output_dir=str(args.output_dir),
-        use_cpu=not on_gpu,  # without it, CPU processes silently train independently
-        bf16=args.bf16,
-        fp16=on_gpu and not args.bf16,
-        num_train_epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size_per_gpu,
-        gradient_accumulation_steps=accumulation,
-        optim=args.optim,
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-7,
-        learning_rate=args.learning_rate,
-        weight_decay=args.wd,
-        max_grad_norm=1.0,
-        lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_steps,
-        logging_steps=args.logging_steps,
-        # The filter waits for the device at every micro-batch. Only fp16 needs it: its loss may overflow in skipped steps.
-        logging_nan_inf_filter=on_gpu and not args.bf16,
-        report_to=args.report_to,
-        run_name=args.output_dir.name,
-        disable_tqdm=True,  # FinetuningTrainer shows its own
-        save_strategy=args.save_strategy,
-        save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        save_on_each_node=args.save_on_each_node,
-        eval_strategy=args.eval_strategy,
-        eval_steps=args.eval_steps,
-        load_best_model_at_end=args.load_best_model_at_end,
-        **(best if args.load_best_model_at_end else {}),
-        seed=args.seed,
-        remove_unused_columns=False,
-        dataloader_num_workers=args.dataloader_num_workers,
-        ddp_find_unused_parameters=False,
-        deepspeed=setup.deepspeed,
-        push_to_hub=args.push_to_hub,
-        hub_model_id=args.hub_model_id,
-        hub_private_repo=args.hub_private_repo or None,
-    )

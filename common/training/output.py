@@ -1,0 +1,88 @@
+"""The output directory: it holds one result, and one run at a time writes to it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import TextIO
+
+from common.runtime import InputError
+
+LOCK = "_lock"  # files that begin with _ are not pushed to the Hub
+RESULTS = ("model*.safetensors", "adapter_model.safetensors", "eval_after.json")
+OTHER_FILES = (
+    *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "training_args.bin", "README.md"),
+    *("report.html", "gallery", "runs", "base_model.json", "adapter_config.json", "config.json", "generation_config.json"),
+    *("model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
+)
+_held: list[TextIO] = []  # a lock lasts as long as its file is open
+
+
+def lock(directory: Path) -> None:
+    """Create an output directory, and lock it until this process ends. The operating system drops the lock of a dead process.
+
+    Raises
+    ------
+    InputError
+        If another process holds the lock, or the directory cannot be written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("a+")
+    except OSError as error:
+        raise InputError(f"cannot be written to ({error}): choose another directory", f"--output_dir {directory}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(
+            f"another run ({file.read() or 'just started'}) is writing to it: wait until it has ended, or choose another "
+            "directory",
+            f"--output_dir {directory}",
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    _held.append(file)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def check_unused(directory: Path, overwrite: bool, resuming: bool) -> None:
+    """Refuse a new run in a directory that holds the result or the checkpoints of another one.
+
+    Parameters
+    ----------
+    directory : Path
+    overwrite : bool
+        ``--overwrite_output_dir``
+    resuming : bool
+        Whether ``--resume_from_checkpoint auto`` found no checkpoint that it can use; incomplete ones are not in the way.
+
+    Raises
+    ------
+    InputError
+        The message names a file, and what can be done.
+    """
+    patterns = RESULTS if resuming else (*RESULTS, "checkpoint-*")
+    found = next((path for pattern in patterns for path in sorted(directory.glob(pattern))), None)
+    if found and not overwrite:
+        raise InputError(
+            f"holds {found.name} of another run: choose another directory, resume that run with --resume_from_checkpoint auto, "
+            "or delete what it wrote with --overwrite_output_dir",
+            f"--output_dir {directory}",
+        )
+
+
+def remove_outputs(directory: Path) -> None:
+    """Delete what a run writes to its output directory, and nothing else."""
+    for pattern in (*RESULTS, *OTHER_FILES, "checkpoint-*"):
+        for path in directory.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

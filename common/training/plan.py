@@ -1,0 +1,107 @@
+"""The plan of a run: its micro-batches, and its settings as transformers' Trainer takes them."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from transformers import TrainerState, TrainingArguments
+
+from common.arguments import Setup, trained_parts
+from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
+from common.data.samples import TrainingData
+from common.data.streaming import StreamedBatches, StreamedData
+from common.runtime import InputError, rank, world_size
+
+
+def plan_batches(
+    args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
+) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
+    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time."""
+    order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
+    if args.streaming and not isinstance(data, StreamedData):
+        raise InputError("this script does not support streaming; remove the flag", "--streaming")
+    if isinstance(data, StreamedData):
+        streamed = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **order)
+        if setup.checkpoint:
+            trainer_state = setup.checkpoint / "trainer_state.json"
+            streamed.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
+        return streamed, data.sample_lengths()
+    accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
+    if args.max_tokens_per_batch:
+        steps_per_epoch = -(-len(data) // args.batch_size)
+        epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else args.num_train_epochs
+        by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
+        lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
+        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), args.max_tokens_per_batch)
+    else:
+        lengths = data.sample_lengths()
+    batches = PlannedBatches(
+        len(data),
+        args.batch_size,
+        **order,
+        accumulation=accumulation,
+        measure=data.measure if setup.packing else None,
+        max_tokens=args.max_tokens_per_batch,
+        vision_trains="vision" in trained_parts(args),
+    )
+    return batches, lengths
+
+
+def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int) -> TrainingArguments:
+    """Return the settings of transformers' Trainer.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The script's flags.
+    setup : Setup
+    accumulation : int
+        Micro-batches per process and optimizer step.
+    """
+    on_gpu = torch.cuda.is_available()
+    by_metric = args.eval_metric_steps is not None
+    best = f"eval_{args.metric}" if by_metric else "eval_loss"
+    return TrainingArguments(
+        output_dir=str(args.output_dir),
+        use_cpu=not on_gpu,  # without it, CPU processes silently train independently
+        bf16=args.bf16,
+        fp16=on_gpu and not args.bf16,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size_per_gpu,
+        gradient_accumulation_steps=accumulation,
+        optim=args.optim,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-7,
+        learning_rate=args.learning_rate,
+        weight_decay=args.wd,
+        max_grad_norm=1.0,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        logging_steps=args.logging_steps,
+        # The filter waits for the device at every micro-batch. Only fp16 needs it: its loss may overflow in skipped steps.
+        logging_nan_inf_filter=on_gpu and not args.bf16,
+        report_to=args.report_to,
+        run_name=args.output_dir.name,
+        disable_tqdm=True,  # FinetuningTrainer shows its own
+        save_strategy=args.save_strategy,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        save_on_each_node=args.save_on_each_node,
+        eval_strategy=args.eval_strategy,
+        eval_steps=args.eval_steps,
+        load_best_model_at_end=args.load_best_model_at_end,
+        metric_for_best_model=best if args.load_best_model_at_end else None,
+        greater_is_better=by_metric if args.load_best_model_at_end else None,
+        seed=args.seed,
+        remove_unused_columns=False,
+        dataloader_num_workers=args.dataloader_num_workers,
+        ddp_find_unused_parameters=False,
+        deepspeed=setup.deepspeed,
+        push_to_hub=args.push_to_hub,
+        hub_model_id=args.hub_model_id,
+        hub_private_repo=args.hub_private_repo or None,
+    )
