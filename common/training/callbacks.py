@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -14,8 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from common.phi3v.parts import part_of
 from common.runtime import InputError, gather, say, stop_at_once, sum_over_processes
 
-if TYPE_CHECKING:
-    from .trainer import FinetuningTrainer
+FinetuningTrainer = Any  # the module of that class imports this one
 
 SECONDS_OF_ONE_SIGNAL = 3
 SKIPPED_STEPS = 20  # fp16 halves the loss scale of 65,536 at each
