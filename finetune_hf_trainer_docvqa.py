@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_lora     # LoRA
     torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --data_dir DIR        # files of the official release
 
-Metric: ANLS. Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card
-and report.html to --output_dir.
+Metric: ANLS. Writes the model (or adapter), both evaluations, run.json, a model card and report.html to --output_dir.
 """
 
 import random
@@ -79,12 +78,9 @@ def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
     if args.data_dir and (args.streaming or args.full_train):
-        raise InputError(
-            "--streaming and --full_train read from the Hub and cannot be used with --data_dir: remove one of them"
-        )
-    train_rows: Rows | Stream
+        raise InputError("--streaming and --full_train read from the Hub, not from --data_dir: remove one of them")
     if args.data_dir:
-        train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
+        train_rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
         eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
     else:
         columns = ["id", "image", "query", "answers"]
@@ -121,10 +117,8 @@ def score(row: dict, answer: str, full_train: bool) -> Prediction:
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     answers = generate_answers(model, processor, [to_conversation(row, random.Random(0)) for row in rows], args)
     predictions = [score(row, answer, args.full_train) for row, answer in zip(rows, answers, strict=True)]
-    values = {
-        "anls": fmean(prediction.score for prediction in predictions),
-        "anls_case_sensitive": fmean(prediction.more["score_case_sensitive"] for prediction in predictions),
-    }
+    case_sensitive = fmean(prediction.more["score_case_sensitive"] for prediction in predictions)
+    values = {"anls": fmean(prediction.score for prediction in predictions), "anls_case_sensitive": case_sensitive}
     return Evaluation("anls", values, predictions)
 
 

@@ -74,7 +74,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--image_dir and --output_file require --data_file")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is available; omit the flag to run on the CPU")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("eval_batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
@@ -134,7 +133,8 @@ def predict(args: argparse.Namespace) -> None:
         check_conversation(rows[0][1], "--prompt")
         check_images(rows[0][1], "--images")
 
-    model, processor = load_for_inference(args.model, args.device, base=args.base)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_for_inference(args.model, device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops
     options = vars(args) | {"bf16": base_model(model).dtype == torch.bfloat16}
     options["dataloader_num_workers"] = min(args.dataloader_num_workers, len(rows) - 1)
