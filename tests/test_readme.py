@@ -27,10 +27,10 @@ from threading import Lock
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT
 from forked import server
 from PIL import Image
-from runs import free_port
+from runs import free_port, write_random_model
 from torch.distributed.run import get_args_parser
 
 from assets.draw_samples import draw_samples
@@ -83,6 +83,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for item in ("assets", "common", "tools", "convert_ucf101.py", *(f"{script}.py" for script in SCRIPTS)):
         (folder / item).symlink_to(ROOT / item)
+    write_random_model(folder / "random")
     for task, (train, val) in DRAWN.items():
         draw_samples(task, folder / "drawn" / task, train, val)
     (folder / "page.png").symlink_to(next((folder / "drawn/docvqa/documents").glob("*.png")))
@@ -133,7 +134,7 @@ def train(command: str, checkout: Path) -> None:
     task = re.search(r"finetune_hf_trainer_(\w+)\.py", command)[1]
     own_data = [] if "--data_dir" in command else ["--data_dir", f"drawn/{task}"]
     flags = [word for word in launch.training_script_args if word not in ELSEWHERE]
-    flags += ["--model_name_or_path", str(TINY), *own_data, *LIMITS]
+    flags += ["--model_name_or_path", "random", *own_data, *LIMITS]
     nodes, port = int(launch.nnodes.split(":")[0]), str(free_port())
     group = {
         "LOCAL_RANK": "0",
@@ -153,7 +154,7 @@ def convert(command: str, checkout: Path) -> None:
 
 
 def check_data(command: str, checkout: Path) -> None:
-    assert "No problems." in call([*shlex.split(command), "--model_name_or_path", str(TINY), "--num_crops", "1"], checkout)
+    assert "No problems." in call([*shlex.split(command), "--model_name_or_path", "random", "--num_crops", "1"], checkout)
 
 
 def reproduce(command: str, checkout: Path) -> None:

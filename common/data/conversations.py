@@ -410,6 +410,8 @@ def _last_answer(conversation: Conversation, processor: Phi3VProcessor) -> str:
 
 def _count_text_tokens(texts: list[str], processor: Phi3VProcessor, **options: Any) -> dict[str, int]:
     unique = list(dict.fromkeys(texts))  # many questions, answers and empty texts between images repeat
+    if not unique:  # a process whose share of the rows is empty; the tokenizer fails on an empty list
+        return {}
     encoded = processor.tokenizer(unique, return_attention_mask=False, **options).input_ids
     return dict(zip(unique, map(len, encoded), strict=True))
 
