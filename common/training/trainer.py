@@ -375,12 +375,11 @@ class FinetuningTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         set_timeout(self.flags.ddp_timeout)  # also of the groups that DeepSpeed has created
         checkpoint = self.setup.checkpoint
-        if checkpoint:
-            self._apply_flags()
-            if name := find_nonfinite(self.model, self.optimizer):
-                raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
-        if not checkpoint or not (checkpoint / TOTALS).exists():
+        if not checkpoint:
             return
+        self._apply_flags()
+        if name := find_nonfinite(self.model, self.optimizer):
+            raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
         totals = read_json(checkpoint / TOTALS, "use an earlier checkpoint")
         running = totals["running_loss"]
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
