@@ -209,6 +209,7 @@ def test_rows_of_other_formats_are_read_as_they_are(row, images, question, syste
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "there is no message of the user"),
         ({"messages": first(MESSAGES, content=7)}, "message 1: the text must be a string or a list of parts"),
         ({"messages": first(MESSAGES, content=[{"type": "audio", "audio": "a"}])}, "unknown part of type audio"),
+        ({"messages": first(MESSAGES, content=[{"type": "k" * 9000, "k": 1}])}, "k… (9,000 characters)"),
         ({"conversations": TURNS, "id": 1.5}, '"id" must be a string or an integer'),
     ],
 )

@@ -212,6 +212,8 @@ def test_a_run_that_got_longer_is_the_longer_run(straight, tmp_path):
     assert go_on(output, **options) == log
     assert "planned for 10 steps instead of 2" in (tmp_path / "run.log").read_text()
     assert_same_result(output, expected)
+    remove_outputs(output)
+    assert [path.name for path in output.iterdir()] == ["_lock"]
 
 
 @pytest.mark.slow

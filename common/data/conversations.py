@@ -99,7 +99,7 @@ def _check_fields(found: Iterable[str], known: Collection[str], misplaced: Mappi
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = misplaced.get(name) or (f'did you mean "{near[0]}"?' if near else "remove it")
-            names = ", ".join(f'"{field}"' for field in known)
+            names = ", ".join(f'"{excerpt(field)}"' for field in known)
             raise InputError(f'unknown field "{excerpt(name)}" (known are {names}): {remedy}', place)
 
 
