@@ -205,12 +205,14 @@ def test_a_finished_run_gets_longer_at_another_rate(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_got_longer_is_the_longer_run(straight, tmp_path):
-    """With ZeRO-2: the first two steps, of the warmup, are the same in both."""
+    """With ZeRO-2, also at another rate and weight decay: those of the first step, whose rate is 0, do not matter."""
     expected, log, options = straight
     output = tmp_path / "run"
-    finetune_forked(options["data_dir"], output, **options | {"max_steps": 2, "save_steps": 2})
-    assert go_on(output, **options) == log
-    assert "planned for 10 steps instead of 2" in (tmp_path / "run.log").read_text()
+    finetune_forked(options["data_dir"], output, **options | {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "wd": 0.3})
+    with pytest.raises(AssertionError, match="--learning_rate is 0.001, but .* had 0.1: .*--accept_changes learning_rate"):
+        go_on(output, **options)
+    assert go_on(output, **options, accept_changes=["learning_rate", "wd"]) == log
+    assert "planned for 10 steps instead of 1" in (tmp_path / "run.log").read_text()
     assert_same_result(output, expected)
     remove_outputs(output)
     assert [path.name for path in output.iterdir()] == ["_lock"]
@@ -234,12 +236,16 @@ def test_numbers_that_are_not_finite_end_a_run(deepspeed, options, tmp_path):
 
 @pytest.mark.slow
 def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
-    """The flags count, not the checkpoint's."""
+    """The flags count, not the checkpoint's. Another run's files go if that is asked for."""
     expected, _, options = straight
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapter_model.safetensors").touch()
     others = options | {"logging_steps": 1, "save_steps": 9, "resume_from_checkpoint": expected / "checkpoint-8"}
+    others |= {"overwrite_output_dir": True}
     log = finetune_forked(options["data_dir"], tmp_path / "run", **others)
     assert [entry["step"] for entry in log] == [4, 8, 9, 10]
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
+    assert (expected / "checkpoint-8").exists() and not (tmp_path / "run/adapter_model.safetensors").exists()
     assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(tmp_path / "run").items())
 
 

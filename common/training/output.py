@@ -52,6 +52,11 @@ def lock(directory: Path) -> None:
     file.flush()
 
 
+def holds(directory: Path, checkpoint: Path | None) -> bool:
+    """Whether a checkpoint is in an output directory, so that a run which resumes from it goes on there."""
+    return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()
+
+
 def check_unused(directory: Path, overwrite: bool, resuming: bool) -> None:
     """Refuse a new run in a directory that holds the result or the checkpoints of another one.
 
