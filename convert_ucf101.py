@@ -163,11 +163,11 @@ def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
         tarfile.data_filter(member, str(out_dir))
     except (ValueError, tarfile.FilterError) as error:
         raise SourceError(
-            f"--source {source}: unsafe archive, member {member.name!r} would be extracted outside {out_dir} ({error}); "
+            f"--source {source}: unsafe archive, member {member.name[:80]!r} would be extracted outside {out_dir} ({error}); "
             "download the archive from a trusted source"
         ) from error
     if member.size > LARGEST_CLIP:
-        raise SourceError(f"--source {source}: {member.name!r} has {member.size:,} bytes, which is too large for a clip")
+        raise SourceError(f"--source {source}: {member.name[:80]!r} has {member.size:,} bytes, which is too large for a clip")
 
 
 def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:
@@ -194,7 +194,7 @@ def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[P
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SourceError(f"--source {source}: the name of {str(path)!r} is not valid UTF-8; rename it") from error
+            raise SourceError(f"--source {source}: the name of {str(path)[-80:]!r} is not valid UTF-8; rename it") from error
         other = taken.setdefault(path.with_suffix(""), path)
         if other != path:
             raise SourceError(f"--source {source}: {other} and {path} would have the same image names; rename one of them")

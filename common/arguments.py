@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         check_num_crops(args.num_crops)
     except ValueError:
         raise InputError(f"--num_crops must be from 1 to {MAX_CROPS}, got {args.num_crops}") from None
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, got {value}")
     positive = (
         "batch_size batch_size_per_gpu num_train_epochs lora_rank eval_batch_size max_new_tokens logging_steps "
         "max_train_samples max_eval_samples max_tokens_per_batch save_steps save_total_limit eval_steps "

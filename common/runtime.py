@@ -203,7 +203,7 @@ def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict
 def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found := dict(fields)) < len(fields):
         names = [name for name, _ in fields]
-        raise InputError(f'duplicate key "{max(names, key=names.count)}"')
+        raise InputError(f'duplicate key "{excerpt(max(names, key=names.count))}"')
     return found
 
 

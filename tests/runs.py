@@ -37,7 +37,7 @@ def write_docvqa(directory: Path, train: int = 16, val: int = 4) -> Path:
 
 
 def flags(data: Path, output: Path, **options: object) -> list[str]:
-    """Command-line flags of a run of a few steps; True is a flag without a value, None leaves one out."""
+    """Command-line flags of a run of a few steps; True is a flag without a value, None leaves one out, a list has several."""
     defaults = {
         "model_name_or_path": TINY,
         "data_dir": data,
@@ -58,7 +58,7 @@ def flags(data: Path, output: Path, **options: object) -> list[str]:
         if value is True:
             words.append(f"--{name}")
         elif value is not None:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
 
 

@@ -81,18 +81,28 @@ def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
     assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, but the checkpoint's run had LoRA: use")
 
 
-@pytest.mark.parametrize("how", ["missing", "of another shape"])
-def test_weights_that_are_not_the_models(how, monkeypatch, data, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ("missing", ": weight {} is missing or has the wrong shape (1 in total)"),
+        ("of another shape", ": weight {} is missing or has the wrong shape (1 in total)"),
+        ("not finite", ": {} is not finite: copy the files again"),
+    ],
+)
+def test_weights_that_are_not_the_models(how, expected, monkeypatch, data, tmp_path):
     """Nothing is trained from random weights that a checkpoint did not give."""
     model = shutil.copytree(TINY, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.0.self_attn.qkv_proj.weight"
     whole = tensors.pop(name)
-    if how != "missing":
+    if how == "of another shape":
         tensors[name] = whole[:-1].clone()
+    if how == "not finite":
+        tensors[name] = whole.clone()
+        tensors[name][-1, -1] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert said.startswith(f"--model_name_or_path {model}: weight {name} is missing or has the wrong shape (1 in total)")
+    assert said.startswith(f"--model_name_or_path {model}{expected.format(name)}")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])

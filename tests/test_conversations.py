@@ -112,6 +112,8 @@ def test_a_turn_has_no_beginning_of_text_of_its_own(processor):
         ({"conversations": [turn("<image> <|image_1|>", "Ho", "a")]}, "use one mark per image, and no tags beside them"),
         ({"conversations": [turn("Look", "<image>", "a")]}, 'only allowed in "user", but "assistant" contains <image>'),
         ({"conversations": [turn("Look", "Ho", "data:image/png;base64," + "A" * 9000)]}, "AAAA… (9,022 characters)"),
+        ({"conversations": [turn(f"<|image_{'1' * 9000}|>", "Ho", "a")]}, "1111… (9,010 characters): remove it"),
+        ({"conversations": [turn("Look", f"<|{'a' * 9000}|>", "a")]}, "aaaa… (9,004 characters): remove it"),
         ({"conversations": [turn("Look", "Ho", "https://example.com/a.png")]}, "got https://example.com/a.png"),
         ({"conversations": [turn("Hi", "Ho"), {"user": "Hi"}]}, 'turn 2: "assistant" must be a non-empty string'),
         ({"conversations": [turn(" ", "Ho")]}, 'turn 1: "user" must be a non-empty string'),
@@ -207,6 +209,7 @@ def test_rows_of_other_formats_are_read_as_they_are(row, images, question, syste
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "there is no message of the user"),
         ({"messages": first(MESSAGES, content=7)}, "message 1: the text must be a string or a list of parts"),
         ({"messages": first(MESSAGES, content=[{"type": "audio", "audio": "a"}])}, "unknown part of type audio"),
+        ({"messages": first(MESSAGES, content=[{"type": "k" * 9000, "k": 1}])}, "k… (9,000 characters)"),
         ({"conversations": TURNS, "id": 1.5}, '"id" must be a string or an integer'),
     ],
 )

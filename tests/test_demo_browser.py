@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -17,14 +18,16 @@ import torch
 from adapters import logits, save_adapter
 from browser import chromium, low_contrast, overflow, watched
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from playwright.sync_api import expect
 from transformers import AutoModelForCausalLM
 
 import tools.demo
 from assets.samples.docvqa import draw_split
 from common.model.inference import load_full
+from common.phi3v import Phi3VProcessor
 from common.phi3v.parts import DECODER_LORA_MODULES
-from tools.demo import load_models, stream_answer
+from tools.demo import Model, load_models, stream_answer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = REPOSITORY / "assets" / "tiny_phi3v"
@@ -59,6 +62,33 @@ def test_a_full_model_stands_beside_the_commit_that_it_was_finetuned_from(tmp_pa
     assert [model.name for model in load_models(str(tmp_path / "finetuned"))[0]] == [str(tmp_path / "finetuned"), str(TINY)]
     load_models(str(tmp_path / "finetuned"), base=str(tmp_path / "finetuned"))
     assert asked == [(str(TINY), "0123abc"), (str(tmp_path / "finetuned"), None)]
+
+
+def test_images_are_read_as_a_viewer_shows_them_and_added_tokens_stay(tmp_path):
+    processor = Phi3VProcessor.from_pretrained(TINY, num_crops=1)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<loc_1>"]})
+    ids = processor.tokenizer("<loc_1>12<|end|>", add_special_tokens=False, return_tensors="pt").input_ids[0]
+    asked = []
+
+    def generate(streamer, **batch):
+        asked.append(batch["pixel_values"])
+        for value in (batch["input_ids"], *ids[:, None]):
+            streamer.put(value)
+        streamer.end()
+
+    network = SimpleNamespace(device="cpu", generate=generate)
+    stored = Image.new("RGBA", (90, 40), (0, 0, 0, 0))
+    stored.paste((255, 0, 0, 255), (0, 0, 30, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "stored.png", exif=exif)
+    shown = Image.new("RGB", (40, 90), "white")
+    shown.paste((255, 0, 0), (20, 0, 40, 30))
+    shown.save(tmp_path / "shown.png")
+    for name in ("stored", "shown"):
+        found = list(stream_answer(Model("", "", network), processor, "What?", [str(tmp_path / f"{name}.png")], 9))
+        assert found[-1] == "<loc_1>12"
+    assert torch.equal(*asked)
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,7 @@ def test_predictions_do_not_depend_on_the_batch(lora, receipts, predict, tmp_pat
         ('{"conversations": [{"user": " "}]}', 'line 2, turn 1: "user" must be'),
         ('{"conversations": [{"user": "a"}, {"user": "b"}]}', 'line 2, turn 1: "assistant" must be'),
         ('{"conversations": [{"user": "a", "images": ["no.png"]}]}', "line 2: image .*no.png is missing"),
+        ('{"images": ["no.png"], "conversations": [{"user": "a"}]}', 'line 2: unknown field "images"'),
         ('{"conversations": [{"user": "a", "images": [7]}]}', 'line 2, turn 1: "images" must be a list of file names'),
         ('{"conversations": [{"user": "<|image_2|>", "images": ["no.png"]}]}', "line 2: the text's image tags"),
     ],

@@ -1,5 +1,6 @@
 """The report of a run: its content, what it embeds, and missing or invalid files."""
 
+import io
 import json
 import re
 import sys
@@ -210,13 +211,19 @@ def test_images_of_any_mode_and_ids_of_any_form_become_small_thumbnails(tmp_path
     assert len(Page(write_report(tmp_path)).all("img")) == 2 * len(ids)
 
 
-def test_the_first_row_with_an_id_is_shown(tmp_path):
+def test_the_first_row_with_an_id_is_shown_as_by_a_viewer(tmp_path):
     asked = []
+    clear, exif, file = Image.new("RGBA", (60, 30), (0, 0, 0, 0)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # turned by a viewer, and shown on white
+    clear.save(file, "PNG", exif=exif)
+    turn = {"images": [{"bytes": file.getvalue(), "path": None}], "user": "?", "assistant": "!"}
     for when in ("before", "after"):
         rows = predictions({"first": float(when == "after"), "second": 0.0})
         write_json(tmp_path / f"eval_{when}.json", evaluation({}, predictions=[row | {"id": "the same"} for row in rows]))
-    report_run(tmp_path, lambda row: asked.append(row) or {"conversations": [{"images": [], "user": "?", "assistant": "!"}]})
+    report_run(tmp_path, lambda row: asked.append(row) or {"conversations": [turn]})
     assert asked == [0]
+    with Image.open(*(tmp_path / "gallery").iterdir()) as shown:
+        assert shown.size == (30, 60) and shown.getpixel((9, 9)) == (255, 255, 255)
     assert "1 got better" in Page(tmp_path / "report.html").text
 
 

@@ -13,15 +13,18 @@ import torch
 import transformers.trainer
 from conftest import ROOT, TINY
 from forked import be_process, finetune_forked, server
-from runs import flags, free_port, steps, weights, write_docvqa, write_random_model
+from runs import flags, free_port, message, steps, weights, write_docvqa, write_random_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from common.arguments import check_arguments, training_parser
+from common.data.rows import Rows
+from common.data.samples import TrainingData
 from common.training.checkpoints import (
     check_plan,
     check_resumable,
+    data_fingerprint,
     find_checkpoint,
     run_identity,
     saving,
@@ -189,39 +192,60 @@ def test_a_stop_leaves_out_what_is_due_at_the_epochs_end(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_gets_longer_at_another_rate(options, tmp_path):
-    """The rate is that of a run of this length, with the new flag, from the first step on."""
+    """The rate is that of a run of this length, with the new flags, from the first step on."""
     options = options | {"deepspeed": "none", "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-3}
     output = tmp_path / "run"
     finetune_forked(options["data_dir"], output, **options)
-    options |= {"max_steps": 6, "learning_rate": 4e-4, "accept_changes": "learning_rate"}
+    options |= {"max_steps": 6, "learning_rate": 4e-4, "wd": 0.5, "accept_changes": ["learning_rate", "wd"]}
     log = go_on(output, **options)
     assert "planned for 6 steps instead of 2" in (tmp_path / "run.log").read_text()
     assert [entry["learning_rate"] for entry in log[2:]] == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
+    assert {group["weight_decay"] for group in torch.load(output / "checkpoint-6/optimizer.pt")["param_groups"]} == {0.5, 0.0}
+
+
+@pytest.mark.slow
+def test_a_run_that_got_longer_is_the_longer_run(straight, tmp_path):
+    """With ZeRO-2, also at another rate and weight decay: those of the first step, whose rate is 0, do not matter."""
+    expected, log, options = straight
+    output = tmp_path / "run"
+    finetune_forked(options["data_dir"], output, **options | {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "wd": 0.3})
+    with pytest.raises(AssertionError, match="--learning_rate is 0.001, but .* had 0.1: .*--accept_changes learning_rate"):
+        go_on(output, **options)
+    assert go_on(output, **options, accept_changes=["learning_rate", "wd"]) == log
+    assert "planned for 10 steps instead of 1" in (tmp_path / "run.log").read_text()
+    assert_same_result(output, expected)
+    remove_outputs(output)
+    assert [path.name for path in output.iterdir()] == ["_lock"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["none", "auto"])
 def test_numbers_that_are_not_finite_end_a_run(deepspeed, options, tmp_path):
-    """Weights that are not are never saved, and the message names the step and its rows."""
-    options = options | {"deepspeed": deepspeed, "learning_rate": "inf", "warmup_steps": 0, "max_steps": 9}
-    for more, message in (
-        ({}, "in a row, first in step"),
-        ({"save_strategy": "steps", "save_steps": 1}, "not finite after step"),
+    """Such weights are never saved, earlier checkpoints stay, and the message names the step and its rows."""
+    options = options | {"deepspeed": deepspeed, "learning_rate": 1e300, "max_steps": 9}
+    for more, kept, words in (
+        ({"warmup_steps": 0}, [], "in a row, first in step"),
+        ({"save_strategy": "steps", "save_steps": 1}, ["checkpoint-1"], "not finite after step 2"),
     ):
-        with pytest.raises(AssertionError, match=message) as error:
-            finetune_forked(options["data_dir"], tmp_path / f"{len(more)}", **options, **more)
-        assert "entry" in str(error.value) and not list(tmp_path.rglob("complete.json"))
-        assert not list(tmp_path.rglob("model.safetensors"))
+        output = tmp_path / f"{len(kept)}"
+        with pytest.raises(AssertionError, match=words) as error:
+            finetune_forked(options["data_dir"], output, **options, **more)
+        assert "entry" in str(error.value) and not (output / "model.safetensors").exists()
+        assert [path.parent.name for path in output.rglob("complete.json")] == kept
 
 
 @pytest.mark.slow
 def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
-    """The flags count, not the checkpoint's."""
+    """The flags count, not the checkpoint's. Another run's files go if that is asked for."""
     expected, _, options = straight
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapter_model.safetensors").touch()
     others = options | {"logging_steps": 1, "save_steps": 9, "resume_from_checkpoint": expected / "checkpoint-8"}
+    others |= {"overwrite_output_dir": True}
     log = finetune_forked(options["data_dir"], tmp_path / "run", **others)
     assert [entry["step"] for entry in log] == [4, 8, 9, 10]
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
+    assert (expected / "checkpoint-8").exists() and not (tmp_path / "run/adapter_model.safetensors").exists()
     assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(tmp_path / "run").items())
 
 
@@ -230,6 +254,7 @@ def checkpoint(tmp_path):
     directory = tmp_path / "checkpoint-3"
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(bytes(100))
+    (directory / "totals.json").write_text('{"settings": {}}')
     write_manifest(directory)
     assert why_incomplete(directory) is None
     return directory
@@ -250,8 +275,15 @@ def damage(checkpoint, how):
             model.write_bytes(bytes(99))
         case "a flipped bit":
             model.write_bytes(bytes(50) + b"\x01" + bytes(49))
-        case "another manifest":
+        case "a manifest of sizes":
             manifest.write_text('{"model.safetensors": 100}')
+        case "another manifest":
+            manifest.write_text('{"model.safetensors": [Infinity, "a"]}')
+        case "a nested manifest":
+            manifest.write_text("[" * 100_000)
+        case "a pipe":
+            manifest.unlink()
+            os.mkfifo(manifest)
         case "a list":
             manifest.write_text("[1]")
         case "nothing":
@@ -267,7 +299,10 @@ def damage(checkpoint, how):
         ("no model", "model.safetensors is missing"),
         ("a truncated model", "model.safetensors has 99 bytes, expected 100"),
         ("a flipped bit", "model.safetensors is damaged"),
+        ("a manifest of sizes", "written by an earlier version, without checksums, so that its files cannot be verified"),
         ("another manifest", "complete.json is corrupted"),
+        ("a nested manifest", "complete.json is corrupted"),
+        ("a pipe", "complete.json is corrupted"),
         ("a list", "complete.json is corrupted"),
         ("nothing", "no such directory"),
     ],
@@ -284,6 +319,8 @@ def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
     for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/totals.json").write_text('{"settings": {}}')
         write_manifest(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11" / "complete.json").unlink()
     (tmp_path / "checkpoint-best").mkdir()
@@ -307,18 +344,19 @@ def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
 
 
 def test_a_run_may_get_longer(tmp_path):
-    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint = tmp_path / "copy"
     checkpoint.mkdir()
+    TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
     (checkpoint / "totals.json").write_text(json.dumps({"settings": {"data": "4 rows", "steps": 6}}))
     assert check_plan(checkpoint, {"data": "4 rows", "steps": 6}, []) is None
     assert "as in a run of 8 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 8}, [])
     assert "as in a run of 5 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 5}, ["steps"])
-    for plan, message in (
+    for plan, words in (
         ({"data": "4 rows", "steps": 5}, "steps is 5, but .* --accept_changes steps"),
         ({"data": "4 rows", "steps": 3}, "it has made 4 steps, more than the 3"),
         ({"data": "5 rows", "steps": 8}, "data is 5 rows, but .* --accept_changes data"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=words):
             check_plan(checkpoint, plan, [])
 
 
@@ -337,6 +375,12 @@ def test_an_output_directory_holds_one_result(tmp_path):
         check_unused(tmp_path, overwrite=False, resuming=False)
 
 
+def test_a_run_after_another_one_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    (tmp_path / "adapter_model.safetensors").touch()
+    said = message(monkeypatch, tmp_path / "no data", tmp_path)
+    assert said.startswith(f"--output_dir {tmp_path}: holds adapter_model.safetensors of another run: choose another")
+
+
 def test_one_run_at_a_time(tmp_path):
     """The lock of a process that has died, however, is none."""
     holder = "import sys, time; from pathlib import Path; from common.training.output import lock; lock(Path(sys.argv[1]))"
@@ -352,10 +396,10 @@ def test_one_run_at_a_time(tmp_path):
         lock(tmp_path / "_lock" / "below")
 
 
-def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
+def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):
     args = training_parser("", task="test", metric="anls").parse_args(["--model_name_or_path", str(TINY), *words])
     check_arguments(args)
-    return run_identity(args, zero_stage(deepspeed), processes, "fp32", None)
+    return run_identity(args, zero_stage(deepspeed), processes, precision, None)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +411,16 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2):
         ((), {"deepspeed": None}, r"sharding \(--deepspeed\)"),
         ((), {"deepspeed": "common/deepspeed/zero3_offload.json"}, r"sharding \(--deepspeed\)"),
         ((), {"processes": 4}, "number of processes"),
+        ((), {"precision": "bf16"}, r"precision \(--bf16\)"),
         (("--batch_size", "32"), {}, "--batch_size"),
+        (("--wd", "0.1"), {}, "--wd"),
+        (("--seed", "7"), {}, "--seed"),
+        (("--num_crops", "4"), {}, "--num_crops"),
+        (("--learning_rate", "1"), {}, "--learning_rate"),
+        (("--projector_learning_rate", "1"), {}, "--projector_learning_rate"),
+        (("--lr_scheduler_type", "cosine"), {}, "--lr_scheduler_type"),
+        (("--warmup_steps", "7"), {}, "--warmup_steps"),
+        (("--streaming",), {}, "--streaming"),
     ],
 )
 def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
@@ -379,16 +432,43 @@ def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
 
 def test_what_does_not_matter_may_change(tmp_path):
     """Under DDP also the number of processes: a step's samples are the same on any."""
+    (other := tmp_path / "other").mkdir()
+    save_file({"weight": torch.zeros(2, 2)}, other / "model.safetensors")
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
     check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4), [])
     streaming = ("--use_lora", "--streaming")
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
     with pytest.raises(ValueError, match="number of processes is 4, but the checkpoint's run had 2"):
         check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4), [])
-    with pytest.raises(ValueError, match="--lora_rank is 8, but the checkpoint's run had 64"):
-        check_resumable(tmp_path, settings_of(*streaming, "--lora_rank", "8", deepspeed=None), [])
-    (tmp_path / "totals.json").unlink()
-    check_resumable(tmp_path, settings_of(), [])
+    for words, name in (
+        (("--lora_rank", "8"), "--lora_rank is 8, but the checkpoint's run had 64"),
+        (("--use_rslora",), "--use_rslora is True, but"),
+        (("--use_dora",), "--use_dora is True, but"),
+        (("--model_name_or_path", str(other)), r"base model \(--model_name_or_path\) is"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint {tmp_path}: {name}"):
+            check_resumable(tmp_path, settings_of(*streaming, *words, deepspeed=None), [])
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"settings": 7}', "[" * 100_000, "a pipe"])
+def test_a_checkpoint_that_does_not_say_whose_it_is(content, tmp_path):
+    if content == "a pipe":
+        os.mkfifo(tmp_path / "totals.json")
+    elif content:
+        (tmp_path / "totals.json").write_text(content)
+    with pytest.raises(ValueError, match="totals.json.*: use an earlier checkpoint"):
+        check_resumable(tmp_path, {"--seed": 1}, [])
+
+
+def test_data_is_told_by_texts_and_names_of_images(tmp_path):
+    def told(*rows):
+        rows = [{"conversations": [{"images": [image], "user": user, "assistant": "Yes."}]} for image, user in rows]
+        return data_fingerprint(TrainingData(Rows(rows, str), lambda row, rng: row, None, 0))
+
+    first = told(("a/1.png", "What?"), ("2.png", "Who?"))
+    assert first == told(("b/1.png", "What?"), ("2.png", "Who?")) and first.startswith("2 rows, ")
+    for others in ((("1.png", "What?"), ("3.png", "Who?")), (("1.png", "What?"), ("2.png", "Why?")), (("1.png", "What?"),)):
+        assert told(*others) != first
 
 
 WRITERS = {

@@ -26,6 +26,7 @@ from common.data.collator import Collator
 from common.data.conversations import encode_prompt
 from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
+from common.phi3v.processing import control_token_ids
 from common.runtime import limit_library_bars, read_json
 
 ONE_HOUR = 3600
@@ -120,6 +121,16 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     return models, processor
 
 
+class _AnswerStreamer(TextIteratorStreamer):
+    """Leaves out control tokens, but not special tokens that users have added."""
+
+    control: set[int]
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt or value.item() not in self.control:
+            super().put(value)
+
+
 def stream_answer(
     model: Model, processor: Phi3VProcessor, question: str, pictures: Sequence[str], max_new_tokens: int
 ) -> Iterator[str]:
@@ -147,7 +158,8 @@ def stream_answer(
     prompt = encode_prompt({"conversations": [{"images": list(pictures), "user": question}]}, processor)
     batch = Collator(processor, padding_side="left")([prompt])
     batch = {name: tensor.to(model.network.device) for name, tensor in batch.items()}
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _AnswerStreamer(processor.tokenizer, skip_prompt=True)
+    streamer.control = control_token_ids(processor)
     deserted, failures = Event(), []
 
     def generate() -> None:

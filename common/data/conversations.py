@@ -99,7 +99,7 @@ def _check_fields(found: Iterable[str], known: Collection[str], misplaced: Mappi
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = misplaced.get(name) or (f'did you mean "{near[0]}"?' if near else "remove it")
-            names = ", ".join(f'"{field}"' for field in known)
+            names = ", ".join(f'"{excerpt(field)}"' for field in known)
             raise InputError(f'unknown field "{excerpt(name)}" (known are {names}): {remedy}', place)
 
 
@@ -214,8 +214,8 @@ def _turn_faults(turn: dict[str, Any]) -> Iterator[str]:
     for field in ("user", "assistant"):
         yield from _text_faults(field, turn.get(field))
     images = [] if turn.get("images") is None else turn["images"]
-    if not isinstance(images, list) or not all(map(_is_picture, images)):
-        wrong = [image for image in images if not _is_picture(image)] if isinstance(images, list) else [images]
+    if not isinstance(images, list) or not all(map(is_picture, images)):
+        wrong = [image for image in images if not is_picture(image)] if isinstance(images, list) else [images]
         yield f'"images" must be a list of file names or images, got {excerpt(wrong[0])}'
         return
     marks = str(turn.get("user")).count(IMAGE_MARK)
@@ -228,7 +228,7 @@ def _text_faults(field: str, text: Any) -> Iterator[str]:
     if not isinstance(text, str) or not text.strip():
         yield f'"{field}" must be a non-empty string'
     elif token := SPECIAL_TOKEN.search(text):
-        yield f'"{field}" contains the special token {token[0]}: remove it, the chat template inserts special tokens'
+        yield f'"{field}" contains the special token {excerpt(token[0])}: remove it, the chat template inserts special tokens'
     elif field != "user" and (tag := IMAGE_TAG.search(text) or re.search(IMAGE_MARK, text)):
         yield f'image tags are only allowed in "user", but "{field}" contains {tag[0]}'
 
@@ -396,7 +396,8 @@ def _check_tags(numbers: list[int], num_images: int) -> None:
         raise InputError(str(error)) from None
 
 
-def _is_picture(entry: Any) -> bool:
+def is_picture(entry: Any) -> bool:
+    """Whether an entry of ``images`` is one of the types of :mod:`common.data.pictures`, and no URL."""
     if isinstance(entry, dict):
         return entry.get("bytes") is not None or isinstance(entry.get("path"), str)
     if isinstance(entry, str):

@@ -22,7 +22,15 @@ from datasets import Dataset, Image, load_dataset
 
 from common.runtime import InputError, Progress, first_on_each_machine, gather, parse_json, rank, replacing, say, world_size
 
-from .conversations import Conversation, check_conversation, conversation_faults, pictures, read_conversation, text_size
+from .conversations import (
+    Conversation,
+    check_conversation,
+    conversation_faults,
+    is_picture,
+    pictures,
+    read_conversation,
+    text_size,
+)
 from .pictures import check_picture, picture_content, picture_path
 from .rows import BadRows, Contents, Rows
 
@@ -181,9 +189,9 @@ def file_faults(conversation: Conversation, place: str) -> Iterator[InputError]:
 
 
 def listed_images(conversation: Conversation) -> list[Any]:
-    """All entries of the ``images`` lists of a conversation, which may be invalid."""
+    """All usable entries of the ``images`` lists of a conversation, which may be invalid."""
     found = [turn.get("images") for turn in conversation["conversations"]]
-    return [image for images in found if isinstance(images, list) for image in images]
+    return [image for images in found if isinstance(images, list) for image in images if is_picture(image)]
 
 
 def load_conversations(path: Path, image_dir: Path, limit: int | None = None, bar: bool = True, skip_bad: bool = False) -> Rows:

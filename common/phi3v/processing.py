@@ -17,9 +17,9 @@ from transformers.processing_utils import ProcessorMixin
 from .configuration import hub_repository
 from .image_processing import Phi3VImageProcessor, upright_size
 
-IMAGE_TAG = re.compile(r"<\|image_(\d+)\|>")
+IMAGE_TAG = re.compile(r"<\|image_(\d{1,9})\|>")
 # Control tokens of the published tokenizers, except image tags. Others, such as <loc_1>, may be added and are part of answers.
-SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d+\|>)\w+\|>|</?s>|<unk>")
+SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d{1,9}\|>)\w+\|>|</?s>|<unk>")
 
 
 def image_numbers(text: str) -> list[int]:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import xxhash
 from PIL import Image
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import CHANGEABLE, LORA_DEFAULTS, method_name, uses_adapters
@@ -81,12 +83,14 @@ def why_incomplete(directory: Path) -> str | None:
     """Return why a checkpoint is incomplete or damaged, or None if it is neither."""
     if not directory.is_dir():
         return "no such directory"
-    try:
-        entries = json.loads((directory / MANIFEST).read_text())
-        expected = {directory / name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
-    except FileNotFoundError:
+    if not (directory / MANIFEST).exists():
         return "saving was interrupted"
-    except (ValueError, TypeError, AttributeError):  # invalid JSON, not even text, or JSON of something else
+    try:
+        entries = read_json(directory / MANIFEST, "use an earlier checkpoint")
+        if entries and all(isinstance(entry, int) for entry in entries.values()):
+            return "written by an earlier version, without checksums, so that its files cannot be verified"
+        expected = {directory / name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    except (ValueError, TypeError, OverflowError):  # not JSON, or JSON of something else
         return f"{MANIFEST} is corrupted"
     for path, (size, _) in expected.items():
         if not path.is_file():
@@ -165,11 +169,12 @@ def run_identity(
 ) -> dict[str, Any]:
     """What makes a run this run, by name: all settings that change its course. Must be called on all processes."""
     names = ["batch_size", "seed", "num_crops", "optim", "learning_rate", "vision_learning_rate", "projector_learning_rate"]
-    names += ["wd", "lr_scheduler_type", "warmup_steps"]
+    names += ["wd", "lr_scheduler_type", "warmup_steps", "streaming"]
+    base = on_main_process(lambda: fingerprint(find_snapshot(args.model_name_or_path, revision)))
     identity: dict[str, Any] = {
         "method": method_name(args),
-        "base model": on_main_process(lambda: fingerprint(find_snapshot(args.model_name_or_path, revision))),
-        "precision": precision,
+        "base model (--model_name_or_path)": base,
+        "precision (--bf16)": precision,
         "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
     }
     identity |= {f"--{name}": getattr(args, name) for name in names + (list(LORA_DEFAULTS) if uses_adapters(args) else [])}
@@ -217,19 +222,17 @@ def check_resumable(checkpoint: Path, identity: dict[str, Any], accepted: list[s
         If a setting differs; the message names it.
     """
     place = f"--resume_from_checkpoint {checkpoint}"
-    if not (checkpoint / TOTALS).is_file():
-        return
     saved = read_json(checkpoint / TOTALS, "use an earlier checkpoint").get("settings")
     if not isinstance(saved, dict):
         raise InputError(f"{TOTALS} has no settings: use an earlier checkpoint", place)
     for name, value in identity.items():
         flag = name.removeprefix("--")
-        if saved.get(name, value) == value or flag in accepted:
+        if saved.get(name) == value or flag in accepted:
             continue
         remedy = f", or accept the change with --accept_changes {flag}" if flag in CHANGEABLE else ""
         raise InputError(
-            f"{name} is {value}, but the checkpoint's run had {saved[name]}: use the same value, or start a new run in another "
-            f"--output_dir{remedy}",
+            f"{name} is {value}, but the checkpoint's run had {saved.get(name)}: use the same value, or start a new run in "
+            f"another --output_dir{remedy}",
             place,
         )
 
@@ -249,9 +252,7 @@ def check_plan(checkpoint: Path, plan: dict[str, Any], accepted: list[str]) -> s
     str or None
         What is done about another number of steps.
     """
-    if not (checkpoint / TOTALS).is_file():
-        return None
-    done = int(checkpoint.name.rpartition("-")[2])
+    done = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
     now = plan["steps"]
     before = read_json(checkpoint / TOTALS, "use an earlier checkpoint")["settings"].get("steps", now)
     if now < done:

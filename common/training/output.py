@@ -15,9 +15,9 @@ LOCK = "_lock"  # files that begin with _ are not pushed to the Hub
 RESULTS = ("model*.safetensors", "adapter_model.safetensors", "eval_after.json")
 OTHER_FILES = (
     *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "training_args.bin", "README.md"),
-    *("report.html", "gallery", "runs", "base_model.json", "adapter_config.json", "config.json", "generation_config.json"),
-    *("model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("report.html", "curves", "gallery", "runs", "base_model.json", "adapter_config.json", "config.json"),
+    *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json"),
+    *("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
 )
 _held: list[TextIO] = []  # a lock lasts as long as its file is open
 
@@ -50,6 +50,11 @@ def lock(directory: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
+
+
+def holds(directory: Path, checkpoint: Path | None) -> bool:
+    """Whether a checkpoint is in an output directory, so that a run which resumes from it goes on there."""
+    return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()
 
 
 def check_unused(directory: Path, overwrite: bool, resuming: bool) -> None:

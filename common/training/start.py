@@ -35,7 +35,7 @@ from common.runtime import (
 
 from .checkpoints import find_checkpoint, run_identity
 from .deepspeed import allow_states, choose_deepspeed, do_without_compiler, zero_stage
-from .output import check_unused, lock
+from .output import check_unused, holds, lock
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
@@ -86,7 +86,7 @@ def start(args: argparse.Namespace) -> Setup:
         say(f"skipping {name}", sys.stdout)
     if checkpoint:
         say(f"resuming from {checkpoint}", sys.stdout)
-    if checkpoint is None or checkpoint.resolve().parent != args.output_dir.resolve():
+    if not holds(args.output_dir, checkpoint):
         auto = args.resume_from_checkpoint == "auto"
         on_main_process(lambda: check_unused(args.output_dir, args.overwrite_output_dir, auto))
     set_seed(args.seed)

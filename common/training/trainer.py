@@ -55,7 +55,7 @@ from common.runtime import (
 from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, check_plan, data_fingerprint, saving, write_manifest
 from .memory import estimate_memory, least_recomputation
-from .output import remove_outputs
+from .output import holds, remove_outputs
 from .plan import plan_batches, training_arguments
 from .progress import TrainingProgress
 from .summary import number_of_steps, summarize
@@ -94,7 +94,7 @@ def build_trainer(
     plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": number_of_steps(args, batches)}
     if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
         say(change, sys.stdout)
-    if setup.checkpoint is None and args.overwrite_output_dir:
+    if args.overwrite_output_dir and not holds(args.output_dir, setup.checkpoint):
         on_main_process(lambda: remove_outputs(args.output_dir))
     flags = {name: value for name, value in vars(args).items() if name not in NOT_FLAGS}
     resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
@@ -375,12 +375,11 @@ class FinetuningTrainer(Trainer):
         self.state.compute_steps(self.args, self.state.max_steps)
         set_timeout(self.flags.ddp_timeout)  # also of the groups that DeepSpeed has created
         checkpoint = self.setup.checkpoint
-        if checkpoint:
-            self._apply_flags()
-            if name := find_nonfinite(self.model, self.optimizer):
-                raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
-        if not checkpoint or not (checkpoint / TOTALS).exists():
+        if not checkpoint:
             return
+        self._apply_flags()
+        if name := find_nonfinite(self.model, self.optimizer):
+            raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
         totals = read_json(checkpoint / TOTALS, "use an earlier checkpoint")
         running = totals["running_loss"]
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)

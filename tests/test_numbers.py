@@ -1,0 +1,70 @@
+"""A run ends if its numbers are not finite, and says so if training changes nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerState
+
+from common.evaluation.predictions import Evaluation, exact_match, write_evaluation
+from common.training.callbacks import SKIPPED_STEPS, CheckNumbers
+from common.training.trainer import FinetuningTrainer
+
+DECODER, VISION, PROJECTOR = (
+    f"model.{name}.weight" for name in ("layers.0", "vision_embed_tokens.img_processor", "vision_embed_tokens.img_projection")
+)
+
+
+def train(losses, max_steps=100, limit=3, fp16=False, stuck=(VISION,), frozen=PROJECTOR):
+    """Steps with these losses in which all weights change but those that are stuck or frozen; the number of steps made."""
+    weights = {name: nn.Parameter(torch.ones(4), requires_grad=name != frozen) for name in (DECODER, VISION, PROJECTOR)}
+    weights[DECODER].data = weights[DECODER].data.bfloat16()
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(named_parameters=weights.items),
+        accelerator=SimpleNamespace(optimizer_step_was_skipped=True),
+        grad_norm=1.0,
+        rows_of=lambda step: f" (row {step})",
+    )
+    check, state, args = CheckNumbers(trainer, limit), TrainerState(max_steps=max_steps), SimpleNamespace(fp16=fp16)
+    check.on_train_begin(args, state, None)
+    for loss in losses:
+        trainer.step_loss = torch.tensor(loss)
+        for name in weights.keys() - {*stuck, frozen}:
+            weights[name].data[0] += 1
+        state.global_step += 1
+        check.on_step_end(args, state, None)
+    return state.global_step
+
+
+@pytest.mark.parametrize(("max_steps", "steps"), [(100, 10), (4, 4)])
+def test_a_part_that_does_not_change_is_named_once(max_steps, steps, capsys):
+    train([1.0] * min(max_steps, 30), max_steps)
+    assert capsys.readouterr().err == f"warning: vision did not change in {steps} steps: check learning rates and data\n"
+    train([1.0] * 30, stuck=())
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_some_losses_in_a_row_that_are_not_finite_end_a_run(bad):
+    assert train([1.0, bad, bad, 1.0, bad, bad, 1.0]) == 7
+    with pytest.raises(ValueError, match=r"not finite for 3 step\(s\) in a row, first in step 3 \(row 2\): nothing was saved"):
+        train([1.0, 1.0, bad, bad, bad])
+    with pytest.raises(ValueError, match=r"not finite for 1 step\(s\) in a row, first in step 2 \(row 1\)"):
+        train([1.0, bad], limit=1)
+    assert train([bad] * (SKIPPED_STEPS - 1), fp16=True) == SKIPPED_STEPS - 1  # while fp16 looks for its loss scale
+    with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} step"):
+        train([bad] * SKIPPED_STEPS, fp16=True)
+
+
+@pytest.mark.parametrize(("answers", "same"), [(["1", "2"], True), (["1", "3"], False)])
+def test_answers_that_are_all_as_before_are_pointed_out(answers, same, tmp_path, capsys):
+    before, after = (
+        Evaluation("accuracy", {"accuracy": 0.5}, [exact_match(str(row), "?", text, "1") for row, text in enumerate(texts)])
+        for texts in (["1", "2"], answers)
+    )
+    write_evaluation(tmp_path / "eval_before.json", before)
+    trainer = SimpleNamespace(evaluate_task=lambda _: after, model=None, flags=SimpleNamespace(output_dir=tmp_path), log=list)
+    FinetuningTrainer.evaluate_after(trainer)
+    assert ("warning: all 2 answers are the same as before training" in capsys.readouterr().err) == same
+    assert (tmp_path / "eval_after.json").is_file()
