@@ -133,7 +133,7 @@ def test_a_missing_file_is_named_and_a_corrupt_one_is_an_error(tmp_path, name):
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ([], "must contain a JSON object, got list"),
+        ([], "expected a JSON object, got list"),
         ({"anls": 0.5}, "'metric' must be the key of a number"),
         ({"metric": "anls"}, "'metric' must be the key of a number"),
         ({"metric": "anls", "anls": 1, "predictions": [{"id": 1, "score": 1}]}, "prediction 0 is missing answers, predict"),
