@@ -56,7 +56,7 @@ def review(script, monkeypatch, processor, *flags):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--no-tqdm"])
     args = script.parse_args()
     data = [TrainingData(rows, script.to_conversation, processor, 0) for rows in script.load_rows(args)]
-    return review_data(*data, data[0].sample_lengths(), args.max_new_tokens, bar=False)
+    return review_data(*data, data[0].sample_lengths(), longest_evaluation_answer(data[1]), args.max_new_tokens, bar=False)
 
 
 def both(folder, monkeypatch, processor, train, evaluation):

@@ -24,7 +24,12 @@ BYTES_COMPARED = 4096  # at the end of files of equal size, before their whole c
 
 
 def review_data(
-    train: TrainingData | StreamedData, evaluation: TrainingData, lengths: Lengths, max_new_tokens: int | None, bar: bool
+    train: TrainingData | StreamedData,
+    evaluation: TrainingData,
+    lengths: Lengths,
+    longest: int,
+    max_new_tokens: int | None,
+    bar: bool,
 ) -> list[str]:
     """Return warnings about training and evaluation data. Must be called on all processes.
 
@@ -34,6 +39,8 @@ def review_data(
         Of streamed rows, only ``lengths`` are known.
     lengths : Lengths
         Lengths of some or all training samples.
+    longest : int
+        Tokens of the longest answer, see :func:`longest_evaluation_answer`.
     max_new_tokens : int, optional
         The flag.
     bar : bool
@@ -59,7 +66,6 @@ def review_data(
     warnings += doubts[:MAX_REPORTED]
     if len(doubts) > MAX_REPORTED:
         warnings.append(f"{len(doubts) - MAX_REPORTED:,} further images like these")
-    longest = longest_evaluation_answer(evaluation)
     if max_new_tokens and max_new_tokens < longest:
         warnings.append(
             f"--max_new_tokens {max_new_tokens} is less than the longest evaluation answer, {longest:,} tokens, which "

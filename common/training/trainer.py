@@ -101,7 +101,8 @@ def build_trainer(
     resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
     resolved |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
     resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
-    resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest_evaluation_answer(eval_data))
+    longest = longest_evaluation_answer(eval_data)
+    resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest)
     write_run(
         args.output_dir,
         task=args.task,
@@ -115,7 +116,7 @@ def build_trainer(
     if args.push_to_hub and is_main_process():
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
-    warnings = review_data(train_data, eval_data, lengths, args.max_new_tokens, args.tqdm)
+    warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
     if setup.zero_stage == 3:
         base_model(model).run_same_modules_always()
     flops = TrainingFlops(base_model(model))
