@@ -16,6 +16,7 @@ from common.runtime import InputError, world_size
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 SAVE_STEPS = 500
+LOGGING_STEPS = 10
 # What may change when a run is resumed, if it is named in --accept_changes.
 CHANGEABLE: tuple[str, ...] = (
     "learning_rate",
@@ -257,7 +258,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     )
     group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute the loss")
     group.add_argument(
-        "--eval_steps", type=int, help="steps between evaluations, with --eval_strategy steps (default: --logging_steps)"
+        "--eval_steps", type=int, help="steps between evaluations, with --eval_strategy steps (default: --logging_steps, or 10)"
     )
     group.add_argument("--eval_metric_steps", type=int, help="also compute the task's metric every N steps")
     group.add_argument("--max_train_samples", type=int, help="train on the first N rows")
@@ -270,7 +271,9 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     )
 
     group = parser.add_argument_group("logging")
-    group.add_argument("--logging_steps", type=int, default=10, help="steps between log lines (default: %(default)s)")
+    group.add_argument(
+        "--logging_steps", type=int, help="steps between log lines (default: 10, or fewer to log at least 20 times)"
+    )
     group.add_argument(
         "--report_to", default="none", help="where to report metrics: none, tensorboard, trackio, … (default: %(default)s)"
     )
@@ -378,7 +381,7 @@ def _check_dependent_flags(args: argparse.Namespace) -> None:
 def _check_evaluation(args: argparse.Namespace) -> None:
     if args.eval_metric_steps and args.eval_strategy != "steps":
         raise InputError("--eval_metric_steps requires --eval_strategy steps")
-    eval_steps = args.eval_steps or args.logging_steps  # the default of TrainingArguments
+    eval_steps = steps_between_evaluations(args)
     if args.eval_metric_steps and args.eval_metric_steps % eval_steps:
         raise InputError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {eval_steps}")
     if args.early_stopping_patience and not args.load_best_model_at_end:
@@ -394,6 +397,11 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise InputError(
             "--load_best_model_at_end requires the metric at every evaluation: set --eval_metric_steps to --eval_steps"
         )
+
+
+def steps_between_evaluations(args: argparse.Namespace) -> int:
+    """Return the optimizer steps between evaluations, with ``--eval_strategy steps``."""
+    return args.eval_steps or args.logging_steps or LOGGING_STEPS
 
 
 def uses_adapters(args: argparse.Namespace) -> bool:

@@ -27,7 +27,7 @@ from assets.samples.docvqa import draw_split
 from common.model.inference import load_full
 from common.phi3v import Phi3VProcessor
 from common.phi3v.parts import DECODER_LORA_MODULES
-from tools.demo import Model, load_models, stream_answer
+from tools.demo import Model, example_question, load_models, stream_answer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TINY = REPOSITORY / "assets" / "tiny_phi3v"
@@ -254,9 +254,10 @@ def test_only_what_was_uploaded_is_served_and_read(address, documents):
 
 def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents):
     model = shutil.copytree(TINY, tmp_path / "model")
-    (model / "run.json").write_text(json.dumps({"base_model": str(TINY)}))
     picture, question = documents[1]
+    (model / "run.json").write_text(json.dumps({"base_model": str(TINY), "question": question}))
     models, processor = load_models(str(model))
+    assert example_question(models[0].name) == question and example_question(str(TINY)) == ""
     assert [model.name for model in models] == [str(tmp_path / "model"), str(TINY)]
     streams = [list(stream_answer(model, processor, question, [picture], 4)) for model in models]
     assert streams[0] == streams[1]

@@ -191,6 +191,12 @@ def stream_answer(
         raise failures[0]
 
 
+def example_question(name: str) -> str:
+    """Return a question in the format of training, from the model's ``run.json``; empty if it is unknown."""
+    run = Path(name) / "run.json"
+    return str(read_json(run, "delete it").get("question", "")) if run.is_file() else ""
+
+
 def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_tokens: int) -> gr.Blocks:
     """Build the page: images and a question on the left, the answer of each model on the right."""
 
@@ -230,8 +236,10 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
                     buttons=[],
                 )
                 question = gr.Textbox(
+                    example_question(models[0].name),
                     label="Question",
-                    info="Use the prompt format of training: for DocVQA, add “Answer briefly.” on a separate line.",
+                    info="Ask in the format of the training data, like the example. For DocVQA, add “Answer briefly.” on a "
+                    "separate line.",
                     lines=3,
                     max_lines=8,
                 )

@@ -126,7 +126,9 @@ def curve_charts(logs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if key != "loss":
             axes.set_ylim(bottom=0)
-        charts.append(Chart(key, title, figure, _sentence(captions)))
+        # The name of a run keeps its case.
+        caption = _sentence(captions) if len(logs) == 1 else "; ".join(captions) + "."
+        charts.append(Chart(key, title, figure, caption))
     return charts
 
 

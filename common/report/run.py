@@ -60,6 +60,7 @@ def write_run(
     data: str,
     hyperparameters: dict[str, Any],
     datasets: Sequence[str] = (),
+    question: str | None = None,
 ) -> None:
     """Write ``run.json`` on the main process: command, data, settings, hardware, versions and start time.
 
@@ -81,6 +82,8 @@ def write_run(
         Values by flag. Values that JSON cannot represent, such as paths, are written as text.
     datasets : sequence of str
         Hub ids of the datasets, if any.
+    question : str, optional
+        A question as the model is prompted with it, which the demo suggests.
     """
     if not is_main_process():
         return
@@ -98,6 +101,8 @@ def write_run(
     }
     if datasets:
         run["datasets"] = list(datasets)
+    if question:
+        run["question"] = question
     write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from common.arguments import Setup, trained_parts
+from common.arguments import Setup, steps_between_evaluations, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
@@ -49,7 +49,7 @@ def plan_batches(
     return batches, lengths
 
 
-def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int) -> TrainingArguments:
+def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int, logging_steps: int) -> TrainingArguments:
     """Return the settings of transformers' Trainer.
 
     Parameters
@@ -59,6 +59,8 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
     setup : Setup
     accumulation : int
         Micro-batches per process and optimizer step.
+    logging_steps : int
+        Optimizer steps between log entries.
     """
     on_gpu = torch.cuda.is_available()
     by_metric = args.eval_metric_steps is not None
@@ -81,7 +83,7 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
         max_grad_norm=1.0,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps,
-        logging_steps=args.logging_steps,
+        logging_steps=logging_steps,
         # The filter waits for the device at every micro-batch. Only fp16 needs it: its loss may overflow in skipped steps.
         logging_nan_inf_filter=on_gpu and not args.bf16,
         report_to=args.report_to,
@@ -92,7 +94,7 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
         save_total_limit=args.save_total_limit,
         save_on_each_node=args.save_on_each_node,
         eval_strategy=args.eval_strategy,
-        eval_steps=args.eval_steps,
+        eval_steps=steps_between_evaluations(args),
         load_best_model_at_end=args.load_best_model_at_end,
         metric_for_best_model=best if args.load_best_model_at_end else None,
         greater_is_better=by_metric if args.load_best_model_at_end else None,

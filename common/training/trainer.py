@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from common.arguments import Setup, method_name, uses_adapters
+from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations, uses_adapters
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
@@ -91,7 +91,10 @@ def build_trainer(
     if name := find_nonfinite(model):
         raise InputError(f"{name} is not finite: copy the files again", f"--model_name_or_path {args.model_name_or_path}")
     batches, lengths = plan_batches(args, setup, train_data)
-    plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": number_of_steps(args, batches)}
+    steps = number_of_steps(args, batches)
+    # By default, at least 20 entries, so that a short run also has curves.
+    logging_steps = args.logging_steps or max(1, min(LOGGING_STEPS, steps // 20))
+    plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": steps}
     if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
         say(change, sys.stdout)
     if args.overwrite_output_dir and not holds(args.output_dir, setup.checkpoint):
@@ -99,7 +102,8 @@ def build_trainer(
     flags = {name: value for name, value in vars(args).items() if name not in NOT_FLAGS}
     resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
     resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
-    resolved |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
+    resolved |= {"use_lora": uses_adapters(args), "eval_steps": steps_between_evaluations(args)}
+    resolved["logging_steps"] = logging_steps
     resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
     longest = longest_evaluation_answer(eval_data)
     resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest)
@@ -112,6 +116,7 @@ def build_trainer(
         data=f"{source}: {len(train_data)} training rows, {len(eval_data)} evaluation rows",
         hyperparameters=flags | resolved,
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
+        question=eval_data.conversation(0, 0)["conversations"][0]["user"],
     )
     if args.push_to_hub and is_main_process():
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
@@ -136,7 +141,7 @@ def build_trainer(
         evaluate_task=evaluate,
         recomputation=recomputation,
         model=model,
-        args=training_arguments(args, setup, batches.accumulation),
+        args=training_arguments(args, setup, batches.accumulation, logging_steps),
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=Collator(processor, packing=setup.packing),
