@@ -26,7 +26,9 @@ QUESTIONS = {
     "UCF-101": f"Classify the video into one of the following classes: {', '.join(CLASSES)}.",
 }
 ANSWERS = {"DocVQA": ["M. Okafor", "Ana-Lucía Peña"], "UCF-101": CLASSES}
+ANSWERS |= {f"{count} answers": [f"Item {number} of the shop's catalogue" for number in range(count)] for count in (5, 40, 400)}
 TASKS = tuple(QUESTIONS)
+OWN = tuple(task for task in ANSWERS if task not in TASKS)
 IMAGES = {"NLVR2": 2, "UCF-101": 8}
 
 
@@ -56,7 +58,7 @@ def _evaluation(task: str, samples: int, skill: float, chance: random.Random) ->
         label = index % len(answers)
         right, question = (
             chance.random() < skill,
-            QUESTIONS[task] + (" Answer briefly." if index % 2 else "") * (task == "DocVQA"),
+            QUESTIONS.get(task, "Which item is it?") + (" Answer briefly." if index % 2 else "") * (task == "DocVQA"),
         )
         row = {"id": f"val-{index:010}", "question": question, "answers": [answers[label]], "score": float(right)}
         row["prediction"] = answers[label] if right else chance.choice([*answers[:label], *answers[label + 1 :], "a person"])
@@ -72,7 +74,8 @@ def _evaluation(task: str, samples: int, skill: float, chance: random.Random) ->
         "NLVR2": {"metric": "accuracy", "accuracy": mean, "consistency": mean**2},
         "UCF-101": {"metric": "accuracy", "accuracy": mean, "accuracy_per_class": dict.fromkeys(CLASSES, mean)},
     }
-    return {**metrics[task], "samples": samples, "predictions": predictions}
+    metric = metrics.get(task, {"metric": "exact", "exact": mean, "anls": mean})
+    return {**metric, "samples": samples, "predictions": predictions}
 
 
 def _trainer_state(steps: int, learning_rate: float, chance: random.Random) -> dict:

@@ -2,7 +2,7 @@
 
 import pytest
 from browser import chromium, low_contrast, overflow, watched
-from report_runs import TASKS, make_run
+from report_runs import OWN, TASKS, make_run
 
 from common.report.page import write_comparison, write_report
 
@@ -19,6 +19,8 @@ def reports(tmp_path_factory):
     runs = [make_run(directory / task, task, samples=60, steps=80) for task in TASKS]
     other = make_run(directory / "another run of DocVQA", "DocVQA", samples=60, steps=80, learning_rate=2e-4)
     reports = {task: write_report(run) for task, run in zip(TASKS, runs, strict=True)}
+    for task in OWN:
+        reports[task] = write_report(make_run(directory / task, task, samples=400, steps=20))
     return reports | {"comparison": write_comparison([runs[0], other], directory / "both.html")}
 
 
@@ -32,7 +34,7 @@ BROKEN = """() => [...document.querySelectorAll("h1, h2, th, td, dt, label")].fi
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-@pytest.mark.parametrize("name", ["UCF-101", "comparison"])
+@pytest.mark.parametrize("name", ["UCF-101", "comparison", *OWN])
 def test_a_report_is_readable(browser, reports, name, width, scheme):
     with watched(browser, width, scheme) as page:
         page.goto(reports[name].as_uri())
@@ -40,6 +42,8 @@ def test_a_report_is_readable(browser, reports, name, width, scheme):
         assert page.locator("h1").is_visible()
         charts = page.locator(".charts img")
         assert charts.count() >= 6
+        confusions = page.get_by_role("heading", name="Confusion").count()
+        assert confusions == (2 if name in ("UCF-101", "5 answers") else 0)
         assert all(chart.bounding_box()["width"] > 250 for chart in charts.all())
         broken = "images => images.filter(image => !image.complete || !image.naturalWidth).length"
         assert page.locator("img:visible").evaluate_all(broken) == 0

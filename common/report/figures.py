@@ -10,8 +10,15 @@ from common.evaluation.metrics import normalise_answer
 from .charts import Chart, confusion_chart, number, roc_chart, series
 from .run import Run
 
-METRICS = {"anls": "ANLS", "anls_case_sensitive": "ANLS, case-sensitive", "auroc": "AUROC"}
-IN_PERCENT = ("accuracy", "accuracy_by_likelihood", "consistency")
+METRICS = {
+    "anls": "ANLS",
+    "anls_case_sensitive": "ANLS, case-sensitive",
+    "auroc": "AUROC",
+    "exact": "Exact match",
+    "f1": "F1",
+    "relaxed": "Relaxed accuracy",
+}
+IN_PERCENT = ("accuracy", "accuracy_by_likelihood", "consistency", "contains", "exact", "relaxed")
 OTHER = "(other)"  # an answer that is not one of the classes
 MOST_CLASSES = 30  # more distinct answers than this are treated as free text, without charts of classes
 
@@ -67,7 +74,7 @@ def evaluation_charts(run: Run) -> list[Chart]:
     }
     if likely:
         charts.append(roc_chart(likely))
-    if (run.after or run.before).get("metric") in ("accuracy", "auroc") and len(_classes(run)) <= MOST_CLASSES:
+    if (run.after or run.before).get("metric") in ("accuracy", "auroc", "exact") and len(_classes(run)) <= MOST_CLASSES:
         charts += [confusion_chart(when, *_truth_and_predicted(run, rows)) for when, rows in run.predictions.items()]
     return charts
 
