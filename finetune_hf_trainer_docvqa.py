@@ -14,6 +14,28 @@ from pathlib import Path
 from statistics import fmean
 
 from common.arguments import training_parser
+from common.process import InputError, say
+
+MINI = "nielsr/docvqa_1200_examples"
+FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
+
+
+def parse_args():
+    parser = training_parser(__doc__, task="DocVQA", metric="anls")
+    group = parser.add_argument_group("DocVQA")
+    group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}) instead of {MINI}")
+    group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
+    args = parser.parse_args()
+    if args.data_dir and (args.streaming or args.full_train):
+        parser.error("--streaming and --full_train read from the Hub, not from --data_dir: remove one of them")
+    return args
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
+    args = parse_args()
+    say("Loading PyTorch and transformers")
+
 from common.data.pictures import picture_path
 from common.data.rows import Rows
 from common.data.samples import TrainingData
@@ -25,20 +47,10 @@ from common.evaluation.metrics import anls
 from common.evaluation.predictions import Evaluation, Prediction
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import InputError, read_json, run
+from common.runtime import read_json, run
+from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer
-
-MINI = "nielsr/docvqa_1200_examples"
-FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
-
-
-def parse_args():
-    parser = training_parser(__doc__, task="DocVQA", metric="anls")
-    group = parser.add_argument_group("DocVQA")
-    group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}) instead of {MINI}")
-    group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
-    return parser.parse_args()
 
 
 def make_row(id: str, image, question: str, answers: list[str]) -> dict:
@@ -77,20 +89,20 @@ def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
-    if args.data_dir and (args.streaming or args.full_train):
-        raise InputError("--streaming and --full_train read from the Hub, not from --data_dir: remove one of them")
+    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
     if args.data_dir:
-        train_rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
+        if not args.eval_only:
+            train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
         eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
     else:
         columns = ["id", "image", "query", "answers"]
-        if args.full_train:
+        if args.full_train and not args.eval_only:
             train_rows = open_hub(*FULL, columns=["images", "texts"], streaming=args.streaming).map(from_full)
-        else:
+        elif not args.eval_only:
             train_rows = open_hub(MINI, columns=columns, streaming=args.streaming).map(from_mini)
         train_rows = train_rows.select(0, args.max_train_samples)
         eval_rows = load_hub(MINI, columns=columns, split="test").map(from_mini).select(0, args.max_eval_samples)
-    if isinstance(train_rows, Rows):
+    if isinstance(train_rows, Rows) and not args.eval_only:
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
     return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
 
@@ -122,9 +134,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     return Evaluation("anls", values, predictions)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args) -> None:
     setup = start(args)
+    if args.eval_only:
+        _, eval_rows = load_rows(args)
+        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
+        return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
     model = load_model(args, setup, processor)
@@ -146,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, args)

@@ -19,26 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import training_parser
-from common.data.pictures import picture_path
-from common.data.rows import Rows
-from common.data.samples import TrainingData
-from common.data.shards import open_hub
-from common.data.sources import check_rows, read_rows
-from common.data.streaming import Stream, training_data
-from common.evaluation.generation import generate_and_compare
-from common.evaluation.metrics import accuracy, auroc
-from common.evaluation.predictions import Evaluation, exact_match
-from common.model.checkpoint import load_processor
-from common.model.loading import load_model
-from common.runtime import InputError, excerpt, run
-from common.training.start import start
-from common.training.trainer import build_trainer
-
-HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
-HUB_EVAL_ROWS = 500
-# The Hub's rows use eleven wordings. A single one makes models from both sources comparable.
-QUESTION = "Does this meme promote hate speech?\nAnswer yes or no."
-ANSWERS = ("No.", "Yes.")  # by label
+from common.process import InputError, excerpt, say
 
 
 def parse_args():
@@ -50,7 +31,40 @@ def parse_args():
         action="store_true",
         help="use the more likely answer instead of generating one: faster; reported as accuracy_by_likelihood",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.data_dir and args.streaming:
+        parser.error("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
+    if args.eval_by_likelihood and args.max_new_tokens:
+        parser.error("--max_new_tokens has no effect with --eval_by_likelihood: remove one of them")
+    return args
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
+    args = parse_args()
+    say("Loading PyTorch and transformers")
+
+from common.data.pictures import picture_path
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.shards import open_hub
+from common.data.sources import check_rows, read_rows
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_and_compare
+from common.evaluation.metrics import accuracy, auroc
+from common.evaluation.predictions import Evaluation, exact_match
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import run
+from common.training.evaluation import evaluate_only
+from common.training.start import start
+from common.training.trainer import build_trainer
+
+HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
+HUB_EVAL_ROWS = 500
+# The Hub's rows use eleven wordings. A single one makes models from both sources comparable.
+QUESTION = "Does this meme promote hate speech?\nAnswer yes or no."
+ANSWERS = ("No.", "Yes.")  # by label
 
 
 def from_hub(row: dict, number: str) -> dict:
@@ -69,21 +83,23 @@ def from_official(data_dir: Path, row: dict) -> dict:
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
-    if args.data_dir and args.streaming:
-        raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
-    train_rows: Rows | Stream
+    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
     if args.data_dir:
-        to_row = partial(from_official, args.data_dir)
-        train_rows, eval_rows = (
-            read_rows(args.data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, args.skip_bad_rows)
-            for split, limit in (("train", args.max_train_samples), ("dev_seen", args.max_eval_samples))
-        )
+
+        def read(split: str, limit: int | None) -> Rows:
+            to_row = partial(from_official, args.data_dir)
+            return read_rows(args.data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, args.skip_bad_rows)
+
+        if not args.eval_only:
+            train_rows = read("train", args.max_train_samples)
+        eval_rows = read("dev_seen", args.max_eval_samples)
     else:
         # The first 500 training rows of the Hub are used for evaluation, as in the published recipe.
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         eval_rows = rows.head(min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
-        train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
-    if isinstance(train_rows, Rows):
+        if not args.eval_only:
+            train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
+    if isinstance(train_rows, Rows) and not args.eval_only:
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
     eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
     if len({row["label"] for row in eval_rows}) < 2:
@@ -122,9 +138,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     return Evaluation("auroc", values, predictions)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args) -> None:
     setup = start(args)
+    if args.eval_only:
+        _, eval_rows = load_rows(args)
+        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
+        return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
     model = load_model(args, setup, processor)
@@ -146,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, args)

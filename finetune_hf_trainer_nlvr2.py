@@ -17,6 +17,24 @@ from functools import partial
 from pathlib import Path
 
 from common.arguments import training_parser
+from common.process import InputError, say
+
+
+def parse_args():
+    parser = training_parser(__doc__, task="NLVR2", metric="accuracy")
+    group = parser.add_argument_group("NLVR2")
+    group.add_argument("--data_dir", type=Path, help="official release: train.json, dev.json, images/train/ and images/dev/")
+    args = parser.parse_args()
+    if args.data_dir and args.streaming:
+        parser.error("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
+    return args
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
+    args = parse_args()
+    say("Loading PyTorch and transformers")
+
 from common.data.pictures import picture_path
 from common.data.rows import Rows
 from common.data.samples import TrainingData
@@ -28,7 +46,8 @@ from common.evaluation.metrics import accuracy, consistency
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import InputError, run
+from common.runtime import run
+from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer
 
@@ -40,13 +59,6 @@ QUESTION = (
     'does the statement "{sentence}" hold true? Answer yes or no.'
 )
 ANSWERS = {"True": "Yes.", "False": "No."}  # by label
-
-
-def parse_args():
-    parser = training_parser(__doc__, task="NLVR2", metric="accuracy")
-    group = parser.add_argument_group("NLVR2")
-    group.add_argument("--data_dir", type=Path, help="official release: train.json, dev.json, images/train/ and images/dev/")
-    return parser.parse_args()
 
 
 def from_hub(row: dict, number: str) -> dict:
@@ -73,23 +85,26 @@ def from_official(data_dir: Path, split: str, row: dict) -> dict:
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
-    if args.data_dir and args.streaming:
-        raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
     skip = args.skip_bad_rows
-    train_rows: Rows | Stream
+    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
     if args.data_dir:
-        train_rows, eval_rows = (
-            read_rows(args.data_dir / f"{split}.json", "NLVR2", partial(from_official, args.data_dir, split), limit, skip)
-            for split, limit in (("train", args.max_train_samples), ("dev", args.max_eval_samples))
-        )
+
+        def read(split: str, limit: int | None) -> Rows:
+            to_row = partial(from_official, args.data_dir, split)
+            return read_rows(args.data_dir / f"{split}.json", "NLVR2", to_row, limit, skip)
+
+        if not args.eval_only:
+            train_rows = read("train", args.max_train_samples)
+        eval_rows = read("dev", args.max_eval_samples)
     else:
         # Evaluation uses the first question of each of the first 500 training rows of the Hub; training uses all later rows.
         hub = partial(open_hub, *HUB, columns=["images", "texts"], streaming=args.streaming)
         held_out = hub().head(HUB_EVAL_ROWS)
-        questions = sum(len(row["texts"]) for row in held_out)
-        train_rows = hub(each="texts").map(from_hub).select(questions, args.max_train_samples)
+        if not args.eval_only:
+            questions = sum(len(row["texts"]) for row in held_out)
+            train_rows = hub(each="texts").map(from_hub).select(questions, args.max_train_samples)
         eval_rows = held_out.map(from_hub).select(0, args.max_eval_samples)
-    if isinstance(train_rows, Rows):
+    if isinstance(train_rows, Rows) and not args.eval_only:
         train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, skip)
     return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, skip)
 
@@ -121,9 +136,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     return Evaluation("accuracy", values, predictions)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args) -> None:
     setup = start(args)
+    if args.eval_only:
+        _, eval_rows = load_rows(args)
+        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
+        return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
     model = load_model(args, setup, processor)
@@ -145,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, args)

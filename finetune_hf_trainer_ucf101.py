@@ -20,19 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.arguments import training_parser
-from common.data.rows import Rows
-from common.data.samples import TrainingData
-from common.data.shards import stream_conversations
-from common.data.sources import load_conversations
-from common.data.streaming import Stream, training_data
-from common.evaluation.generation import generate_answers
-from common.evaluation.metrics import accuracy, accuracy_per_class
-from common.evaluation.predictions import Evaluation, Prediction, exact_match
-from common.model.checkpoint import load_processor
-from common.model.loading import load_model
-from common.runtime import run
-from common.training.start import start
-from common.training.trainer import build_trainer
+from common.process import say
 
 
 def parse_args():
@@ -46,7 +34,6 @@ def parse_args():
     group.add_argument(
         "--eval_split",
         choices=("val", "test"),
-        default="val",
         help="split to evaluate on without --eval_file (default: val)",
     )
     group.add_argument(
@@ -60,18 +47,43 @@ def parse_args():
         type=Path,
         help="folder that the images' names are relative to and must not leave; / allows all (default: images/ in --data_dir)",
     )
-    return parser.parse_args()
+    parser.training_flags.add("train_file")
+    args = parser.parse_args()
+    if args.eval_split and args.eval_file:
+        parser.error("--eval_split has no effect with --eval_file: remove one of them")
+    return args
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
+    args = parse_args()
+    say("Loading PyTorch and transformers")
+
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.shards import stream_conversations
+from common.data.sources import load_conversations
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import accuracy, accuracy_per_class
+from common.evaluation.predictions import Evaluation, Prediction, exact_match
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import run
+from common.training.evaluation import evaluate_only
+from common.training.start import start
+from common.training.trainer import build_trainer
 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return conversations from both files. All rows and images are checked; streamed ones when they are read."""
     train_file = args.data_dir / args.train_file
-    eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
+    eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split or 'val'}.jsonl")
     image_dir = args.image_dir or args.data_dir / "images"
-    train_rows: Rows | Stream
+    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
     if args.streaming:
         train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
-    else:
+    elif not args.eval_only:
         train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm, args.skip_bad_rows)
     return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm, args.skip_bad_rows)
 
@@ -100,9 +112,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     return Evaluation("accuracy", values, predictions)
 
 
-def main() -> None:
-    args = parse_args()
+def main(args) -> None:
     setup = start(args)
+    if args.eval_only:
+        _, eval_rows = load_rows(args)
+        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
+        return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
     model = load_model(args, setup, processor)
@@ -124,4 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, args)

@@ -6,15 +6,12 @@ evaluation/   batched generation, metrics, predictions
 model/        checking and loading checkpoints
 data/         from dataset rows to batches
 arguments.py  command-line flags
-phi3v/        the model
-runtime.py    processes, files, progress, input errors
-
-Importing this package registers Phi-3-vision and Phi-3.5-vision with transformers.
+phi3v/        the model; importing it registers Phi-3-vision and Phi-3.5-vision with transformers
+runtime.py    the processes of a run, files, progress
+process.py    this process: input errors, its rank, its end; imports nothing, for flags that are checked at once
 """
 
 import logging
-
-from . import phi3v as phi3v
 
 # bitsandbytes logs an error about a package that is not needed here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,22 +1,31 @@
-"""Command-line flags shared by all task scripts, and the checks of their values."""
+"""Command-line flags shared by all task scripts, and the checks of their values.
+
+Imports no library, so that a wrong flag is reported before PyTorch and transformers are imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+from common.process import InputError, counted, fail, local_rank, world_size
 
-from common.phi3v.image_processing import MAX_CROPS, check_num_crops
-from common.phi3v.parts import PARTS
-from common.runtime import InputError, world_size
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_MODEL = "microsoft/Phi-3.5-vision-instruct"
 SAVE_STEPS = 500
 LOGGING_STEPS = 10
+NUM_TRAIN_EPOCHS = 1
+# As in common.phi3v, which imports PyTorch.
+PARTS = ("decoder", "vision", "projector")
+MAX_CROPS = 16
 # What may change when a run is resumed, if it is named in --accept_changes.
 CHANGEABLE: tuple[str, ...] = (
     "learning_rate",
@@ -29,6 +38,27 @@ CHANGEABLE: tuple[str, ...] = (
 CHANGEABLE += ("steps", "seed", "num_crops", "data")
 LORA_DEFAULTS: dict[str, Any] = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
 LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
+
+# Flags of transformers, PEFT and TRL, and what to use instead.
+OTHER_NAMES = {
+    "bs": "--batch_size",
+    "epochs": "--num_train_epochs",
+    "fp16": "no flag: fp16 is the default on a GPU",
+    "gradient_accumulation_steps": "--batch_size, the samples per step over all processes",
+    "load_in_4bit": "--use_qlora",
+    "lora_alpha": "--lora_alpha_ratio, alpha divided by the rank",
+    "lora_r": "--lora_rank",
+    "lr": "--learning_rate",
+    "model": "--model_name_or_path",
+    "per_device_eval_batch_size": "--eval_batch_size",
+    "per_device_train_batch_size": "--batch_size_per_gpu",
+    "warmup_ratio": "--warmup_steps with a value below 1",
+    "weight_decay": "--wd",
+}
+TORCHRUN_FLAGS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "standalone")
+# Shared flags that act with --eval_only.
+EVALUATION_FLAGS: tuple[str, ...] = ("eval_only", "model_name_or_path", "num_crops", "bf16", "output_dir", "ddp_timeout")
+EVALUATION_FLAGS += ("dataloader_num_workers", "skip_bad_rows", "max_eval_samples", "eval_batch_size", "max_new_tokens", "tqdm")
 
 
 @dataclass(frozen=True)
@@ -68,7 +98,73 @@ class Setup:
     identity: dict[str, Any] = field(default_factory=dict)
 
 
-def training_parser(description: str, task: str, metric: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser that reports an error in one line, on one process of each machine, and suggests what was meant."""
+
+    def __init__(self, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Show the message and exit with code 1. All processes have the same flags."""
+        fail(message, show=local_rank() == 0)
+
+    # Without the overloads of argparse, which are for other classes of namespaces.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Return the values of the flags. Unknown ones are named before missing ones: they may be the same, misspelled."""
+        words = sys.argv[1:] if args is None else list(args)
+        names = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+        known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+        for name in names:
+            if name and name not in known and "help" not in names:
+                self.error(f"unknown flag --{name}{_suggestion(name, known)}")
+        values, unexpected = self.parse_known_args(words, namespace)
+        if unexpected:
+            before = words[words.index(unexpected[0]) - 1] if unexpected[0] in words[1:] else self.prog
+            self.error(f"unexpected {unexpected[0]!r} after {before}; --help shows which flags take a value")
+        return values
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    if name.replace("-", "_") in TORCHRUN_FLAGS:
+        return ": torchrun's own flags come before the script"
+    if (other := OTHER_NAMES.get(name)) and other.split()[0].strip("-,:") in [*known, "no"]:
+        return f": use {other}"
+    closest = get_close_matches(name.lower().replace("-", "_"), known, n=1) or get_close_matches(name, known, n=1)
+    return f": did you mean --{closest[0]}?" if closest else "; --help lists all flags"
+
+
+class TrainingParser(Parser):
+    """The parser of a task script, which also checks the values; see :func:`check_arguments`.
+
+    Attributes
+    ----------
+    training_flags : set of str
+        Names, without dashes, of the flags that have no effect with ``--eval_only``.
+    """
+
+    training_flags: set[str]
+
+    def parse_args(  # type: ignore[override]  # as in Parser
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        words = sys.argv[1:] if args is None else list(args)
+        values = super().parse_args(words, namespace)
+        options = {option: action.dest for action in self._actions for option in action.option_strings}
+        given = [option for word in words if (option := word.partition("=")[0]) in options]
+        try:
+            check_arguments(values)
+            unused = [option for option in given if options[option] in self.training_flags]
+            if values.eval_only and unused:
+                raise InputError(f"--eval_only does not train: remove {', '.join(unused)}")
+        except InputError as error:
+            self.error(str(error))
+        return values
+
+
+def training_parser(description: str | None, task: str, metric: str) -> TrainingParser:
     """Create the parser of the shared flags, with the published recipe's names and defaults.
 
     Parameters
@@ -80,10 +176,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     metric : str
         Name of the task's main metric, which ``--load_best_model_at_end`` compares if ``--eval_metric_steps`` is given.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
+    parser = TrainingParser(description)
     parser.set_defaults(task=task, metric=metric)
 
     group = parser.add_argument_group("model")
@@ -129,7 +222,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="output directory (default: output)")
     group.add_argument("--batch_size", type=int, default=16, help="samples per optimizer step over all processes (default: 16)")
     group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per process per micro-batch (default: 1)")
-    group.add_argument("--num_train_epochs", type=int, default=1, help="number of epochs (default: %(default)s)")
+    group.add_argument("--num_train_epochs", type=int, default=NUM_TRAIN_EPOCHS, help="number of epochs (default: %(default)s)")
     group.add_argument("--max_steps", type=int, default=-1, help="maximum number of optimizer steps (default: no limit)")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
     group.add_argument(
@@ -247,6 +340,11 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
 
     group = parser.add_argument_group("data and evaluation")
     group.add_argument(
+        "--eval_only",
+        action="store_true",
+        help="do not train: evaluate the model or adapter --model_name_or_path, and write evaluation.json to --output_dir",
+    )
+    group.add_argument(
         "--streaming",
         action="store_true",
         help="read shards from the Hub, or in the general format, during training; each process reads its part of the rows",
@@ -278,6 +376,7 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
         "--report_to", default="none", help="where to report metrics: none, tensorboard, trackio, … (default: %(default)s)"
     )
     group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
+    parser.training_flags = {action.dest for action in parser._actions} - set(EVALUATION_FLAGS)
     return parser
 
 
@@ -289,10 +388,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     InputError
         If a value is invalid; the message names the flag and the values that it accepts.
     """
-    try:
-        check_num_crops(args.num_crops)
-    except ValueError:
-        raise InputError(f"--num_crops must be from 1 to {MAX_CROPS}, got {args.num_crops}") from None
+    if not 1 <= args.num_crops <= MAX_CROPS:
+        raise InputError(f"--num_crops must be from 1 to {MAX_CROPS}, got {args.num_crops}")
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{name} must be a finite number, got {value}")
@@ -304,6 +401,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in positive.split():
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise InputError(f"--max_steps must be at least 1, got {args.max_steps}")
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
             raise InputError(f"--{name} must not be negative, got {getattr(args, name)}")
@@ -321,8 +420,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     processes = world_size()
     if args.batch_size % (processes * args.batch_size_per_gpu):
         raise InputError(
-            f"--batch_size {args.batch_size} is not divisible by {processes} process(es) × --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu}: use a multiple of {processes * args.batch_size_per_gpu}"
+            f"--batch_size {args.batch_size} is not divisible by {counted(processes, 'process', 'processes')} × "
+            f"--batch_size_per_gpu {args.batch_size_per_gpu}: use a multiple of {processes * args.batch_size_per_gpu}"
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
         raise InputError("--max_tokens_per_batch requires packing: remove it or --no-packing")
@@ -373,9 +472,16 @@ def _check_dependent_flags(args: argparse.Namespace) -> None:
         ("eval_steps", "--eval_strategy steps", args.eval_strategy != "steps"),
         ("hub_model_id", "--push_to_hub", not args.push_to_hub),
         ("hub_private_repo", "--push_to_hub", not args.push_to_hub),
+        ("accept_changes", "--resume_from_checkpoint", args.resume_from_checkpoint is None),
     ):
         if getattr(args, name) and missing:
             raise InputError(f"--{name} requires {required}")
+    if args.use_lora and args.use_qlora:
+        raise InputError("--use_qlora already trains LoRA adapters, on a quantized model: remove it or --use_lora")
+    if args.max_steps > 0 and args.num_train_epochs != NUM_TRAIN_EPOCHS:
+        raise InputError("--max_steps and --num_train_epochs both set the length of the run: remove one of them")
+    if args.max_tokens_per_batch and args.batch_size_per_gpu != 1 and args.eval_strategy == "no":
+        raise InputError("--batch_size_per_gpu has no effect with --max_tokens_per_batch: remove one of them")
 
 
 def _check_evaluation(args: argparse.Namespace) -> None:

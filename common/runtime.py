@@ -1,7 +1,8 @@
-"""Process and machine utilities: input errors, ranks, collectives, atomic file writes, progress, hardware and versions."""
+"""Processes and their machine: collectives, a script's run, atomic file writes, progress, hardware and versions."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -15,7 +16,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -26,57 +27,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
 
+from common.process import (
+    InputError,
+    counted,
+    excerpt,
+    fail,
+    is_main_process,
+    local_rank,
+    local_world_size,
+    rank,
+    say,
+    stop_at_once,
+    world_size,
+)
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10
+SECONDS_TO_FIRST_LINE = 2
 LIBRARIES = ["torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "pillow"]
 LIBRARIES += ["flash-attn", "liger-kernel"]
-
-
-class InputError(ValueError):
-    """Invalid user input: a flag, a file or a row. A script exits with the message only, without a traceback.
-
-    Parameters
-    ----------
-    message : str
-        What is wrong and how to fix it.
-    place : str, optional
-        Location of the error, put before the message: a flag, a file and line, or a dataset row.
-    """
-
-    def __init__(self, message: str, place: str | None = None) -> None:
-        super().__init__(f"{place}: {message}" if place else message)
-        self.place = place
-
-    def at(self, place: str | None) -> InputError:
-        """Return the same error with its location added."""
-        return InputError(str(self), place)
-
-
-def excerpt(value: object) -> str:
-    """Return a value as text for a message, in at most 80 characters."""
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
-
-
-def rank() -> int:
-    """Global rank of this process, as set by torchrun; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """Number of processes on all machines, as set by torchrun; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    """Rank of this process on its machine, as set by torchrun; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def local_world_size() -> int:
-    """Number of processes on this machine, as set by torchrun; 1 without torchrun."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cores_per_process() -> int:
@@ -84,11 +54,6 @@ def cores_per_process() -> int:
     # macOS does not support CPU affinity.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world_size())
-
-
-def is_main_process() -> bool:
-    """Whether this process has global rank 0."""
-    return rank() == 0
 
 
 def gather(value: T) -> list[T]:
@@ -138,12 +103,6 @@ def first_on_each_machine(prepare: Callable[[], T]) -> T:
         except InputError as error:
             failure = error  # raised after the barrier, for which the other processes wait
     raise failure
-
-
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line on the main process, to stderr by default."""
-    if is_main_process():
-        print(text, file=stream or sys.stderr, flush=True)
 
 
 @contextmanager
@@ -207,8 +166,10 @@ def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a script's ``main``; an :class:`InputError` exits with its message and code 1, other errors show their traceback.
+
+    A message is shown once on each machine, by the first process that fails with it.
 
     SIGTERM and SIGINT end the process at once, except where ``main`` handles them. A process of torchrun is killed if torchrun
     is, because torchrun's successor would write to the same directory.
@@ -218,22 +179,27 @@ def run(main: Callable[[], None]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         _die_with_parent()
     try:
-        main()
+        main(args)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        # In training, processes that receive SIGTERM first complete the step, or wait for this one.
+        in_training = signal.getsignal(signal.SIGTERM) is not stop_at_once
+        fail(str(error), show=_is_first_with(str(error)), others_may_go_on=in_training)
     except RuntimeError as error:
         if not dist.is_initialized() or "timed out" not in str(error).lower():
             raise
-        sys.exit(f"error: {_missing_processes()} did not respond within --ddp_timeout ({error})")
+        fail(f"{_missing_processes()} did not respond within --ddp_timeout ({error})", others_may_go_on=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def stop_at_once(number: int, _: Any = None) -> None:
-    """End this process now, as the handler of a signal."""
-    if is_main_process():
-        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
-    os._exit(128 + number)
+def _is_first_with(message: str) -> bool:
+    """Whether no other process of this machine has ended with this message."""
+    if not dist.is_initialized():
+        return local_rank() == 0
+    try:
+        return c10d._get_default_store().add(f"{os.environ.get('GROUP_RANK')}: {message}", 1) == 1
+    except RuntimeError:  # the process that holds the store is gone
+        return True
 
 
 def _die_with_parent() -> None:
@@ -283,27 +249,35 @@ class Progress:
     total : int
         Number of items.
     bar : bool
-        False with ``--no-tqdm``. Without a bar, a line is printed at every 10 %, at most once in ten seconds, and at the end.
+        False with ``--no-tqdm``. Without a bar, lines are printed after two seconds, at every 10 % but not more than one in ten
+        seconds, and at the end.
+    shared : bool
+        Whether the items are divided over all processes: those of the others, which are as fast, are counted as well.
     """
 
-    def __init__(self, description: str, unit: str, total: int, bar: bool = True) -> None:
+    def __init__(self, description: str, unit: str, total: int, bar: bool = True, shared: bool = False) -> None:
         self.description, self.unit, self.total, self.done = description, unit, total, 0
+        self._processes = world_size() if shared else 1
         self._lines = not show_bars(bar)
         self._bar = tqdm(
             desc=description, unit=f" {unit}", unit_scale=total > 1e6, total=total, disable=self._lines, leave=None
         )
-        self._start = self._last_line = time.monotonic()
+        self._start, self._last_line = time.monotonic(), float("-inf")
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Advance by ``count`` items, and show a note, such as the loss."""
-        before, self.done = self.done, self.done + count
+        """Advance by ``count`` items of this process, and show a note, such as the loss."""
+        before, self.done = self.done, min(self.done + count * self._processes, self.total)
         if not self._lines:
             self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(count)
+            self._bar.update(self.done - before)
             return
         now = time.monotonic()
-        tenth = self.done * 10 // self.total > before * 10 // self.total
-        if self.done == self.total or (tenth and now - self._last_line >= SECONDS_BETWEEN_LINES):
+        if self._last_line < self._start:
+            due = now - self._start >= SECONDS_TO_FIRST_LINE
+        else:
+            tenth = self.done * 10 // self.total > before * 10 // self.total
+            due = tenth and now - self._last_line >= SECONDS_BETWEEN_LINES
+        if due or self.done == self.total > before:
             self._last_line, elapsed = now, now - self._start
             remaining = elapsed / self.done * (self.total - self.done)
             times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(remaining)} left"
@@ -330,8 +304,8 @@ def hardware() -> str:
     count = world_size()
     if torch.cuda.is_available():
         return f"{count} × {torch.cuda.get_device_name()}"
-    processes = f"{count} CPU process{'es' if count > 1 else ''}"
-    return f"{processes} on {os.cpu_count()} cores of {cpu_name()}"
+    cores = counted(os.cpu_count() or 1, "core")
+    return f"{counted(count, 'CPU process', 'CPU processes')} on {cores} of {cpu_name()}"
 
 
 def cpu_name() -> str:

@@ -42,7 +42,7 @@ def server() -> multiprocessing.context.ForkServerContext:
 
 def be_process(rank: int, processes: int, port: int, words: list[str], log: Path, script: str = SCRIPT) -> None:
     """Be one process of a run, as torchrun would have started it."""
-    from common.runtime import run
+    from common.training.start import _leave_process_group
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -51,7 +51,12 @@ def be_process(rank: int, processes: int, port: int, words: list[str], log: Path
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(ROOT)
     sys.argv = [script, *words]
-    run(import_module(script.removesuffix(".py")).main)
+    module = import_module(script.removesuffix(".py"))
+    try:
+        module.run(module.main, module.parse_args())
+    except SystemExit:
+        _leave_process_group()  # multiprocessing leaves out what is registered with atexit
+        raise
 
 
 def finetune_forked(

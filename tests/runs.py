@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ from conftest import TINY, torchrun
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-import finetune_hf_trainer_docvqa as docvqa
+from common.arguments import Parser
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
-from common.runtime import InputError
+from common.process import InputError
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 
@@ -119,9 +120,15 @@ def write_random_model(directory: Path) -> Path:
     return directory
 
 
-def message(monkeypatch, data, output, **options):
-    """What the script says when it refuses to run, in this process."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, output, **options)])
+def message(monkeypatch, data, output, script=SCRIPT, **options):
+    """What a script says when it refuses to run, in this process."""
+
+    def refuse(parser, text):
+        raise InputError(text)
+
+    monkeypatch.setattr(Parser, "error", refuse)
+    monkeypatch.setattr(sys, "argv", [script, *flags(data, output, **options)])
+    module = import_module(script.removesuffix(".py"))
     with pytest.raises(InputError) as error:
-        docvqa.main()
+        module.main(module.parse_args())
     return str(error.value)

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-import common  # noqa: F401  registers the processor
+import common.phi3v  # noqa: F401  registers the processor
 from common.data.conversations import encode_conversation
 from tools.check_data import main
 

@@ -106,9 +106,9 @@ def test_a_turn_has_no_beginning_of_text_of_its_own(processor):
         ({"conversations": [turn("Hi", "Ho")], "system": "<|end|>"}, '"system" contains the special token <|end|>'),
         (
             {"conversations": [turn("<image> or <image>?", "Ho", "a")]},
-            '"user" has 2 <image> mark(s), but the turn has 1 image(s)',
+            '"user" has 2 <image> marks, but the turn has 1 image',
         ),
-        ({"conversations": [turn("What is an <image>?", "Ho")]}, '"user" has 1 <image> mark(s), but the turn has 0 image(s)'),
+        ({"conversations": [turn("What is an <image>?", "Ho")]}, '"user" has 1 <image> mark, but the turn has 0 images'),
         ({"conversations": [turn("<image> <|image_1|>", "Ho", "a")]}, "use one mark per image, and no tags beside them"),
         ({"conversations": [turn("Look", "<image>", "a")]}, 'only allowed in "user", but "assistant" contains <image>'),
         ({"conversations": [turn("Look", "Ho", "data:image/png;base64," + "A" * 9000)]}, "AAAA… (9,022 characters)"),

@@ -158,7 +158,10 @@ def test_the_evaluation_loss(batches, packing):
     """The Trainer's own loop on a model that is there; nothing of a Trainer is needed but what the loop reads."""
     batch = batches[packing, False]
     trainer = SimpleNamespace(
-        flags=SimpleNamespace(bf16=True, tqdm=False, eval_metric_steps=None), _eval_batches=2, eval_dataset=[1], state=None
+        flags=SimpleNamespace(batch_size_per_gpu=1, bf16=True, tqdm=False, eval_metric_steps=None),
+        _eval_batches=2,
+        eval_dataset=[1],
+        state=None,
     )
     found = []
     for device in (torch.device("cpu"), CUDA):

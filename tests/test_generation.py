@@ -126,7 +126,7 @@ def test_prompts_with_the_same_prefix_come_together():
 GROUP_IS_TOLD_TO_END = """
 import argparse, os, signal
 os.setsid()
-import common
+import common.phi3v
 from transformers import AutoModelForCausalLM, AutoProcessor
 from common.evaluation.generation import generate_answers
 

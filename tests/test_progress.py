@@ -66,7 +66,7 @@ def test_without_a_bar_there_are_plain_lines(screen, clock, terminal, bar):
     assert shown.getvalue().splitlines() == [
         f"Reading: {share}%, {20 * share:,} of 2,000 files, {elapsed} elapsed, {left} left, loss 0.5"
         for share, elapsed, left in [
-            (10, "00:12", "01:48"),
+            (5, "00:06", "01:54"),  # what takes more than two seconds says so
             (20, "00:24", "01:36"),
             (30, "00:36", "01:24"),
             (40, "00:48", "01:12"),
@@ -83,8 +83,21 @@ def test_without_a_bar_there_are_plain_lines(screen, clock, terminal, bar):
 def test_what_is_quick_says_only_that_it_is_done(screen, clock):
     shown = screen(terminal=False)
     for _ in track(range(40), "Reading", "files"):
-        clock.now += 0.125
-    assert shown.getvalue() == "Reading: 100%, 40 of 40 files, 00:05 elapsed, 00:00 left\n"
+        clock.now += 0.0375
+    assert shown.getvalue() == "Reading: 100%, 40 of 40 files, 00:01 elapsed, 00:00 left\n"
+
+
+def test_the_items_of_all_processes_are_counted(screen, clock, monkeypatch):
+    shown = screen(terminal=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with Progress("Reading", "files", 10, shared=True) as progress:
+        for _ in range(3):  # of the main process; the others have 3, 2 and 2
+            clock.now += 3
+            progress.update()
+    assert shown.getvalue().splitlines() == [
+        "Reading: 40%, 4 of 10 files, 00:03 elapsed, 00:04 left",
+        "Reading: 100%, 10 of 10 files, 00:09 elapsed, 00:00 left",
+    ]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -158,9 +171,9 @@ def test_training_without_a_bar_writes_plain_lines(screen, clock, capsys, termin
     shown = screen(terminal)
     train(clock, bar, **logs)
     assert capsys.readouterr().out.splitlines() == [
-        f"step 15 of 20, 00:15 left: {figures}",
-        f"step 20 of 20, 00:00 left: {figures}",
-        "step 20 of 20, 00:00 left: evaluation loss 1.2500, anls 0.5000",
+        f"step 15 of 20, 00:15 elapsed, 00:15 left: {figures}",
+        f"step 20 of 20, 00:30 elapsed, 00:00 left: {figures}",
+        "step 20 of 20, 00:30 elapsed, 00:00 left: evaluation loss 1.2500, anls 0.5000",
     ]
     assert shown.getvalue() == ""
 

@@ -87,7 +87,7 @@ SAID = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Noise."}]
         ({"conversations": [{"from": "system", "value": "A"}, *SAID], "system": "B"}, "a system prompt twice"),
         (
             {"images": ["0.png", "1.png"], "conversations": [SAID[0] | {"value": "<image>"}, SAID[1]]},
-            "2 image(s) and 1 <image>",
+            "2 images and 1 <image>",
         ),
         (row("data:image/png;base64," + "A" * 26_711), "must be a list of file names or images, got data:image/png"),
         (row("0.png", assistant="A <|image_1|>."), 'image tags are only allowed in "user"'),

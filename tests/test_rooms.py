@@ -11,7 +11,7 @@ from conftest import ROOT
 
 COMMON = ROOT / "common"
 # From the ground up; each may import what stands before it.
-ROOMS = ("runtime", "phi3v", "arguments", "data", "model", "evaluation", "report", "training")
+ROOMS = ("process", "runtime", "phi3v", "arguments", "data", "model", "evaluation", "report", "training")
 MOST_FLOORS = 6
 
 
@@ -48,7 +48,7 @@ def edges():
                 yield room_of(path), parts[1]
 
 
-def test_there_are_eight_rooms():
+def test_there_are_nine_rooms():
     assert {room_of(path) for path in modules()} == set(ROOMS)
 
 
@@ -91,8 +91,8 @@ def test_a_room_gives_its_modules_and_nothing_else():
         assert path.parent.name == "phi3v" or len(tree.body) == 1, path
 
 
-def test_the_model_and_the_runtime_know_no_other_room():
-    assert not [edge for edge in edges() if edge[0] in ("phi3v", "runtime")]
+def test_the_model_and_the_process_know_no_other_room():
+    assert not [edge for edge in edges() if edge[0] in ("phi3v", "process")]
 
 
 def test_flags_are_not_rewritten():
@@ -120,7 +120,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(name):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("common", ["matplotlib", "sklearn", "bitsandbytes"]),
+        ("common.phi3v", ["matplotlib", "sklearn", "bitsandbytes"]),
         # PEFT, which transformers' Trainer imports, loads bitsandbytes itself.
         ("finetune_hf_trainer_hateful_memes", ["matplotlib", "sklearn"]),
     ],

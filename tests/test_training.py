@@ -136,7 +136,7 @@ def test_two_processes_are_one_run(data, tmp_path):
         "one at a time": dict(processes=1, batch_size_per_gpu=1),
         "two processes": dict(processes=2, batch_size_per_gpu=4),
         "padded": dict(processes=2, batch_size_per_gpu=2, **{"no-packing": True}),
-        "budget": dict(processes=2, max_tokens_per_batch=900),
+        "budget": dict(processes=2, batch_size_per_gpu=None, max_tokens_per_batch=900),
     }
     logs = {name: finetune_forked(data, tmp_path / name, **common, **options) for name, options in runs.items()}
     for name, log in logs.items():

@@ -33,6 +33,7 @@ from common.data.sources import content_hash, file_faults, listed_images, parse_
 from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import MAX_CROPS
+from common.process import counted
 from common.runtime import InputError, Progress, excerpt, limit_library_bars
 
 LINES_AT_ONCE = 500
@@ -297,8 +298,8 @@ def check_files(files: list[Path], image_dir: Path | None, checker: Checker, bar
 def print_report(report: Report) -> None:
     """Print the counts, token statistics and all problems."""
     for path, num_rows in report.num_rows.items():
-        print(f"{path}: {num_rows:,} rows")
-    print(f"{report.num_images.total():,} images")
+        print(f"{path}: {counted(num_rows, 'row')}")
+    print(counted(report.num_images.total(), "image"))
     if report.tokens:
         tokens = np.array(report.tokens)
         low, high = int(tokens.min()), int(tokens.max())

@@ -22,7 +22,7 @@ from PIL import Image
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.processing import IMAGE_TAG, SPECIAL_TOKEN, check_image_numbers, image_numbers
-from common.runtime import InputError, excerpt
+from common.process import InputError, counted, excerpt
 
 from .pictures import Picture, check_picture, picture_size
 
@@ -161,7 +161,7 @@ def _place_images(turns: list[dict[str, Any]], images: Any, place: str) -> None:
         return
     marks = [turn["user"].count(IMAGE_MARK) for turn in turns]
     if any(turn["images"] for turn in turns) or sum(marks) not in (0, len(images)):
-        counts = f"{len(images)} image(s) and {sum(marks)} {IMAGE_MARK} mark(s)"
+        counts = f"{counted(len(images), 'image')} and {counted(sum(marks), f'{IMAGE_MARK} mark')}"
         raise InputError(f"the row has {counts}: use one mark per image, or none", place)
     marks = marks if any(marks) else [len(images)]
     ends = [sum(marks[:number]) for number in range(len(marks) + 1)]
@@ -220,7 +220,7 @@ def _turn_faults(turn: dict[str, Any]) -> Iterator[str]:
         return
     marks = str(turn.get("user")).count(IMAGE_MARK)
     if marks and (marks != len(images) or IMAGE_TAG.search(turn["user"])):
-        counts = f"{marks} {IMAGE_MARK} mark(s), but the turn has {len(images)} image(s)"
+        counts = f"{counted(marks, f'{IMAGE_MARK} mark')}, but the turn has {counted(len(images), 'image')}"
         yield f'"user" has {counts}: use one mark per image, and no tags beside them'
 
 

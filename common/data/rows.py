@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.runtime import InputError, say
+from common.process import InputError, counted, say
 
 MAX_REPORTED = 10  # further invalid rows are only counted
 
@@ -137,4 +137,4 @@ class BadRows:
     def report(self, what: str) -> None:
         """Print the number of skipped rows, if any."""
         if self.count:
-            say(f"{what}: {self.count:,} invalid rows skipped (--skip_bad_rows)")
+            say(f"{what}: {counted(self.count, 'invalid row')} skipped (--skip_bad_rows)")

@@ -114,7 +114,7 @@ class TrainingData(Dataset):
         rows = np.flatnonzero(self._varies)
         if len(rows):
             share = rows[rank() :: world_size()]
-            with Progress("Planning batches", "rows", len(share), bar) as progress:
+            with Progress("Planning batches", "rows", len(rows), bar, shared=True) as progress:
                 own = self._measure(epoch, share, progress.update)
             for index, (measured, varies) in enumerate(gather(own)):
                 self._measured[rows[index :: world_size()]] = measured

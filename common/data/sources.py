@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
 
+from common.process import counted
 from common.runtime import InputError, Progress, first_on_each_machine, gather, parse_json, rank, replacing, say, world_size
 
 from .conversations import (
@@ -225,7 +226,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     """
     table = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path, skip_bad))))
     if skip_bad and (count := sum(1 for _ in read_json_lines(path)) - len(table)):
-        say(f"{path}: {count:,} invalid rows skipped (--skip_bad_rows)")
+        say(f"{path}: {counted(count, 'invalid row')} skipped (--skip_bad_rows)")
     table = table.select(range(min(limit or len(table), len(table))))
     turns = [chunk.flatten() for chunk in table.data.column("conversations").chunks]
     names = pa.chunked_array([pc.struct_field(chunk, "images").flatten() for chunk in turns]).unique()
@@ -348,7 +349,7 @@ def check_all(
     ``check`` raises an :class:`~common.runtime.InputError` for an invalid item; ``what`` names the items in messages.
     """
     found: list[tuple[int, InputError]] = []
-    with Progress(f"Checking {what}", what, len(range(rank(), count, world_size())), bar) as progress:
+    with Progress(f"Checking {what}", what, count, bar, shared=True) as progress:
         for index, item in islice(enumerate(items), rank(), None, world_size()):
             try:
                 check(item)

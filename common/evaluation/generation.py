@@ -24,7 +24,7 @@ from common.model.loading import autocast, base_model
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.cache import new_cache
 from common.phi3v.processing import control_token_ids, pad_rows, stop_token_ids
-from common.runtime import InputError, gather, rank, track, world_size
+from common.runtime import InputError, Progress, gather, rank, world_size
 
 T = TypeVar("T")
 
@@ -346,8 +346,10 @@ def _prompt_batches(
         num_workers=min(args.dataloader_num_workers, len(batches)),
     )
     device = base_model(model).device
-    for indices, batch in zip(batches, track(loader, "Evaluating", "batches", args.tqdm), strict=True):
-        yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+    with Progress("Evaluating", "samples", len(lengths), args.tqdm, shared=True) as progress:
+        for indices, batch in zip(batches, loader, strict=True):
+            yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+            progress.update(len(indices))
 
 
 def _gather_by_index(results: dict[int, T]) -> list[T]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -45,6 +45,15 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
         if distance < ANLS_THRESHOLD:
             best = max(best, 1.0 - distance)
     return best
+
+
+def exact(prediction: str, answers: Sequence[str]) -> float:
+    """1 if a prediction equals a reference answer, ignoring case, and whitespace and periods at both ends; otherwise 0."""
+    return float(normalise_answer(prediction) in map(normalise_answer, answers))
+
+
+# Score, 0 to 1, of a prediction by its reference answers.
+METRICS: dict[str, Callable[[str, list[str]], float]] = {"exact": exact, "anls": anls}
 
 
 def accuracy(correct: Sequence[float]) -> float:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.runtime import is_main_process, write_file
+from common.process import counted, is_main_process
+from common.runtime import write_file
 
 from .metrics import normalise_answer
 
@@ -73,7 +74,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         metrics = (f"{name.removeprefix('eval_')} {value:.4f}" for name, value in self.logs.items())
-        return f"{', '.join(metrics)} on {len(self.predictions)} samples"
+        return f"{', '.join(metrics)} on {counted(len(self.predictions), 'sample')}"
 
 
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:

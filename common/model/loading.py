@@ -16,7 +16,7 @@ from common.arguments import Setup, trained_parts, uses_adapters
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
 from common.phi3v.parts import PARTS, lora_targets, part_of, unquantized_modules
-from common.runtime import InputError
+from common.process import InputError, say
 
 from .checkpoint import load_weights, read_config
 from .lora import fuse_lora
@@ -136,6 +136,7 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     InputError
         If weights are corrupted, missing or have the wrong shape, or PEFT rejects the adapter settings.
     """
+    say("Loading the model")
     device, compute_dtype = setup.device, DTYPES[setup.precision]
     if args.use_liger_kernel:
         use_liger_kernel(device)

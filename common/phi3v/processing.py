@@ -38,7 +38,7 @@ def check_image_numbers(numbers: Sequence[int], num_images: int) -> None:
     if sorted(set(numbers)) != list(range(1, num_images + 1)):
         tags = ", ".join(f"<|image_{number}|>" for number in sorted(set(numbers))[:5]) or "none"
         raise ValueError(
-            f"the text's image tags ({tags}) do not match its {num_images} image(s): "
+            f"the text's image tags ({tags}) do not match its {num_images} image{'' if num_images == 1 else 's'}: "
             f"number the tags consecutively from <|image_1|>, and give one image per tag"
         )
 

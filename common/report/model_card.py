@@ -40,7 +40,7 @@ CARD = """\
 Run this in the directory of the finetuning recipes, where `common` contains the model's code:
 
 ```python
-import common, {{ "peft, " if adapter }}torch, transformers
+import common.phi3v, {{ "peft, " if adapter }}torch, transformers
 model = {{ loader }}ForCausalLM.from_pretrained({{ name }}, dtype=torch.bfloat16)
 processor = transformers.AutoProcessor.from_pretrained({{ name }})
 ```

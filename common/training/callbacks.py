@@ -12,7 +12,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.phi3v.parts import part_of
-from common.runtime import InputError, gather, say, stop_at_once, sum_over_processes
+from common.process import InputError, counted, say, stop_at_once
+from common.runtime import gather, sum_over_processes
 
 FinetuningTrainer = Any  # the module of that class imports this one
 
@@ -117,7 +118,7 @@ class CheckNumbers(TrainerCallback):
         if self.bad >= (SKIPPED_STEPS if args.fp16 and trainer.accelerator.optimizer_step_was_skipped else self.limit):
             first = state.global_step - self.bad
             raise InputError(
-                f"loss or gradient was not finite for {self.bad} step(s) in a row, first in step {first + 1}"
+                f"loss or gradient was not finite for {counted(self.bad, 'step')} in a row, first in step {first + 1}"
                 f"{trainer.rows_of(first)}: nothing was saved since; check these rows, use a lower --learning_rate or a longer "
                 "--warmup_steps, and restart with --resume_from_checkpoint auto"
             )

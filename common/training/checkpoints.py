@@ -27,7 +27,8 @@ from common.data.samples import TrainingData
 from common.data.streaming import StreamedData
 from common.model.adapters import fingerprint
 from common.model.checkpoint import find_snapshot
-from common.runtime import InputError, gather, local_rank, on_main_process, read_json, replacing
+from common.process import InputError, counted, local_rank
+from common.runtime import gather, on_main_process, read_json, replacing
 
 # Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"
@@ -256,7 +257,9 @@ def check_plan(checkpoint: Path, plan: dict[str, Any], accepted: list[str]) -> s
     now = plan["steps"]
     before = read_json(checkpoint / TOTALS, "use an earlier checkpoint")["settings"].get("steps", now)
     if now < done:
-        raise InputError(f"it has made {done} steps, more than the {now} of this run", f"--resume_from_checkpoint {checkpoint}")
+        raise InputError(
+            f"it has made {counted(done, 'step')}, more than the {now} of this run", f"--resume_from_checkpoint {checkpoint}"
+        )
     check_resumable(checkpoint, plan, [*accepted, "steps"] if now > before else accepted)
     if now == before:
         return None

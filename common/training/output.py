@@ -15,7 +15,7 @@ LOCK = "_lock"  # files that begin with _ are not pushed to the Hub
 RESULTS = ("model*.safetensors", "adapter_model.safetensors", "eval_after.json")
 OTHER_FILES = (
     *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "training_args.bin", "README.md"),
-    *("report.html", "curves", "gallery", "runs", "base_model.json", "adapter_config.json", "config.json"),
+    *("evaluation.json", "report.html", "curves", "gallery", "runs", "base_model.json", "adapter_config.json", "config.json"),
     *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
 )

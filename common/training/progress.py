@@ -46,11 +46,13 @@ class TrainingProgress(TrainerCallback):
         if not values or not state.is_world_process_zero:
             return
         step, last = state.global_step, state.max_steps
-        left = (time.monotonic() - self.start_time) / max(1, step - self.first_step) * (last - step)
+        elapsed = time.monotonic() - self.start_time
+        left = elapsed / max(1, step - self.first_step) * (last - step)
         if self.show_bar:
             self.bar.set_postfix_str(values)
         else:
-            print(f"step {step} of {last}, {tqdm.format_interval(left)} left: {values}", flush=True)
+            times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(left)} left"
+            print(f"step {step:,} of {last:,}, {times}: {values}", flush=True)
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -1,4 +1,4 @@
-"""The start of a run: check the flags, join the other processes, and determine the settings that depend on the machine."""
+"""The start of a run: join the other processes, and determine the settings that depend on the machine."""
 
 from __future__ import annotations
 
@@ -19,19 +19,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
-from common.arguments import Setup, check_arguments
+from common.arguments import Setup
 from common.model.checkpoint import fetch_checkpoint
 from common.model.loading import choose_attention, training_precision
-from common.runtime import (
-    InputError,
-    cores_per_process,
-    first_on_each_machine,
-    limit_library_bars,
-    local_world_size,
-    on_main_process,
-    say,
-    world_size,
-)
+from common.process import InputError, counted, local_world_size, say, world_size
+from common.runtime import cores_per_process, first_on_each_machine, limit_library_bars, on_main_process
 
 from .checkpoints import find_checkpoint, run_identity
 from .deepspeed import allow_states, choose_deepspeed, do_without_compiler, zero_stage
@@ -54,23 +46,29 @@ def _leave_process_group() -> None:
 
 
 def start(args: argparse.Namespace) -> Setup:
-    """Check the flags, join the other processes, and determine the settings that depend on the machine and the model.
+    """Join the other processes, and determine the settings that depend on the machine and the model.
 
     Raises
     ------
     InputError
         If a flag is invalid, or not supported by this machine or model.
     """
-    check_arguments(args)
     on_gpu = torch.cuda.is_available()
     _prepare_environment(on_gpu)
     _check_gpus()
+    if world_size() > local_world_size():
+        say(f"Connecting {world_size()} processes on several machines")
     device = PartialState(cpu=not on_gpu, timeout=TIMEOUT).device
     atexit.register(_leave_process_group)
     _silence_libraries(args.tqdm)
     _check_integrations(args, on_cpu=not on_gpu)
-    revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))
     precision = training_precision(args.bf16, device)
+    if args.eval_only:
+        on_main_process(lambda: lock(args.output_dir))
+        return Setup(device, precision, attention="sdpa")
+    if not Path(args.model_name_or_path).is_dir():
+        say(f"Loading {args.model_name_or_path} from the Hub or its cache")
+    revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))
     attention, reason = choose_attention(args.attn_implementation, args.use_flash_attention, device)
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)
@@ -123,7 +121,7 @@ def _check_gpus() -> None:
         )
     if processes > gpus > 0:
         raise InputError(
-            f"torchrun --nproc_per_node={processes}: this machine has {gpus} GPU(s), and each process requires one"
+            f"torchrun --nproc_per_node={processes}: this machine has {counted(gpus, 'GPU')}, and each process requires one"
         )
 
 

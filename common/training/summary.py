@@ -16,7 +16,7 @@ from common.data.streaming import StreamedBatches
 from common.model.loading import count_parameters
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.parts import PARTS
-from common.runtime import world_size
+from common.process import counted, world_size
 
 from .memory import Trial, state_bytes
 
@@ -83,7 +83,7 @@ def summarize(
         "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
         "batch": _batch(args, processes, batches.accumulation),
-        "steps": f"{steps:,} on {num_rows:,} rows, {_schedule(args, steps)}",
+        "steps": f"{steps:,} on {counted(num_rows, 'row')}, {_schedule(args, steps)}",
         "samples": f"{low:,} to {high:,} tokens (mean {mean:,.0f}), {views:.1f} crops and global views on average",
         "recompute": RECOMPUTATION[recomputation] + (" (auto)" if args.gradient_checkpointing == "auto" else ""),
     }
@@ -115,7 +115,7 @@ def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | Streamed
 def approximate_duration(seconds: float) -> str:
     """Return a duration in seconds, minutes or hours, as text."""
     if seconds < 90:
-        return f"{seconds:.0f} seconds"
+        return counted(round(seconds), "second")
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
@@ -127,12 +127,12 @@ def _schedule(args: argparse.Namespace, steps: int) -> str:
 
 
 def _batch(args: argparse.Namespace, count: int, accumulation: int) -> str:
-    processes = f"{count} process{'es' if count > 1 else ''}"
+    processes = counted(count, "process", "processes")
     if args.max_tokens_per_batch:
-        share = f"{accumulation} micro-batches of up to {args.max_tokens_per_batch:,} tokens"
+        share = f"{counted(accumulation, 'micro-batch', 'micro-batches')} of up to {args.max_tokens_per_batch:,} tokens"
     else:
         share = f"{args.batch_size_per_gpu} per micro-batch × {accumulation} accumulation"
-    return f"{args.batch_size} samples per step = {processes} × {share}"
+    return f"{counted(args.batch_size, 'sample')} per step = {processes} × {share}"
 
 
 def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str) -> float:
@@ -153,4 +153,4 @@ def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} thread(s) per process"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} per process"

@@ -35,20 +35,16 @@ from common.model.loading import autocast, base_model, compile_layers, set_gradi
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
+from common.process import InputError, counted, is_main_process, rank, say, world_size
 from common.report.run import remove_report, write_run
 from common.runtime import (
-    InputError,
+    Progress,
     broadcast,
     cores_per_process,
-    is_main_process,
     on_main_process,
-    rank,
     read_json,
-    say,
     set_timeout,
     sum_over_processes,
-    track,
-    world_size,
     write_file,
 )
 
@@ -113,7 +109,7 @@ def build_trainer(
         base_model=args.model_name_or_path,
         base_revision=setup.revision,
         method=method_name(args),
-        data=f"{source}: {len(train_data)} training rows, {len(eval_data)} evaluation rows",
+        data=f"{source}: {counted(len(train_data), 'training row')}, {counted(len(eval_data), 'evaluation row')}",
         hyperparameters=flags | resolved,
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
         question=eval_data.conversation(0, 0)["conversations"][0]["user"],
@@ -124,6 +120,7 @@ def build_trainer(
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
     if setup.zero_stage == 3:
         base_model(model).run_same_modules_always()
+    say("Estimating memory and time")
     flops = TrainingFlops(base_model(model))
     trial = estimate_memory(model, args, setup, flops)
     recomputation = args.gradient_checkpointing
@@ -310,7 +307,7 @@ class FinetuningTrainer(Trainer):
         if is_main_process() and path.is_file():
             before = read_json(path, "delete it").get("predictions", [])
             if [entry["prediction"] for entry in before] == [entry.prediction for entry in after.predictions]:
-                say(f"warning: all {len(before)} answers are the same as before training; check the learning rate and the data")
+                say("warning: no answer differs from before training; check the learning rate and the data")
         write_evaluation(self.flags.output_dir / "eval_after.json", after)
         self.log(after.logs)
         say(f"after finetuning: {after}; results saved in {self.flags.output_dir}", sys.stdout)
@@ -360,7 +357,8 @@ class FinetuningTrainer(Trainer):
         epoch, number = divmod(step, len(batches) // batches.accumulation)
         rows = sorted(set(epoch_steps(batches.num_rows, batches.batch_size, batches.seed, epoch)[number].tolist()))
         names = [str(self.train_dataset.place(row)) for row in rows[:NAMED_ROWS]]
-        return f" ({', '.join(names)}{f' and {len(rows) - NAMED_ROWS} others' if len(rows) > NAMED_ROWS else ''})"
+        more = f" and {counted(len(rows) - NAMED_ROWS, 'other')}" if len(rows) > NAMED_ROWS else ""
+        return f" ({', '.join(names)}{more})"
 
     def _apply_flags(self) -> None:
         """Set learning rates and weight decay by the flags, at this step of the schedule, after resuming restored old ones."""
@@ -462,11 +460,14 @@ class FinetuningTrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64)
         with autocast(self.model, self.flags.bf16):
             inputs: dict[str, Any]
-            for number, inputs in enumerate(track(dataloader, "Evaluating the loss", "batches", self.flags.tqdm)):
-                inputs = self._prepare_inputs(inputs)
-                loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
-                if number < self._eval_batches:
-                    totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
+            total = -(-len(self.eval_dataset) // self.flags.batch_size_per_gpu)
+            with Progress("Evaluating the loss", "batches", total, self.flags.tqdm, shared=True) as progress:
+                for number, inputs in enumerate(dataloader):
+                    inputs = self._prepare_inputs(inputs)
+                    loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
+                    if number < self._eval_batches:
+                        totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
+                    progress.update()
         totals = sum_over_processes(totals.float().to(self.args.device))
         metrics = {"eval_loss": (totals[0] / totals[1]).item()}
         every = self.flags.eval_metric_steps

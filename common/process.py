@@ -1,0 +1,102 @@
+"""This process: input errors, its rank, what it prints, how it ends. Imports no library, so that flags are checked at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+
+class InputError(ValueError):
+    """Invalid user input: a flag, a file or a row. A script exits with the message only, without a traceback.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong and how to fix it.
+    place : str, optional
+        Location of the error, put before the message: a flag, a file and line, or a dataset row.
+    """
+
+    def __init__(self, message: str, place: str | None = None) -> None:
+        super().__init__(f"{place}: {message}" if place else message)
+        self.place = place
+
+    def at(self, place: str | None) -> InputError:
+        """Return the same error with its location added."""
+        return InputError(str(self), place)
+
+
+def excerpt(value: object) -> str:
+    """Return a value as text for a message, in at most 80 characters."""
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """Return a number of things as text: ``1 row``, ``1,200 rows``; ``plural`` is the noun with an s by default."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def rank() -> int:
+    """Global rank of this process, as set by torchrun; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Number of processes on all machines, as set by torchrun; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Rank of this process on its machine, as set by torchrun; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine, as set by torchrun; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process has global rank 0."""
+    return rank() == 0
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line on the main process, to stderr by default."""
+    if is_main_process():
+        print(text, file=stream or sys.stderr, flush=True)
+
+
+def stop_at_once(number: int, _: Any = None) -> None:
+    """End this process now, as the handler of a signal."""
+    if is_main_process():
+        os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
+def fail(message: str, show: bool = True, others_may_go_on: bool = False) -> NoReturn:
+    """Exit with code 1 and show ``error: message`` as the last lines, below all that torchrun prints about a failed process.
+
+    Parameters
+    ----------
+    message : str
+    show : bool
+        False if another process of this machine shows the same message.
+    others_may_go_on : bool
+        torchrun shows the message only when all processes have ended. If that may take a while, it is printed now as well.
+    """
+    message = f"error: {message}"
+    if show:
+        # torchrun's summary ends with what this file says of the earliest failure; it counts whole seconds.
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}
+            Path(file).write_text(json.dumps({"message": details}), encoding="utf-8")
+        if not file or others_may_go_on:
+            print(message, file=sys.stderr, flush=True)
+    sys.exit(1)

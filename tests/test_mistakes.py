@@ -1,0 +1,174 @@
+"""What newcomers get wrong on the command line, and the one line that they are told, before anything slow is done."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from runs import message, write_docvqa
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+import finetune_hf_trainer_docvqa as docvqa
+import finetune_hf_trainer_hateful_memes as hateful_memes
+import finetune_hf_trainer_ucf101 as ucf101
+from common import arguments, process
+from common.phi3v import image_processing, parts
+
+# Flags, and what is said about them.
+MISTAKES = [
+    # misspelled
+    ("--lora_rnk 8", "unknown flag --lora_rnk: did you mean --lora_rank?"),
+    ("--learning-rate 1e-4", "unknown flag --learning-rate: did you mean --learning_rate?"),
+    ("--no_tqdm", "unknown flag --no_tqdm: did you mean --no-tqdm?"),
+    ("--Output_Dir=out", "unknown flag --Output_Dir: did you mean --output_dir?"),
+    ("--trust_remote_code", "unknown flag --trust_remote_code; --help lists all flags"),
+    # of other programs
+    ("--lr 1e-4", "unknown flag --lr: use --learning_rate"),
+    ("--epochs 2", "unknown flag --epochs: use --num_train_epochs"),
+    ("--model microsoft/Phi-3.5-vision-instruct", "unknown flag --model: use --model_name_or_path"),
+    ("--per_device_train_batch_size 2", "unknown flag --per_device_train_batch_size: use --batch_size_per_gpu"),
+    ("--gradient_accumulation_steps 8", "use --batch_size, the samples per step over all processes"),
+    ("--lora_alpha 16", "use --lora_alpha_ratio, alpha divided by the rank"),
+    ("--fp16", "use no flag: fp16 is the default on a GPU"),
+    ("--load_in_4bit", "use --use_qlora"),
+    ("--nproc_per_node=2", "torchrun's own flags come before the script"),
+    # values
+    ("--use_lora true", "unexpected 'true' after --use_lora; --help shows which flags take a value"),
+    ("--output_dir", "argument --output_dir: expected one argument"),
+    ("--num_crops four", "argument --num_crops: invalid int value: 'four'"),
+    ("--save_strategy step", "argument --save_strategy: invalid choice: 'step' (choose from 'no', 'steps', 'epoch')"),
+    ("--num_crops 0", "--num_crops must be from 1 to 16, got 0"),
+    ("--num_crops 17", "--num_crops must be from 1 to 16, got 17"),
+    ("--batch_size 5 --batch_size_per_gpu 2", "--batch_size 5 is not divisible by 1 process × --batch_size_per_gpu 2"),
+    ("--learning_rate 0", "--learning_rate must be above 0"),
+    ("--learning_rate inf", "--learning_rate must be a finite number, got inf"),
+    ("--projector_learning_rate nan", "--projector_learning_rate must be a finite number, got nan"),
+    ("--wd 1e999", "--wd must be a finite number, got inf"),
+    ("--warmup_steps nan", "--warmup_steps must be a finite number, got nan"),
+    ("--warmup_steps 2.5", "--warmup_steps must be an integer, or a fraction of all steps below 1, got 2.5"),
+    ("--use_lora --lora_alpha_ratio inf", "--lora_alpha_ratio must be a finite number, got inf"),
+    ("--max_eval_samples 0", "--max_eval_samples must be at least 1"),
+    ("--max_steps 0", "--max_steps must be at least 1, got 0"),
+    ("--train_only decoder,head", "--train_only decoder,head: unknown part 'head', expected decoder, vision, projector"),
+    # without effect, or in contradiction
+    ("--lora_rank 8", "--lora_rank requires --use_lora or --use_qlora"),
+    ("--use_dora", "--use_dora requires --use_lora or --use_qlora"),
+    ("--use_lora --use_qlora", "--use_qlora already trains LoRA adapters"),
+    ("--use_lora --train_only projector", "remove it, or --use_lora and --use_qlora"),
+    ("--freeze_vision_model --vision_learning_rate 1e-5", "vision is not trained, only decoder"),
+    ("--train_only projector --vision_learning_rate 1e-5", "vision is not trained, only projector"),
+    ("--use_flash_attention --attn_implementation eager", "are incompatible"),
+    ("--max_steps 5 --num_train_epochs 2", "--max_steps and --num_train_epochs both set the length of the run"),
+    ("--max_tokens_per_batch 9000 --batch_size_per_gpu 2", "has no effect with --max_tokens_per_batch: remove one of them"),
+    ("--save_steps 2", "--save_steps requires --save_strategy steps"),
+    ("--save_total_limit 2", "--save_total_limit requires --save_strategy steps or epoch"),
+    ("--eval_steps 2", "--eval_steps requires --eval_strategy steps"),
+    ("--hub_model_id me/mine", "--hub_model_id requires --push_to_hub"),
+    ("--accept_changes seed", "--accept_changes requires --resume_from_checkpoint"),
+    ("--load_best_model_at_end", "--load_best_model_at_end requires"),
+    ("--early_stopping_patience 2", "--early_stopping_patience requires --load_best_model_at_end"),
+    ("--eval_only --use_lora --learning_rate=1e-4", "--eval_only does not train: remove --use_lora, --learning_rate"),
+]
+OF_TASKS = [
+    (docvqa, "--data_dir a --full_train", "--streaming and --full_train read from the Hub"),
+    (hateful_memes, "--data_dir a --streaming", "--streaming reads from the Hub and cannot be used with --data_dir"),
+    (ucf101, "", "the following arguments are required: --data_dir"),
+    (ucf101, "--data_dri clips", "unknown flag --data_dri: did you mean --data_dir?"),
+    (ucf101, "--data_dir a --eval_split test --eval_file b.jsonl", "--eval_split has no effect with --eval_file"),
+    (ucf101, "--data_dir a --eval_only --train_file b.jsonl", "--eval_only does not train: remove --train_file"),
+    (hateful_memes, "--eval_by_likelihood --max_new_tokens 4", "--max_new_tokens has no effect with --eval_by_likelihood"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "expected"), [(docvqa, *mistake) for mistake in MISTAKES] + OF_TASKS)
+def test_a_flag(script, words, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        script.parse_args()
+    assert ended.value.code == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and expected in line
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"use_flash_attention": True}, "--use_flash_attention: no flash attention kernel runs on a CPU"),
+        ({"attn_implementation": "flash_attention_2"}, "flash-attn 2 is not installed"),
+        (
+            {"use_flash_attention": True, "attn_implementation": "varlen"},
+            "--use_flash_attention: no flash attention kernel runs on a CPU",
+        ),
+        ({"optim": "adam_of_mine"}, "--optim adam_of_mine: invalid optimizer"),
+        ({"report_to": "tensorbord"}, "--report_to tensorbord: "),
+        ({"report_to": "wandb"}, "--report_to wandb: "),
+        ({"use_liger_kernel": True}, "--use_liger_kernel: Liger's kernels require a GPU"),
+        ({"attn_implementation": "sdpa", "packing": True}, "--packing requires a variable-length attention kernel"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
+        ({"deepspeed": "common/deepspeed/zero3.json", "use_qlora": True}, "ZeRO-3"),
+        ({"resume_from_checkpoint": "no/such/checkpoint"}, "no such directory"),
+        ({"model_name_or_path": "/no/such/model"}, "no such directory"),
+        ({"model_name_or_path": "nobody/nothing"}, "no such directory, and the Hub cannot be reached"),
+        ({"data_dir": "/no/such/data"}, "--data_dir must be the folder of DocVQA's official files"),
+        ({"data_dir": None}, "without access to the Hub, use --data_dir"),
+    ],
+)
+def test_what_only_the_run_can_know(options, expected, monkeypatch, tmp_path):
+    data = write_docvqa(tmp_path / "data", train=4, val=2)
+    assert expected in message(monkeypatch, data, tmp_path / "out", **options)
+
+
+PROGRAMS = [path.name for path in sorted(ROOT.glob("finetune_hf_trainer_*.py"))]
+PROGRAMS += [f"tools/{name}.py" for name in ("demo", "evaluate", "merge_lora", "predict")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flags_are_read_before_torch_is_imported(program):
+    code = "import runpy, sys\ntry:\n runpy.run_path(sys.argv[1], run_name='__main__')\n"
+    code += "finally:\n assert 'torch' not in sys.modules"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for flag, status in (("--help", 0), ("--no_such_flag", 1)):
+        command = [sys.executable, "-c", code, ROOT / program, flag]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
+
+
+def test_help_takes_no_longer_than_python():
+    def seconds(*words):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert seconds("finetune_hf_trainer_docvqa.py", "--help") < seconds("-c", "pass") + 1
+
+
+def test_numbers_that_the_flags_repeat():
+    assert (arguments.PARTS, arguments.MAX_CROPS) == (parts.PARTS, image_processing.MAX_CROPS)
+
+
+@pytest.mark.parametrize("failing", [[0, 1], [1]])
+def test_torchruns_summary_ends_with_the_message(failing, tmp_path, monkeypatch, capsys):
+    """Whichever process fails first."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        process.fail("no rows are left")
+    assert capsys.readouterr() == ("", "")
+    files = {rank: tmp_path / ("error.json" if rank == failing[-1] else "none") for rank in failing}
+    failures = {rank: ProcessFailure(rank, 100 + rank, 1, str(file)) for rank, file in files.items()}
+    summary = str(ChildFailedError("script.py", failures)).splitlines()
+    assert summary[-2] == "  traceback : error: no rows are left"
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "error: no rows are left"
+
+
+def test_a_message_in_training_is_printed_before_torchruns_summary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit):
+        process.fail("no rows are left", others_may_go_on=True)
+    assert capsys.readouterr().err == "error: no rows are left\n"
+    assert (tmp_path / "error.json").exists()
