@@ -72,7 +72,7 @@ def predict(monkeypatch, capsys):
     def run(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
         capsys.readouterr()
-        tools.predict.main()
+        tools.predict.main(tools.predict.parse_args())
         return capsys.readouterr().out
 
     return run

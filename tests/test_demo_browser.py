@@ -224,7 +224,7 @@ def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path
         expect(page.get_by_text("Enter a question first.")).to_be_visible()
         ask(page, "What does <|image_2|> show?", [documents[0][0]])
         button.click()
-        expect(page.get_by_text("do not match its 1 image(s)")).to_be_visible(timeout=30_000)
+        expect(page.get_by_text("do not match its 1 image")).to_be_visible(timeout=30_000)
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
         ask(page, "What?", [str(tmp_path / "torn.png")])
@@ -292,4 +292,4 @@ def test_an_answer_nobody_waits_for_is_not_finished(adapter, documents):
 def test_a_model_that_is_not_there_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["demo", "--model", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match=r"error: .*nothing: no such directory"):
-        tools.demo.main()
+        tools.demo.main(tools.demo.parse_args())

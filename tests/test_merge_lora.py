@@ -63,7 +63,7 @@ def merge_lora(monkeypatch):
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["merge_lora", *map(str, arguments)])
-        tools.merge_lora.main()
+        tools.merge_lora.main(tools.merge_lora.parse_args())
 
     return run
 
@@ -146,13 +146,15 @@ def test_merging_leaves_a_directory_in_use_alone(lora, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_full_disk_leaves_nothing_behind(lora, merge_lora, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing_behind(lora, merge_lora, tmp_path, monkeypatch, capsys):
     def replace(source, destination):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tools.merge_lora.os, "replace", replace)
-    with pytest.raises(SystemExit, match=f"--output_dir {tmp_path / 'merged'} cannot be written .*No space left"):
+    with pytest.raises(SystemExit):
         merge_lora("--adapter", lora, "--output_dir", tmp_path / "merged")
+    said = capsys.readouterr().err
+    assert re.search(f"error: --output_dir {tmp_path / 'merged'} cannot be written .*No space left", said), said
     assert not list(tmp_path.iterdir())
 
 

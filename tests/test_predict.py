@@ -37,8 +37,9 @@ def test_predictions_do_not_depend_on_the_batch(lora, receipts, predict, tmp_pat
     flags = ("--model", lora, "--data_file", data_file, "--image_dir", receipts[0].parent, "--max_new_tokens", 6)
     run_tool("predict", *flags, "--output_file", tmp_path / "out" / "batched.jsonl", "--eval_batch_size", 4)
     batched = [json.loads(line) for line in (tmp_path / "out" / "batched.jsonl").read_text().splitlines()]
-    predictions = [row.pop("prediction") for row in batched]
+    predictions, scores = ([row.pop(name, None) for row in batched] for name in ("prediction", "scores"))
     assert batched == rows
+    assert scores == [None, {"exact": 0.0}, None, None]  # of the rows, one has an answer
     assert all(predictions)
     one_by_one = predict(*flags, "--eval_batch_size", 1, "--no-tqdm").splitlines()
     assert [json.loads(line)["prediction"] for line in one_by_one] == predictions
@@ -64,7 +65,7 @@ def test_bad_rows_are_named(row, message, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(f'{{"conversations": [{{"user": "fine"}}]}}\n{row}\n')
     with pytest.raises(ValueError, match=message):
-        tools.predict.read_rows(path, tmp_path, bar=False)
+        tools.predict.read_questions(path, tmp_path, bar=False)
 
 
 @pytest.mark.parametrize(

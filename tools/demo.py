@@ -13,7 +13,35 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from common.runtime import InputError
+from common.arguments import Parser
+from common.process import InputError, say
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a finetuned model or an adapter")
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help='model before finetuning, or "none" to omit it (default: from the adapter, or from run.json next to the model)',
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="maximum answer length in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces (default: %(default)s)"
+    )
+    parser.add_argument("--server_port", type=int, help="port to listen on (default: first free port from 7860)")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="disable progress bars while models are loaded")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1:
+        parser.error(f"--max_new_tokens: expected at least 1, got {args.max_new_tokens}")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and Gradio")
 
 # Gradio reads this variable on import.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -46,30 +74,6 @@ class Model(NamedTuple):
     network: Any
     # Returns the context in which the network is this model: for the base of an adapter, the adapter is disabled.
     context: Callable[[], AbstractContextManager] = nullcontext
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a finetuned model or an adapter")
-    parser.add_argument(
-        "--base",
-        metavar="DIR",
-        help='model before finetuning, or "none" to omit it (default: from the adapter, or from run.json next to the model)',
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="maximum answer length in tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--server_name", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces (default: %(default)s)"
-    )
-    parser.add_argument("--server_port", type=int, help="port to listen on (default: first free port from 7860)")
-    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="disable progress bars while models are loaded")
-    args = parser.parse_args()
-    if args.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens: expected at least 1, got {args.max_new_tokens}")
-    return args
 
 
 def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VProcessor]:
@@ -285,8 +289,7 @@ def theme() -> gr.themes.Base:
     )
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     limit_library_bars(args.tqdm)
     try:
         page = build_page(*load_models(args.model, args.base), args.max_new_tokens)
@@ -311,4 +314,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -13,29 +13,16 @@ not the weights that the adapter was trained with.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import sys
-import tempfile
-import warnings
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from common.arguments import Parser
+from common.process import InputError, fail, say
 
-from common.model.checkpoint import read_config
-from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
-from common.report.model_card import RUN_FILES, write_model_card
-from common.runtime import InputError, limit_library_bars, say, show_bars
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--adapter", required=True, metavar="DIR", help="directory or Hub id of the adapter")
     parser.add_argument(
         "--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory for the checkpoint"
@@ -47,6 +34,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the merged weights (default: as the base)")
     parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
+import os
+import shutil
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from common.model.checkpoint import read_config
+from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
+from common.report.model_card import RUN_FILES, write_model_card
+from common.runtime import limit_library_bars, show_bars
 
 
 def merge(
@@ -120,21 +126,20 @@ def base_dtype(adapter: Path, base: str | None) -> torch.dtype:
         return torch.float32  # loading the base reports the error
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
     limit_library_bars(args.tqdm)
     # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    dtype = DTYPES.get(args.dtype)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         merge(args.adapter, args.output_dir, dtype, args.base, args.original_base, args.tqdm)
     except (OSError, SafetensorError) as error:
-        sys.exit(f"error: --output_dir {args.output_dir} cannot be written ({error}); no partial output was kept")
+        fail(f"--output_dir {args.output_dir} cannot be written ({error}); no partial output was kept")
     except InputError as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     print(f"Wrote {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

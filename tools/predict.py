@@ -4,18 +4,47 @@ python -m tools.predict --model output/docvqa --images page.png --prompt "What i
 python -m tools.predict --model output/nlvr2 --images left.jpg right.jpg --prompt "Do both show a dog?"
 python -m tools.predict --model output/mine --data_file val.jsonl --image_dir images --output_file answers.jsonl
 
-A data file contains conversations in the general format. The last turn of each conversation is answered; a reference
-answer in the data is ignored. Each row is written to the output with the model's answer as "prediction".
+A data file contains conversations in the general format. The last turn of each conversation is answered. Each row is written
+to the output with the model's answer as "prediction" and, if the row has an answer, its "scores".
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import warnings
 from pathlib import Path
-from typing import Any
+
+from common.evaluation.metrics import METRICS
+from common.process import InputError, counted, fail, say
+from tools.flags import check_positive, prediction_parser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = prediction_parser(__doc__)
+    group = parser.add_argument_group("one question")
+    group.add_argument("--prompt", help="the question; <|image_1|>, <|image_2|>, … set the positions of the images")
+    group.add_argument("--images", nargs="+", default=[], metavar="FILE", help="image files, in the order of their numbers")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_file", type=Path, metavar="FILE", help="JSONL file to write (default: print)")
+    args = parser.parse_args()
+    if (args.prompt is None) == (args.data_file is None):
+        parser.error("expected either --prompt (with --images) or --data_file")
+    if args.data_file and args.images:
+        parser.error("--images requires --prompt; the images of a --data_file are listed in its rows")
+    if args.prompt is not None and (args.image_dir or args.output_file or args.metric != ["exact"]):
+        parser.error("--image_dir, --metric and --output_file require --data_file")
+    check_positive(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
+import json
+import warnings
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,75 +54,45 @@ from common.data.sources import file_faults, parse_object, read_json_lines
 from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
-from common.phi3v.image_processing import MAX_CROPS
-from common.runtime import InputError, limit_library_bars, say, track, write_file
+from common.runtime import limit_library_bars, track, write_file
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a model or an adapter")
-    group.add_argument("--base", metavar="DIR", help="directory or Hub id of an adapter's base (default: from the adapter)")
-    group.add_argument("--device", choices=("cuda", "cpu"), help="device to run on (default: cuda if available)")
-    group.add_argument(
-        "--num_crops",
-        type=int,
-        choices=range(1, MAX_CROPS + 1),
-        metavar="N",
-        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: as saved with the model)",
-    )
+class Question(NamedTuple):
+    """A row of a data file.
 
-    group = parser.add_argument_group("one question")
-    group.add_argument("--prompt", help="the question; <|image_1|>, <|image_2|>, … set the positions of the images")
-    group.add_argument("--images", nargs="+", default=[], metavar="FILE", help="image files, in the order of their numbers")
+    Attributes
+    ----------
+    place : str
+        File and line, for messages.
+    row : dict
+        The row as it is in the file.
+    conversation : dict
+        In the general format, with full image paths; see :mod:`common.data.conversations`.
+    expected : str, optional
+        Answer to the last turn.
+    """
 
-    group = parser.add_argument_group("many questions")
-    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file in the general format")
-    group.add_argument(
-        "--image_dir", type=Path, metavar="DIR", help="root folder of the image paths (default: the data file's)"
-    )
-    group.add_argument("--output_file", type=Path, metavar="FILE", help="JSONL file to write (default: print)")
-
-    group = parser.add_argument_group("generation")
-    group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
-    group.add_argument(
-        "--max_new_tokens", type=int, default=64, metavar="N", help="maximum answer length in tokens (default: %(default)s)"
-    )
-    group.add_argument(
-        "--dataloader_num_workers", type=int, default=2, metavar="N", help="processes that load images (default: %(default)s)"
-    )
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
-    args = parser.parse_args()
-    if (args.prompt is None) == (args.data_file is None):
-        parser.error("expected either --prompt (with --images) or --data_file")
-    if args.data_file and args.images:
-        parser.error("--images requires --prompt; the images of a --data_file are listed in its rows")
-    if args.prompt is not None and (args.image_dir or args.output_file):
-        parser.error("--image_dir and --output_file require --data_file")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU is available; omit the flag to run on the CPU")
-    for name in ("eval_batch_size", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    return args
+    place: str
+    row: dict[str, Any]
+    conversation: Conversation
+    expected: str | None
 
 
-def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, Any], Conversation]]:
-    """Read rows, convert them to conversations with full image paths and a placeholder as last answer, and check the images.
+def read_questions(path: Path, image_dir: Path, bar: bool) -> list[Question]:
+    """Read the rows of a data file, and check them and their images.
 
     Raises
     ------
     InputError
         With file and line.
     """
-    rows = []
+    questions = []
     for place, line in read_json_lines(path):
         row = parse_object(line, place)
         conversation = read_conversation(row, place)
         turns = conversation["conversations"]
-        turns[-1]["assistant"] = "?"
+        expected = turns[-1].get("assistant")
+        turns[-1]["assistant"] = expected or "?"
         for error in file_faults(conversation, place):
             raise error
         try:
@@ -101,10 +100,10 @@ def read_rows(path: Path, image_dir: Path, bar: bool) -> list[tuple[dict[str, An
                 turn["images"] = [picture_path(image_dir, name) for name in turn.get("images") or []]
         except InputError as error:
             raise error.at(place) from None
-        rows.append((place, row, conversation))
-    for place, _, conversation in track(rows, "Checking images", "rows", bar):
-        check_images(conversation, place)
-    return [(row, conversation) for _, row, conversation in rows]
+        questions.append(Question(place, row, conversation, expected or None))
+    for question in track(questions, "Checking images", "rows", bar):
+        check_images(question.conversation, question.place)
+    return questions
 
 
 def check_images(conversation: Conversation, place: str) -> None:
@@ -123,45 +122,60 @@ def check_images(conversation: Conversation, place: str) -> None:
             raise error.at(place) from None
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Answer the questions that the flags give, and print or write the answers."""
-    if args.data_file:
-        rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
-    else:
-        turn = {"images": args.images, "user": args.prompt, "assistant": "?"}
-        rows = [({}, {"conversations": [turn]})]
-        check_conversation(rows[0][1], "--prompt")
-        check_images(rows[0][1], "--images")
-
+def answer(conversations: list[Conversation], args: argparse.Namespace) -> list[str]:
+    """Load the model that the flags name, and answer the last turn of each conversation."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("no GPU is available; omit the flag to run on the CPU", "--device cuda")
+    say("Loading the model")
     model, processor = load_for_inference(args.model, device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops
     options = vars(args) | {"bf16": base_model(model).dtype == torch.bfloat16}
-    options["dataloader_num_workers"] = min(args.dataloader_num_workers, len(rows) - 1)
-    answers = generate_answers(model, processor, [conversation for _, conversation in rows], argparse.Namespace(**options))
+    options["dataloader_num_workers"] = min(args.dataloader_num_workers, len(conversations) - 1)
+    return generate_answers(model, processor, conversations, argparse.Namespace(**options))
 
+
+def predict(args: argparse.Namespace) -> None:
+    """Answer the questions that the flags give, and print or write the answers."""
     if args.prompt is not None:
-        print(answers[0])
+        turn = {"images": args.images, "user": args.prompt, "assistant": "?"}
+        conversation = {"conversations": [turn]}
+        check_conversation(conversation, "--prompt")
+        check_images(conversation, "--images")
+        print(answer([conversation], args)[0])
         return
-    lines = [
-        json.dumps(row | {"prediction": answer}, ensure_ascii=False) for (row, _), answer in zip(rows, answers, strict=True)
-    ]
+    questions = read_questions(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
+    lines, scores = [], []
+    answers = answer([question.conversation for question in questions], args)
+    for question, prediction in zip(questions, answers, strict=True):
+        row = question.row | {"prediction": prediction}
+        if question.expected:
+            row["scores"] = {name: METRICS[name](prediction, [question.expected]) for name in args.metric}
+            scores.append(row["scores"])
+        lines.append(json.dumps(row, ensure_ascii=False))
     if args.output_file is None:
         print("\n".join(lines))
-        return
-    write_file(args.output_file, "\n".join(lines) + "\n")
-    print(f"Wrote {len(lines)} answers to {args.output_file}")
+    else:
+        write_file(args.output_file, "\n".join(lines) + "\n")
+        say(f"{counted(len(lines), 'answer')} written to {args.output_file}")
+    if scores:
+        means = [f"{name} {fmean(row[name] for row in scores):.4f}" for name in args.metric]
+        say(f"{', '.join(means)} on {counted(len(scores), 'row')} with an answer")
 
 
-def main() -> None:
-    args = parse_args()
+def run_tool(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a tool; an input error, or a file that cannot be read or written, exits with its message and code 1."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
     limit_library_bars(args.tqdm)
     try:
-        predict(args)
+        main(args)
     except (OSError, InputError) as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
+
+
+def main(args: argparse.Namespace) -> None:
+    run_tool(predict, args)
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

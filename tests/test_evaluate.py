@@ -1,0 +1,56 @@
+"""Evaluation without training: `--eval_only` of the scripts, and `tools.evaluate`."""
+
+import json
+import sys
+from statistics import fmean
+
+import pytest
+from runs import write_docvqa
+
+import finetune_hf_trainer_docvqa as docvqa
+import tools.evaluate
+from common.evaluation.metrics import METRICS
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a program in this process, which spares the imports, and returns what it printed."""
+
+    def run(program, *words):
+        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, words)])
+        program.main(program.parse_args())
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_both_ways_give_the_same_answers(lora, run, tmp_path):
+    """An adapter on DocVQA's rows, and on the same questions in a file."""
+    data = write_docvqa(tmp_path / "data", train=0, val=3)
+    entries = json.loads((data / "val_v1.0_withQT.json").read_text())["data"]
+    turns = [
+        {"images": [entry["image"]], "user": f"{entry['question']}\nAnswer briefly.", "assistant": entry["answers"][0]}
+        for entry in entries
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"conversations": [turn]}) + "\n" for turn in turns))
+    shared = ["--num_crops", 1, "--max_new_tokens", 6, "--no-tqdm"]
+    said = run(docvqa, "--eval_only", "--model_name_or_path", lora, "--data_dir", data, "--output_dir", tmp_path, *shared)
+    by_script = json.loads((tmp_path / "evaluation.json").read_text())
+    assert f"anls {by_script['anls']:.4f}" in said and "on 3 samples" in said
+    flags = ["--model", lora, "--data_file", tmp_path / "data.jsonl", "--image_dir", data, "--metric", "anls", "exact"]
+    said = run(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json", *shared)
+    by_tool = json.loads((tmp_path / "scores.json").read_text())
+    answers = [entry["prediction"] for entry in by_tool["predictions"]]
+    assert answers == [entry["prediction"] for entry in by_script["predictions"]] and any(answers)
+    for name in ("anls", "exact"):
+        scores = [METRICS[name](entry["prediction"], entry["answers"]) for entry in by_tool["predictions"]]
+        assert by_tool[name] == fmean(scores) and f"{name} {fmean(scores):.4f}" in said
+    assert by_tool["metric"] == "anls"
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_question_without_an_answer_is_named(lora, run, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"conversations": [{"user": "Why?"}]}\n')
+    with pytest.raises(SystemExit):
+        run(tools.evaluate, "--model", lora, "--data_file", tmp_path / "data.jsonl")
+    assert "data.jsonl, line 1: the last turn has no answer" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Flags that tools.predict and tools.evaluate share. Imports nothing heavy, so that a wrong flag is reported at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from common.arguments import MAX_CROPS, Parser
+from common.evaluation.metrics import METRICS
+
+
+def prediction_parser(description: str | None) -> Parser:
+    """Create a parser of the flags for a model, a data file and generation."""
+    parser = Parser(description)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a model or an adapter")
+    group.add_argument("--base", metavar="DIR", help="directory or Hub id of an adapter's base (default: from the adapter)")
+    group.add_argument("--device", choices=("cuda", "cpu"), help="device to run on (default: cuda if available)")
+    group.add_argument(
+        "--num_crops",
+        type=int,
+        choices=range(1, MAX_CROPS + 1),
+        metavar="N",
+        help=f"maximum number of crops per image, 1 to {MAX_CROPS} (default: as saved with the model)",
+    )
+
+    group = parser.add_argument_group("data file")
+    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file in the general format")
+    group.add_argument(
+        "--image_dir", type=Path, metavar="DIR", help="root folder of the image paths (default: the data file's)"
+    )
+    group.add_argument(
+        "--metric", nargs="+", choices=METRICS, default=["exact"], help="how answers are scored (default: exact)"
+    )
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--eval_batch_size", type=int, default=8, metavar="N", help="prompts per batch (default: %(default)s)")
+    group.add_argument(
+        "--max_new_tokens", type=int, metavar="N", help="maximum answer length in tokens (default: 64, or that of the answers)"
+    )
+    group.add_argument(
+        "--dataloader_num_workers", type=int, default=2, metavar="N", help="processes that load images (default: %(default)s)"
+    )
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
+    return parser
+
+
+def check_positive(parser: Parser, args: argparse.Namespace) -> None:
+    """End the program if a flag that must be positive is not."""
+    for name in ("eval_batch_size", "max_new_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
