@@ -124,12 +124,13 @@ def predicted_table(results: dict[str, list[dict]]) -> str:
 
 
 def choice_table(results: dict[str, list[dict]]) -> str:
-    """Render the README's table: for each method its flags, the cheapest GPU that fits, and an H100."""
+    """Render the README's table: for each method its flags, and peak memory per GPU, speed and time of an epoch on two GPUs."""
     rows = []
     for key, found in predictions(results).items():
         fitting = {row["gpu"]: row for row in found if "ms" in row}
         cells = [
-            f"{row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 1}f} images/s, {hours(row)} h"
+            f"{row['peak_gb']:.0f} GB, {row['images_per_second']:.{0 if row['images_per_second'] >= 10 else 1}f} images/s, "
+            f"{hours(row)} h"
             for row in (next(iter(fitting.values())), fitting["H100"])
         ]
         title, flags = CHOICES[key]
