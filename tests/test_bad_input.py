@@ -22,7 +22,7 @@ from PIL import Image
 from runs import SCRIPT, flags, message, write_docvqa, write_random_model
 
 import finetune_hf_trainer_docvqa as docvqa
-import finetune_hf_trainer_ucf101 as ucf101
+import finetune_hf_trainer_jsonl as jsonl
 from common import runtime
 from common.data.collator import load_crops
 from common.data.loader import WorkerLoader
@@ -245,10 +245,10 @@ def be_process_with_hub(mini: Path, *arguments: object) -> None:
     be_process(*arguments)
 
 
-def be_process_of_ucf101(cache: Path, *arguments: object) -> None:
-    """Be one process of a run of the script for UCF-101 and the general format."""
+def be_process_of_jsonl(cache: Path, *arguments: object) -> None:
+    """Be one process of a run of the script for own data."""
     datasets.config.HF_DATASETS_CACHE = cache
-    docvqa.main = ucf101.main  # what be_process runs
+    docvqa.main = jsonl.main  # what be_process runs
     be_process(*arguments)
 
 
@@ -291,7 +291,7 @@ def test_bad_data_ends_every_process(damage, data, tmp_path):
         ('{"conversations": [{"user": "Why?"}]}', 'train.jsonl, line 2, turn 1: "assistant" must be a non-empty string'),
         (
             '{"conversations": [{"user": "Why?", "assistant": "So.", "images": ["gone.png"]}]}',
-            "images/gone.png is missing: put the file there",
+            "gone.png is missing: put the file there",
         ),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_p
     (tmp_path / "train.jsonl").write_text(f"{good}{row}\n")
     (tmp_path / "val.jsonl").write_text(good)
     words = flags(tmp_path, tmp_path / "out", train_file="train.jsonl", eval_file="val.jsonl")
-    codes, said = end(tmp_path / "log", *words, target=partial(be_process_of_ucf101, tmp_path / "cache"))
+    codes, said = end(tmp_path / "log", *words, target=partial(be_process_of_jsonl, tmp_path / "cache"))
     assert codes == [1, 1], said
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2 and all(expected in line for line in lines) and "Traceback" not in said

@@ -1,5 +1,7 @@
 """tools.check_data, run as its users run it."""
 
+import base64
+import io
 import json
 import os
 import pty
@@ -10,6 +12,7 @@ import sys
 import termios
 import time
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, TINY
@@ -32,7 +35,7 @@ def check(*flags):
 
 def problems(output):
     """The problems of a report, as (kind, message)."""
-    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|images in two files|empty file"
+    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|(?:similar )?images in two files|empty file"
     return re.findall(rf"^  ({kinds}): (.+)$", output, re.MULTILINE)
 
 
@@ -72,7 +75,10 @@ def test_counts_the_tokens_of_training(folder):
     data = write(folder / "data.jsonl", [*rows, "\n"])
     code, output = check("--data_file", data, "--num_crops", 9)
     assert code == 0, output
-    assert f"{data}: 100 rows\n3 images\n" in output
+    assert f"{data} (general format, one JSON object per line): 100 rows\n2 images in 100 rows\n" in output
+    assert "Rows by number of images: 98 with 0, 1 with 1, 1 with 2\n" in output
+    assert "Sizes: 200 × 500 (tall.png) to 400 × 300 pixels\n" in output
+    assert "Most frequent of 5 distinct answers: 'Yes.' in 96 rows, 96.0%: a model" in output
     assert "No problems." in output
     assert "Checking data: 100%, " in output  # no terminal: plain lines
 
@@ -168,8 +174,40 @@ def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick):
         ("row in two files", f"{val}, line 2: same images and texts as {train}, line 2"),
         ("images in two files", f"2 images of {val} are also in {train}, for example {val}, line 1: a/../wide.jpg"),
     ]
-    assert f"{train}: 5 rows" in output
-    assert f"{val}: 3 rows" in output
+    assert f"{train} (general format, one JSON object per line): 5 rows" in output
+    assert f"{val} (general format, one JSON object per line): 3 rows" in output
+
+
+def test_what_a_person_would_notice(folder):
+    """Copies of other sizes and compression, small and elongated images, long answers; and what the model sees."""
+    blocks = np.random.default_rng(0).integers(0, 255, (14, 18), dtype=np.uint8)
+    Image.fromarray(blocks).resize((1800, 1400)).convert("RGB").save(folder / "page.png")
+    with Image.open(folder / "page.png") as page:
+        page.resize((600, 467)).save(folder / "page.jpg", quality=60)
+    colours = ("red", "green", "blue", "#f00010")
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (60 + number, 50), colour).save(folder / f"{number}.png")
+    Image.new("L", (900, 100)).save(folder / "line.png")
+    rows = [row([name], ("What?", "Yes.")) for name in ("page.png", "line.png", *(f"{number}.png" for number in range(3)))]
+    train = write(folder / "train.jsonl", rows)
+    val = write(folder / "val.jsonl", [row([name], (f"<b>{name}?", "word " * 20)) for name in ("page.jpg", "3.png")])
+    flags = ("--max_new_tokens", 9, "--num_crops", 4, "--contact_sheet", folder / "sheet.html")
+    code, output = check("--data_file", train, val, *flags)
+    assert code == 0, output
+    assert "7 images in 7 rows\nRows by number of images: 7 with 1\nSizes: 60 × 50 (0.png) to 1,800 × 1,400 pixels\n" in output
+    assert "  4 images smaller than a crop (336 × 336 pixels): enlarged for the model\n" in output
+    assert "  1 image longer than 4 times the other side, most of all line.png, 900 × 100\n" in output
+    assert "Most frequent of 2 distinct answers: 'Yes.' in 5 rows, 71.4%" in output
+    assert f", {val}, line 1\n" in re.search(r"Longest answer: .*\n", output)[0]
+    assert "Near-duplicates: 1 pair of images that look alike, for example page.png and page.jpg\n" in output
+    similar = f"1 pair in {val} and {train}, for example {val}, line 1: page.jpg like page.png"
+    assert problems(output) == [("similar images in two files", similar)]
+    assert f"long answers: 2 answers longer than --max_new_tokens 9, for example {val}, line 1\n" in output
+    page = (folder / "sheet.html").read_text("utf-8")
+    assert page.count("<img ") == 7 and "<b>page.png</b> (largest): 1,800 × 1,400 pixels, 672 × 672 for\nthe model" in page
+    assert "&lt;b&gt;page.jpg?" in page and "<b>page.jpg?" not in page and "://" not in page
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])))
+    assert shown.width % 336 == 0 and shown.height % 336 == 0
 
 
 def test_many_rows_keep_their_order(folder):

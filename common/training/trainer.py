@@ -110,7 +110,7 @@ def build_trainer(
     write_run(
         args.output_dir,
         task=args.task,
-        base_model=args.model_name_or_path,
+        base_model=setup.base or args.model_name_or_path,
         base_revision=setup.revision,
         method=method_name(args),
         data=f"{source}: {len(train_data)} training rows, {len(eval_data)} evaluation rows",
