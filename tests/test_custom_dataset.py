@@ -42,9 +42,8 @@ def test_from_pictures_and_a_table_to_a_finetuned_model(tmp_path):
     assert after["exact"] > 0.9
 
 
-def test_every_format_trains_as_the_others(tmp_path, monkeypatch):
+def test_every_format_trains_as_the_others(tmp_path):
     """The same questions in each format of the guide: the same split, the same losses and the same answers."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     names = [f"{number}.png" for number in range(6)]
     for number, name in enumerate(names):
         Image.new("RGB", (60 + number, 50), (40 * number, 0, 0)).save(tmp_path / name)
