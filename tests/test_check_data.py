@@ -26,11 +26,19 @@ from tools.check_data import main
 COMMAND = [sys.executable, "-m", "tools.check_data", "--model_name_or_path", str(TINY)]
 
 
-def check(*flags):
-    """Run the tool in a process of its own; give its exit code and all that it says."""
-    result = subprocess.run([*COMMAND, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.returncode, result.stdout + result.stderr
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """Runs the tool in this process, which spares the imports; gives its exit code and all that it says."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["check_data", "--model_name_or_path", str(TINY), *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            main()
+        said = capsys.readouterr()
+        return ending.value.code, said.out + said.err
+
+    return run
 
 
 def problems(output):
@@ -70,7 +78,7 @@ GOOD_ROWS = [
 ]
 
 
-def test_counts_the_tokens_of_training(folder):
+def test_counts_the_tokens_of_training(folder, check):
     rows = [*GOOD_ROWS, *(row(None, ("word " * length, "Yes.")) for length in range(1, 97))]
     data = write(folder / "data.jsonl", [*rows, "\n"])
     code, output = check("--data_file", data, "--num_crops", 9)
@@ -98,7 +106,7 @@ def test_counts_the_tokens_of_training(folder):
     assert sum(count for *_, count in bars) == 100
 
 
-def test_all_problems_in_one_report(folder):
+def test_all_problems_in_one_report(folder, check):
     data = write(
         folder / "data.jsonl",
         [
@@ -145,7 +153,7 @@ def test_all_problems_in_one_report(folder):
     assert "1 warning: duplicate row 1" in output
 
 
-def test_quick_checks_pictures_as_a_run_does(folder):
+def test_quick_checks_pictures_as_a_run_does(folder, check):
     noise = bytearray((folder / "wide.jpg").read_bytes())
     noise[len(noise) // 2 : len(noise) // 2 + 2] = b"\xff\xc0"
     (folder / "damaged.jpg").write_bytes(noise)
@@ -158,7 +166,7 @@ def test_quick_checks_pictures_as_a_run_does(folder):
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
-def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick):
+def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick, check):
     """However a picture is named; its copies too, except with --quick."""
     (folder / "a").mkdir()
     (folder / "a/copy.png").write_bytes((folder / "tall.png").read_bytes())
@@ -178,7 +186,7 @@ def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick):
     assert f"{val} (general format, one JSON object per line): 3 rows" in output
 
 
-def test_what_a_person_would_notice(folder):
+def test_what_a_person_would_notice(folder, check):
     """Copies of other sizes and compression, small and elongated images, long answers; and what the model sees."""
     blocks = np.random.default_rng(0).integers(0, 255, (14, 18), dtype=np.uint8)
     Image.fromarray(blocks).resize((1800, 1400)).convert("RGB").save(folder / "page.png")
@@ -210,7 +218,7 @@ def test_what_a_person_would_notice(folder):
     assert shown.width % 336 == 0 and shown.height % 336 == 0
 
 
-def test_many_rows_keep_their_order(folder):
+def test_many_rows_keep_their_order(folder, check):
     """More rows than the workers get at once."""
     rows = [row(None, (f"Question {number}", "Yes.")) for number in range(3000)]
     rows[1500] = rows[7]
@@ -224,7 +232,7 @@ def test_many_rows_keep_their_order(folder):
     ]
 
 
-def test_unusable_flags(folder, monkeypatch, capsys):
+def test_unusable_flags(folder, monkeypatch, capsys, check):
     data = write(folder / "data.jsonl", GOOD_ROWS)
     empty = write(folder / "empty.jsonl", ["\n"])
     broken = write(folder / "broken.json", ["[{}, {]"])
@@ -284,8 +292,10 @@ def test_many_rows_in_seconds(folder):
     rows = [row([f"{number % 2000}.jpg"], (f"What is to be seen in picture {number}?", "Noise.")) for number in range(20_000)]
     data = write(folder / "data.jsonl", rows)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code, output = check("--data_file", data, "--quick")
-    assert code == 0, output
+    result = subprocess.run(
+        [*COMMAND, "--data_file", str(data), "--quick"], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
     # A minute per 100,000 rows for two cores that do nothing else, however busy this machine is.
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 2 * 12

@@ -62,7 +62,8 @@ def read_table(path: Path) -> Iterator[tuple[str, bytes]]:
         raise InputError(f"not UTF-8 ({error}): save it as CSV UTF-8", str(path)) from None
     header = text.partition("\n")[0]
     table = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True)
-    names, first = [], 1
+    names: list[str] = []
+    first = 1
     try:
         for fields in table:
             place, first = f"{path}, line {first}", table.line_num + 1
