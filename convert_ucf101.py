@@ -13,43 +13,21 @@ dataset are removed. The JSONL files are written last, when all images exist.
 """
 
 import argparse
-import hashlib
-import io
 import json
 import lzma
 import os
-import re
-import signal
 import sys
 import tarfile
-import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path, PurePosixPath
 
-import av
-from PIL import Image
-from tqdm import tqdm
+from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
-LARGEST_CLIP = 2**30  # bytes; a clip is read into memory
-JPEG_QUALITY = 95
-JPEG_END = b"\xff\xd9"  # missing from a truncated file
-COMMENT_START = "convert_ucf101:"
-
-
-class SourceError(ValueError):
-    """The source is invalid; the message contains the location and a remedy."""
-
-
-class BrokenClip(ValueError):
-    """No frame of a clip can be decoded."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,13 +50,6 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--no-tqdm", action="store_true", help="print plain lines instead of progress bars")
     return parser.parse_args()
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -212,98 +183,6 @@ def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[P
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Conversion of a clip, in worker processes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def start_worker() -> None:
-    """Ignore Ctrl-C in a worker process, and exit with the main process even if that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    parent = parent_process()
-    assert parent
-
-    def end_with_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
-    """Decode all frames of a clip, skipping damaged packets; the frame count in the header is ignored."""
-    with av.open(io.BytesIO(video), "r", metadata_errors="ignore") as container:
-        if not container.streams.video:
-            raise BrokenClip("no video stream")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise BrokenClip("unknown video codec")
-        # The clips already keep all CPUs busy; more threads per clip would only compete for them.
-        stream.codec_context.thread_count = 1
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets, None)
-            except av.FFmpegError:  # truncated file: keep the frames so far
-                packet = None
-            with suppress(av.FFmpegError):
-                yield from stream.codec_context.decode(packet)
-            if packet is None:
-                return
-
-
-def sample_frames(video: bytes, num_frames: int) -> list[Image.Image]:
-    """Sample `num_frames` evenly spaced frames: of n decoded frames, frame floor(i * n / num_frames) for each i.
-
-    A first pass counts the frames, because keeping all frames of a long clip would take gigabytes of memory.
-    """
-    try:
-        total = sum(1 for _ in decode_frames(video))
-        if not total:
-            raise BrokenClip("no frame can be decoded")
-        wanted = [i * total // num_frames for i in range(num_frames)]
-        pictures = {i: frame.to_image() for i, frame in enumerate(decode_frames(video)) if i in wanted}
-    except av.FFmpegError as error:
-        raise BrokenClip(error.strerror) from error
-    return [pictures[i] for i in wanted]
-
-
-def read_comment(path: Path) -> str:
-    """Return the JPEG comment of a file; empty if it has none or is not an image."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("comment", b"").decode("utf-8", "replace")
-    except OSError:
-        return ""
-
-
-def convert_clip(video: bytes, paths: list[Path]) -> bool:
-    """Write the images of a clip unless they are up to date; return whether they were written."""
-    made_from = f"of {len(paths)}, quality {JPEG_QUALITY}, clip sha256 {hashlib.sha256(video).hexdigest()}"
-    comments = [f"{COMMENT_START} picture {i} {made_from}" for i in range(len(paths))]
-    there = (
-        read_comment(path) == comment and path.read_bytes().endswith(JPEG_END)
-        for path, comment in zip(paths, comments, strict=True)
-    )
-    if all(there):
-        return False
-    pictures = sample_frames(video, len(paths))
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for path, comment, picture in zip(paths, comments, pictures, strict=True):
-        jpeg = io.BytesIO()
-        picture.save(jpeg, "JPEG", quality=JPEG_QUALITY, comment=comment)
-        write_whole(path, jpeg.getvalue())
-    return True
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f".{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The whole dataset
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -312,39 +191,6 @@ def picture_names(clip: PurePosixPath, num_frames: int) -> list[str]:
     """Return the paths of a clip's images relative to `images/`; `clip` is its path in the source."""
     split, label = clip.parts[-3:-1]
     return [f"{split}/{label}/{clip.stem}.{i}.jpg" for i in range(num_frames)]
-
-
-def convert_clips(
-    readers: dict[PurePosixPath, Callable[[], bytes]], images_dir: Path, num_frames: int, num_workers: int
-) -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
-    """Convert clips in parallel; yield each finished clip with the result of `convert_clip` or its BrokenClip error."""
-    pending: dict[Future, PurePosixPath] = {}
-
-    def finished() -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            try:
-                yield pending[future], future.result()
-            except BrokenClip as error:
-                yield pending[future], error
-            except BrokenProcessPool as error:
-                suspects = ", ".join(str(clip) for clip in pending.values())
-                raise SourceError(
-                    f"a worker process died, either out of memory or while decoding one of: {suspects}"
-                ) from error
-            del pending[future]
-
-    # "spawn", because forking a process with threads (from the pool or FFmpeg) can deadlock the child.
-    with ProcessPoolExecutor(num_workers, get_context("spawn"), start_worker) as pool:
-        try:
-            for clip, read in readers.items():
-                paths = [images_dir / name for name in picture_names(clip, num_frames)]
-                pending[pool.submit(convert_clip, read(), paths)] = clip
-                if len(pending) > 2 * num_workers:  # limits the number of clips in memory
-                    yield from finished()
-            while pending:
-                yield from finished()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_frames: int) -> dict[str, list[dict]]:
@@ -359,16 +205,6 @@ def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_fr
             rows[split].append({"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]})
             number += 1
     return rows
-
-
-def remove_strays(out_dir: Path, keep: set[Path]) -> None:
-    """Remove partial files and images that this script wrote and that are not in `keep`."""
-    for path in [*out_dir.glob(".*.part"), *out_dir.glob("images/*/*/*")]:
-        half_written = re.fullmatch(r"\.\d+\.part", path.name)
-        if half_written or (path not in keep and read_comment(path).startswith(COMMENT_START)):
-            path.unlink()
-            with suppress(OSError):  # the folder is not empty
-                path.parent.rmdir()
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -394,21 +230,10 @@ def convert(args: argparse.Namespace) -> None:
         for split in SPLITS:
             (args.out_dir / f"ucf101_{split}.jsonl").unlink(missing_ok=True)
 
-        readers = {
-            path: read for path, read in files.items() if path in clips
-        }  # in the order of the archive, to read it sequentially
-        done, written, broken = 0, 0, set()
-        with tqdm(desc="Converting", total=len(clips), unit="clip", disable=not show_progress) as bar:
-            for clip, outcome in convert_clips(readers, images_dir, args.num_frames, args.num_workers):
-                bar.update()
-                done += 1
-                if isinstance(outcome, BrokenClip):
-                    broken.add(clip)
-                    tqdm.write(f"Broken clip: {clip} ({outcome})", file=sys.stderr)
-                else:
-                    written += outcome
-                if not show_progress and done * 10 // len(clips) > (done - 1) * 10 // len(clips):
-                    print(f"{done} of {len(clips)} clips", flush=True)
+        # In the order of the archive, to read it sequentially.
+        readers = {path: read for path, read in files.items() if path in clips}
+        paths = {clip: [images_dir / name for name in picture_names(clip, args.num_frames)] for clip in clips}
+        written, broken = convert_clips(readers, paths, args.num_workers, show_progress)
 
     if broken and not args.skip_broken:
         raise SourceError(
@@ -429,8 +254,8 @@ def convert(args: argparse.Namespace) -> None:
     if broken:
         print(f"Skipped {len(broken)} broken clips (listed above).")
     print(
-        f"{args.out_dir}: {len(pictures)} images of {done - len(broken)} clips ({written} converted, "
-        f"{done - len(broken) - written} up to date), ucf101_train.jsonl, ucf101_val.jsonl, ucf101_test.jsonl"
+        f"{args.out_dir}: {len(pictures)} images of {len(clips - broken)} clips ({written} converted, "
+        f"{len(clips - broken) - written} up to date), ucf101_train.jsonl, ucf101_val.jsonl, ucf101_test.jsonl"
     )
 
 

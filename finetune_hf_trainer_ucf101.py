@@ -1,22 +1,17 @@
-"""Finetune Phi-3.5-vision (or Phi-3-vision) on UCF-101 (which activity do the frames of a video show?) or on your own data.
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on UCF-101: which activity do the frames of a video show?
 
     python convert_ucf101.py --out_dir data/ucf101                                # once: clips to images and JSONL files
     torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_flash_attention \\
         --learning_rate 4e-5 --warmup_steps 0.1 --num_train_epochs 2              # full finetuning, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_lora
-    torchrun --nproc_per_node=2 finetune_hf_trainer_ucf101.py --data_dir data/mine \\
-        --train_file train.jsonl --eval_file val.jsonl                            # any data; see docs/custom_dataset.md
-    torchrun --nproc_per_node=8 finetune_hf_trainer_ucf101.py --data_dir data/big --streaming \\
-        --train_file "train-*.parquet" --eval_file val.jsonl                      # shards, read during training
 
-Metrics: accuracy of the answer to the last turn, over all rows and per class. A class is all rows with the same answer.
+Metrics: accuracy of the generated class name, over all clips and per class.
 
 Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
 to --output_dir.
 """
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 from common.arguments import training_parser
@@ -34,24 +29,10 @@ def parse_args():
     group.add_argument(
         "--eval_split",
         choices=("val", "test"),
-        help="split to evaluate on without --eval_file (default: val)",
+        default="val",
+        help="split to evaluate on (default: val)",
     )
-    group.add_argument(
-        "--train_file",
-        default="ucf101_train.jsonl",
-        help="file in --data_dir; with --streaming, wildcards select several files (default: %(default)s)",
-    )
-    group.add_argument("--eval_file", help="file in --data_dir (default: ucf101_{--eval_split}.jsonl)")
-    group.add_argument(
-        "--image_dir",
-        type=Path,
-        help="folder that the images' names are relative to and must not leave; / allows all (default: images/ in --data_dir)",
-    )
-    parser.training_flags.add("train_file")
-    args = parser.parse_args()
-    if args.eval_split and args.eval_file:
-        parser.error("--eval_split has no effect with --eval_file: remove one of them")
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
@@ -61,12 +42,10 @@ if __name__ == "__main__":
 
 from common.data.rows import Rows
 from common.data.samples import TrainingData
-from common.data.shards import stream_conversations
 from common.data.sources import load_conversations
-from common.data.streaming import Stream, training_data
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import accuracy, accuracy_per_class
-from common.evaluation.predictions import Evaluation, Prediction, exact_match
+from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
 from common.runtime import run
@@ -75,39 +54,29 @@ from common.training.start import start
 from common.training.trainer import build_trainer
 
 
-def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Return conversations from both files. All rows and images are checked; streamed ones when they are read."""
-    train_file = args.data_dir / args.train_file
-    eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split or 'val'}.jsonl")
-    image_dir = args.image_dir or args.data_dir / "images"
-    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
-    if args.streaming:
-        train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
-    elif not args.eval_only:
-        train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm, args.skip_bad_rows)
-    return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm, args.skip_bad_rows)
+def load_rows(args) -> tuple[Rows, Rows]:
+    """Return training and evaluation rows, which are already in the conversation format. All rows and images are checked."""
+    folder, images = args.data_dir, args.data_dir / "images"
+    train_rows, eval_rows = (
+        load_conversations(folder / f"ucf101_{split}.jsonl", images, limit, args.tqdm, args.skip_bad_rows)
+        for split, limit in (("train", args.max_train_samples), (args.eval_split, args.max_eval_samples))
+    )
+    return train_rows, eval_rows
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
-    return row  # rows are already in the conversation format
-
-
-def score(rows: Sequence, answers: list[str]) -> list[Prediction]:
-    """Compare the answer to each row's last turn with the expected one."""
-    predictions, seen = [], set()
-    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        # Custom data may have no ids, or use the name of an image as the id of several questions.
-        identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
-        seen.add(identifier)
-        turn = row["conversations"][-1]
-        predictions.append(exact_match(identifier, turn["user"], answer, turn["assistant"]))
-    return predictions
+    return row
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
-    """Compute the accuracy of the generated answer to the last turn, over all rows and per class."""
-    predictions = score(rows, generate_answers(model, processor, rows, args))
-    classes, correct = [entry.answers[0] for entry in predictions], [entry.score for entry in predictions]
+    """Compute the accuracy of the generated answer, over all rows and per class."""
+    answers = generate_answers(model, processor, rows, args)
+    turns = [row["conversations"][0] for row in rows]
+    predictions = [
+        exact_match(row["id"], turn["user"], answer, turn["assistant"])
+        for row, turn, answer in zip(rows, turns, answers, strict=True)
+    ]
+    classes, correct = [turn["assistant"] for turn in turns], [entry.score for entry in predictions]
     values = {"accuracy": accuracy(correct), "accuracy_per_class": accuracy_per_class(classes, correct)}
     return Evaluation("accuracy", values, predictions)
 
@@ -126,7 +95,7 @@ def main(args) -> None:
         setup,
         model,
         processor,
-        train_data=training_data(train_rows, to_conversation, processor, args.seed),
+        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
         eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
         evaluate=lambda model: evaluate(model, processor, eval_rows, args),
         source=str(args.data_dir),

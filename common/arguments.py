@@ -6,6 +6,7 @@ Imports no library, so that a wrong flag is reported before PyTorch and transfor
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ NUM_TRAIN_EPOCHS = 1
 # As in common.phi3v, which imports PyTorch.
 PARTS = ("decoder", "vision", "projector")
 MAX_CROPS = 16
+# The schedules of transformers that need no further settings.
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 # What may change when a run is resumed, if it is named in --accept_changes.
 CHANGEABLE: tuple[str, ...] = (
     "learning_rate",
@@ -80,6 +83,10 @@ class Setup:
         ZeRO stage set in that file.
     revision : str, optional
         Commit of a model from the Hub.
+    base : str, optional
+        Base model, if ``--model_name_or_path`` is an adapter to be trained further.
+    adapter : Path, optional
+        That adapter.
     checkpoint : Path, optional
         Checkpoint to resume from.
     identity : dict
@@ -94,6 +101,8 @@ class Setup:
     deepspeed: str | None = None
     zero_stage: int | None = None
     revision: str | None = None
+    base: str | None = None
+    adapter: Path | None = None
     checkpoint: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)
 
@@ -147,6 +156,14 @@ class TrainingParser(Parser):
 
     training_flags: set[str]
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take the defaults of the LoRA flags from ``--model_name_or_path``, if that is an adapter to be trained further."""
+        found, rest = super().parse_known_args(args, namespace)
+        if uses_adapters(found) and (settings := adapter_settings(found.model_name_or_path)):
+            self.set_defaults(**settings)
+            found, rest = super().parse_known_args(args, namespace)
+        return found, rest
+
     def parse_args(  # type: ignore[override]  # as in Parser
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
@@ -162,6 +179,27 @@ class TrainingParser(Parser):
         except InputError as error:
             self.error(str(error))
         return values
+
+
+def adapter_settings(name_or_path: str) -> dict[str, Any]:
+    """Return the values of the LoRA flags that an adapter was trained with; empty if the directory is not one."""
+    path = Path(name_or_path) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_bytes())
+        full = "".join(config.get("modules_to_save") or ())
+        parts = {"projector": "img_projection" in full, "vision": "img_processor" in full}
+        return {
+            "lora_rank": config["r"],
+            "lora_alpha_ratio": config["lora_alpha"] / config["r"],
+            "lora_dropout": config["lora_dropout"],
+            "use_dora": config["use_dora"],
+            "use_rslora": config["use_rslora"],
+            "init_lora_weights": str(config["init_lora_weights"]),
+            "train_fully": tuple(part for part, trains in parts.items() if trains),
+            "freeze_vision_model": not full and "vision_embed_tokens" not in str(config["target_modules"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError):
+        return {}  # not an adapter, or one that is refused when it is loaded
 
 
 def training_parser(description: str | None, task: str, metric: str) -> TrainingParser:
@@ -180,7 +218,12 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     parser.set_defaults(task=task, metric=metric)
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model_name_or_path", default=DEFAULT_MODEL, help="Hub id or directory (default: %(default)s)")
+    group.add_argument(
+        "--model_name_or_path",
+        default=DEFAULT_MODEL,
+        help="Hub id or directory; with --use_lora or --use_qlora also the directory of an adapter, which is trained further "
+        "(default: %(default)s)",
+    )
     group.add_argument("--bf16", action="store_true", help="train in bf16 (default: fp16 on a GPU, fp32 on a CPU)")
     group.add_argument("--use_flash_attention", action="store_true", help="require a flash attention kernel")
     group.add_argument(
@@ -205,6 +248,13 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     )
     group.add_argument("--use_lora", action="store_true", help="train LoRA adapters instead of all weights")
     group.add_argument("--use_qlora", action="store_true", help="train LoRA adapters on a base model quantized to 4 bits")
+    group.add_argument(
+        "--train_fully",
+        type=lambda names: tuple(sorted(names.split(","))),
+        default=(),
+        metavar="PARTS",
+        help="with adapters on the decoder only, train all weights of these parts, comma-separated: vision, projector",
+    )
     group.add_argument("--lora_rank", type=int, help="LoRA rank (default: %(default)s)")
     group.add_argument("--lora_alpha_ratio", type=float, help="LoRA alpha divided by the rank (default: %(default)s)")
     group.add_argument("--lora_dropout", type=float, help="LoRA dropout (default: %(default)s)")
@@ -222,7 +272,12 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="output directory (default: output)")
     group.add_argument("--batch_size", type=int, default=16, help="samples per optimizer step over all processes (default: 16)")
     group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per process per micro-batch (default: 1)")
-    group.add_argument("--num_train_epochs", type=int, default=NUM_TRAIN_EPOCHS, help="number of epochs (default: %(default)s)")
+    group.add_argument(
+        "--num_train_epochs",
+        type=_number,
+        default=NUM_TRAIN_EPOCHS,
+        help="number of epochs, also fractional (default: %(default)s)",
+    )
     group.add_argument("--max_steps", type=int, default=-1, help="maximum number of optimizer steps (default: no limit)")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
     group.add_argument(
@@ -237,9 +292,9 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     group.add_argument("--wd", type=float, default=0.01, help="weight decay (default: %(default)s)")
     group.add_argument(
         "--lr_scheduler_type",
-        choices=("linear", "cosine", "constant_with_warmup"),
+        choices=SCHEDULES,
         default="linear",
-        help="learning rate schedule after warmup (default: %(default)s)",
+        help="learning rate schedule after warmup; constant has no warmup (default: %(default)s)",
     )
     group.add_argument(
         "--warmup_steps",
@@ -373,11 +428,20 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         "--logging_steps", type=int, help="steps between log lines (default: 10, or fewer to log at least 20 times)"
     )
     group.add_argument(
-        "--report_to", default="none", help="where to report metrics: none, tensorboard, trackio, … (default: %(default)s)"
+        "--report_to",
+        nargs="+",
+        default=["none"],
+        help="where to report metrics: none, or one or several of tensorboard, trackio, … (default: none)",
     )
     group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     parser.training_flags = {action.dest for action in parser._actions} - set(EVALUATION_FLAGS)
     return parser
+
+
+def _number(text: str) -> float:
+    """Read a number, as an int if it is one, so that it is also printed as one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -394,7 +458,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{name} must be a finite number, got {value}")
     positive = (
-        "batch_size batch_size_per_gpu num_train_epochs lora_rank eval_batch_size max_new_tokens logging_steps "
+        "batch_size batch_size_per_gpu lora_rank eval_batch_size max_new_tokens logging_steps "
         "max_train_samples max_eval_samples max_tokens_per_batch save_steps save_total_limit eval_steps "
         "eval_metric_steps early_stopping_patience max_nonfinite_steps ddp_timeout"
     )
@@ -414,7 +478,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(
             f"--lora_rank {args.lora_rank} × --lora_alpha_ratio {args.lora_alpha_ratio} must give an alpha of at least 1"
         )
-    for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
+    for name in ("num_train_epochs", "learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise InputError(f"--{name} must be above 0, got {value}")
     processes = world_size()
@@ -446,6 +510,12 @@ def _check_parts(args: argparse.Namespace) -> None:
     for part in PARTS[1:]:
         if getattr(args, f"{part}_learning_rate") is not None and part not in trained:
             raise InputError(f"--{part}_learning_rate: {part} is not trained, only {', '.join(trained)}: remove the flag")
+    if unknown := sorted(set(args.train_fully) - {"vision", "projector"}):
+        raise InputError(
+            f"unknown part {unknown[0]!r}, expected vision or projector", f"--train_fully {','.join(args.train_fully)}"
+        )
+    if args.train_fully and (args.freeze_vision_model or not uses_adapters(args)):
+        raise InputError("--train_fully requires --use_lora or --use_qlora, and excludes --freeze_vision_model")
     if args.train_only is None:
         return
     unknown = sorted(set(args.train_only) - set(PARTS))
@@ -516,13 +586,17 @@ def uses_adapters(args: argparse.Namespace) -> bool:
 
 
 def trained_parts(args: argparse.Namespace) -> tuple[str, ...]:
-    """Return the trained parts of the model; with LoRA, the parts that have adapters."""
+    """Return the trained parts of the model; with LoRA, the parts that have adapters or are trained fully."""
+    if args.train_fully:
+        return ("decoder", *args.train_fully)
     return args.train_only or (("decoder",) if args.freeze_vision_model else PARTS)
 
 
 def method_name(args: argparse.Namespace) -> str:
     """Return the display name of the method: full, LoRA or QLoRA, and the trained parts if not all are trained."""
     name = "QLoRA" if args.use_qlora else "LoRA" if args.use_lora else "full"
+    if args.train_fully:
+        return f"{name} of the decoder, {' and '.join(args.train_fully)} fully trained"
     if args.freeze_vision_model:
         return f"{name}, frozen vision"
     return f"{name}, {' and '.join(args.train_only)} only" if args.train_only else name

@@ -33,6 +33,8 @@ def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+        elif parameter.requires_grad and ".modules_to_save." in name:
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(directory, save_embedding_layers=False)
     processor.save_pretrained(directory)
     write_base_description(directory, model)

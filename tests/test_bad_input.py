@@ -189,10 +189,10 @@ def be_process_with_hub(mini: Path, *arguments: object) -> None:
     be_process(*arguments)
 
 
-def be_process_of_ucf101(cache: Path, *arguments: object) -> None:
-    """Be one process of a run of the script for UCF-101 and the general format."""
+def be_process_of_jsonl(cache: Path, *arguments: object) -> None:
+    """Be one process of a run of the script for own data."""
     datasets.config.HF_DATASETS_CACHE = cache
-    be_process(*arguments, script="finetune_hf_trainer_ucf101.py")
+    be_process(*arguments, script="finetune_hf_trainer_jsonl.py")
 
 
 def end(log, *words, processes=2, target=be_process, timeout=180):
@@ -233,7 +233,7 @@ def test_bad_data_ends_every_process(damage, data, tmp_path):
         ('{"conversations": [{"user": "Why?"}]}', 'train.jsonl, line 2, turn 1: "assistant" must be a non-empty string'),
         (
             '{"conversations": [{"user": "Why?", "assistant": "So.", "images": ["gone.png"]}]}',
-            "images/gone.png is missing: put the file there",
+            "gone.png is missing: put the file there",
         ),
     ],
 )
@@ -242,7 +242,7 @@ def test_a_bad_row_of_the_general_format_ends_every_process(row, expected, tmp_p
     (tmp_path / "train.jsonl").write_text(f"{good}{row}\n")
     (tmp_path / "val.jsonl").write_text(good)
     words = flags(tmp_path, tmp_path / "out", train_file="train.jsonl", eval_file="val.jsonl")
-    codes, said = end(tmp_path / "log", *words, target=partial(be_process_of_ucf101, tmp_path / "cache"))
+    codes, said = end(tmp_path / "log", *words, target=partial(be_process_of_jsonl, tmp_path / "cache"))
     assert codes == [1, 1], said
     [line] = [line for line in said.splitlines() if line.startswith("error: ")]
     assert expected in line and "Traceback" not in said

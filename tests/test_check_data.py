@@ -1,5 +1,7 @@
 """tools.check_data, run as its users run it."""
 
+import base64
+import io
 import json
 import os
 import pty
@@ -10,6 +12,7 @@ import sys
 import termios
 import time
 
+import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, TINY
@@ -23,16 +26,24 @@ from tools.check_data import main
 COMMAND = [sys.executable, "-m", "tools.check_data", "--model_name_or_path", str(TINY)]
 
 
-def check(*flags):
-    """Run the tool in a process of its own; give its exit code and all that it says."""
-    result = subprocess.run([*COMMAND, *map(str, flags)], capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.returncode, result.stdout + result.stderr
+@pytest.fixture
+def check(monkeypatch, capsys):
+    """Runs the tool in this process, which spares the imports; gives its exit code and all that it says."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["check_data", "--model_name_or_path", str(TINY), *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            main()
+        said = capsys.readouterr()
+        return ending.value.code, said.out + said.err
+
+    return run
 
 
 def problems(output):
     """The problems of a report, as (kind, message)."""
-    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|images in two files|empty file"
+    kinds = "invalid row|unusable image|row too long|duplicate row|row in two files|(?:similar )?images in two files|empty file"
     return re.findall(rf"^  ({kinds}): (.+)$", output, re.MULTILINE)
 
 
@@ -67,12 +78,15 @@ GOOD_ROWS = [
 ]
 
 
-def test_counts_the_tokens_of_training(folder):
+def test_counts_the_tokens_of_training(folder, check):
     rows = [*GOOD_ROWS, *(row(None, ("word " * length, "Yes.")) for length in range(1, 97))]
     data = write(folder / "data.jsonl", [*rows, "\n"])
     code, output = check("--data_file", data, "--num_crops", 9)
     assert code == 0, output
-    assert f"{data}: 100 rows\n3 images\n" in output
+    assert f"{data} (general format, one JSON object per line): 100 rows\n2 images in 100 rows\n" in output
+    assert "Rows by number of images: 98 with 0, 1 with 1, 1 with 2\n" in output
+    assert "Sizes: 200 × 500 (tall.png) to 400 × 300 pixels\n" in output
+    assert "Most frequent of 5 distinct answers: 'Yes.' in 96 rows, 96.0%: a model" in output
     assert "No problems." in output
     assert "Checking data: 100%, " in output  # no terminal: plain lines
 
@@ -92,7 +106,7 @@ def test_counts_the_tokens_of_training(folder):
     assert sum(count for *_, count in bars) == 100
 
 
-def test_all_problems_in_one_report(folder):
+def test_all_problems_in_one_report(folder, check):
     data = write(
         folder / "data.jsonl",
         [
@@ -139,7 +153,7 @@ def test_all_problems_in_one_report(folder):
     assert "1 warning: duplicate row 1" in output
 
 
-def test_quick_checks_pictures_as_a_run_does(folder):
+def test_quick_checks_pictures_as_a_run_does(folder, check):
     noise = bytearray((folder / "wide.jpg").read_bytes())
     noise[len(noise) // 2 : len(noise) // 2 + 2] = b"\xff\xc0"
     (folder / "damaged.jpg").write_bytes(noise)
@@ -152,7 +166,7 @@ def test_quick_checks_pictures_as_a_run_does(folder):
 
 
 @pytest.mark.parametrize("quick", [[], ["--quick"]])
-def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick):
+def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick, check):
     """However a picture is named; its copies too, except with --quick."""
     (folder / "a").mkdir()
     (folder / "a/copy.png").write_bytes((folder / "tall.png").read_bytes())
@@ -168,11 +182,43 @@ def test_rows_and_pictures_that_occur_twice_are_warnings(folder, quick):
         ("row in two files", f"{val}, line 2: same images and texts as {train}, line 2"),
         ("images in two files", f"2 images of {val} are also in {train}, for example {val}, line 1: a/../wide.jpg"),
     ]
-    assert f"{train}: 5 rows" in output
-    assert f"{val}: 3 rows" in output
+    assert f"{train} (general format, one JSON object per line): 5 rows" in output
+    assert f"{val} (general format, one JSON object per line): 3 rows" in output
 
 
-def test_many_rows_keep_their_order(folder):
+def test_what_a_person_would_notice(folder, check):
+    """Copies of other sizes and compression, small and elongated images, long answers; and what the model sees."""
+    blocks = np.random.default_rng(0).integers(0, 255, (14, 18), dtype=np.uint8)
+    Image.fromarray(blocks).resize((1800, 1400)).convert("RGB").save(folder / "page.png")
+    with Image.open(folder / "page.png") as page:
+        page.resize((600, 467)).save(folder / "page.jpg", quality=60)
+    colours = ("red", "green", "blue", "#f00010")
+    for number, colour in enumerate(colours):
+        Image.new("RGB", (60 + number, 50), colour).save(folder / f"{number}.png")
+    Image.new("L", (900, 100)).save(folder / "line.png")
+    rows = [row([name], ("What?", "Yes.")) for name in ("page.png", "line.png", *(f"{number}.png" for number in range(3)))]
+    train = write(folder / "train.jsonl", rows)
+    val = write(folder / "val.jsonl", [row([name], (f"<b>{name}?", "word " * 20)) for name in ("page.jpg", "3.png")])
+    flags = ("--max_new_tokens", 9, "--num_crops", 4, "--contact_sheet", folder / "sheet.html")
+    code, output = check("--data_file", train, val, *flags)
+    assert code == 0, output
+    assert "7 images in 7 rows\nRows by number of images: 7 with 1\nSizes: 60 × 50 (0.png) to 1,800 × 1,400 pixels\n" in output
+    assert "  4 images smaller than a crop (336 × 336 pixels): enlarged for the model\n" in output
+    assert "  1 image longer than 4 times the other side, most of all line.png, 900 × 100\n" in output
+    assert "Most frequent of 2 distinct answers: 'Yes.' in 5 rows, 71.4%" in output
+    assert f", {val}, line 1\n" in re.search(r"Longest answer: .*\n", output)[0]
+    assert "Near-duplicates: 1 pair of images that look alike, for example page.png and page.jpg\n" in output
+    similar = f"1 pair in {val} and {train}, for example {val}, line 1: page.jpg like page.png"
+    assert problems(output) == [("similar images in two files", similar)]
+    assert f"long answers: 2 answers longer than --max_new_tokens 9, for example {val}, line 1\n" in output
+    page = (folder / "sheet.html").read_text("utf-8")
+    assert page.count("<img ") == 7 and "<b>page.png</b> (largest): 1,800 × 1,400 pixels, 672 × 672 for\nthe model" in page
+    assert "&lt;b&gt;page.jpg?" in page and "<b>page.jpg?" not in page and "://" not in page
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])))
+    assert shown.width % 336 == 0 and shown.height % 336 == 0
+
+
+def test_many_rows_keep_their_order(folder, check):
     """More rows than the workers get at once."""
     rows = [row(None, (f"Question {number}", "Yes.")) for number in range(3000)]
     rows[1500] = rows[7]
@@ -186,7 +232,7 @@ def test_many_rows_keep_their_order(folder):
     ]
 
 
-def test_unusable_flags(folder, monkeypatch, capsys):
+def test_unusable_flags(folder, monkeypatch, capsys, check):
     data = write(folder / "data.jsonl", GOOD_ROWS)
     empty = write(folder / "empty.jsonl", ["\n"])
     broken = write(folder / "broken.json", ["[{}, {]"])
@@ -246,8 +292,10 @@ def test_many_rows_in_seconds(folder):
     rows = [row([f"{number % 2000}.jpg"], (f"What is to be seen in picture {number}?", "Noise.")) for number in range(20_000)]
     data = write(folder / "data.jsonl", rows)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code, output = check("--data_file", data, "--quick")
-    assert code == 0, output
+    result = subprocess.run(
+        [*COMMAND, "--data_file", str(data), "--quick"], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
     # A minute per 100,000 rows for two cores that do nothing else, however busy this machine is.
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 2 * 12

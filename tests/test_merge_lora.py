@@ -40,6 +40,8 @@ def tensors(directory: Path) -> dict[str, tuple[str, list[int]]]:
         ("--use_lora", "--use_dora", "--use_rslora"),
         ("--use_qlora",),
         ("--use_qlora", "--freeze_vision_model"),
+        ("--use_lora", "--train_fully", "vision,projector"),
+        ("--use_qlora", "--train_fully", "projector"),
     ],
     ids=" ".join,
 )

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.evaluation.metrics import accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
+from common.evaluation.metrics import METRICS, accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,30 @@ def test_docvqa_takes_the_full_stop_off_that_the_whole_set_adds(answer, predicti
     row = {"id": "1", "question": "What?", "answers": [prediction]}
     scored = docvqa.score(row, answer, full_train=True)
     assert (scored.prediction, scored.score) == (prediction, 1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "prediction", "answers", "score"),
+    [
+        ("exact", " June. ", ["May", "june"], 1),
+        ("exact", "June 3", ["June"], 0),
+        ("anls", "june", ["May", "June"], 1),
+        ("relaxed", "1,040.00", ["$1000"], 1),
+        ("relaxed", "1060", ["1000"], 0),
+        ("relaxed", "-95 %", ["-100"], 1),
+        ("relaxed", "0.01", ["0"], 0),
+        ("relaxed", "1,5", ["15"], 0),  # a decimal comma
+        ("relaxed", "Yes", ["yes."], 1),
+        ("contains", "The total is $5.", ["$5"], 1),
+        ("contains", "The total is 50.", ["5"], 0),
+        ("contains", "In  NEW York, of course", ["new york"], 1),
+        ("f1", "the red car", ["A red, fast car!"], 4 / 5),
+        ("f1", "blue", ["red", "dark blue"], 2 / 3),
+        ("f1", "no", ["yes"], 0),
+    ],
+)
+def test_metrics_of_one_answer(metric, prediction, answers, score):
+    assert METRICS[metric](prediction, answers) == pytest.approx(score)
 
 
 def test_accuracy():

@@ -13,12 +13,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as hateful_memes
-import finetune_hf_trainer_ucf101 as ucf101
+import finetune_hf_trainer_jsonl as jsonl
 from common.data.review import longest_evaluation_answer, review_data
 from common.data.samples import TrainingData
 from common.evaluation import generation
 from common.runtime import InputError
-from tools.check_data import Checker, check_files
+from tools.check_data import check_files
+from tools.check_rows import Checker
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def both(folder, monkeypatch, processor, train, evaluation):
     )
     try:
         files = ("--data_dir", folder, "--train_file", "train.jsonl", "--eval_file", "val.jsonl")
-        return review(ucf101, monkeypatch, processor, *files), report
+        return review(jsonl, monkeypatch, processor, *files), report
     except InputError as error:
         return error, report
 
@@ -121,19 +122,19 @@ def test_what_a_run_refuses_is_a_problem(bad, message, folder, monkeypatch, proc
             GOOD,
             [row("eval.png"), row("1.png", "Other?")],
             ["1 of 2 evaluation images are also training images, for example image"],
-            ["1 images of"],
+            ["1 image of"],
         ),
         (
             GOOD,
             [row("eval.png"), row("copy.png", "Other?")],
             ["1 of 2 evaluation images are also training images, for example image"],
-            ["1 images of"],
+            ["1 image of"],
         ),
         (
             GOOD,
             [row("eval.png"), GOOD[1] | {"id": "other"}],
             ["1 of 2 evaluation rows are also training rows, for example {}/val.jsonl, line 2", "1 of 2 evaluation images"],
-            ["{}/val.jsonl, line 2: same images and texts as {}/train.jsonl, line 2", "1 images of"],
+            ["{}/val.jsonl, line 2: same images and texts as {}/train.jsonl, line 2", "1 image of"],
         ),
     ],
 )
@@ -173,15 +174,15 @@ def test_answers_are_as_long_as_the_longest_that_is_expected(folder, monkeypatch
     files = ("--data_dir", folder, "--train_file", "train.jsonl", "--eval_file", "val.jsonl")
     tokens = len(processor.tokenizer("word " * 90, add_special_tokens=False).input_ids) + 1
     assert tokens > generation.MIN_ANSWER_LIMIT
-    assert review(ucf101, monkeypatch, processor, *files) == []
-    assert review(ucf101, monkeypatch, processor, *files, "--max_new_tokens", tokens) == []
-    [warning] = review(ucf101, monkeypatch, processor, *files, "--max_new_tokens", 64)
+    assert review(jsonl, monkeypatch, processor, *files) == []
+    assert review(jsonl, monkeypatch, processor, *files, "--max_new_tokens", tokens) == []
+    [warning] = review(jsonl, monkeypatch, processor, *files, "--max_new_tokens", 64)
     assert f"--max_new_tokens 64 is less than the longest evaluation answer, {tokens} tokens" in warning
 
-    args = ucf101.parse_args()
+    args = jsonl.parse_args()
     args.max_new_tokens, args.dataloader_num_workers = None, 0
-    rows = ucf101.load_rows(args)[1]
-    assert longest_evaluation_answer(TrainingData(rows, ucf101.to_conversation, processor, 0)) == tokens
+    rows = jsonl.load_rows(args)[1]
+    assert longest_evaluation_answer(TrainingData(rows, jsonl.to_conversation, processor, 0)) == tokens
     monkeypatch.setattr(generation, "_generate", lambda base, processor, prompts, limit: [str(limit)] * 2)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     assert generation.generate_answers(model, processor, rows, args) == [str(tokens)] * 2

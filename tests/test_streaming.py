@@ -19,14 +19,14 @@ from transformers import AutoProcessor
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
+import finetune_hf_trainer_jsonl as jsonl
 import finetune_hf_trainer_nlvr2 as nlvr2
-import finetune_hf_trainer_ucf101 as ucf101
 from common.data import shards, streaming
 from common.data.collator import Collator
 from common.data.shards import stream_conversations, stream_hub
 from common.data.streaming import Stream, StreamedBatches, StreamedData
 
-SCRIPT = "finetune_hf_trainer_ucf101.py"
+SCRIPT = "finetune_hf_trainer_jsonl.py"
 # The smallest GIF: a picture of one pixel.
 PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\x02\x02D\x01\0;"
 
@@ -179,7 +179,7 @@ def test_parquet_of_the_general_format_holds_its_pictures(tmp_path):
     write_table(tmp_path / "train-0.parquet", rows[:5])
     write_table(tmp_path / "train-1.parquet", rows[5:])
     stream = stream_conversations(tmp_path / "train-*.parquet", tmp_path)
-    data = StreamedData(stream, ucf101.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    data = StreamedData(stream, jsonl.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
     taken = list(stream.rows(0, 0, 0, 2)) + list(stream.rows(0, 0, 1, 2))
     assert sorted(row.content["id"] for row in taken) == [str(number) for number in range(8)]
     assert all(data[row]["images"] == [stored] for row in taken)
@@ -213,7 +213,7 @@ def test_a_picture_that_is_missing_or_cut_short_is_named_with_its_row(tmp_path):
     row = {"conversations": [{"images": ["no.png"], "user": "What?", "assistant": "That."}]}
     (tmp_path / "a.jsonl").write_text(line(0) + json.dumps(row) + "\n")
     stream = stream_conversations(tmp_path / "a.jsonl", tmp_path)
-    data = StreamedData(stream, ucf101.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    data = StreamedData(stream, jsonl.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
     with pytest.raises(ValueError, match="a.jsonl, line 2: image .*no.png is missing"):
         [data[row] for row in stream.rows(0, 0)]
     Image.effect_noise((90, 90), 50).save(tmp_path / "no.png")

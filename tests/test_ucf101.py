@@ -1,4 +1,4 @@
-"""finetune_hf_trainer_ucf101.py on what convert_ucf101.py writes, and on other data in the general format."""
+"""finetune_hf_trainer_ucf101.py on what convert_ucf101.py writes."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from adapters import assert_adapter_goes_all_the_way
-from conftest import TINY, torchrun
+from conftest import TINY
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -68,16 +68,6 @@ def test_splits_and_defaults(data_dir, monkeypatch):
     assert len(script.load_rows(test_split)[0]) == 2
 
 
-def test_other_files_and_the_training_split_itself(data_dir, monkeypatch):
-    (data_dir / "mine.jsonl").write_text('{"conversations": [{"user": "Two and two?", "assistant": "Four"}]}\n')
-    files = ["--train_file", "mine.jsonl", "--eval_file", data_dir / "ucf101_train.jsonl"]
-    train_rows, eval_rows = script.load_rows(flags(monkeypatch, "--data_dir", data_dir, *files))
-    assert ids(train_rows) == [None]
-    assert ids(eval_rows)[0] == "train-0000000000"
-    same = flags(monkeypatch, "--data_dir", data_dir, "--eval_file", "ucf101_train.jsonl")
-    assert len(script.load_rows(same)) == 2
-
-
 def test_without_data_dir_it_says_what_belongs_there(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         flags(monkeypatch)
@@ -115,33 +105,6 @@ def test_evaluation_overall_and_per_class(data_dir, monkeypatch):
         "accuracy": pytest.approx(1 / 3),
         "accuracy_per_class": {"Archery": 1.0, "Surfing": 0.0, "Typing": 0.0},
     }
-
-
-@pytest.mark.slow
-def test_two_processes_learn_three_clips(data_dir, tmp_path):
-    out = tmp_path / "out"
-    flags = ["--model_name_or_path", TINY, "--data_dir", data_dir, "--output_dir", out, "--num_crops", 1, "--no-tqdm"]
-    result = torchrun(
-        "finetune_hf_trainer_ucf101.py", *flags, "--eval_file", "ucf101_train.jsonl", "--batch_size", 4, "--max_steps", 25,
-        "--learning_rate", 2e-3, "--warmup_steps", 2, "--max_new_tokens", 12, "--dataloader_num_workers", 0,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
-    assert "warning:     3 of 3 evaluation rows are also training rows, for example" in result.stdout
-    assert "warning:     6 of 6 evaluation images are also training images, for example image" in result.stdout
-    before, after = (json.loads((out / f"eval_{when}.json").read_text()) for when in ("before", "after"))
-    assert before["accuracy"] < 0.5
-    assert after["accuracy"] == 1
-    assert after["accuracy_per_class"] == dict.fromkeys(CLASSES, 1.0)
-    assert ids(after["predictions"]) == ["train-0000000000", "train-0000000001", "train-0000000002"]
-
-
-def test_predictions_have_ids_of_their_own():
-    rows = [
-        {"id": name, "conversations": [{"images": [], "user": "What?", "assistant": "This."}]} for name in ("a", "a", None, "b")
-    ]
-    predictions = script.score(rows, ["This", " THIS. ", "That", "This is"])
-    assert [entry.id for entry in predictions] == ["a", "a#1", "2", "b"]
-    assert [entry.score for entry in predictions] == [1, 1, 0, 0]
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .mixing import Mixture
+
 # Cost of one view in the published vision tower, in tokens of the published decoder: 577 tokens through 23 layers of 12.6 M
 # parameters, compared with one token through 3.7 G parameters. A frozen tower saves the backward pass, two thirds of the cost.
 TOKENS_PER_VIEW_OF_WORK = 45
@@ -30,16 +32,16 @@ class Lengths:
         return self.tokens + (TOKENS_PER_VIEW_OF_WORK if vision_trains else TOKENS_PER_VIEW_OF_FROZEN_WORK) * self.views
 
 
-def epoch_steps(num_rows: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Shuffle the rows of an epoch and split them into optimizer steps.
+def epoch_steps(num_rows: int | Mixture, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Shuffle the rows of an epoch, all rows or those of a mixture, and split them into optimizer steps.
 
     Returns
     -------
     numpy.ndarray
         int64 (steps, batch_size). The last step is completed with the first rows of the epoch.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-    steps = -(-num_rows // batch_size)
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows if isinstance(num_rows, int) else num_rows.rows(epoch))
+    steps = -(-len(order) // batch_size)
     return np.resize(order, steps * batch_size).reshape(steps, batch_size)
 
 
@@ -125,8 +127,10 @@ class PlannedBatches:
 
     Parameters
     ----------
-    num_rows, batch_size, seed : int
-        Number of rows, samples per optimizer step over all processes, and shuffling seed.
+    num_rows : int or Mixture
+        Number of rows, all of which occur once per epoch, or the mixture that selects them.
+    batch_size, seed : int
+        Samples per optimizer step over all processes, and shuffling seed.
     rank, world_size : int
         Rank of this process and number of processes.
     accumulation : int
@@ -141,7 +145,7 @@ class PlannedBatches:
 
     def __init__(
         self,
-        num_rows: int,
+        num_rows: int | Mixture,
         batch_size: int,
         seed: int,
         rank: int,
@@ -161,7 +165,8 @@ class PlannedBatches:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_rows // self.batch_size) * self.accumulation
+        num_rows = self.num_rows if isinstance(self.num_rows, int) else len(self.num_rows)
+        return -(-num_rows // self.batch_size) * self.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -191,7 +196,9 @@ class PlannedBatches:
         return [[rows[index] for index in members] for members in bins]
 
 
-def accumulation_for_budget(epochs: Iterable[Lengths], batch_size: int, seed: int, world_size: int, max_tokens: int) -> int:
+def accumulation_for_budget(
+    epochs: Iterable[Lengths], batch_size: int, seed: int, world_size: int, max_tokens: int, mixture: Mixture | None = None
+) -> int:
     """Compute the number of micro-batches per process and step that keeps every step within the token budget.
 
     Parameters
@@ -200,9 +207,11 @@ def accumulation_for_budget(epochs: Iterable[Lengths], batch_size: int, seed: in
         Lengths of all rows in each epoch.
     batch_size, seed, world_size, max_tokens : int
         As for :class:`PlannedBatches`.
+    mixture : Mixture, optional
+        Selects the rows of an epoch.
     """
     max_bins = 1
     for epoch, lengths in enumerate(epochs):
-        for rows in epoch_steps(len(lengths.tokens), batch_size, seed, epoch):
+        for rows in epoch_steps(mixture or len(lengths.tokens), batch_size, seed, epoch):
             max_bins = max(max_bins, len(best_fit(lengths.tokens[rows], max_tokens)))
     return -(-max_bins // world_size)

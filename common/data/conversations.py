@@ -71,7 +71,7 @@ def read_conversation(row: Any, place: str) -> Conversation:
     turns = [_without_none(turn) for turn in turns]
     keys = {key for turn in turns for key in turn}
     if "from" in keys or "role" in keys:
-        _check_fields(row, (name, *NOTES, "system", "image", "images"), {}, place)
+        check_fields(row, (name, *NOTES, "system", "image", "images"), {}, place)
         turns, system = _merge_messages(turns, ("from", "value") if "from" in keys else ("role", "content"), place)
         if system and row.get("system"):
             raise InputError("the row has a system prompt twice: remove one", place)
@@ -79,10 +79,10 @@ def read_conversation(row: Any, place: str) -> Conversation:
         _place_images(turns, row.get("images", row.get("image", [])), place)
     else:
         misplaced = dict.fromkeys(("image", "images"), 'move it into a turn, as a list "images"')
-        _check_fields(row, (name, *NOTES, "system"), misplaced, place)
+        check_fields(row, (name, *NOTES, "system"), misplaced, place)
         for number, turn in enumerate(turns, start=1):
             misplaced = {"system": 'move it from the turn to the row, next to "conversations"'}
-            _check_fields(turn, ("images", "user", "assistant"), misplaced, f"{place}, turn {number}")
+            check_fields(turn, ("images", "user", "assistant"), misplaced, f"{place}, turn {number}")
     identifier = row.get("id")
     if identifier is not None and not isinstance(identifier, str | int):
         raise InputError('"id" must be a string or an integer', place)
@@ -94,13 +94,26 @@ def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _check_fields(found: Iterable[str], known: Collection[str], misplaced: Mapping[str, str], place: str) -> None:
+def format_name(row: dict[str, Any]) -> str:
+    """Name the format of a row that :func:`read_conversation` accepts."""
+    turns = row.get("messages", row.get("conversations"))
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        for field, name in (("from", "LLaVA or ShareGPT"), ("role", "chat messages (OpenAI, TRL)")):
+            if field in turns[0]:
+                return name
+    return "general format"
+
+
+def check_fields(
+    found: Iterable[str], known: Collection[str], misplaced: Mapping[str, str], place: str, kind: str = "field"
+) -> None:
+    """Raise an :class:`~common.runtime.InputError` for an unknown name, with the nearest known one, or where it belongs."""
     for name in found:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             remedy = misplaced.get(name) or (f'did you mean "{near[0]}"?' if near else "remove it")
             names = ", ".join(f'"{excerpt(field)}"' for field in known)
-            raise InputError(f'unknown field "{excerpt(name)}" (known are {names}): {remedy}', place)
+            raise InputError(f'unknown {kind} "{excerpt(name)}" (known are {names}): {remedy}', place)
 
 
 def _merge_messages(messages: list[Any], keys: tuple[str, str], place: str) -> tuple[list[dict[str, Any]], str | None]:
@@ -109,7 +122,7 @@ def _merge_messages(messages: list[Any], keys: tuple[str, str], place: str) -> t
     system = None
     for number, message in enumerate(messages, start=1):
         here = f"{place}, message {number}"
-        _check_fields(message, keys, {}, here)
+        check_fields(message, keys, {}, here)
         role, (text, images) = ROLES.get(str(message.get(keys[0]))), _read_content(message.get(keys[1]), here)
         if role is None:
             raise InputError(f'unknown "{keys[0]}" {excerpt(message.get(keys[0]))}: expected {", ".join(ROLES)}', here)
@@ -142,7 +155,7 @@ def _read_content(content: Any, place: str) -> tuple[str, list[Any]]:
     texts, images = [], []
     for part in map(_without_none, content):
         kind = part.get("type")
-        _check_fields(part, ("type", str(kind)), {}, place)
+        check_fields(part, ("type", str(kind)), {}, place)
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url"):
@@ -226,7 +239,8 @@ def _turn_faults(turn: dict[str, Any]) -> Iterator[str]:
 
 def _text_faults(field: str, text: Any) -> Iterator[str]:
     if not isinstance(text, str) or not text.strip():
-        yield f'"{field}" must be a non-empty string'
+        use = ": it is the answer to learn or, in evaluation, to compare with" if field == "assistant" else ""
+        yield f'"{field}" must be a non-empty string{use}'
     elif token := SPECIAL_TOKEN.search(text):
         yield f'"{field}" contains the special token {excerpt(token[0])}: remove it, the chat template inserts special tokens'
     elif field != "user" and (tag := IMAGE_TAG.search(text) or re.search(IMAGE_MARK, text)):
@@ -378,10 +392,16 @@ def check_context(num_tokens: int, processor: Phi3VProcessor) -> None:
         raise InputError(f"{num_tokens:,} tokens exceed the model's context of {context:,}: shorten or split the row")
 
 
-def longest_answer(conversations: Iterable[Conversation], processor: Phi3VProcessor) -> int:
-    """Return the number of tokens of the longest answer to a last turn, including the token that ends it."""
+def answer_lengths(conversations: Iterable[Conversation], processor: Phi3VProcessor) -> list[int]:
+    """Return the number of tokens of the answer to each last turn, including the token that ends it."""
     answers = [conversation["conversations"][-1].get("assistant") or "" for conversation in conversations]
-    return 1 + max(_count_text_tokens(answers, processor, add_special_tokens=False).values(), default=0)
+    counts = _count_text_tokens(answers, processor, add_special_tokens=False)
+    return [1 + counts[answer] for answer in answers]
+
+
+def longest_answer(conversations: Iterable[Conversation], processor: Phi3VProcessor) -> int:
+    """Return the largest of the :func:`answer_lengths`; 1 if there are no conversations."""
+    return max(answer_lengths(conversations, processor), default=1)
 
 
 def _tokenize(text: str, image_tokens: list[int], processor: Phi3VProcessor) -> list[int]:

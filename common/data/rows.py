@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from common.process import InputError, counted, say
+
+from .mixing import Mixture
 
 MAX_REPORTED = 10  # further invalid rows are only counted
 
@@ -51,6 +55,8 @@ class Rows(Sequence[Any]):
         Converts a source row and an identifier to the row that the task reads.
     contents : Contents, optional
         Known if the rows have been checked.
+    mixture : Mixture, optional
+        Selects the rows of an epoch. By default, every row occurs once.
     """
 
     def __init__(
@@ -62,8 +68,9 @@ class Rows(Sequence[Any]):
         each: str | None = None,
         convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
         contents: Contents | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
-        self.source, self.each, self.convert, self.contents = source, each, convert, contents
+        self.source, self.each, self.convert, self.contents, self.mixture = source, each, convert, contents, mixture
         self._place = place
         self.numbers = range(len(source)) if numbers is None else numbers
         self.entries = entries
@@ -101,9 +108,12 @@ class Rows(Sequence[Any]):
 
     def checked(self, bad: set[int], contents: Contents) -> Rows:
         """Return all rows except those with the given indices, with what is known about their contents."""
-        good = [index for index in range(len(self)) if index not in bad] if bad else range(len(self))
-        numbers = [self.numbers[index] for index in good] if bad else self.numbers
-        entries = self.entries and [self.entries[index] for index in good]
+        return self.take([index for index in range(len(self)) if index not in bad] if bad else range(len(self)), contents)
+
+    def take(self, indices: Sequence[int], contents: Contents) -> Rows:
+        """Return the rows with the given indices, with what is known about their contents."""
+        numbers = self.numbers if len(indices) == len(self) else [self.numbers[index] for index in indices]
+        entries = self.entries and [self.entries[index] for index in indices]
         return Rows(self.source, self._place, numbers, entries, self.each, self.convert, contents)
 
     def _read(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +122,29 @@ class Rows(Sequence[Any]):
             entry = self.entries[index]
             content, identifier = content | {self.each: [content[self.each][entry]]}, f"{identifier}-{entry}"
         return self.convert(content, identifier) if self.convert else content
+
+
+def join_rows(files: Sequence[Rows], weights: Sequence[float] | None = None, seed: int = 0) -> Rows:
+    """Join the checked rows of several files; with ``weights``, see :class:`~.mixing.Mixture`, one for each file."""
+    ends = np.cumsum([len(rows) for rows in files])
+
+    def place(index: int) -> str:
+        file = int(np.searchsorted(ends, index, "right"))
+        return files[file].place(index - int(ends[file]) + len(files[file]))
+
+    known, pictures, doubts = [], list[str | bytes](), list[str]()
+    for rows, end in zip(files, ends, strict=True):
+        assert rows.contents is not None, "rows are checked when they are loaded"
+        known.append(rows.contents.rows + np.array([end - len(rows), 0, 0, 0]))
+        pictures += rows.contents.pictures
+        doubts += rows.contents.doubts
+    contents = Contents(np.concatenate(known), list(dict.fromkeys(pictures)), list(dict.fromkeys(doubts)))
+    mixture = Mixture([len(rows) for rows in files], weights, seed) if weights else None
+    if mixture:
+        counts = " + ".join(f"{count:,}" for count in mixture.per_epoch)
+        say(f"{'data:':13}{counts} rows per epoch (--train_weights)", sys.stdout)
+    source: Any = ConcatDataset(files)  # type: ignore[arg-type]  # it only takes their lengths and items
+    return Rows(source, place, contents=contents, mixture=mixture)
 
 
 class BadRows:

@@ -7,7 +7,7 @@ once, but only the footers of Parquet files.
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain
@@ -23,6 +23,7 @@ from datasets import are_progress_bars_disabled, load_dataset_builder
 from common.runtime import InputError, on_main_process, track
 
 from .conversations import Conversation, check_conversation, read_conversation
+from .formats import is_table
 from .pictures import Picture, picture_path
 from .rows import Rows
 from .sources import load_hub, parse_conversation
@@ -39,13 +40,13 @@ def open_hub(
     return (stream_hub if streaming else load_hub)(*name, columns=columns, split=split, each=each)
 
 
-def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = None) -> Stream:
+def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit: int | None = None) -> Stream:
     """Stream shards in the general format: JSON Lines or Parquet files. Parquet files can contain the images.
 
     Parameters
     ----------
-    pattern : Path
-        A file, or several with wildcards, for example ``data/train-*.parquet``.
+    patterns : Path or sequence of Path
+        Files, or several with wildcards, for example ``data/train-*.parquet``.
     image_dir : Path
         Folder that image names are relative to.
     limit : int, optional
@@ -64,9 +65,13 @@ def stream_conversations(pattern: Path, image_dir: Path, limit: int | None = Non
             yield place, row
 
     def index() -> list[Span]:
-        shards = sorted(glob.glob(str(pattern)))
-        if not shards:
-            raise InputError(f"{pattern} is missing: put the shards there, or name other ones")
+        shards = []
+        for pattern in [patterns] if isinstance(patterns, Path) else patterns:
+            if not (found := sorted(glob.glob(str(pattern)))):
+                raise InputError(f"{pattern} is missing: put the shards there, or name other ones")
+            shards += found
+        if tables := [shard for shard in shards if is_table(Path(shard))]:
+            raise InputError("CSV is not streamed: use JSON Lines or Parquet, or remove --streaming", tables[0])
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
     return Stream(on_main_process(index), read).select(0, limit)

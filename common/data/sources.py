@@ -6,8 +6,8 @@ On all processes that see the same files, a function returns the same rows or ra
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -32,6 +32,7 @@ from .conversations import (
     read_conversation,
     text_size,
 )
+from .formats import describe_format, read_lines
 from .pictures import check_picture, picture_content, picture_path
 from .rows import BadRows, Contents, Rows
 
@@ -89,18 +90,13 @@ def load_hub(*name: str, columns: list[str], split: str = "train", each: str | N
 
 
 def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, bytes]]:
-    """Read the non-blank lines of a JSON Lines file, or the entries of a JSON array.
+    """Read the rows of a file as :func:`~.formats.read_lines`.
 
     Parameters
     ----------
     path : Path
     release : str, optional
         Name of the dataset if the file is part of its official release, for messages.
-
-    Yields
-    ------
-    tuple of (str, bytes)
-        Location (file and line, or entry) and content of the row.
 
     Raises
     ------
@@ -115,21 +111,7 @@ def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[st
         yield place, content
         empty = False
     if empty:
-        raise InputError(f"{path} is empty: expected one JSON object per line")
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Read a file as :func:`read_json_lines`, which may be empty."""
-    with path.open("rb") as file:
-        if file.read(1) != b"[":
-            file.seek(0)
-            yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
-            return
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"invalid JSON ({error}): write one object per line, or one array of objects", str(path)) from None
-    yield from ((f"{path}, entry {number}", json.dumps(entry).encode()) for number, entry in enumerate(entries, start=1))
+        raise InputError(f"{path} is empty: expected at least one row")
 
 
 def collect_rows(
@@ -204,7 +186,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     Parameters
     ----------
     path : Path
-        JSON Lines file, or a JSON array.
+        JSON Lines file, JSON array or CSV table.
     image_dir : Path
         Folder that image names are relative to.
     limit : int, optional
@@ -254,7 +236,28 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     rows = rows.checked(bad, _share(known[share], bad, files, doubts))
     if not len(rows):
         raise InputError("no rows are left", str(path))
+    counts = f"{len(rows):,} row{'s' * (len(rows) > 1)} with {len(names):,} image{'s' * (len(names) != 1)}"
+    say(f"{'data:':13}{path} ({describe_format(path)}): {counts} from {image_dir}", sys.stdout)
     return rows
+
+
+def find_image_dir(path: Path) -> Path:
+    """Return the folder of the images of a file: its own, if its first image is found there, otherwise ``images/`` in that.
+
+    Only the folders are looked at if ``path`` is a pattern of shards or a Parquet file.
+    """
+    folder = path.parent / "images"
+    if not folder.is_dir():
+        return path.parent
+    if path.is_file() and path.suffix != ".parquet":
+        for place, line in read_lines(path):
+            try:
+                names = listed_images(read_conversation(parse_object(line, place), place))
+            except InputError:  # loading the file reports it
+                break
+            if names:
+                return path.parent if (path.parent / str(names[0])).is_file() else folder
+    return folder
 
 
 def check_rows(
@@ -382,9 +385,7 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
 def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
     """Convert a file of conversations to an Arrow file in the cache, if it is not there yet."""
     if not path.is_file():
-        raise InputError(
-            f"{path} is missing: put the JSONL file there (convert_ucf101.py writes the one of UCF-101), or name another file"
-        )
+        raise InputError(f"{path} is missing: put the file there , or name another file")
     state = path.stat()
     version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}"
     name = hashlib.sha256(version.encode()).hexdigest()[:32]

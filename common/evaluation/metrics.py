@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+import string
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 ANLS_THRESHOLD = 0.5
+RELAXED_TOLERANCE = 0.05
 
 
 def normalise_answer(text: str, lower: bool = True) -> str:
@@ -52,8 +55,59 @@ def exact(prediction: str, answers: Sequence[str]) -> float:
     return float(normalise_answer(prediction) in map(normalise_answer, answers))
 
 
-# Score, 0 to 1, of a prediction by its reference answers.
-METRICS: dict[str, Callable[[str, list[str]], float]] = {"exact": exact, "anls": anls}
+def relaxed(prediction: str, answers: Sequence[str]) -> float:
+    """1 if a prediction is a number that deviates from a reference answer by at most 5 %, or equals it otherwise.
+
+    Thousands separators, currency and percent signs are ignored. Source: Masry et al., ChartQA, Findings of ACL 2022.
+    """
+    found = _number(prediction)
+    for answer in answers:
+        expected = _number(answer)
+        if found is not None and expected is not None and abs(found - expected) <= RELAXED_TOLERANCE * abs(expected):
+            return 1.0
+    return exact(prediction, answers)
+
+
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1 if a prediction contains a reference answer as whole words, ignoring case and whitespace; otherwise 0."""
+    text = " ".join(prediction.casefold().split())
+    words = (" ".join(normalise_answer(answer).casefold().split()) for answer in answers)
+    return float(any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) for answer in words))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """F1 score of the words of a prediction: the maximum over the reference answers.
+
+    Case, punctuation and English articles are ignored. Source: Rajpurkar et al., SQuAD, EMNLP 2016.
+    """
+    found, best = _words(prediction), 0.0
+    for answer in answers:
+        expected = _words(answer)
+        shared = (found & expected).total()
+        total = found.total() + expected.total()
+        best = max(best, 2 * shared / total if total else 1.0)
+    return best
+
+
+def _number(text: str) -> float | None:
+    """Read a number such as ``$1,234.50`` or ``12 %``; None if the text is none."""
+    text = re.sub(r"[\s$€£¥%]|,(?=\d{3}(\D|$))", "", normalise_answer(text))
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text) else None
+
+
+def _words(text: str) -> Counter[str]:
+    words = re.sub(f"[{re.escape(string.punctuation)}]", "", text.lower()).split()
+    return Counter(word for word in words if word not in ("a", "an", "the"))
+
+
+# Scores of one answer, from 0 to 1, which ``--metric`` selects by name.
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact,
+    "anls": anls,
+    "relaxed": relaxed,
+    "contains": contains,
+    "f1": f1,
+}
 
 
 def accuracy(correct: Sequence[float]) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
@@ -15,9 +17,10 @@ from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_
 from common.arguments import Setup, trained_parts, uses_adapters
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
-from common.phi3v.parts import PARTS, lora_targets, part_of, unquantized_modules
+from common.phi3v.parts import PARTS, fully_trained_modules, lora_targets, part_of, unquantized_modules
 from common.process import InputError, say
 
+from .adapters import attach_adapter, check_targets
 from .checkpoint import load_weights, read_config
 from .lora import fuse_lora
 
@@ -143,8 +146,9 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     base_is_frozen = uses_adapters(args)
     # DeepSpeed casts the weights to the training precision and creates its own fp32 master weights.
     deepspeed_has_masters = setup.deepspeed is not None
+    base = setup.base or args.model_name_or_path
     model = load_weights(
-        args.model_name_or_path,
+        base,
         processor,
         setup.revision,
         "--model_name_or_path",
@@ -160,7 +164,11 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
 
         model.cross_entropy = LigerCrossEntropyLoss(reduction="sum")
     freeze(model, trained_parts(args))
-    trained: nn.Module = add_lora(model, args, setup.revision) if uses_adapters(args) else model
+    trained: nn.Module = model
+    if setup.adapter:
+        trained = continue_lora(model, args, setup.adapter)
+    elif uses_adapters(args):
+        trained = add_lora(model, args, setup.revision)
     return trained if args.use_qlora else trained.to(device)
 
 
@@ -204,6 +212,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the numbers of trainable and of all parameters for each part of the model."""
     counts = dict.fromkeys(PARTS, (0, 0))
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:  # replaced by a trained copy
+            continue
         # Under ZeRO-3, numel() is 0; bitsandbytes stores two 4-bit values per byte.
         count = getattr(parameter, "ds_numel", parameter.numel())
         count *= 2 if parameter.__class__.__name__ == "Params4bit" else 1
@@ -227,24 +237,26 @@ def freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
 
 
 def _quantization(args: argparse.Namespace, setup: Setup) -> BitsAndBytesConfig:
-    config = read_config(args.model_name_or_path, setup.revision)
+    config = read_config(setup.base or args.model_name_or_path, setup.revision)
+    vision = not args.freeze_vision_model and "vision" not in args.train_fully
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[setup.precision],
-        llm_int8_skip_modules=unquantized_modules(config, vision=not args.freeze_vision_model),
+        llm_int8_skip_modules=unquantized_modules(config, vision),
     )
 
 
 def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> PeftModel:
-    """Add LoRA adapters to the decoder and, unless it is frozen, to the vision tower and the projector.
+    """Add LoRA adapters to the decoder and, unless it is frozen or trained fully, to the vision tower and the projector.
 
     Parameters
     ----------
     model : Phi3VForCausalLM
     args : argparse.Namespace
-        The flags of the script that begin with ``lora_`` or ``use_``, ``init_lora_weights`` and ``freeze_vision_model``.
+        The flags of the script that begin with ``lora_`` or ``use_``, ``init_lora_weights``, ``train_fully`` and
+        ``freeze_vision_model``.
     revision : str, optional
         Commit of a Hub model, for the adapter's configuration.
 
@@ -258,7 +270,8 @@ def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | 
             r=args.lora_rank,
             lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
             lora_dropout=args.lora_dropout,
-            target_modules=lora_targets(model.config, vision=not args.freeze_vision_model),
+            target_modules=lora_targets(model.config, vision=not (args.freeze_vision_model or args.train_fully)),
+            modules_to_save=fully_trained_modules(model.config, args.train_fully) or None,
             # PEFT takes names as strings, except for True and False.
             init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
             use_dora=args.use_dora,
@@ -269,12 +282,44 @@ def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | 
         peft_model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:
         raise InputError(f"rejected by PEFT ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
-    for module in peft_model.modules():
+    return _prepare(peft_model)
+
+
+def continue_lora(model: Phi3VForCausalLM, args: argparse.Namespace, adapter: Path) -> PeftModel:
+    """Load an adapter, to train it further.
+
+    Parameters
+    ----------
+    model : Phi3VForCausalLM
+        Its base model.
+    args : argparse.Namespace
+        The script's flags.
+    adapter : Path
+        Directory of the adapter.
+
+    Raises
+    ------
+    InputError
+        If the adapter does not fit the base model, or has other target modules than these recipes.
+    """
+    check_targets(adapter, model.config, args)
+    peft_model = _prepare(attach_adapter(model, adapter, trainable=True))
+    # The name may be relative to the directory where the adapter was trained.
+    peft_model.peft_config["default"].base_model_name_or_path = model.name_or_path
+    # Again, now that fully trained modules are fp32.
+    set_peft_model_state_dict(peft_model, load_peft_weights(str(adapter), device=str(model.device)))
+    return peft_model
+
+
+def _prepare(model: PeftModel) -> PeftModel:
+    for module in model.modules():
         if isinstance(module, LoraLayer):
             # Adapters are fp32: PEFT would cast their inputs to fp32, and autocast would cast them back.
             module.cast_input_dtype_enabled = False
-    fuse_lora(peft_model)
-    return peft_model
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    fuse_lora(model)
+    return model
 
 
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:

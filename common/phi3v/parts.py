@@ -36,6 +36,25 @@ def lora_targets(config: Phi3VConfig, vision: bool) -> str:
     return rf"{DECODER_LORA_MODULES}|{TOWER}\.({layers})\.{TOWER_LINEARS}|{PROJECTOR_LORA_MODULES}"
 
 
+def fully_trained_modules(config: Phi3VConfig, parts: tuple[str, ...]) -> list[str]:
+    """Return the names of the modules that are trained fully next to LoRA adapters, for PEFT's ``modules_to_save``.
+
+    Parameters
+    ----------
+    config : Phi3VConfig
+    parts : tuple of str
+        ``"vision"`` and ``"projector"``, or one of them. The projector's separators are not in a module and stay frozen.
+    """
+    tower = "img_processor.vision_model"
+    # The last layer of the tower never runs.
+    layers = [f"{tower}.encoder.layers.{number}" for number in range(config.tower.num_hidden_layers - 1)]
+    modules = {
+        "vision": [f"{tower}.embeddings", f"{tower}.pre_layrnorm", *layers],
+        "projector": ["img_projection.0", "img_projection.2"],
+    }
+    return [name for part in parts for name in modules[part]]
+
+
 def unquantized_modules(config: Phi3VConfig, vision: bool) -> list[str]:
     """Return the names of the modules that are not quantized.
 

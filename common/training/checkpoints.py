@@ -166,19 +166,27 @@ def _incomplete_anywhere(directory: Path) -> str | None:
 
 
 def run_identity(
-    args: argparse.Namespace, zero_stage: int | None, num_processes: int, precision: str, revision: str | None
+    args: argparse.Namespace,
+    zero_stage: int | None,
+    num_processes: int,
+    precision: str,
+    revision: str | None,
+    base: str | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """What makes a run this run, by name: all settings that change its course. Must be called on all processes."""
     names = ["batch_size", "seed", "num_crops", "optim", "learning_rate", "vision_learning_rate", "projector_learning_rate"]
     names += ["wd", "lr_scheduler_type", "warmup_steps", "streaming"]
-    base = on_main_process(lambda: fingerprint(find_snapshot(args.model_name_or_path, revision)))
+    weights = on_main_process(lambda: fingerprint(find_snapshot(base or args.model_name_or_path, revision)))
     identity: dict[str, Any] = {
         "method": method_name(args),
-        "base model (--model_name_or_path)": base,
+        "base model (--model_name_or_path)": weights,
         "precision (--bf16)": precision,
         "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
     }
     identity |= {f"--{name}": getattr(args, name) for name in names + (list(LORA_DEFAULTS) if uses_adapters(args) else [])}
+    if adapter:
+        identity["adapter (--model_name_or_path)"] = on_main_process(lambda: fingerprint(adapter))
     if zero_stage or args.streaming:  # each process has its own states, or its own part of the stream
         identity["number of processes"] = num_processes
     return identity
@@ -193,7 +201,9 @@ def data_fingerprint(data: TrainingData | StreamedData, count: int = 256) -> str
         conversation = sample.conversation(0, row)
         turns = [{key: value for key, value in turn.items() if key != "images"} for turn in conversation["conversations"]]
         digest.update(json.dumps([turns, [_identify(picture) for picture in pictures(conversation)]]).encode())
-    return f"{len(data)} rows, {digest.hexdigest()[:16]}"
+    mixture = getattr(data.rows, "mixture", None)
+    weights = f", --train_weights {' '.join(f'{weight:g}' for weight in mixture.weights)}" if mixture else ""
+    return f"{len(data)} rows, {digest.hexdigest()[:16]}{weights}"
 
 
 def _identify(picture: Picture) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainerState, TrainingArguments
 
 from common.arguments import Setup, steps_between_evaluations, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
 from common.runtime import InputError, rank, world_size
@@ -29,16 +31,18 @@ def plan_batches(
             streamed.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return streamed, data.sample_lengths()
     accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
+    mixture = data.rows.mixture if isinstance(data.rows, Rows) else None
     if args.max_tokens_per_batch:
-        steps_per_epoch = -(-len(data) // args.batch_size)
-        epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else args.num_train_epochs
+        steps_per_epoch = -(-(len(mixture) if mixture else len(data)) // args.batch_size)
+        epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
         by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
         lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
-        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), args.max_tokens_per_batch)
+        budget = args.max_tokens_per_batch
+        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), budget, mixture)
     else:
         lengths = data.sample_lengths()
     batches = PlannedBatches(
-        len(data),
+        mixture or len(data),
         args.batch_size,
         **order,
         accumulation=accumulation,

@@ -20,6 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from common.arguments import Setup
+from common.model.adapters import adapter_to_continue, base_fault, find_base
 from common.model.checkpoint import fetch_checkpoint
 from common.model.loading import choose_attention, training_precision
 from common.process import InputError, counted, local_world_size, say, world_size
@@ -66,9 +67,13 @@ def start(args: argparse.Namespace) -> Setup:
     if args.eval_only:
         on_main_process(lambda: lock(args.output_dir))
         return Setup(device, precision, attention="sdpa")
-    if not Path(args.model_name_or_path).is_dir():
-        say(f"Loading {args.model_name_or_path} from the Hub or its cache")
-    revision = first_on_each_machine(lambda: fetch_checkpoint(args.model_name_or_path))
+    adapter = adapter_to_continue(args)
+    base, revision = find_base(adapter) if adapter else (args.model_name_or_path, None)
+    if not Path(base).is_dir():
+        say(f"Loading {base} from the Hub or its cache")
+    revision = first_on_each_machine(lambda: fetch_checkpoint(base, revision=revision))
+    if adapter and (fault := base_fault(adapter, base, revision)[0]):
+        raise InputError(f"{fault}: put the model there that it was trained on", f"--model_name_or_path {adapter}")
     attention, reason = choose_attention(args.attn_implementation, args.use_flash_attention, device)
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)
@@ -77,7 +82,7 @@ def start(args: argparse.Namespace) -> Setup:
         allow_states()
     if deepspeed and not on_gpu:
         do_without_compiler()
-    identity = run_identity(args, stage, world_size(), precision, revision)
+    identity = run_identity(args, stage, world_size(), precision, revision, base, adapter)
     on_main_process(lambda: lock(args.output_dir))
     checkpoint, skipped = find_checkpoint(args.resume_from_checkpoint, args.output_dir, identity, args.accept_changes)
     for name in skipped:
@@ -88,7 +93,20 @@ def start(args: argparse.Namespace) -> Setup:
         auto = args.resume_from_checkpoint == "auto"
         on_main_process(lambda: check_unused(args.output_dir, args.overwrite_output_dir, auto))
     set_seed(args.seed)
-    return Setup(device, precision, attention, reason, packing, deepspeed, stage, revision, checkpoint, identity)
+    return Setup(
+        device,
+        precision,
+        attention,
+        reason,
+        packing,
+        deepspeed,
+        stage,
+        revision,
+        base=base if adapter else None,
+        adapter=adapter,
+        checkpoint=checkpoint,
+        identity=identity,
+    )
 
 
 def _prepare_environment(on_gpu: bool) -> None:
@@ -144,10 +162,10 @@ def _check_integrations(args: argparse.Namespace, on_cpu: bool) -> None:
     except (ValueError, ImportError) as error:
         raise InputError(f"{error}", f"--optim {args.optim}") from None
     try:
-        for callback in get_reporting_integration_callbacks([] if args.report_to == "none" else [args.report_to]):
+        for callback in get_reporting_integration_callbacks([] if args.report_to == ["none"] else args.report_to):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"{error}", f"--report_to {args.report_to}") from None
+        raise InputError(f"{error}", f"--report_to {' '.join(args.report_to)}") from None
 
 
 def _choose_packing(requested: bool | None, max_tokens: int | None, attention: str) -> bool:

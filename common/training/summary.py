@@ -109,7 +109,8 @@ def summarize(
 
 def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | StreamedBatches) -> int:
     """Return the number of optimizer steps of a run."""
-    return args.max_steps if args.max_steps > 0 else args.num_train_epochs * len(batches) // batches.accumulation
+    steps_per_epoch = len(batches) // batches.accumulation
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)  # as transformers
 
 
 def approximate_duration(seconds: float) -> str:
@@ -120,6 +121,8 @@ def approximate_duration(seconds: float) -> str:
 
 
 def _schedule(args: argparse.Namespace, steps: int) -> str:
+    if args.lr_scheduler_type == "constant":
+        return "constant learning rate, without warmup"
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * steps)  # as TrainingArguments
     if warmup < steps:
         return f"learning rate warmup for {warmup:,}, then {args.lr_scheduler_type.replace('_', ' ')}"

@@ -1,0 +1,165 @@
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on your own data: images, questions and answers in JSON Lines, JSON or CSV files.
+
+    torchrun --nproc_per_node=1 finetune_hf_trainer_jsonl.py --data_dir data/receipts --eval_fraction 0.1 \\
+        --task_name receipts --metric anls exact --bf16 --use_lora --learning_rate 2e-4 --warmup_steps 0.1
+    torchrun --nproc_per_node=8 finetune_hf_trainer_jsonl.py --train_file data/a.jsonl data/b.csv --train_weights 2 0.5 \\
+        --eval_file data/val.jsonl --bf16 --use_flash_attention --batch_size 64      # several files, weighted
+    torchrun --nproc_per_node=8 finetune_hf_trainer_jsonl.py --data_dir data/big --streaming \\
+        --train_file "train-*.parquet" --eval_file val.jsonl                         # shards, read during training
+
+The metrics compare the generated answer to the last turn with the expected one. docs/custom_dataset.md describes the formats.
+
+Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
+to --output_dir.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from common.arguments import training_parser
+from common.evaluation.metrics import METRICS
+from common.process import InputError, say
+
+
+def parse_args():
+    parser = training_parser(__doc__, task="own data", metric="exact")
+    group = parser.add_argument_group("own data")
+    group.add_argument("--task_name", default="own data", help="name in report and model card (default: %(default)s)")
+    group.add_argument("--data_dir", type=Path, help="folder that the following names are relative to")
+    group.add_argument("--train_file", nargs="+", help="training data (default: train.jsonl in --data_dir)")
+    group.add_argument(
+        "--train_weights",
+        type=float,
+        nargs="+",
+        help="how often the rows of each --train_file occur per epoch: with 2, all of them twice; with 0.5, one half of them, "
+        "and the other half in the next epoch (default: once)",
+    )
+    group.add_argument("--eval_file", help="evaluation data (default: val.jsonl)")
+    group.add_argument(
+        "--eval_fraction", type=float, help="instead, set this share of the rows apart; images are in one part only"
+    )
+    group.add_argument(
+        "--metric",
+        dest="metrics",
+        nargs="+",
+        choices=list(METRICS),
+        default=["exact"],
+        help="exact match, ANLS, relaxed accuracy (numbers within 5 %%), whether the answer is contained, F1 of the words; the "
+        "first one is the main metric (default: exact)",
+    )
+    group.add_argument(
+        "--image_dir",
+        type=Path,
+        help="folder that the images' names are relative to and must not leave; / allows all (default: the folder of the file "
+        "or, if its first image is not there, images/ in it)",
+    )
+    args = parser.parse_args()
+    return argparse.Namespace(**vars(args) | {"task": args.task_name, "metric": args.metrics[0]})
+
+
+if __name__ == "__main__":
+    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
+    args = parse_args()
+    say("Loading PyTorch and transformers")
+
+from common.data.rows import Rows, join_rows
+from common.data.samples import TrainingData
+from common.data.shards import stream_conversations
+from common.data.sources import find_image_dir, load_conversations
+from common.data.splitting import split_by_picture
+from common.data.streaming import Stream, training_data
+from common.evaluation.generation import generate_answers
+from common.evaluation.predictions import Evaluation, Prediction
+from common.model.checkpoint import load_processor
+from common.model.loading import load_model
+from common.runtime import run
+from common.training.evaluation import evaluate_only
+from common.training.start import start
+from common.training.trainer import build_trainer
+
+
+def load_rows(args) -> tuple[Rows | Stream, Rows]:
+    """Return training and evaluation rows. All rows and images are checked; streamed ones when they are read."""
+    if not (args.data_dir or args.train_file):
+        raise InputError("pass --data_dir, a folder with train.jsonl, or --train_file")
+    folder = args.data_dir or Path()
+    files = [folder / name for name in args.train_file or ["train.jsonl"]]
+    weights, fraction = args.train_weights, args.eval_fraction
+    if fraction is not None and (args.eval_file or args.streaming or not 0 < fraction < 1):
+        raise InputError("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
+    if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
+        raise InputError("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
+    eval_file = folder / (args.eval_file or "val.jsonl")
+    if not (fraction or args.eval_file or eval_file.is_file()):
+        raise InputError(f"there is no {eval_file} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
+
+    def load(file: Path, limit: int | None) -> Rows:
+        return load_conversations(file, args.image_dir or find_image_dir(file), limit, args.tqdm, args.skip_bad_rows)
+
+    if args.streaming:
+        train_rows = stream_conversations(files, args.image_dir or find_image_dir(files[0]), args.max_train_samples)
+        return train_rows, load(eval_file, args.max_eval_samples)
+    parts = [load(file, args.max_train_samples) for file in files]
+    if fraction:
+        parts, eval_rows = split_by_picture(parts, fraction, args.seed, args.max_eval_samples, args.tqdm)
+    else:
+        eval_rows = load(eval_file, args.max_eval_samples)
+    return join_rows(parts, weights, args.seed), eval_rows
+
+
+def to_conversation(row: dict, rng: random.Random) -> dict:
+    return row  # rows are already in the conversation format
+
+
+def score(rows: Sequence, answers: list[str], metrics: list[str]) -> list[Prediction]:
+    """Compare the answer to each row's last turn with the expected one. The first metric is the score."""
+    predictions, seen = [], set()
+    for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        # Rows may have no ids, or use the name of an image as the id of several questions.
+        identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
+        seen.add(identifier)
+        turn = row["conversations"][-1]
+        expected = [turn["assistant"]]
+        scores = {name: METRICS[name](answer, expected) for name in metrics}
+        main = scores.pop(metrics[0])
+        predictions.append(Prediction(identifier, turn["user"], answer.strip(), expected, main, scores))
+    return predictions
+
+
+def evaluate(model, processor, rows: Rows, args) -> Evaluation:
+    predictions = score(rows, generate_answers(model, processor, rows, args), args.metrics)
+    values = {name: fmean(entry.more.get(name, entry.score) for entry in predictions) for name in args.metrics}
+    return Evaluation(args.metric, values, predictions)
+
+
+def main(args) -> None:
+    setup = start(args)
+    if args.eval_only:
+        _, eval_rows = load_rows(args)
+        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
+        return
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
+    train_rows, eval_rows = load_rows(args)
+    model = load_model(args, setup, processor)
+    trainer = build_trainer(
+        args,
+        setup,
+        model,
+        processor,
+        train_data=training_data(train_rows, to_conversation, processor, args.seed),
+        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
+        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
+        source=str(args.data_dir or " ".join(args.train_file)),
+    )
+    trainer.evaluate_before()
+    trainer.train()
+    trainer.save_result()
+    trainer.evaluate_after()
+    trainer.report()
+
+
+if __name__ == "__main__":
+    run(main, args)

@@ -1,0 +1,299 @@
+"""finetune_hf_trainer_jsonl.py: formats, several files, the split for evaluation, metrics, and a run."""
+
+import csv
+import json
+import shutil
+import sys
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, torchrun
+from forked import finetune_forked
+from PIL import Image
+from runs import weights, write_random_model
+from transformers import AutoProcessor
+
+import finetune_hf_trainer_jsonl as script
+from common.data.batches import PlannedBatches, epoch_steps
+from common.data.formats import read_lines
+from common.data.mixing import Mixture
+from common.data.samples import TrainingData
+from common.data.sources import load_conversations
+from common.runtime import InputError
+
+QUESTIONS = {"0.png": "What is it, then?", "1.png": 'Say "red"', "2.png": "Über\nzwei Zeilen?"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Three pictures, a copy of the first, and a cache of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (60 + number, 50), colour).save(tmp_path / f"images/{number}.png")
+    shutil.copy(tmp_path / "images/0.png", tmp_path / "images/copy.png")
+    return tmp_path
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def row(*names, user="What?", assistant="Red.", **fields):
+    return {"conversations": [{"images": list(names), "user": user, "assistant": assistant}], **fields}
+
+
+def load(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--no-tqdm"])
+    args = script.parse_args()
+    return args, *script.load_rows(args)
+
+
+def places(rows):
+    return [rows.place(index).rpartition("/")[2] for index in range(len(rows))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formats
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_table(path, delimiter=",", **options):
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.writer(file, delimiter=delimiter, **options)
+        table.writerow(["Image", "question", "answer"])
+        table.writerows((name, question, "Red.") for name, question in QUESTIONS.items())
+
+
+def test_every_format_is_the_same_conversations_and_is_named(folder, capsys):
+    general = [row(name, user=question) for name, question in QUESTIONS.items()]
+    messages = [
+        {"images": [name], "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "Red."}]}
+        for name, question in QUESTIONS.items()
+    ]
+    said = [[{"from": "human", "value": question}, {"from": "gpt", "value": "Red."}] for question in QUESTIONS.values()]
+    llava = [{"image": name, "conversations": turns} for name, turns in zip(QUESTIONS, said, strict=True)]
+    write(folder / "general.jsonl", general)
+    write(folder / "messages.jsonl", messages)
+    (folder / "llava.json").write_text(f"\n {json.dumps(llava)}", "utf-8")
+    write_table(folder / "comma.csv")
+    write_table(folder / "semicolon.csv", delimiter=";", quoting=csv.QUOTE_ALL)
+    write_table(folder / "tab.tsv", delimiter="\t")
+    formats = {
+        "general.jsonl": "general format, one JSON object per line",
+        "messages.jsonl": "chat messages (OpenAI, TRL), one JSON object per line",
+        "llava.json": "LLaVA or ShareGPT, a JSON array",
+        "comma.csv": "CSV",
+        "semicolon.csv": "CSV",
+        "tab.tsv": "CSV",
+    }
+    loaded = {name: list(load_conversations(folder / name, folder / "images")) for name in formats}
+    assert all(rows == loaded["general.jsonl"] for rows in loaded.values())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("data:")]
+    assert lines == [
+        f"data:        {folder / name} ({what}): 3 rows with 3 images from {folder}/images" for name, what in formats.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,question\n", 'line 1: the header has no column "answer": expected image, question, answer'),
+        ("image,question,answers\n", 'line 1: unknown column "answers" (known are "image", '),
+        ("image,question,answers\n", 'did you mean "answer"?'),
+        ("image,image,question,answer\n", "line 1: the header has a column twice"),
+        ('image,question,answer\n0.png,"a\nb",c\n0.png,Red, or not?,d\n', "line 4: 4 fields, but the header has 3: put quotes"),
+        ('image,question,answer\n0.png,"What?,Red\n', "line 2: invalid CSV (unexpected end of data): quote texts"),
+        (
+            "image,question,answer\n0.png,What?,\n",
+            'line 2, turn 1: "assistant" must be a non-empty string: it is the answer to',
+        ),
+        ("image,question,answer\n", "is empty: expected at least one row"),
+        ("image,question,answer\n\n9.png,What?,Red\n", "9.png is missing: put the file there"),
+        (b"image,question,answer\n0.png,Stra\xdfe?,Red\n", "not UTF-8"),
+    ],
+)
+def test_a_table_with_a_mistake_is_refused_by_its_line(text, message, folder):
+    (folder / "data.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as error:
+        load_conversations(folder / "data.csv", folder / "images")
+    assert message in str(error.value)
+
+
+def test_a_row_of_a_table_without_a_picture_is_text(folder):
+    (folder / "data.csv").write_text("id,image,question,answer,system\n7,,What?,Red,Be brief.\n,,,,\n")
+    [(place, line)] = read_lines(folder / "data.csv")
+    assert place.endswith("data.csv, line 2")
+    turn = {"user": "What?", "assistant": "Red"}
+    assert json.loads(line) == {"id": "7", "system": "Be brief.", "conversations": [turn]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which rows
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, monkeypatch):
+    write(folder / "train.jsonl", [row("0.png")])
+    write(folder / "val.jsonl", [row(), row("images/1.png")])
+    args, train_rows, eval_rows = load(monkeypatch, "--data_dir", folder)
+    assert args.num_crops == 16
+    assert train_rows[0]["conversations"][0]["images"] == [f"{folder}/images/0.png"]
+    assert eval_rows[1]["conversations"][0]["images"] == [f"{folder}/images/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "pass --data_dir, a folder with train.jsonl, or --train_file"),
+        (["--data_dir", "{}"], "there is no {}/val.jsonl to evaluate on: pass --eval_file, or --eval_fraction 0.1"),
+        (["--data_dir", "{}", "--eval_fraction", "0.5", "--eval_file", "a"], "excludes --eval_file"),
+        (["--data_dir", "{}", "--eval_fraction", "1.5"], "--eval_fraction must be between 0 and 1"),
+        (
+            ["--data_dir", "{}", "--eval_fraction", "0.5", "--train_weights", "1", "2"],
+            "one number above 0 for each --train_file",
+        ),
+        (["--data_dir", "{}", "--eval_fraction", "0.5", "--train_weights", "nan"], "one number above 0 for each --train_file"),
+        (
+            ["--data_dir", "{}", "--eval_fraction", "0.1"],
+            "--eval_fraction 0.1: rows that share an image stay together, and the",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, message, folder, monkeypatch):
+    write(folder / "train.jsonl", [row("0.png"), row("copy.png", user="Other?")])
+    with pytest.raises(InputError) as error:
+        load(monkeypatch, *(flag.format(folder) for flag in flags))
+    assert message.format(folder) in str(error.value)
+
+
+def test_no_picture_is_on_both_sides_of_the_split(folder, monkeypatch):
+    for number in range(40):
+        Image.effect_noise((60, 50), 80).save(folder / f"images/noise{number}.png")
+    chain = [row(f"noise{number}.png", f"noise{number + 1}.png", user=f"{number}?") for number in range(5)]
+    pages = [row(f"noise{number}.png", user=f"{page}?") for number in range(10, 40) for page in range(3)]
+    same = [row("0.png", user="Copy?"), row("copy.png", user="Of it?")]
+    write(folder / "a.jsonl", chain + same)
+    write(folder / "b.jsonl", [*pages, row(user="Text"), row(user="Text", id="again")])
+    flags = ["--data_dir", folder, "--train_file", "a.jsonl", "b.jsonl", "--train_weights", 2, 1, "--eval_fraction", 0.2]
+    _, train_rows, eval_rows = load(monkeypatch, *flags)
+    assert (len(train_rows), len(eval_rows)) == (79, 20)
+    assert sorted(places(train_rows) + places(eval_rows)) == sorted(
+        [f"a.jsonl, line {number}" for number in range(1, 8)] + [f"b.jsonl, line {number}" for number in range(1, 93)]
+    )
+
+    def contents(rows):
+        names = [name for row in rows for name in row["conversations"][0]["images"]]
+        return {open(name, "rb").read() for name in names} | {row["conversations"][0]["user"] == "Text" for row in rows} - {
+            False
+        }
+
+    assert not contents(train_rows) & contents(eval_rows)
+    known = {index: found for index, found, *_ in eval_rows.contents.rows.tolist()}
+    everything = {found: index for index, found, *_ in train_rows.contents.rows.tolist()}
+    assert sorted(known) == list(range(20)) and not set(known.values()) & everything.keys()
+    in_a = sum(place.startswith("a") for place in places(train_rows))
+    assert train_rows.mixture.per_epoch == [2 * in_a, 79 - in_a]
+    assert places(load(monkeypatch, *flags)[2]) == places(eval_rows)
+    assert places(load(monkeypatch, *flags, "--seed", 1)[2]) != places(eval_rows)
+    assert len(load(monkeypatch, *flags, "--max_eval_samples", 7)[2]) in (5, 6, 7)
+
+
+@pytest.mark.parametrize("weight", [1, 2, 0.5, 0.3, 1.5])
+def test_a_weight_is_how_often_rows_occur(weight):
+    mixture = Mixture([10, 7], [weight, 1], seed=3)
+    epochs = [mixture.rows(epoch) for epoch in range(20)]
+    assert all(len(rows) == len(mixture) for rows in epochs)
+    assert all(sorted(rows[rows >= 10]) == list(range(10, 17)) for rows in epochs)
+    counts = Counter(np.concatenate(epochs).tolist())
+    assert all(counts[row] == 20 * weight for row in range(10))
+    for rows in epochs:
+        assert {count for _, count in Counter(rows[rows < 10].tolist()).items()} <= {int(weight), int(weight) + 1}
+    assert (weight == 0.5) == (not set(epochs[0][epochs[0] < 10]) & set(epochs[1][epochs[1] < 10]) and weight >= 0.5)
+    assert any(not np.array_equal(epochs[0], rows) for rows in epochs) == (weight not in (1, 2))
+
+
+def test_steps_of_a_mixture_take_its_rows_on_all_processes():
+    mixture = Mixture([10, 7], [1.5, 1], seed=3)
+    for epoch in (0, 1):
+        taken = []
+        for rank in (0, 1):
+            batches = PlannedBatches(mixture, 4, 5, rank, 2, accumulation=2)
+            batches.set_epoch(epoch)
+            assert len(batches) == len(list(batches)) == 2 * 6
+            taken += [key for batch in batches for key in batch]
+        expected = mixture.rows(epoch).tolist()
+        assert not Counter(expected) - Counter(row for _, row in taken)
+        assert len(taken) == 24 and {found for found, _ in taken} == {epoch}
+    assert np.array_equal(epoch_steps(Mixture([10, 7], [1, 1], 0), 4, 5, 0), epoch_steps(17, 4, 5, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores and runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_have_ids_of_their_own_and_every_score():
+    rows = [row(user="What?", assistant="1,250", id=name) for name in ("a", "a", None, "b")]
+    predictions = script.score(rows, ["$1,250", " 1,250. ", "It is 1,250 now", "1300"], ["relaxed", "exact", "contains"])
+    assert [entry.id for entry in predictions] == ["a", "a#1", "2", "b"]
+    assert [entry.score for entry in predictions] == [1, 1, 0, 1]
+    assert [entry.more for entry in predictions] == [
+        {"exact": exact, "contains": contains} for exact, contains in ((0, 1), (1, 1), (0, 1), (0, 0))
+    ]
+
+
+def test_rows_of_several_files_are_measured_and_named_as_one(folder, monkeypatch):
+    write(folder / "train.jsonl", [row("0.png"), row("1.png", user="word " * 40)])
+    write_table(folder / "val.csv")
+    files = ["--train_file", "train.jsonl", "val.csv", "--eval_file", "val.csv"]
+    _, train_rows, _ = load(monkeypatch, "--data_dir", folder, *files)
+    assert places(train_rows) == ["train.jsonl, line 1", "train.jsonl, line 2", *(f"val.csv, line {n}" for n in (2, 3, 4))]
+    data = TrainingData(train_rows, script.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    lengths = [len(data[0, row]["input_ids"]) for row in range(5)]
+    assert data.lengths(0, bar=False).tokens.tolist() == lengths and lengths[1] == max(lengths)
+
+
+def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
+    """Seven steps in two and a half epochs; gone on from the middle of the second with the other half of a file."""
+    write(folder / "a.jsonl", [row("0.png", user=f"a {number}?", assistant=str(number)) for number in range(6)])
+    write(folder / "b.jsonl", [row("1.png", user=f"b {number}?", assistant=str(number)) for number in range(3)])
+    write(folder / "val.jsonl", [row("2.png")])
+    options = {"script": "finetune_hf_trainer_jsonl.py", "model_name_or_path": write_random_model(folder / "model")}
+    options |= {"train_file": ["a.jsonl", "b.jsonl"], "train_weights": [0.5, 2], "batch_size_per_gpu": 1, "max_steps": None}
+    options |= {"num_train_epochs": 2.1, "use_lora": True, "lora_rank": 4, "save_strategy": "steps", "save_steps": 4}
+    options |= {"task_name": "my receipts", "metric": ["f1", "anls"], "lr_scheduler_type": "cosine_with_restarts"}
+    log = finetune_forked(folder, folder / "straight", **options)
+    assert [entry["step"] for entry in log] == list(range(1, 8))  # 9 rows in 3 steps per epoch
+    shutil.copytree(folder / "straight/checkpoint-4", folder / "resumed/checkpoint-4")
+    assert finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **options) == log
+    straight, resumed = weights(folder / "straight"), weights(folder / "resumed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    after = json.loads((folder / "straight/eval_after.json").read_text())
+    assert after["metric"] == "f1" and {"f1", "anls"} <= after.keys()
+    assert json.loads((folder / "straight/run.json").read_text())["task"] == "my receipts"
+    assert "finetuned on my receipts" in (folder / "straight/README.md").read_text()
+    with pytest.raises(AssertionError, match="--train_weights 0.5 1"):
+        finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **options | {"train_weights": [0.5, 1]})
+
+
+@pytest.mark.slow
+def test_two_processes_learn_three_colours(folder):
+    write(
+        folder / "train.jsonl", [row(f"{number}.png", assistant=name) for number, name in enumerate(("Red", "Green", "Blue"))]
+    )
+    flags = ["--model_name_or_path", TINY, "--data_dir", folder, "--output_dir", folder / "out", "--num_crops", 1, "--no-tqdm"]
+    result = torchrun(
+        "finetune_hf_trainer_jsonl.py", *flags, "--eval_file", "train.jsonl", "--batch_size", 4, "--max_steps", 25,
+        "--learning_rate", 2e-3, "--warmup_steps", 2, "--max_new_tokens", 12, "--dataloader_num_workers", 0,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert "warning:     3 of 3 evaluation rows are also training rows, for example" in result.stdout
+    assert "warning:     3 of 3 evaluation images are also training images, for example image" in result.stdout
+    before, after = (json.loads((folder / f"out/eval_{when}.json").read_text()) for when in ("before", "after"))
+    assert before["exact"] < 0.5 and after["exact"] == 1

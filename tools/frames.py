@@ -1,0 +1,164 @@
+"""Convert video clips to images and a JSONL file that `finetune_hf_trainer_jsonl.py` reads.
+
+    python -m tools.frames --clips my_clips --out_dir data/clips --question "What happens in the video?"
+    python -m tools.frames --clips a.mp4 b.mp4 --table answers.csv --out_dir data/clips --num_frames 16
+
+Folders are searched for clips, at any depth. The answer to --question is the name of a clip's folder; a --table has the columns
+clip (its path in the folder, or its file name), question and answer, and may have several rows for a clip.
+
+It writes `images/<clip>.<0-7>.jpg` and `clips.jsonl`, with a row for each question. An interrupted conversion can be resumed
+with the same command; images of clips or settings that are not used any more are removed.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
+
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
+COLUMNS = {"clip", "question", "answer"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--clips", type=Path, nargs="+", required=True, metavar="PATH", help="clips, or folders of clips")
+    group.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="output folder for images/ and clips.jsonl")
+    answers = group.add_mutually_exclusive_group(required=True)
+    answers.add_argument("--question", help="question about every clip, whose answer is the name of its folder")
+    answers.add_argument("--table", type=Path, metavar="FILE", help="CSV file with the columns clip, question and answer")
+    group.add_argument("--num_frames", type=positive_int, default=8, help="images per clip (default: %(default)s)")
+    group.add_argument("--skip_broken", action="store_true", help="skip and report clips that cannot be decoded")
+
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--num_workers", type=positive_int, default=os.cpu_count(), help="decoding processes (default: one per CPU)"
+    )
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
+    return parser.parse_args()
+
+
+def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
+    """Find clips; map the path of each one, relative to the folder that was searched, to its file.
+
+    Raises
+    ------
+    SourceError
+        If a place does not exist, there are no clips, or two clips would have the same images.
+    """
+    found: dict[PurePosixPath, Path] = {}
+    images: dict[PurePosixPath, Path] = {}
+    for place in places:
+        if not place.exists():
+            raise SourceError(f"--clips {place}: no such file or folder")
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
+        for file in files:
+            clip = PurePosixPath(file.relative_to(place if place.is_dir() else place.parent).as_posix())
+            if any(part.startswith(".") for part in clip.parts):
+                continue  # metadata of macOS and editors
+            other = images.setdefault(clip.with_suffix(""), file)
+            if other != file:
+                raise SourceError(f"{other} and {file} would have the same image names; rename one of them")
+            if file.stat().st_size > LARGEST_CLIP:
+                raise SourceError(f"{file} is larger than {LARGEST_CLIP:,} bytes; cut it into shorter clips")
+            found[clip] = file
+    if not found:
+        raise SourceError(f"--clips {' '.join(map(str, places))}: no clips ({', '.join(SUFFIXES)})")
+    return found
+
+
+def questions_of(clips: dict[PurePosixPath, Path], args: argparse.Namespace) -> list[tuple[PurePosixPath, str, str]]:
+    """Return clip, question and answer of each row."""
+    if args.table is None:
+        return [(clip, args.question, file.resolve().parent.name) for clip, file in clips.items()]
+    rows = list(read_table(args.table, clips))
+    if not rows:
+        raise SourceError(f"--table {args.table}: no rows")
+    return rows
+
+
+def read_table(path: Path, clips: dict[PurePosixPath, Path]) -> Iterator[tuple[PurePosixPath, str, str]]:
+    """Yield clip, question and answer of each row of a table.
+
+    Raises
+    ------
+    SourceError
+        If the table cannot be read, or a row is incomplete or names no clip; the message names its line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file, strict=True)
+            if set(table.fieldnames or ()) != COLUMNS:
+                raise SourceError(f"--table {path}: expected the columns clip, question and answer in the first line")
+            for row in table:
+                place = f"--table {path}, line {table.line_num}"
+                if None in row or not all(isinstance(text, str) and text.strip() for text in row.values()):
+                    raise SourceError(f"{place}: expected clip, question and answer; put quotes around texts with commas")
+                clip = PurePosixPath(row["clip"].strip())
+                if clip not in clips:
+                    raise SourceError(f"{place}: there is no clip {clip} among --clips")
+                yield clip, row["question"], row["answer"]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"--table {path} is not a CSV file in UTF-8 ({error}); save it as one") from error
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Convert the clips that have a question.
+
+    Raises
+    ------
+    SourceError
+        If there are no clips or questions, or there are broken clips and ``--skip_broken`` is not set.
+    """
+    files = find_clips(args.clips)
+    questions = questions_of(files, args)
+    clips = dict.fromkeys(clip for clip, _, _ in questions)
+    print(f"{len(clips)} of {len(files)} clips have {len(questions)} questions", flush=True)
+
+    # Images may change from here on, so the file that lists them is removed until they are complete.
+    (args.out_dir / "images").mkdir(parents=True, exist_ok=True)
+    (args.out_dir / "clips.jsonl").unlink(missing_ok=True)
+    names = {clip: [f"{clip.with_suffix('')}.{i}.jpg" for i in range(args.num_frames)] for clip in clips}
+    paths = {clip: [args.out_dir / "images" / name for name in images] for clip, images in names.items()}
+    readers = {clip: files[clip].read_bytes for clip in clips}
+    written, broken = convert_clips(readers, paths, args.num_workers, args.tqdm and sys.stderr.isatty())
+    if broken and (len(broken) == len(clips) or not args.skip_broken):
+        raise SourceError(
+            f"{len(broken)} of {len(clips)} clips cannot be decoded (listed above); replace them, or pass --skip_broken"
+        )
+    rows = [
+        {"id": str(clip), "conversations": [{"images": names[clip], "user": question, "assistant": answer}]}
+        for clip, question, answer in questions
+        if clip not in broken
+    ]
+    remove_strays(args.out_dir, {path for clip in clips if clip not in broken for path in paths[clip]})
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(args.out_dir / "clips.jsonl", lines.encode("utf-8"))
+    if broken:
+        print(f"Skipped {len(broken)} broken clips (listed above).")
+    whole = len(clips) - len(broken)
+    print(
+        f"{args.out_dir}/clips.jsonl: {len(rows)} rows, {whole * args.num_frames} images of {whole} clips ({written} converted,"
+        f" {whole - written} up to date)"
+    )
+
+
+def main() -> None:
+    try:
+        convert(parse_args())
+    except (SourceError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; run the same command again to resume.")
+
+
+if __name__ == "__main__":
+    main()
