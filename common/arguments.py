@@ -127,7 +127,11 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="output directory (default: output)")
     group.add_argument("--batch_size", type=int, default=16, help="samples per optimizer step over all processes (default: 16)")
-    group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per process per micro-batch (default: 1)")
+    group.add_argument(
+        "--batch_size_per_gpu",
+        type=int,
+        help="samples per process per micro-batch (default: 1, or by --max_tokens_per_batch)",
+    )
     group.add_argument("--num_train_epochs", type=int, default=1, help="number of epochs (default: %(default)s)")
     group.add_argument("--max_steps", type=int, default=-1, help="maximum number of optimizer steps (default: no limit)")
     group.add_argument("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
@@ -181,8 +185,10 @@ def training_parser(description: str, task: str, metric: str) -> argparse.Argume
     )
     group.add_argument(
         "--max_tokens_per_batch",
-        type=int,
-        help="maximum number of tokens per micro-batch; requires packing, and replaces --batch_size_per_gpu",
+        type=lambda text: text if text == "auto" else int(text),
+        metavar="auto|N",
+        help="maximum number of tokens per micro-batch, or what is fastest in the free memory (auto); requires packing, and "
+        "replaces --batch_size_per_gpu (default: auto on a GPU)",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -299,7 +305,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "eval_metric_steps early_stopping_patience max_nonfinite_steps ddp_timeout"
     )
     for name in positive.split():
-        if (value := getattr(args, name, None)) is not None and value < 1:
+        if (value := getattr(args, name, None)) not in (None, "auto") and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
     for name in ("warmup_steps", "dataloader_num_workers", "wd", "lora_dropout"):
         if getattr(args, name) < 0:
@@ -315,11 +321,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise InputError(f"--{name} must be above 0, got {value}")
-    processes = world_size()
-    if args.batch_size % (processes * args.batch_size_per_gpu):
+    processes, per_gpu = world_size(), args.batch_size_per_gpu or 1
+    if args.batch_size % (processes * per_gpu):
         raise InputError(
-            f"--batch_size {args.batch_size} is not divisible by {processes} process(es) × --batch_size_per_gpu "
-            f"{args.batch_size_per_gpu}: use a multiple of {processes * args.batch_size_per_gpu}"
+            f"--batch_size {args.batch_size} is not divisible by {processes} process(es) × --batch_size_per_gpu {per_gpu}: "
+            f"use a multiple of {processes * per_gpu}"
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
         raise InputError("--max_tokens_per_batch requires packing: remove it or --no-packing")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,13 +14,32 @@ from common.arguments import Setup, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
-from common.runtime import InputError, rank, world_size
+from common.phi3v.flops import TrainingFlops
+from common.runtime import InputError, rank, read_json, world_size
+
+from .checkpoints import TOTALS
+from .memory import MODES, Trial, fastest_budget, mean_flops
 
 
 def plan_batches(
-    args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
+    args: argparse.Namespace,
+    setup: Setup,
+    data: TrainingData | StreamedData,
+    flops: TrainingFlops,
+    estimate: Callable[[], Trial | None],
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
-    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time."""
+    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The script's flags.
+    setup : Setup
+    data : TrainingData or StreamedData
+    flops : TrainingFlops
+    estimate : callable
+        Returns the trial on the device; called on all processes, if ``--max_tokens_per_batch auto`` requires it.
+    """
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming and not isinstance(data, StreamedData):
         raise InputError("this script does not support streaming; remove the flag", "--streaming")
@@ -29,12 +50,16 @@ def plan_batches(
             streamed.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return streamed, data.sample_lengths()
     accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
-    if args.max_tokens_per_batch:
+    max_tokens = args.max_tokens_per_batch
+    if max_tokens:
         steps_per_epoch = -(-len(data) // args.batch_size)
         epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else args.num_train_epochs
         by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
         lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
-        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), args.max_tokens_per_batch)
+        count = partial(accumulation_for_budget, by_epoch, args.batch_size, args.seed, world_size())
+        if max_tokens == "auto":
+            max_tokens = _choose_budget(args, setup, lengths, flops, estimate(), count)
+        accumulation = count(max_tokens) if max_tokens else accumulation
     else:
         lengths = data.sample_lengths()
     batches = PlannedBatches(
@@ -43,10 +68,31 @@ def plan_batches(
         **order,
         accumulation=accumulation,
         measure=data.measure if setup.packing else None,
-        max_tokens=args.max_tokens_per_batch,
+        max_tokens=max_tokens,
         vision_trains="vision" in trained_parts(args),
     )
     return batches, lengths
+
+
+def _choose_budget(
+    args: argparse.Namespace,
+    setup: Setup,
+    lengths: Lengths,
+    flops: TrainingFlops,
+    trial: Trial | None,
+    count: Callable[[int], int],
+) -> int | None:
+    """Tokens per micro-batch: those of the checkpoint if they fit, else the fastest; None for one sample at a time."""
+    if trial is None:
+        return None
+    modes = MODES if args.gradient_checkpointing == "auto" else (args.gradient_checkpointing,)
+    if setup.checkpoint:
+        settings = read_json(setup.checkpoint / TOTALS, "use an earlier checkpoint")["settings"]
+        saved = settings.get("max_tokens_per_batch")
+        if isinstance(saved, int) and saved <= trial.most_tokens(modes[-1], lengths):
+            return saved
+    forward, backward = (args.batch_size / world_size() * each for each in mean_flops(flops, lengths))
+    return fastest_budget(trial, modes, lengths, (forward, backward), count)
 
 
 def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int) -> TrainingArguments:

@@ -75,6 +75,7 @@ def start(args: argparse.Namespace) -> Setup:
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)
     stage = zero_stage(deepspeed)
+    _settle_micro_batches(args, on_gpu and packing, stage)
     if deepspeed:
         allow_states()
     if deepspeed and not on_gpu:
@@ -161,3 +162,13 @@ def _choose_packing(requested: bool | None, max_tokens: int | None, attention: s
     if max_tokens and not supported:
         raise InputError(f"--max_tokens_per_batch requires packing, which {attention} attention does not support")
     return supported if requested is None else requested
+
+
+def _settle_micro_batches(args: argparse.Namespace, packs_on_gpu: bool, stage: int | None) -> None:
+    """Set the two flags that limit a micro-batch to their defaults on this machine."""
+    if args.max_tokens_per_batch == "auto" and stage == 3:
+        raise InputError("no trial of the memory is possible under ZeRO-3: set a number", "--max_tokens_per_batch auto")
+    unset = args.max_tokens_per_batch is None and args.batch_size_per_gpu is None
+    if unset and packs_on_gpu and stage != 3 and not args.streaming:
+        args.max_tokens_per_batch = "auto"
+    args.batch_size_per_gpu = args.batch_size_per_gpu or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pickle
 import re
 import signal
@@ -90,7 +91,11 @@ def build_trainer(
     set_timeout(args.ddp_timeout)
     if name := find_nonfinite(model):
         raise InputError(f"{name} is not finite: copy the files again", f"--model_name_or_path {args.model_name_or_path}")
-    batches, lengths = plan_batches(args, setup, train_data)
+    if setup.zero_stage == 3:
+        base_model(model).run_same_modules_always()
+    flops = TrainingFlops(base_model(model))
+    estimate = functools.cache(lambda: estimate_memory(model, args, setup, flops))
+    batches, lengths = plan_batches(args, setup, train_data, flops, estimate)
     plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": number_of_steps(args, batches)}
     if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
         say(change, sys.stdout)
@@ -100,6 +105,8 @@ def build_trainer(
     resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
     resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
     resolved |= {"use_lora": uses_adapters(args), "eval_steps": args.eval_steps or args.logging_steps}
+    max_tokens = batches.max_tokens if isinstance(batches, PlannedBatches) else None
+    resolved["max_tokens_per_batch"] = max_tokens
     resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
     longest = longest_evaluation_answer(eval_data)
     resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest)
@@ -117,10 +124,7 @@ def build_trainer(
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
-    if setup.zero_stage == 3:
-        base_model(model).run_same_modules_always()
-    flops = TrainingFlops(base_model(model))
-    trial = estimate_memory(model, args, setup, flops)
+    trial = estimate()
     recomputation = args.gradient_checkpointing
     if recomputation == "auto":
         recomputation = least_recomputation(trial, *batches.largest(lengths))
@@ -130,7 +134,7 @@ def build_trainer(
     trainer = FinetuningTrainer(
         flags=args,
         setup=setup,
-        identity=setup.identity | plan,
+        identity=setup.identity | plan | {"max_tokens_per_batch": max_tokens},
         batches=batches,
         flops=flops,
         evaluate_task=evaluate,
