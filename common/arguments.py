@@ -81,6 +81,10 @@ class Setup:
         DeepSpeed configuration file; None for plain DDP.
     zero_stage : int, optional
         ZeRO stage set in that file.
+    batch_size_per_gpu : int
+        Samples per process per micro-batch.
+    max_tokens_per_batch : int or "auto", optional
+        Limit of a micro-batch that replaces the number of samples.
     revision : str, optional
         Commit of a model from the Hub.
     base : str, optional
@@ -100,6 +104,8 @@ class Setup:
     packing: bool = False
     deepspeed: str | None = None
     zero_stage: int | None = None
+    batch_size_per_gpu: int = 1
+    max_tokens_per_batch: int | str | None = None
     revision: str | None = None
     base: str | None = None
     adapter: Path | None = None
@@ -271,7 +277,11 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     group = parser.add_argument_group("training")
     group.add_argument("--output_dir", type=Path, default=Path("output"), help="output directory (default: output)")
     group.add_argument("--batch_size", type=int, default=16, help="samples per optimizer step over all processes (default: 16)")
-    group.add_argument("--batch_size_per_gpu", type=int, default=1, help="samples per process per micro-batch (default: 1)")
+    group.add_argument(
+        "--batch_size_per_gpu",
+        type=int,
+        help="samples per process per micro-batch (default: 1, or by --max_tokens_per_batch)",
+    )
     group.add_argument(
         "--num_train_epochs",
         type=_number,
@@ -330,8 +340,10 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     )
     group.add_argument(
         "--max_tokens_per_batch",
-        type=int,
-        help="maximum number of tokens per micro-batch; requires packing, and replaces --batch_size_per_gpu",
+        type=lambda text: text if text == "auto" else int(text),
+        metavar="auto|N",
+        help="maximum number of tokens per micro-batch, or what is fastest in the free memory (auto); requires packing, and "
+        "replaces --batch_size_per_gpu (default: auto on a GPU)",
     )
     group.add_argument(
         "--gradient_checkpointing",
@@ -463,7 +475,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         "eval_metric_steps early_stopping_patience max_nonfinite_steps ddp_timeout"
     )
     for name in positive.split():
-        if (value := getattr(args, name, None)) is not None and value < 1:
+        if (value := getattr(args, name, None)) not in (None, "auto") and value < 1:
             raise InputError(f"--{name} must be at least 1, got {value}")
     if args.max_steps < 1 and args.max_steps != -1:
         raise InputError(f"--max_steps must be at least 1, got {args.max_steps}")
@@ -481,11 +493,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("num_train_epochs", "learning_rate", "vision_learning_rate", "projector_learning_rate"):
         if (value := getattr(args, name)) is not None and value <= 0:
             raise InputError(f"--{name} must be above 0, got {value}")
-    processes = world_size()
-    if args.batch_size % (processes * args.batch_size_per_gpu):
+    processes, per_gpu = world_size(), args.batch_size_per_gpu or 1
+    if args.batch_size % (processes * per_gpu):
         raise InputError(
             f"--batch_size {args.batch_size} is not divisible by {counted(processes, 'process', 'processes')} × "
-            f"--batch_size_per_gpu {args.batch_size_per_gpu}: use a multiple of {processes * args.batch_size_per_gpu}"
+            f"--batch_size_per_gpu {per_gpu}: use a multiple of {processes * per_gpu}"
         )
     if args.max_tokens_per_batch is not None and args.packing is False:
         raise InputError("--max_tokens_per_batch requires packing: remove it or --no-packing")
@@ -550,7 +562,7 @@ def _check_dependent_flags(args: argparse.Namespace) -> None:
         raise InputError("--use_qlora already trains LoRA adapters, on a quantized model: remove it or --use_lora")
     if args.max_steps > 0 and args.num_train_epochs != NUM_TRAIN_EPOCHS:
         raise InputError("--max_steps and --num_train_epochs both set the length of the run: remove one of them")
-    if args.max_tokens_per_batch and args.batch_size_per_gpu != 1 and args.eval_strategy == "no":
+    if args.max_tokens_per_batch and args.batch_size_per_gpu is not None and args.eval_strategy == "no":
         raise InputError("--batch_size_per_gpu has no effect with --max_tokens_per_batch: remove one of them")
 
 

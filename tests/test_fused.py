@@ -5,20 +5,20 @@ import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
-from common.model.loading import set_gradient_checkpointing
-from common.model.lora import FusedLoraLinear, fuse_lora
-from common.phi3v import fused
+from common.model.loading import avoid_avx512_kernel, set_gradient_checkpointing
+from common.model.lora import FusedLoraLinear, FusedLoraLinear4bit, fuse_lora
+from common.phi3v import Phi3VConfig, fused
 from common.phi3v.layers import FusedDecoderLayer, FusedEncoderLayer
-from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets
+from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets, unquantized_modules
 
 PLAIN = {FusedDecoderLayer: Phi3DecoderLayer, FusedEncoderLayer: CLIPEncoderLayer}
-METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision")
+METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,17 @@ def batches():
 
 def build(method, plain=False):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").train()
+    options = {"dtype": torch.float32, "attn_implementation": "varlen"}
+    if method == "QLoRA":
+        kept = unquantized_modules(Phi3VConfig.from_pretrained(TINY), vision=True)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=kept
+        )
+    model = AutoModelForCausalLM.from_pretrained(TINY, **options).train()
+    avoid_avx512_kernel(model)
     if "frozen vision" in method:
         model.model.vision_embed_tokens.requires_grad_(False)
-    if method.startswith("LoRA"):
+    if "LoRA" in method:
         targets = lora_targets(model.config, vision="frozen vision" not in method)
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
         if not plain:
@@ -60,8 +67,10 @@ def run(model, batch, recompute="none"):
 @pytest.mark.parametrize("method", METHODS)
 def test_fused_layers_compute_the_same(batches, method, packing):
     expected_loss, expected = run(build(method, plain=True), batches[packing])
-    for recompute in ("none", "elementwise", "full") if packing else ("none",):
-        loss, gradients = run(build(method), batches[packing], recompute)
+    for recompute in ("none", "elementwise", "selective", "full") if packing else ("none", "full"):
+        model = build(method)
+        assert any(isinstance(module, FusedLoraLinear4bit) for module in model.modules()) == (method == "QLoRA")
+        loss, gradients = run(model, batches[packing], recompute)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert gradients.keys() == expected.keys()
         differences = {name: (gradient - expected[name]).norm() for name, gradient in gradients.items()}

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import re
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from common.training import memory
 from common.training.deepspeed import zero_stage
 from common.training.memory import (
     MODES,
+    USABLE_SHARE,
     Footprint,
     Trial,
     estimate_memory,
+    fastest_budget,
     kept_bytes,
     least_recomputation,
     state_bytes,
@@ -104,7 +107,7 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
         assert kept["full"] < kept["elementwise"] < kept["none"]
     assert trial.recomputing.per_token < 0.2 * trial.keeping.per_token
     assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower keeps nothing
-    assert trial.flops_per_second > 0
+    assert trial.flops_per_second > 0 and trial.launching > 0
 
 
 @pytest.mark.parametrize(
@@ -121,18 +124,53 @@ def test_the_trial_has_the_precision_of_training(deepspeed, by_autocast):
     assert seen == {by_autocast}
 
 
+FOOTPRINTS = Footprint(0, 100, 10), Footprint(0, 60, 6), Footprint(0, 4, 1)
+TRIAL = Trial(*FOOTPRINTS, num_layers=4, states=1000, step=50, free=0, flops_per_second=1, launching=0)
+
+
 def test_as_little_is_recomputed_as_fits():
-    footprints = Footprint(0, 100, 10), Footprint(0, 60, 6), Footprint(0, 4, 1)
-    trial = Trial(*footprints, num_layers=4, states=1000, step=50, free=0, flops_per_second=1)
-    needed = [trial.needed(mode, 100, 10) for mode in MODES]
+    needed = [TRIAL.needed(mode, 100, 10) for mode in MODES]
     assert needed == sorted(needed, reverse=True) and needed[-1] > 1000
     for mode, bytes_needed in zip(MODES, needed, strict=True):
-        assert dataclasses.replace(trial, free=bytes_needed / 0.85 + 1).choose(100, 10) == mode
-    assert trial.choose(100, 10) == "full"
-    assert least_recomputation(dataclasses.replace(trial, free=10**9), 100, 10) == "none"
+        assert least_recomputation(dataclasses.replace(TRIAL, free=bytes_needed / 0.85 + 1), 100, 10) == mode
+    assert least_recomputation(TRIAL, 100, 10) == "full"
+    assert least_recomputation(dataclasses.replace(TRIAL, free=10**9), 100, 10) == "none"
     assert least_recomputation(None, 100, 10) == "full"
     # An optimizer step comes when the forward pass keeps nothing any more.
-    assert [dataclasses.replace(trial, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 4
+    assert [dataclasses.replace(TRIAL, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 4
+
+
+@pytest.mark.parametrize("free", [3000, 20_000, 10**6, 10**8])
+@pytest.mark.parametrize("launching", [0, 1e6])
+def test_the_largest_micro_batch_that_fits_and_is_fastest(free, launching):
+    """Without launches, with the least recomputation; where launching takes all the time, in the fewest micro-batches."""
+    lengths = Lengths(tokens=np.array([10, 7, 8]), views=np.array([2, 0, 1]))
+    trial = dataclasses.replace(TRIAL, free=free, launching=launching)
+    most = {mode: trial.most_tokens(mode, lengths) for mode in MODES}
+    assert list(most.values()) == sorted(most.values())
+    for mode, tokens in most.items():
+        needed = [trial.needed(mode, tokens + more, math.ceil(0.2 * (tokens + more))) for more in (0, 3)]
+        assert needed[0] <= USABLE_SHARE * free < needed[1]
+    budget = fastest_budget(trial, MODES, lengths, (1000, 2000), lambda tokens: -(-1000 // tokens))
+    fitting = [tokens for tokens in most.values() if tokens >= 10]
+    if not fitting:
+        assert budget is None
+    elif launching:
+        assert -(-1000 // budget) == -(-1000 // max(fitting))
+    else:
+        assert budget == fitting[0]
+    assert fastest_budget(trial, ("full",), lengths, (1000, 2000), lambda tokens: 1) == (most["full"] if fitting else None)
+    assert dataclasses.replace(trial, step=10**9).most_tokens("full", lengths) == 0
+
+
+def test_all_processes_decide_by_the_one_with_the_least_memory(monkeypatch):
+    trials = [dataclasses.replace(TRIAL, free=free) for free in (7, 3, 5)]
+    monkeypatch.setattr(memory, "world_size", lambda: 3)
+    monkeypatch.setattr(memory, "gather", lambda own: trials)
+    sharded = settled(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
+    assert estimate_memory(None, None, sharded, None).free == 3
+    trials[1] = None
+    assert estimate_memory(None, None, sharded, None) is None
 
 
 def test_states_by_optimizer_and_sharding(tmp_path):
@@ -260,6 +298,9 @@ def test_summary_of_a_run():
     assert len(lines) == 12 and all(len(line) < 130 for line in text.splitlines())
     assert lines["batch"].strip() == "8 samples per step = 1 process × 2 per micro-batch × 4 accumulation"
     assert lines["steps"].strip() == "6 on 16 rows, learning rate warmup for 2, then linear"
+    budget = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=2, max_tokens=2000)
+    text = summarize(flags(max_tokens_per_batch="auto"), setup, model, 16, budget, lengths, "none", trial, flops)
+    assert "8 samples per step = 1 process × 2 micro-batches of up to 2,000 tokens (auto)" in text
     for warmup, said in (
         (0.5, "warmup for 3, then cosine"),
         (6, "all of them warmup (--warmup_steps 6): the learning rate never reaches"),

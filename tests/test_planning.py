@@ -1,6 +1,8 @@
 """Plans: every row once an epoch, exact batches, balanced bins, the same on all processes."""
 
 import argparse
+import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.samples import TrainingData
 from common.data.streaming import Span, Stream, StreamedBatches
 from common.evaluation.generation import share_by_length
+from common.training.memory import USABLE_SHARE, Footprint, Trial, least_recomputation
 from common.training.plan import plan_batches
+from common.training.start import _settle_micro_batches
 from common.training.trainer import FinetuningTrainer
 
 
@@ -161,25 +165,81 @@ class Texts(TrainingData):
         return np.stack([tokens, np.ones_like(tokens)], axis=1), np.ones(len(rows), dtype=bool)
 
 
-@pytest.mark.parametrize("budget, longest", [(None, 106), (3000, 1001)])
-def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
-    setup = Setup(torch.device("cpu"), "fp32", "varlen", packing=True)
+SETUP = Setup(torch.device("cpu"), "fp32", "varlen", packing=True)
+
+
+def plan_of(trial=None, setup=SETUP, **changes):
     flags = {
         "batch_size": 16,
-        "batch_size_per_gpu": 4,
-        "max_tokens_per_batch": budget,
         "num_train_epochs": 2,
-        "streaming": False,
+        "max_steps": -1,
+        "gradient_checkpointing": "auto",
     }
     flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
     flags |= {"freeze_vision_model": False, "train_only": None, "train_fully": ()}
-    batches, measured = plan_batches(argparse.Namespace(**flags), setup, Texts(1024))
+    flops = argparse.Namespace(count=lambda sizes: (sizes.tokens, 2 * sizes.tokens))
+    setup = dataclasses.replace(setup, batch_size_per_gpu=4, max_tokens_per_batch=changes.pop("max_tokens_per_batch", None))
+    return plan_batches(argparse.Namespace(**flags | changes), setup, Texts(1024), flops, lambda: trial)
+
+
+@pytest.mark.parametrize("budget, longest", [(None, 106), (3000, 1001)])
+def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
+    batches, measured = plan_of(max_tokens_per_batch=budget)
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)
     assert batches.accumulation == (1 if budget else 4)
     assert batches.vision_trains
     for frozen in ({"freeze_vision_model": True}, {"train_only": ["decoder", "projector"]}):
-        assert not plan_batches(argparse.Namespace(**flags | frozen), setup, Texts(1024))[0].vision_trains
+        assert not plan_of(max_tokens_per_batch=budget, **frozen)[0].vision_trains
+
+
+@pytest.mark.parametrize("free, fits", [(10_000, 0), (100_000, 1), (200_000, 1), (10**7, 1)])
+def test_the_budget_follows_the_memory(free, fits, tmp_path):
+    """A pretend GPU: a token keeps 100 bytes, 10 with full recomputation, of which a step has up to 2,600 tokens."""
+    trial = Trial(
+        *(Footprint(0, size, 0) for size in (100, 70, 10)),
+        num_layers=10,
+        states=1000,
+        step=0,
+        free=free,
+        flops_per_second=1e9,
+        launching=1e-6,
+    )
+    batches, measured = plan_of(trial, max_tokens_per_batch="auto")
+    if not fits:  # the longest sample: one micro-batch as --batch_size_per_gpu says
+        assert batches.max_tokens is None and batches.accumulation == 4
+        return
+    mode = least_recomputation(trial, *batches.largest(measured))
+    assert trial.needed(mode, *batches.largest(measured)) <= USABLE_SHARE * free
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        taken = [[row for _, row in keys] for keys in batches]
+        assert sorted(sum(taken, [])) == list(range(1024)) and len(taken) == 64 * batches.accumulation
+        tokens = Texts(1024).measure(epoch, np.arange(1024)).tokens
+        assert all(tokens[rows].sum() <= batches.max_tokens for rows in taken)
+    # Resumed, it goes on with the budget of its checkpoint if it fits.
+    for saved, expected in ((1500, 1500), (10**9, batches.max_tokens), (None, batches.max_tokens)):
+        (tmp_path / "totals.json").write_text(json.dumps({"settings": {"max_tokens_per_batch": saved}}))
+        resumed = dataclasses.replace(SETUP, checkpoint=tmp_path)
+        assert plan_of(trial, resumed, max_tokens_per_batch="auto")[0].max_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "packs", "stage", "expected"),
+    [
+        ({}, True, 2, ("auto", 1)),
+        ({}, True, 3, (None, 1)),  # no trial is possible
+        ({}, False, None, (None, 1)),  # on a CPU, or padded
+        ({"streaming": True}, True, None, (None, 1)),
+        ({"batch_size_per_gpu": 1}, True, None, (None, 1)),
+        ({"max_tokens_per_batch": 5000}, True, None, (5000, 1)),
+    ],
+)
+def test_several_samples_at_once_are_the_default_on_a_gpu(flags, packs, stage, expected):
+    defaults = {"max_tokens_per_batch": None, "batch_size_per_gpu": None, "streaming": False}
+    args = argparse.Namespace(**defaults | flags)
+    _settle_micro_batches(args, packs, stage)
+    assert (args.max_tokens_per_batch, args.batch_size_per_gpu) == expected
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])

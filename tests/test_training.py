@@ -137,10 +137,12 @@ def test_two_processes_are_one_run(data, tmp_path):
         "two processes": dict(processes=2, batch_size_per_gpu=4),
         "padded": dict(processes=2, batch_size_per_gpu=2, **{"no-packing": True}),
         "budget": dict(processes=2, batch_size_per_gpu=None, max_tokens_per_batch=900),
+        "all that fits": dict(processes=2, batch_size_per_gpu=None, max_tokens_per_batch="auto"),
     }
     logs = {name: finetune_forked(data, tmp_path / name, **common, **options) for name, options in runs.items()}
     for name, log in logs.items():
         assert_same_course(log, logs["8 at once"]), name
+    assert "1 micro-batch of up to" in (tmp_path / "all that fits.log").read_text()
 
 
 @pytest.mark.parametrize("deepspeed", ["none", "auto"])

@@ -70,7 +70,8 @@ def varlen_attention_forward(
     # Under autocast, a rotary embedding in fp32 returns queries and keys in fp32.
     query, key = query.to(value.dtype), key.to(value.dtype)
     if has_varlen_kernel(query.device) and value.dtype in (torch.bfloat16, torch.float16):
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        # The gradient of squeeze is a view; that of indexing would be written into a tensor of zeros.
+        query, key, value = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
         return flash_attention(query, key, value, cu_seq_lens_q, max_length_q, scaling)[None], None
     lengths = cu_seq_lens_q.diff().tolist()
     samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)

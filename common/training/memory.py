@@ -9,28 +9,37 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from common.arguments import Setup, uses_adapters
+from common.data.batches import Lengths
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
-from common.phi3v.flops import TrainingFlops
+from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.fused import recompute_elementwise
 from common.phi3v.image_processing import CROP_SIZE
 from common.runtime import gather, local_world_size, world_size
 
 from .deepspeed import zero_settings
 
-MODES = ("none", "elementwise", "selective", "full")
+# Recomputation, from the fastest to the one that needs the least memory, and the share of a forward pass that it repeats.
+REPEATED = {"none": 0.0, "elementwise": 0.1, "selective": 0.6, "full": 1.0}
+MODES = tuple(REPEATED)
 # Fraction of the free memory that is planned for; the rest is for temporary tensors, communication and fragmentation.
 USABLE_SHARE = 0.85
 SHORT_TEXT, LONG_TEXT = 32, 160  # text tokens of the samples that are measured
+BACKWARD_LAUNCHES = 2  # kernels of a backward pass for each of a forward pass, as benchmarks.roofline counts them
+# An assumption: the answers are not tokenized for the estimates, and their share of the cost is small.
+SUPERVISED_TOKENS_PER_SAMPLE = 16
+TOKENS_PER_VIEW = 144
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Footprint:
     per_token: float
     per_view: float
 
-    def bytes(self, tokens: int, views: int) -> float:
+    def bytes(self, tokens: float, views: float) -> float:
         return self.fixed + self.per_token * tokens + self.per_view * views
 
 
@@ -62,7 +71,9 @@ class Trial:
     free : float
         Bytes that are free on the device for this process.
     flops_per_second : float
-        Speed of a forward pass.
+        Speed of the forward pass of a large batch.
+    launching : float
+        Seconds that the forward pass of a small batch takes, most of which the CPU needs to launch it.
     """
 
     keeping: Footprint
@@ -73,51 +84,120 @@ class Trial:
     step: float
     free: float
     flops_per_second: float
+    launching: float
 
-    def needed(self, mode: str, tokens: int, views: int) -> float:
+    def needed(self, mode: str, tokens: float, views: float) -> float:
         """Bytes that training on batches of this size needs in addition to the loaded model.
 
         Parameters
         ----------
         mode : {"none", "elementwise", "selective", "full"}
             As :func:`common.model.loading.set_gradient_checkpointing` takes it.
-        tokens, views : int
+        tokens, views : float
             Of the largest batch.
         """
+        return self.states + max(self.step, self._activations(mode, tokens, views))
+
+    def _activations(self, mode: str, tokens: float, views: float) -> float:
         kept, recomputed = self.keeping.bytes(tokens, views), self.recomputing.bytes(tokens, views)
         # The backward pass holds all activations of one layer at a time.
         one_layer = (kept - recomputed) / self.num_layers
         tower_kept = (self.keeping.per_view - self.recomputing.per_view) * views
-        activations = {
+        return {
             "none": kept,
             "elementwise": self.elementwise.bytes(tokens, views) + one_layer,
             "selective": (kept - tower_kept + recomputed) / 2 + one_layer,
             "full": recomputed + one_layer,
-        }
-        return self.states + max(self.step, activations[mode])
+        }[mode]
 
-    def choose(self, tokens: int, views: int) -> str:
-        """The mode with the least recomputation that fits into the free memory, or "full"."""
-        limit = USABLE_SHARE * self.free
-        return next((mode for mode in MODES if self.needed(mode, tokens, views) <= limit), MODES[-1])
+    def most_tokens(self, mode: str, lengths: Lengths) -> int:
+        """Tokens of the largest batch of such samples that fits into the free memory; 0 if none does."""
+        room = USABLE_SHARE * self.free - self.states
+        empty = self._activations(mode, 0, 1)  # the number of views is rounded up
+        per_token = self._activations(mode, 1, 1 + (lengths.views / lengths.tokens).max()) - empty
+        return max(0, int((room - empty) / per_token)) if room >= self.step else 0
+
+    def seconds(self, mode: str, flops: tuple[float, float], micro_batches: int) -> float:
+        """Time of a step without the optimizer: that of its FLOPs, or of launching its kernels if this takes longer.
+
+        Parameters
+        ----------
+        mode : {"none", "elementwise", "selective", "full"}
+        flops : (float, float)
+            Of the forward passes and of the backward passes of this process.
+        micro_batches : int
+            Of this process.
+        """
+        forward, backward = flops
+        computing = ((1 + REPEATED[mode]) * forward + backward) / self.flops_per_second
+        return max(computing, micro_batches * (1 + REPEATED[mode] + BACKWARD_LAUNCHES) * self.launching)
 
 
 def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
-    """The mode with the least recomputation that fits on every process; "full" if one process has no estimate.
+    """The mode with the least recomputation that fits into the free memory, which is the fastest; "full" without an estimate.
 
     Parameters
     ----------
     trial : Trial, optional
-        This process's.
     tokens, views : int
         Of the largest batch.
     """
-    mode = trial.choose(tokens, views) if trial else MODES[-1]
-    return max(gather(mode), key=MODES.index)
+    fitting = [mode for mode in MODES if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
+    return fitting[0] if fitting else MODES[-1]
+
+
+def fastest_budget(
+    trial: Trial,
+    modes: tuple[str, ...],
+    lengths: Lengths,
+    flops: tuple[float, float],
+    micro_batches: Callable[[int], int],
+) -> int | None:
+    """Tokens per micro-batch with which a step is predicted to take the least time, in the best of the modes.
+
+    More recomputation leaves room for larger micro-batches, of which a step needs fewer.
+
+    Parameters
+    ----------
+    trial : Trial
+    modes : tuple of str
+    lengths : Lengths
+        Of all samples.
+    flops : (float, float)
+        Of the forward passes and of the backward passes of a process in a step.
+    micro_batches : callable
+        Returns how many micro-batches of at most so many tokens a process needs for a step.
+
+    Returns
+    -------
+    int or None
+        None if the largest sample fits in none of the modes.
+    """
+    found = []
+    for mode in modes:
+        budget = trial.most_tokens(mode, lengths)
+        if budget >= lengths.tokens.max():
+            found.append((trial.seconds(mode, flops, micro_batches(budget)), budget))
+    return min(found)[1] if found else None
+
+
+def mean_flops(flops: TrainingFlops, lengths: Lengths) -> tuple[float, float]:
+    """Mean FLOPs of the forward pass and of the backward pass of a sample, without recomputation."""
+    tokens = lengths.tokens.astype(np.float64)
+    views = lengths.views.sum()
+    sizes = BatchSizes(
+        tokens=tokens.sum(),
+        pairs=(tokens * (tokens + 1) / 2).sum(),
+        views=views,
+        image_tokens=TOKENS_PER_VIEW * views,
+        supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
+    )
+    forward, backward = flops.count(sizes)
+    return forward / len(tokens), backward / len(tokens)
 
 
 def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
-    """Measure activation memory and speed with a few small forward passes.
+    """Measure activation memory and speed with a few small forward passes. Must be called on all processes.
 
     Parameters
     ----------
@@ -133,10 +213,15 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
     Returns
     -------
     Trial or None
-        None if nothing can be measured: ZeRO-3 partitions the weights, or not even a small batch fits.
+        That of the process with the least free memory, the same on all processes. None if nothing can be measured: ZeRO-3
+        partitions the weights, or not even a small batch fits on one of the processes.
     """
-    if setup.zero_stage == 3:
-        return None
+    own = None if setup.zero_stage == 3 else _measure(model, args, setup, flops)
+    trials = [trial for trial in gather(own) if trial]
+    return min(trials, key=lambda trial: trial.free) if len(trials) == world_size() else None
+
+
+def _measure(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
     device = setup.device
     footprints, training = {}, model.training
     model.train()
@@ -154,9 +239,9 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
                 per_token = (long - short) / (tokens[1] - tokens[0])
                 per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
                 footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
-            # A GPU reaches its speed with large batches only; without gradients they need little memory.
+            # A GPU reaches its speed with large batches only; with full recomputation they need little memory.
             timed = _batch(model, 8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
-            seconds = _seconds_forward(model, timed, device)
+            launching, seconds = (_seconds_forward(model, batch, device) for batch in (batches[0], timed))
         except torch.OutOfMemoryError:
             return None
         finally:
@@ -172,6 +257,7 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
         step=step_bytes(model, setup),
         free=free_bytes(device),
         flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
+        launching=launching,
     )
 
 
@@ -259,7 +345,6 @@ def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torc
     return batch | {"attention_mask": torch.ones_like(input_ids)}
 
 
-@torch.no_grad()
 def _seconds_forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> float:
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()

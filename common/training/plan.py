@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,31 +16,55 @@ from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
-from common.runtime import InputError, rank, world_size
+from common.phi3v.flops import TrainingFlops
+from common.runtime import InputError, rank, read_json, world_size
+
+from .checkpoints import TOTALS
+from .memory import MODES, Trial, fastest_budget, mean_flops
 
 
 def plan_batches(
-    args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
+    args: argparse.Namespace,
+    setup: Setup,
+    data: TrainingData | StreamedData,
+    flops: TrainingFlops,
+    estimate: Callable[[], Trial | None],
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
-    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time."""
+    """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        The script's flags.
+    setup : Setup
+    data : TrainingData or StreamedData
+    flops : TrainingFlops
+    estimate : callable
+        Returns the trial on the device; called on all processes, if ``--max_tokens_per_batch auto`` requires it.
+    """
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming and not isinstance(data, StreamedData):
         raise InputError("this script does not support streaming; remove the flag", "--streaming")
     if isinstance(data, StreamedData):
-        streamed = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **order)
+        streamed = StreamedBatches(data.rows, args.batch_size, setup.batch_size_per_gpu, **order)
         if setup.checkpoint:
             trainer_state = setup.checkpoint / "trainer_state.json"
             streamed.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
         return streamed, data.sample_lengths()
-    accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
+    accumulation = args.batch_size // (world_size() * setup.batch_size_per_gpu)
+    max_tokens: int | None = None
     mixture = data.rows.mixture if isinstance(data.rows, Rows) else None
-    if args.max_tokens_per_batch:
+    if setup.max_tokens_per_batch:
         steps_per_epoch = -(-(len(mixture) if mixture else len(data)) // args.batch_size)
         epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
         by_epoch = [data.lengths(epoch, args.tqdm) for epoch in range(epochs)]
         lengths = Lengths(*np.hstack([(epoch.tokens, epoch.views) for epoch in by_epoch]))
-        budget = args.max_tokens_per_batch
-        accumulation = accumulation_for_budget(by_epoch, args.batch_size, args.seed, world_size(), budget, mixture)
+        count = partial(accumulation_for_budget, by_epoch, args.batch_size, args.seed, world_size(), mixture=mixture)
+        if isinstance(setup.max_tokens_per_batch, int):
+            max_tokens = setup.max_tokens_per_batch
+        else:
+            max_tokens = _choose_budget(args, setup, lengths, flops, estimate(), count)
+        accumulation = count(max_tokens) if max_tokens else accumulation
     else:
         lengths = data.sample_lengths()
     batches = PlannedBatches(
@@ -47,10 +73,31 @@ def plan_batches(
         **order,
         accumulation=accumulation,
         measure=data.measure if setup.packing else None,
-        max_tokens=args.max_tokens_per_batch,
+        max_tokens=max_tokens,
         vision_trains="vision" in trained_parts(args),
     )
     return batches, lengths
+
+
+def _choose_budget(
+    args: argparse.Namespace,
+    setup: Setup,
+    lengths: Lengths,
+    flops: TrainingFlops,
+    trial: Trial | None,
+    count: Callable[[int], int],
+) -> int | None:
+    """Tokens per micro-batch: those of the checkpoint if they fit, else the fastest; None for one sample at a time."""
+    if trial is None:
+        return None
+    modes = MODES if args.gradient_checkpointing == "auto" else (args.gradient_checkpointing,)
+    if setup.checkpoint:
+        settings = read_json(setup.checkpoint / TOTALS, "use an earlier checkpoint")["settings"]
+        saved = settings.get("max_tokens_per_batch")
+        if isinstance(saved, int) and saved <= trial.most_tokens(modes[-1], lengths):
+            return saved
+    forward, backward = (args.batch_size / world_size() * each for each in mean_flops(flops, lengths))
+    return fastest_budget(trial, modes, lengths, (forward, backward), count)
 
 
 def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int, logging_steps: int) -> TrainingArguments:
@@ -76,7 +123,7 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
         fp16=on_gpu and not args.bf16,
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size_per_gpu,
+        per_device_train_batch_size=setup.batch_size_per_gpu,
         gradient_accumulation_steps=accumulation,
         optim=args.optim,
         adam_beta1=0.9,

@@ -78,6 +78,7 @@ def start(args: argparse.Namespace) -> Setup:
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)
     stage = zero_stage(deepspeed)
+    samples, max_tokens = _limit_micro_batches(args, on_gpu and packing, stage)
     if deepspeed:
         allow_states()
     if deepspeed and not on_gpu:
@@ -101,6 +102,8 @@ def start(args: argparse.Namespace) -> Setup:
         packing,
         deepspeed,
         stage,
+        samples,
+        max_tokens,
         revision,
         base=base if adapter else None,
         adapter=adapter,
@@ -177,3 +180,13 @@ def _choose_packing(requested: bool | None, max_tokens: int | None, attention: s
     if max_tokens and not supported:
         raise InputError(f"--max_tokens_per_batch requires packing, which {attention} attention does not support")
     return supported if requested is None else requested
+
+
+def _limit_micro_batches(args: argparse.Namespace, packs_on_gpu: bool, stage: int | None) -> tuple[int, int | str | None]:
+    """Return ``--batch_size_per_gpu`` and ``--max_tokens_per_batch``, or their defaults on this machine."""
+    samples, max_tokens = args.batch_size_per_gpu, args.max_tokens_per_batch
+    if max_tokens == "auto" and stage == 3:
+        raise InputError("no trial of the memory is possible under ZeRO-3: set a number", "--max_tokens_per_batch auto")
+    if max_tokens is None and samples is None and packs_on_gpu and stage != 3 and not args.streaming:
+        max_tokens = "auto"
+    return samples or 1, max_tokens

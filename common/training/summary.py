@@ -6,7 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,17 +13,13 @@ from common.arguments import Setup, method_name, uses_adapters
 from common.data.batches import Lengths, PlannedBatches
 from common.data.streaming import StreamedBatches
 from common.model.loading import count_parameters
-from common.phi3v.flops import BatchSizes, TrainingFlops
+from common.phi3v.flops import TrainingFlops
 from common.phi3v.parts import PARTS
 from common.process import counted, world_size
 
-from .memory import Trial, state_bytes
+from .memory import Trial, mean_flops, state_bytes
 
 GIB = 2**30
-# An assumption: the answers are not tokenized for the summary, and their share of the cost is small.
-SUPERVISED_TOKENS_PER_SAMPLE = 16
-TOKENS_PER_VIEW = 144
-
 RECOMPUTATION = {
     "none": "none",
     "elementwise": "norms and activations",
@@ -82,7 +77,7 @@ def summarize(
         "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
         "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
-        "batch": _batch(args, processes, batches.accumulation),
+        "batch": _batch(args, setup, processes, batches),
         "steps": f"{steps:,} on {counted(num_rows, 'row')}, {_schedule(args, steps)}",
         "samples": f"{low:,} to {high:,} tokens (mean {mean:,.0f}), {views:.1f} crops and global views on average",
         "recompute": RECOMPUTATION[recomputation] + (" (auto)" if args.gradient_checkpointing == "auto" else ""),
@@ -91,8 +86,8 @@ def summarize(
         loaded = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         needed = loaded + trial.needed(recomputation, *batches.largest(lengths))
         lines["memory"] = f"about {needed / GIB:.1f} GiB per process, {(loaded + trial.free) / GIB:.1f} GiB available"
-        flops_per_process = steps * args.batch_size / processes * _flops_per_sample(flops, lengths, recomputation)
-        seconds = flops_per_process / trial.flops_per_second
+        forward, backward = (args.batch_size / processes * each for each in mean_flops(flops, lengths))
+        seconds = steps * trial.seconds(recomputation, (forward, backward), batches.accumulation)
         lines["time"] = f"about {approximate_duration(seconds)}, without saving and evaluation"
     elif setup.zero_stage == 3:
         bytes_per_weight = torch.finfo(next(model.parameters()).dtype).bits / 8
@@ -129,28 +124,13 @@ def _schedule(args: argparse.Namespace, steps: int) -> str:
     return f"all of them warmup (--warmup_steps {args.warmup_steps:g}): the learning rate never reaches its peak"
 
 
-def _batch(args: argparse.Namespace, count: int, accumulation: int) -> str:
-    processes = counted(count, "process", "processes")
-    if args.max_tokens_per_batch:
-        share = f"{counted(accumulation, 'micro-batch', 'micro-batches')} of up to {args.max_tokens_per_batch:,} tokens"
+def _batch(args: argparse.Namespace, setup: Setup, count: int, batches: PlannedBatches | StreamedBatches) -> str:
+    if isinstance(batches, PlannedBatches) and batches.max_tokens:
+        share = f"{counted(batches.accumulation, 'micro-batch', 'micro-batches')} of up to {batches.max_tokens:,} tokens"
+        share += " (auto)" if setup.max_tokens_per_batch == "auto" else ""
     else:
-        share = f"{args.batch_size_per_gpu} per micro-batch × {accumulation} accumulation"
-    return f"{counted(args.batch_size, 'sample')} per step = {processes} × {share}"
-
-
-def _flops_per_sample(flops: TrainingFlops, lengths: Lengths, recomputation: str) -> float:
-    """Mean FLOPs of the forward and backward pass of a sample, including recomputation."""
-    tokens = lengths.tokens.astype(np.float64)
-    views = lengths.views.sum()
-    sizes = BatchSizes(
-        tokens=tokens.sum(),
-        pairs=(tokens * (tokens + 1) / 2).sum(),
-        views=views,
-        image_tokens=TOKENS_PER_VIEW * views,
-        supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
-    )
-    forward, backward = flops.count(sizes)
-    return (forward * {"none": 1, "elementwise": 1, "selective": 1.5, "full": 2}[recomputation] + backward) / len(tokens)
+        share = f"{setup.batch_size_per_gpu} per micro-batch × {batches.accumulation} accumulation"
+    return f"{counted(args.batch_size, 'sample')} per step = {counted(count, 'process', 'processes')} × {share}"
 
 
 def _device_name(device: torch.device) -> str:

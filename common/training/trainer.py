@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pickle
 import re
 import signal
@@ -86,7 +87,11 @@ def build_trainer(
     set_timeout(args.ddp_timeout)
     if name := find_nonfinite(model):
         raise InputError(f"{name} is not finite: copy the files again", f"--model_name_or_path {args.model_name_or_path}")
-    batches, lengths = plan_batches(args, setup, train_data)
+    if setup.zero_stage == 3:
+        base_model(model).run_same_modules_always()
+    flops = TrainingFlops(base_model(model))
+    estimate = functools.cache(lambda: estimate_memory(model, args, setup, flops))
+    batches, lengths = plan_batches(args, setup, train_data, flops, estimate)
     steps = number_of_steps(args, batches)
     # By default, at least 20 entries, so that a short run also has curves.
     logging_steps = args.logging_steps or max(1, min(LOGGING_STEPS, steps // 20))
@@ -98,8 +103,10 @@ def build_trainer(
     flags = {name: value for name, value in vars(args).items() if name not in NOT_FLAGS}
     resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
     resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
+    max_tokens = batches.max_tokens if isinstance(batches, PlannedBatches) else None
     resolved |= {"use_lora": uses_adapters(args), "eval_steps": steps_between_evaluations(args)}
-    resolved["logging_steps"] = logging_steps
+    resolved |= {"logging_steps": logging_steps, "max_tokens_per_batch": max_tokens}
+    resolved["batch_size_per_gpu"] = None if max_tokens else setup.batch_size_per_gpu
     resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
     longest = longest_evaluation_answer(eval_data)
     resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest)
@@ -118,11 +125,8 @@ def build_trainer(
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
-    if setup.zero_stage == 3:
-        base_model(model).run_same_modules_always()
     say("Estimating memory and time")
-    flops = TrainingFlops(base_model(model))
-    trial = estimate_memory(model, args, setup, flops)
+    trial = estimate()
     recomputation = args.gradient_checkpointing
     if recomputation == "auto":
         recomputation = least_recomputation(trial, *batches.largest(lengths))
@@ -132,7 +136,7 @@ def build_trainer(
     trainer = FinetuningTrainer(
         flags=args,
         setup=setup,
-        identity=setup.identity | plan,
+        identity=setup.identity | plan | {"max_tokens_per_batch": max_tokens},
         batches=batches,
         flops=flops,
         evaluate_task=evaluate,
@@ -221,7 +225,7 @@ class FinetuningTrainer(Trainer):
         return self._loader(self.train_dataset, self.batches, ahead=self.batches.accumulation)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        size = self.flags.batch_size_per_gpu
+        size = self.setup.batch_size_per_gpu
         rows = [(0, row) for row in range(len(self.eval_dataset))]
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         self._eval_batches = len(batches[rank() :: world_size()])
@@ -460,7 +464,7 @@ class FinetuningTrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64)
         with autocast(self.model, self.flags.bf16):
             inputs: dict[str, Any]
-            total = -(-len(self.eval_dataset) // self.flags.batch_size_per_gpu)
+            total = -(-len(self.eval_dataset) // self.setup.batch_size_per_gpu)
             with Progress("Evaluating the loss", "batches", total, self.flags.tqdm, shared=True) as progress:
                 for number, inputs in enumerate(dataloader):
                     inputs = self._prepare_inputs(inputs)
