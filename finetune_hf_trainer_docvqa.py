@@ -77,11 +77,12 @@ def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
+    skip = args.on_bad_sample == "skip"
     if args.data_dir and (args.streaming or args.full_train):
         raise InputError("--streaming and --full_train read from the Hub, not from --data_dir: remove one of them")
     if args.data_dir:
-        train_rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
-        eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
+        train_rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, skip)
+        eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, skip)
     else:
         columns = ["id", "image", "query", "answers"]
         if args.full_train:
@@ -91,8 +92,8 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         train_rows = train_rows.select(0, args.max_train_samples)
         eval_rows = load_hub(MINI, columns=columns, split="test").map(from_mini).select(0, args.max_eval_samples)
     if isinstance(train_rows, Rows):
-        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
-    return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
+        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, skip)
+    return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, skip)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:

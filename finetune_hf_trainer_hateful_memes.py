@@ -69,13 +69,14 @@ def from_official(data_dir: Path, row: dict) -> dict:
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
+    skip = args.on_bad_sample == "skip"
     if args.data_dir and args.streaming:
         raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
     train_rows: Rows | Stream
     if args.data_dir:
         to_row = partial(from_official, args.data_dir)
         train_rows, eval_rows = (
-            read_rows(args.data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, args.skip_bad_rows)
+            read_rows(args.data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, skip)
             for split, limit in (("train", args.max_train_samples), ("dev_seen", args.max_eval_samples))
         )
     else:
@@ -84,8 +85,8 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         eval_rows = rows.head(min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
         train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
     if isinstance(train_rows, Rows):
-        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
-    eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
+        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, skip)
+    eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, skip)
     if len({row["label"] for row in eval_rows}) < 2:
         where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
         remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"

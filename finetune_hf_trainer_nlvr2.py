@@ -75,7 +75,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
     if args.data_dir and args.streaming:
         raise InputError("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
-    skip = args.skip_bad_rows
+    skip = args.on_bad_sample == "skip"
     train_rows: Rows | Stream
     if args.data_dir:
         train_rows, eval_rows = (

@@ -65,6 +65,7 @@ def parse_args():
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return conversations from both files. All rows and images are checked; streamed ones when they are read."""
+    skip = args.on_bad_sample == "skip"
     train_file = args.data_dir / args.train_file
     eval_file = args.data_dir / (args.eval_file or f"ucf101_{args.eval_split}.jsonl")
     image_dir = args.image_dir or args.data_dir / "images"
@@ -72,8 +73,8 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     if args.streaming:
         train_rows = stream_conversations(train_file, image_dir, args.max_train_samples)
     else:
-        train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm, args.skip_bad_rows)
-    return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm, args.skip_bad_rows)
+        train_rows = load_conversations(train_file, image_dir, args.max_train_samples, args.tqdm, skip)
+    return train_rows, load_conversations(eval_file, image_dir, args.max_eval_samples, args.tqdm, skip)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:

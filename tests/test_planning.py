@@ -172,7 +172,7 @@ def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
         "streaming": False,
     }
     flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
-    flags |= {"freeze_vision_model": False, "train_only": None}
+    flags |= {"freeze_vision_model": False, "train_only": None, "on_bad_sample": "raise"}
     batches, measured = plan_batches(argparse.Namespace(**flags), setup, Texts(1024))
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)

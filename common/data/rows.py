@@ -115,7 +115,7 @@ class Rows(Sequence[Any]):
 
 
 class BadRows:
-    """Handling of invalid rows: raise their error or, with ``--skip_bad_rows``, report and count them.
+    """Handling of invalid rows: raise their error or, with ``--on_bad_sample skip``, report and count them.
 
     Parameters
     ----------
@@ -137,4 +137,4 @@ class BadRows:
     def report(self, what: str) -> None:
         """Print the number of skipped rows, if any."""
         if self.count:
-            say(f"{what}: {self.count:,} invalid rows skipped (--skip_bad_rows)")
+            say(f"{what}: {self.count:,} invalid rows skipped (--on_bad_sample skip)")

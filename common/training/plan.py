@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import numpy as np
 import torch
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from common.arguments import Setup, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
@@ -19,14 +21,14 @@ def plan_batches(
     args: argparse.Namespace, setup: Setup, data: TrainingData | StreamedData
 ) -> tuple[PlannedBatches | StreamedBatches, Lengths]:
     """Return the micro-batches of this process, and the lengths of some or all samples for the estimates of memory and time."""
+    state = setup.checkpoint and TrainerState.load_from_json(str(setup.checkpoint / TRAINER_STATE_NAME))
+    steps_done = state.global_step if state else 0
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming and not isinstance(data, StreamedData):
         raise InputError("this script does not support streaming; remove the flag", "--streaming")
     if isinstance(data, StreamedData):
         streamed = StreamedBatches(data.rows, args.batch_size, args.batch_size_per_gpu, **order)
-        if setup.checkpoint:
-            trainer_state = setup.checkpoint / "trainer_state.json"
-            streamed.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
+        streamed.begin_at(steps_done)
         return streamed, data.sample_lengths()
     accumulation = args.batch_size // (world_size() * args.batch_size_per_gpu)
     if args.max_tokens_per_batch:
@@ -42,10 +44,11 @@ def plan_batches(
         args.batch_size,
         **order,
         accumulation=accumulation,
-        measure=data.measure if setup.packing else None,
+        measure=partial(data.measure, skip_bad=args.on_bad_sample == "skip") if setup.packing else None,
         max_tokens=args.max_tokens_per_batch,
         vision_trains="vision" in trained_parts(args),
     )
+    batches.begin_at(steps_done)
     return batches, lengths
 
 
