@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -256,12 +257,12 @@ def die_with_parent() -> None:
 
 def _why_alone(error: RuntimeError) -> str | None:
     """Say which process is missing, if that is the reason for an error."""
-    text = str(error).strip().partition("\n")[0]
+    text = re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0])  # without the place in gloo's code
     if "DataLoader worker" in text:
         return f"a data worker died ({text}), usually for lack of memory: use fewer --dataloader_num_workers"
     if not dist.is_initialized():
         return None
-    if "timed out" in text.lower():
+    if "timed out" in text.lower() or "timeout" in text.lower():
         return f"{_missing_processes()} did not respond within --ddp_timeout ({text})"
     if "by peer" in text:
         return f"another process has ended ({text}): its own message says why, or the kernel's log if it was killed"
