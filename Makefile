@@ -1,6 +1,8 @@
 # make demo [TASK=docvqa|hateful_memes|nlvr2|ucf101]   finetune the tiny checkpoint on generated sample data
 # make test                                             lint and all tests, as in CI;  make quick: without slow tests
 # make lint | format                                    check style, types and spelling, or format the code
+# make faults                                           all faults of docs/reliability.md, 10,000 broken inputs, and load
+# make audit                                            known vulnerabilities of the pinned packages
 # make matrix                                           every task with every method on sample data, into results/embedded.md
 # make bench-table                                      render benchmarks/results/ into docs/performance.md
 
@@ -12,9 +14,9 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 # Two test workers share the cores, so more threads per worker would only compete.
-test quick: export OMP_NUM_THREADS = 1
+test quick faults: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test quick lint format matrix bench-table
+.PHONY: demo test quick faults audit lint format matrix bench-table
 
 # torch is installed first, because DeepSpeed's setup imports it. DS_IGNORE_CUDA_DETECTION keeps that setup from requiring the
 # CUDA compiler. An environment that exists is installed into.
@@ -37,6 +39,17 @@ test: lint
 
 quick: .venv/installed-for-tests
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+
+faults: .venv/installed-for-tests
+	PYTHONPATH=tests $(BIN)/python -m faults.run
+	FUZZ_INPUTS=10000 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py
+	PYTHONPATH=tests $(BIN)/python -m faults.load rows
+	PYTHONPATH=tests $(BIN)/python -m faults.load steps
+
+# It downloads the list of vulnerabilities.
+audit: .venv/installed-for-tests
+	$(BIN)/pip install --quiet pip-audit==2.10.1
+	$(BIN)/pip-audit --no-deps --disable-pip --requirement requirements.txt
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from common.arguments import training_parser
 from common.process import InputError, say
 
 MINI = "nielsr/docvqa_1200_examples"
+MINI_COLUMNS = ["id", "image", "query", "answers"]
 FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 
 
@@ -87,24 +88,27 @@ def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool 
     return collect_rows(places, partial(from_official, data_dir), limit, skip_bad)
 
 
-def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
-    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
+def load_train_rows(args) -> Rows | Stream:
+    """Return the training rows. Unless they are streamed, they are checked, including their images."""
+    skip = args.on_bad_sample == "skip"
+    rows: Rows | Stream
     if args.data_dir:
-        if not args.eval_only:
-            train_rows = load_official(args.data_dir, "train", args.max_train_samples, args.skip_bad_rows)
-        eval_rows = load_official(args.data_dir, "val", args.max_eval_samples, args.skip_bad_rows)
+        rows = load_official(args.data_dir, "train", args.max_train_samples, skip)
+    elif args.full_train:
+        rows = open_hub(*FULL, columns=["images", "texts"], streaming=args.streaming).map(from_full)
     else:
-        columns = ["id", "image", "query", "answers"]
-        if args.full_train and not args.eval_only:
-            train_rows = open_hub(*FULL, columns=["images", "texts"], streaming=args.streaming).map(from_full)
-        elif not args.eval_only:
-            train_rows = open_hub(MINI, columns=columns, streaming=args.streaming).map(from_mini)
-        train_rows = train_rows.select(0, args.max_train_samples)
-        eval_rows = load_hub(MINI, columns=columns, split="test").map(from_mini).select(0, args.max_eval_samples)
-    if isinstance(train_rows, Rows) and not args.eval_only:
-        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
-    return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
+        rows = open_hub(MINI, columns=MINI_COLUMNS, streaming=args.streaming).map(from_mini)
+    rows = rows.select(0, args.max_train_samples)
+    return rows if isinstance(rows, Stream) else check_rows(rows, all_conversations, "training row", args.tqdm, skip)
+
+
+def load_eval_rows(args) -> Rows:
+    skip = args.on_bad_sample == "skip"
+    if args.data_dir:
+        rows = load_official(args.data_dir, "val", args.max_eval_samples, skip)
+    else:
+        rows = load_hub(MINI, columns=MINI_COLUMNS, split="test").map(from_mini).select(0, args.max_eval_samples)
+    return check_rows(rows, all_conversations, "evaluation row", args.tqdm, skip)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
@@ -136,12 +140,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 
 def main(args) -> None:
     setup = start(args)
+    eval_rows = load_eval_rows(args)
     if args.eval_only:
-        _, eval_rows = load_rows(args)
         evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
         return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
-    train_rows, eval_rows = load_rows(args)
+    train_rows = load_train_rows(args)
     model = load_model(args, setup, processor)
     trainer = build_trainer(
         args,

@@ -81,34 +81,36 @@ def from_official(data_dir: Path, row: dict) -> dict:
     return {"id": str(row.get("id", Path(image).stem)), "image": image, "label": int(row["label"])}
 
 
-def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
-    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
+def load_train_rows(args) -> Rows | Stream:
+    """Return the training rows. Unless they are streamed, they are checked, including their images."""
+    skip = args.on_bad_sample == "skip"
+    rows: Rows | Stream
     if args.data_dir:
-
-        def read(split: str, limit: int | None) -> Rows:
-            to_row = partial(from_official, args.data_dir)
-            return read_rows(args.data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, args.skip_bad_rows)
-
-        if not args.eval_only:
-            train_rows = read("train", args.max_train_samples)
-        eval_rows = read("dev_seen", args.max_eval_samples)
+        to_row = partial(from_official, args.data_dir)
+        rows = read_rows(args.data_dir / "train.jsonl", "Hateful Memes", to_row, args.max_train_samples, skip)
     else:
-        # The first 500 training rows of the Hub are used for evaluation, as in the published recipe.
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
-        eval_rows = rows.head(min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS))
-        if not args.eval_only:
-            train_rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
-    if isinstance(train_rows, Rows) and not args.eval_only:
-        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, args.skip_bad_rows)
-    eval_rows = check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, args.skip_bad_rows)
-    if len({row["label"] for row in eval_rows}) < 2:
+        rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
+    return rows if isinstance(rows, Stream) else check_rows(rows, all_conversations, "training row", args.tqdm, skip)
+
+
+def load_eval_rows(args) -> Rows:
+    """Return the evaluation rows: without an official release, the Hub's first 500 training rows, as the published recipe."""
+    skip = args.on_bad_sample == "skip"
+    if args.data_dir:
+        to_row = partial(from_official, args.data_dir)
+        rows = read_rows(args.data_dir / "dev_seen.jsonl", "Hateful Memes", to_row, args.max_eval_samples, skip)
+    else:
+        count = min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS)
+        rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub).head(count)
+    rows = check_rows(rows, all_conversations, "evaluation row", args.tqdm, skip)
+    if len({row["label"] for row in rows}) < 2:
         where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
         remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"
         raise InputError(
-            f"AUROC requires memes with both labels, but all {len(eval_rows)} have the same label: {remedy}", str(where)
+            f"AUROC requires memes with both labels, but all {len(rows)} have the same label: {remedy}", str(where)
         )
-    return train_rows, eval_rows
+    return rows
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
@@ -140,12 +142,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 
 def main(args) -> None:
     setup = start(args)
+    eval_rows = load_eval_rows(args)
     if args.eval_only:
-        _, eval_rows = load_rows(args)
         evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
         return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
-    train_rows, eval_rows = load_rows(args)
+    train_rows = load_train_rows(args)
     model = load_model(args, setup, processor)
     trainer = build_trainer(
         args,

@@ -97,7 +97,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
         raise InputError(f"there is no {eval_file} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
 
     def load(file: Path, limit: int | None) -> Rows:
-        return load_conversations(file, args.image_dir or find_image_dir(file), limit, args.tqdm, args.skip_bad_rows)
+        return load_conversations(file, args.image_dir or find_image_dir(file), limit, args.tqdm, args.on_bad_sample == "skip")
 
     if args.streaming:
         train_rows = stream_conversations(files, args.image_dir or find_image_dir(files[0]), args.max_train_samples)

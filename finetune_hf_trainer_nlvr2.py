@@ -83,30 +83,32 @@ def from_official(data_dir: Path, split: str, row: dict) -> dict:
     return {"id": identifier, "images": images, "question": question, "answer": ANSWERS[str(row["label"])]}
 
 
-def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Return training and evaluation rows. Rows that are not streamed are checked, including their images."""
-    skip = args.skip_bad_rows
-    train_rows: Rows | Stream = Rows([], str)  # with --eval_only
+def load_official(args, split: str, limit: int | None) -> Rows:
+    to_row = partial(from_official, args.data_dir, split)
+    return read_rows(args.data_dir / f"{split}.json", "NLVR2", to_row, limit, args.on_bad_sample == "skip")
+
+
+def load_train_rows(args) -> Rows | Stream:
+    """Return the training rows. Unless they are streamed, they are checked, including their images."""
+    rows: Rows | Stream
     if args.data_dir:
-
-        def read(split: str, limit: int | None) -> Rows:
-            to_row = partial(from_official, args.data_dir, split)
-            return read_rows(args.data_dir / f"{split}.json", "NLVR2", to_row, limit, skip)
-
-        if not args.eval_only:
-            train_rows = read("train", args.max_train_samples)
-        eval_rows = read("dev", args.max_eval_samples)
+        rows = load_official(args, "train", args.max_train_samples)
     else:
-        # Evaluation uses the first question of each of the first 500 training rows of the Hub; training uses all later rows.
         hub = partial(open_hub, *HUB, columns=["images", "texts"], streaming=args.streaming)
-        held_out = hub().head(HUB_EVAL_ROWS)
-        if not args.eval_only:
-            questions = sum(len(row["texts"]) for row in held_out)
-            train_rows = hub(each="texts").map(from_hub).select(questions, args.max_train_samples)
-        eval_rows = held_out.map(from_hub).select(0, args.max_eval_samples)
-    if isinstance(train_rows, Rows) and not args.eval_only:
-        train_rows = check_rows(train_rows, all_conversations, "training row", args.tqdm, skip)
-    return train_rows, check_rows(eval_rows, all_conversations, "evaluation row", args.tqdm, skip)
+        held_out = sum(len(row["texts"]) for row in hub().head(HUB_EVAL_ROWS))
+        rows = hub(each="texts").map(from_hub).select(held_out, args.max_train_samples)
+    skip = args.on_bad_sample == "skip"
+    return rows if isinstance(rows, Stream) else check_rows(rows, all_conversations, "training row", args.tqdm, skip)
+
+
+def load_eval_rows(args) -> Rows:
+    """Return the evaluation rows: without an official release, the first question of each of the Hub's first 500 rows."""
+    if args.data_dir:
+        rows = load_official(args, "dev", args.max_eval_samples)
+    else:
+        rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).head(HUB_EVAL_ROWS)
+        rows = rows.map(from_hub).select(0, args.max_eval_samples)
+    return check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
@@ -138,12 +140,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 
 def main(args) -> None:
     setup = start(args)
+    eval_rows = load_eval_rows(args)
     if args.eval_only:
-        _, eval_rows = load_rows(args)
         evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
         return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
-    train_rows, eval_rows = load_rows(args)
+    train_rows = load_train_rows(args)
     model = load_model(args, setup, processor)
     trainer = build_trainer(
         args,

@@ -54,14 +54,10 @@ from common.training.start import start
 from common.training.trainer import build_trainer
 
 
-def load_rows(args) -> tuple[Rows, Rows]:
-    """Return training and evaluation rows, which are already in the conversation format. All rows and images are checked."""
-    folder, images = args.data_dir, args.data_dir / "images"
-    train_rows, eval_rows = (
-        load_conversations(folder / f"ucf101_{split}.jsonl", images, limit, args.tqdm, args.skip_bad_rows)
-        for split, limit in (("train", args.max_train_samples), (args.eval_split, args.max_eval_samples))
-    )
-    return train_rows, eval_rows
+def load_rows(args, split: str, limit: int | None) -> Rows:
+    """Return the rows of a split, which are already in the conversation format. All rows and images are checked."""
+    skip = args.on_bad_sample == "skip"
+    return load_conversations(args.data_dir / f"ucf101_{split}.jsonl", args.data_dir / "images", limit, args.tqdm, skip)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
@@ -83,12 +79,12 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 
 def main(args) -> None:
     setup = start(args)
+    eval_rows = load_rows(args, args.eval_split, args.max_eval_samples)
     if args.eval_only:
-        _, eval_rows = load_rows(args)
         evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
         return
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
-    train_rows, eval_rows = load_rows(args)
+    train_rows = load_rows(args, "train", args.max_train_samples)
     model = load_model(args, setup, processor)
     trainer = build_trainer(
         args,

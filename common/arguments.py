@@ -61,7 +61,7 @@ OTHER_NAMES = {
 TORCHRUN_FLAGS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "standalone")
 # Shared flags that act with --eval_only.
 EVALUATION_FLAGS: tuple[str, ...] = ("eval_only", "model_name_or_path", "num_crops", "bf16", "output_dir", "ddp_timeout")
-EVALUATION_FLAGS += ("dataloader_num_workers", "skip_bad_rows", "max_eval_samples", "eval_batch_size", "max_new_tokens", "tqdm")
+EVALUATION_FLAGS += ("dataloader_num_workers", "on_bad_sample", "max_eval_samples", "eval_batch_size", "max_new_tokens", "tqdm")
 
 
 @dataclass(frozen=True)
@@ -417,9 +417,11 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         help="read shards from the Hub, or in the general format, during training; each process reads its part of the rows",
     )
     group.add_argument(
-        "--skip_bad_rows",
-        action="store_true",
-        help="skip and count invalid rows instead of stopping; not available with --streaming",
+        "--on_bad_sample",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do about invalid rows, and about images that become unusable during training: stop, or skip and count "
+        "them, the latter in bad_samples.jsonl (default: %(default)s)",
     )
     group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute the loss")
     group.add_argument(
@@ -503,8 +505,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--max_tokens_per_batch requires packing: remove it or --no-packing")
     if args.max_tokens_per_batch is not None and args.streaming:
         raise InputError("--max_tokens_per_batch requires the lengths of all rows, which are not known with --streaming")
-    if args.skip_bad_rows and args.streaming:
-        raise InputError("--skip_bad_rows requires checking all rows before training, which --streaming does not do")
+    if args.on_bad_sample == "skip" and args.streaming:
+        raise InputError("--on_bad_sample skip requires checking all rows before training, which --streaming does not do")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
         raise InputError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} are incompatible")
     if args.use_qlora and args.init_lora_weights in ("pissa", "olora"):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -16,6 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import datasets
@@ -45,6 +48,7 @@ T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10
 SECONDS_TO_FIRST_LINE = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIBRARIES = ["torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "pillow"]
 LIBRARIES += ["flash-attn", "liger-kernel"]
 
@@ -176,8 +180,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_at_once)
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        _die_with_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     try:
         main(args)
     except InputError as error:
@@ -185,9 +189,15 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         in_training = signal.getsignal(signal.SIGTERM) is not stop_at_once
         fail(str(error), show=_is_first_with(str(error)), others_may_go_on=in_training)
     except RuntimeError as error:
-        if not dist.is_initialized() or "timed out" not in str(error).lower():
+        if not (reason := _why_alone(error)):
             raise
-        fail(f"{_missing_processes()} did not respond within --ddp_timeout ({error})", others_may_go_on=True)
+        fail(reason, others_may_go_on=True)
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, errno.EROFS):
+            raise
+        remedy = "check the disk" if error.errno == errno.EROFS else "free disk space"
+        message = f"writing failed ({error}): {remedy}, and restart with --resume_from_checkpoint auto"
+        fail(message, show=_is_first_with(message), others_may_go_on=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -202,22 +212,44 @@ def _is_first_with(message: str) -> bool:
         return True
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, however that ends. Linux only."""
+    if sys.platform != "linux":
+        return
     parent, PR_SET_PDEATHSIG = os.getppid(), 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _why_alone(error: RuntimeError) -> str | None:
+    """Say which process is missing, if that is the reason for an error."""
+    text = re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0])  # without the place in gloo's code
+    if "DataLoader worker" in text:
+        return f"a data worker died ({text}), usually for lack of memory: use fewer --dataloader_num_workers"
+    if not dist.is_initialized():
+        return None
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return f"{_missing_processes()} did not respond within --ddp_timeout ({text})"
+    if "by peer" in text:
+        return f"another process has ended ({text}): its own message says why, or the kernel's log if it was killed"
+    return None
+
+
 def _missing_processes() -> str:
     """Name the processes that have not noticed the timeout, because they hang."""
-    try:
-        store = c10d._get_default_store()
-        store.set(f"timeout/{rank()}", "")
-        time.sleep(SECONDS_BETWEEN_LINES)  # the others notice it at about the same time
-        missing = [str(other) for other in range(world_size()) if not store.check([f"timeout/{other}"])]
-    except RuntimeError:  # the process that holds the store is gone
-        missing = []
+    missing: list[str] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the process that holds the store is gone
+            store = c10d._get_default_store()
+            store.set(f"timeout/{rank()}", "")
+            time.sleep(SECONDS_BETWEEN_LINES)  # the others notice it at about the same time
+            missing.extend(str(other) for other in range(world_size()) if not store.check([f"timeout/{other}"]))
+
+    thread = Thread(target=ask, daemon=True)  # if the process that holds the store hangs, there is no answer
+    thread.start()
+    thread.join(2 * SECONDS_BETWEEN_LINES)
     return f"process {', '.join(missing)}" if missing else "a process"
 
 

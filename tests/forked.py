@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
 }
-PRELOAD = ["finetune_hf_trainer_docvqa", "deepspeed", "transformers.integrations.deepspeed", "forked"]
+PRELOAD = ["finetune_hf_trainer_docvqa", "deepspeed", "transformers.integrations.deepspeed", "common.report.page", "forked"]
 
 
 @cache

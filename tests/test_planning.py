@@ -176,7 +176,7 @@ def plan_of(trial=None, setup=SETUP, **changes):
         "gradient_checkpointing": "auto",
     }
     flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
-    flags |= {"freeze_vision_model": False, "train_only": None, "train_fully": ()}
+    flags |= {"freeze_vision_model": False, "train_only": None, "train_fully": (), "on_bad_sample": "raise"}
     flops = argparse.Namespace(count=lambda sizes: (sizes.tokens, 2 * sizes.tokens))
     setup = dataclasses.replace(setup, batch_size_per_gpu=4, max_tokens_per_batch=changes.pop("max_tokens_per_batch", None))
     return plan_batches(argparse.Namespace(**flags | changes), setup, Texts(1024), flops, lambda: trial)

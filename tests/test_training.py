@@ -1,25 +1,18 @@
-"""Whole runs of the script: processes, layouts of the batch, methods, checkpoints, signals."""
+"""Whole runs of the script: processes, layouts of the batch, methods, checkpoints."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
-import psutil
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, TINY, needs_golden, torchrun
+from conftest import GOLDEN, TINY, needs_golden
 from forked import finetune_forked
 from PIL import Image
-from runs import SCRIPT, finetune, flags, steps, weights, write_docvqa, write_random_model
+from runs import finetune, weights, write_docvqa, write_random_model
 from safetensors.torch import load_file
 
 from common.data.batches import epoch_steps
-from common.training.checkpoints import why_incomplete
 
 pytestmark = pytest.mark.slow
 
@@ -212,80 +205,9 @@ def test_best_checkpoint_and_early_stopping(method, data, tmp_path):
     assert any(not torch.equal(tensor, best[name]) for name, tensor in last.items())
 
 
-def start_run(data, output, **options):
-    """Start a run and return the launcher, with output in a file."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT]
-    log = (output.parent / f"{output.name}.log").open("w")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launcher, *flags(data, output, **options)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_for(path, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
-
-
-def test_sigkill_while_saving_loses_nothing(data, straight, tmp_path):
-    """Killed in the middle of a checkpoint: the torn one is passed over, and the run ends as if nothing had happened."""
-    output = tmp_path / "run"
-    options = METHODS["zero2"] | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    process = start_run(data, output, **options)
-    wait_for(output / "checkpoint-6")
-    launcher = psutil.Process(process.pid)
-    for member in [launcher, *launcher.children(recursive=True)]:
-        member.kill()
-    process.wait()
-    torn = output / "checkpoint-6"
-    if (torn / "complete.json").exists():  # the kill came too late on a fast machine
-        (torn / "complete.json").unlink()
-    run = torchrun(SCRIPT, *flags(data, output, resume_from_checkpoint="auto", **options))
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "skipping checkpoint-6" in run.stdout and f"resuming from {output / 'checkpoint-3'}" in run.stdout
-    expected, log = straight("zero2")
-    assert steps(output) == log
-    found, wanted = weights(output), weights(expected)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_by_name(attention, data, straight, tmp_path):
     """As the default that packs, and the log says which it is and why."""
     log = finetune_forked(data, tmp_path / "run", max_steps=6, attn_implementation=attention, **METHODS["ddp"])
     assert_same_course(log, straight("ddp")[1])
     assert re.search(rf"^attention: +{attention} \(.+\), packing off$", (tmp_path / "run.log").read_text(), re.MULTILINE)
-
-
-def test_sigterm_saves_and_ends_as_no_success(data, tmp_path):
-    output = tmp_path / "run"
-    options = METHODS["ddp"] | {"max_steps": 400, "save_strategy": "steps", "save_steps": 2}
-    process = start_run(data, output, **options)
-    wait_for(output / "checkpoint-2" / "complete.json")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
-    log = (tmp_path / "run.log").read_text()
-    assert "stopped by SIGTERM after step" in log, log[-3000:]
-    steps_saved = [int(path.parent.name.rpartition("-")[2]) for path in output.glob("checkpoint-*/complete.json")]
-    stopped_after = int(log.partition("stopped by SIGTERM after step ")[2].partition(";")[0])
-    assert max(steps_saved) == stopped_after < 400
-    assert not (output / "eval_after.json").exists()
-
-
-def test_saving_fails_with_a_clear_error_and_keeps_what_was_there(data, tmp_path):
-    """A limit on the size of files stands in for a full disk; the checkpoint that was being written over is torn."""
-    output = tmp_path / "run"
-    options = METHODS["ddp"] | {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
-    finetune_forked(data, output, **options)
-    assert why_incomplete(output / "checkpoint-3") is None
-    kept = {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")}
-    command = ["bash", "-c", f'ulimit -f 4000; exec {sys.executable} {SCRIPT} "$@"', "bash"]
-    words = flags(data, output, **(options | {"resume_from_checkpoint": output / "checkpoint-2"}))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([*command, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    assert "saving failed" in run.stderr and "resume_from_checkpoint auto" in run.stderr, run.stderr[-3000:]
-    assert {path: path.stat().st_size for path in (output / "checkpoint-2").rglob("*")} == kept
-    assert why_incomplete(output / "checkpoint-2") is None
-    assert why_incomplete(output / "checkpoint-3") == "saving was interrupted"

@@ -159,10 +159,15 @@ class PlannedBatches:
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.measure, self.max_tokens, self.vision_trains = measure, max_tokens, vision_trains
         self.epoch = 0
+        self._done = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next iteration."""
         self.epoch = epoch
+
+    def begin_at(self, step: int) -> None:
+        """Do not measure the rows of previous steps; yield empty batches instead, which the Trainer skips when it resumes."""
+        self._done = divmod(step, len(self) // self.accumulation)
 
     def __len__(self) -> int:
         num_rows = self.num_rows if isinstance(self.num_rows, int) else len(self.num_rows)
@@ -170,7 +175,10 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        for rows in epoch_steps(self.num_rows, self.batch_size, self.seed, epoch):
+        resumed_epoch, done = self._done
+        done = done if epoch == resumed_epoch else 0
+        yield from ([] for _ in range(done * self.accumulation))
+        for rows in epoch_steps(self.num_rows, self.batch_size, self.seed, epoch)[done:]:
             # Measuring one step at a time lets training start immediately, however large the dataset is.
             for number, bin_rows in enumerate(self.bins(rows, self.measure(epoch, rows) if self.measure else None)):
                 if number % self.world_size == self.rank:

@@ -1,4 +1,4 @@
-"""DataLoader whose workers start safely, ignore SIGTERM to the process group and pass on input errors."""
+"""DataLoader whose workers start safely, ignore SIGTERM to the process group, and pass on input errors or skip the sample."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from common.runtime import InputError, cores_per_process
+from common.runtime import InputError, cores_per_process, die_with_parent
 
 
 class WorkerLoader(DataLoader):
@@ -29,18 +29,27 @@ class WorkerLoader(DataLoader):
         Number of workers, limited to this process's share of the CPU cores.
     ahead : int
         Number of batches to prefetch, at least two per worker.
+    filler : dict, optional
+        Sample that takes the place of one with an :class:`~common.runtime.InputError`. The batch then has an entry
+        ``"skipped"``, a list of messages.
     """
 
     def __init__(
-        self, dataset: Dataset, collate_fn: Callable[[list[Any]], Any], num_workers: int = 0, ahead: int = 0, **kwargs: Any
+        self,
+        dataset: Dataset,
+        collate_fn: Callable[[list[Any]], Any],
+        num_workers: int = 0,
+        ahead: int = 0,
+        filler: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         workers = min(num_workers, cores_per_process())
         super().__init__(
-            _ErrorReturningDataset(dataset),
-            collate_fn=_ErrorReturningCollator(collate_fn),
+            _ErrorReturningDataset(dataset, filler),
+            collate_fn=_ErrorReturningCollator(collate_fn, filler),
             num_workers=workers,
             prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_start_worker,
             **kwargs,
         )
 
@@ -51,30 +60,47 @@ class WorkerLoader(DataLoader):
 
 
 class _ErrorReturningDataset(Dataset):
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, filler: dict[str, Any] | None) -> None:
+        self.dataset, self.filler = dataset, filler
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]  # map-style datasets have a length
 
     def __getitems__(self, keys: list[Any]) -> list[Any] | InputError:
-        try:
-            return [self.dataset[key] for key in keys]
-        except InputError as error:
-            return error
+        samples = []
+        for key in keys:
+            try:
+                samples.append(self.dataset[key])
+            except InputError as error:
+                if self.filler is None:
+                    return error
+                samples.append(self.filler | {"skipped": str(error)})
+        return samples
 
 
 class _ErrorReturningCollator:
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Any], filler: dict[str, Any] | None) -> None:
+        self.collate, self.filler = collate, filler
 
     def __call__(self, samples: list[Any] | InputError) -> Any:
         if isinstance(samples, InputError):
             return samples
         try:
-            return self.collate(samples)
+            batch = self.collate(samples)
         except InputError as error:
-            return error
+            if self.filler is None:
+                return error
+            samples = [self._usable(sample, self.filler) for sample in samples]
+            batch = self.collate(samples)
+        skipped = [sample["skipped"] for sample in samples if "skipped" in sample] if self.filler else []
+        return batch | {"skipped": skipped} if skipped else batch
+
+    def _usable(self, sample: dict[str, Any], filler: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self.collate([sample])
+            return sample
+        except InputError as error:
+            return filler | {"skipped": str(error)}
 
 
 def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:
@@ -90,6 +116,7 @@ def wait_until_quiet() -> None:
     time.sleep(0.05)
 
 
-def _leave_process_group(_: int) -> None:
+def _start_worker(_: int) -> None:
     # SIGTERM is sent to the whole group, but the training process needs its workers until it has saved a checkpoint.
     os.setsid()
+    die_with_parent()  # otherwise it notices after seconds

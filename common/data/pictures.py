@@ -129,6 +129,15 @@ def check_picture(picture: Picture, whole: bool = False) -> str | None:
     return doubt
 
 
+def check_unchanged(picture: Picture, since: float) -> None:
+    """Check that the file of an image was not written after ``since``, in seconds as of :func:`time.time`."""
+    if isinstance(picture, str | Path) and os.path.exists(picture) and os.path.getmtime(picture) > since:
+        raise InputError(
+            f"{describe_picture(picture)} has changed since the run began: put the earlier file back and resume, or start a "
+            "new run"
+        )
+
+
 def picture_doubt(picture: Picture, image: Image.Image) -> str | None:
     """Return what is suspicious about an opened image, for a warning: hardly any pixels, or further pages or frames."""
     if min(image.size) < PATCH_SIZE:

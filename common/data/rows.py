@@ -148,7 +148,7 @@ def join_rows(files: Sequence[Rows], weights: Sequence[float] | None = None, see
 
 
 class BadRows:
-    """Handling of invalid rows: raise their error or, with ``--skip_bad_rows``, report and count them.
+    """Handling of invalid rows: raise their error or, with ``--on_bad_sample skip``, report and count them.
 
     Parameters
     ----------
@@ -170,4 +170,4 @@ class BadRows:
     def report(self, what: str) -> None:
         """Print the number of skipped rows, if any."""
         if self.count:
-            say(f"{what}: {counted(self.count, 'invalid row')} skipped (--skip_bad_rows)")
+            say(f"{what}: {counted(self.count, 'invalid row')} skipped (--on_bad_sample skip)")

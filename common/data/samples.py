@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.runtime import InputError, Progress, gather, rank, world_size
 
 from .batches import Lengths
 from .conversations import Conversation, check_context, count_tokens, encode_conversation, pictures
-from .pictures import picture_size
+from .pictures import check_unchanged, picture_size
 from .rows import Rows
 
 ROWS_AT_ONCE = 64  # limits how many images stored in the dataset are in memory
@@ -47,6 +48,7 @@ class TrainingData(Dataset):
         self.processor = processor
         self.seed = seed
         self.place = rows.place if isinstance(rows, Rows) else "row {}".format
+        self._checked_at = time.time()
         self._image_sizes: dict[int, list[tuple[int, int]]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
         # Whether a row's conversation changes with the epoch. This is assumed until the row is measured; most never change.
@@ -65,12 +67,15 @@ class TrainingData(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, row = key
         try:
-            sample = encode_conversation(self.conversation(epoch, row), self.processor)
+            conversation = self.conversation(epoch, row)
+            for picture in pictures(conversation):
+                check_unchanged(picture, self._checked_at)
+            sample = encode_conversation(conversation, self.processor)
         except InputError as error:
             raise error.at(self.place(row)) from None
         return sample | {"place": self.place(row)}
 
-    def measure(self, epoch: int, rows: np.ndarray) -> Lengths:
+    def measure(self, epoch: int, rows: np.ndarray, skip_bad: bool = False) -> Lengths:
         """Compute the tokens and views of rows in an epoch from text and image sizes, without decoding images.
 
         A row whose conversation does not change with the epoch is measured only once.
@@ -80,6 +85,8 @@ class TrainingData(Dataset):
         epoch : int
         rows : numpy.ndarray
             Row indices, int64 (rows,).
+        skip_bad : bool
+            Count an invalid row as one token, because a :func:`filler` takes its place.
 
         Raises
         ------
@@ -88,7 +95,16 @@ class TrainingData(Dataset):
         """
         new = rows[self._varies[rows]]
         if len(new):
-            self._measured[new], self._varies[new] = self._measure(epoch, new)
+            try:
+                self._measured[new], self._varies[new] = self._measure(epoch, new)
+            except InputError:
+                if not skip_bad:
+                    raise
+                if len(new) == 1:
+                    self._measured[new] = 1, 0
+                else:
+                    for row in new:
+                        self.measure(epoch, np.array([row]), skip_bad)
         tokens, views = self._measured[rows].T
         return Lengths(tokens=tokens, views=views)
 
@@ -171,3 +187,9 @@ class TrainingData(Dataset):
         if keep:
             self._image_sizes[row] = sizes
         return sizes
+
+
+def filler(processor: Phi3VProcessor) -> dict[str, Any]:
+    """Return a sample that takes the place of a missing one: its answer is masked, so that it adds nothing to the gradient."""
+    sample = encode_conversation({"conversations": [{"user": "-", "assistant": "-"}]}, processor)
+    return sample | {"labels": [-100] * len(sample["labels"])}

@@ -208,7 +208,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     """
     table = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path, skip_bad))))
     if skip_bad and (count := sum(1 for _ in read_json_lines(path)) - len(table)):
-        say(f"{path}: {counted(count, 'invalid row')} skipped (--skip_bad_rows)")
+        say(f"{path}: {counted(count, 'invalid row')} skipped (--on_bad_sample skip)")
     table = table.select(range(min(limit or len(table), len(table))))
     turns = [chunk.flatten() for chunk in table.data.column("conversations").chunks]
     names = pa.chunked_array([pc.struct_field(chunk, "images").flatten() for chunk in turns]).unique()

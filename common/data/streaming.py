@@ -24,12 +24,9 @@ from .batches import Lengths
 from .conversations import Conversation, encode_conversation, pictures
 from .pictures import check_picture
 from .rows import Rows
-from .samples import TrainingData
+from .samples import TrainingData, filler
 
 ROWS_PER_WINDOW = 512  # each process holds two windows in memory, with encoded images
-
-# A process without remaining rows takes this sample with a masked answer: the gradient is zero, but collectives still match.
-FILLER = {"conversations": [{"user": "-", "assistant": "-"}]}
 
 
 class Span(NamedTuple):
@@ -193,8 +190,7 @@ class StreamedData(torch.utils.data.Dataset):
 
     def __getitem__(self, row: Row | None) -> dict[str, Any]:
         if row is None:
-            sample = encode_conversation(FILLER, self.processor)
-            return sample | {"labels": [-100] * len(sample["labels"])}
+            return filler(self.processor)  # this process has no remaining rows, but collectives must still match
         conversation = self.to_conversation(row.content, random.Random(f"{self.seed}/{row.epoch}/{row.number}"))
         try:
             for picture in pictures(conversation):

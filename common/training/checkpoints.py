@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -28,13 +27,13 @@ from common.data.streaming import StreamedData
 from common.model.adapters import fingerprint
 from common.model.checkpoint import find_snapshot
 from common.process import InputError, counted, local_rank
-from common.runtime import gather, on_main_process, read_json, replacing
+from common.runtime import DISK_FULL, gather, on_main_process, read_json, replacing
 
 # Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"
 TOTALS = "totals.json"
 # Error texts of a full disk: Python, safetensors and tokenizers quote the operating system, torch does not.
-DISK_FULL = (*(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "inline_container.cc")
+DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), "inline_container.cc")
 
 
 @contextlib.contextmanager
@@ -49,7 +48,7 @@ def saving() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(text in str(error) for text in DISK_FULL):
+        if not any(text in str(error) for text in DISK_FULL_TEXTS):
             raise
         raise InputError(
             f"saving failed ({error}): free disk space and restart with --resume_from_checkpoint auto; "

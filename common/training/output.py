@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
 from pathlib import Path
 from typing import TextIO
 
-from common.runtime import InputError
+from common.runtime import InputError, say
 
-LOCK = "_lock"  # files that begin with _ are not pushed to the Hub
+BAD_SAMPLES = "bad_samples.jsonl"
+LOCK, SAVING = "_lock", "_saving"  # files that begin with _ are not pushed to the Hub
 RESULTS = ("model*.safetensors", "adapter_model.safetensors", "eval_after.json")
 OTHER_FILES = (
     *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "training_args.bin", "README.md"),
-    *("evaluation.json", "report.html", "curves", "gallery", "runs", "base_model.json", "adapter_config.json", "config.json"),
+    *("evaluation.json", BAD_SAMPLES, SAVING, "report.html", "curves", "gallery", "runs"),
+    *("base_model.json", "adapter_config.json", "config.json"),
     *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
 )
@@ -50,6 +53,13 @@ def lock(directory: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
+
+
+def note_bad_sample(directory: Path, step: int, message: str) -> None:
+    """Add a skipped sample to ``bad_samples.jsonl``. Lines of several processes do not mix."""
+    say(f"step {step}: skipped: {message}")
+    with (directory / BAD_SAMPLES).open("a") as file:
+        file.write(json.dumps({"step": step, "error": message}) + "\n")
 
 
 def holds(directory: Path, checkpoint: Path | None) -> bool:

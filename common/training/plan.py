@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from common.arguments import Setup, steps_between_evaluations, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
@@ -42,14 +43,14 @@ def plan_batches(
     estimate : callable
         Returns the trial on the device; called on all processes, if ``--max_tokens_per_batch auto`` requires it.
     """
+    state = setup.checkpoint and TrainerState.load_from_json(str(setup.checkpoint / TRAINER_STATE_NAME))
+    steps_done = state.global_step if state else 0
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if args.streaming and not isinstance(data, StreamedData):
         raise InputError("this script does not support streaming; remove the flag", "--streaming")
     if isinstance(data, StreamedData):
         streamed = StreamedBatches(data.rows, args.batch_size, setup.batch_size_per_gpu, **order)
-        if setup.checkpoint:
-            trainer_state = setup.checkpoint / "trainer_state.json"
-            streamed.begin_at(TrainerState.load_from_json(str(trainer_state)).global_step)
+        streamed.begin_at(steps_done)
         return streamed, data.sample_lengths()
     accumulation = args.batch_size // (world_size() * setup.batch_size_per_gpu)
     max_tokens: int | None = None
@@ -72,10 +73,11 @@ def plan_batches(
         args.batch_size,
         **order,
         accumulation=accumulation,
-        measure=data.measure if setup.packing else None,
+        measure=partial(data.measure, skip_bad=args.on_bad_sample == "skip") if setup.packing else None,
         max_tokens=max_tokens,
         vision_trains="vision" in trained_parts(args),
     )
+    batches.begin_at(steps_done)
     return batches, lengths
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PrinterCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations, uses_adapters
@@ -26,7 +30,7 @@ from common.data.batches import PlannedBatches, epoch_steps
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
 from common.data.review import longest_evaluation_answer, review_data
-from common.data.samples import TrainingData
+from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.generation import MIN_ANSWER_LIMIT
 from common.evaluation.predictions import Evaluation, write_evaluation
@@ -44,6 +48,7 @@ from common.runtime import (
     cores_per_process,
     on_main_process,
     read_json,
+    replacing,
     set_timeout,
     sum_over_processes,
     write_file,
@@ -52,7 +57,7 @@ from common.runtime import (
 from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, check_plan, data_fingerprint, saving, write_manifest
 from .memory import estimate_memory, least_recomputation
-from .output import holds, remove_outputs
+from .output import BAD_SAMPLES, SAVING, holds, note_bad_sample, remove_outputs
 from .plan import plan_batches, training_arguments
 from .progress import TrainingProgress
 from .summary import number_of_steps, summarize
@@ -222,7 +227,13 @@ class FinetuningTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         # The Trainer fetches all micro-batches of a step before it runs the first one.
-        return self._loader(self.train_dataset, self.batches, ahead=self.batches.accumulation)
+        skip = self.flags.on_bad_sample == "skip"
+        return self._loader(
+            self.train_dataset,
+            self.batches,
+            ahead=self.batches.accumulation,
+            filler=filler(self.processing_class) if skip else None,
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         size = self.setup.batch_size_per_gpu
@@ -234,14 +245,14 @@ class FinetuningTrainer(Trainer):
             batches += [batches[-1]] * (-len(batches) % world_size())
         return self._loader(self.eval_dataset, batches[rank() :: world_size()])
 
-    def _loader(self, data: TrainingData | StreamedData, batches: Any, ahead: int = 0) -> DataLoader:
+    def _loader(self, data: TrainingData | StreamedData, batches: Any, **options: Any) -> DataLoader:
         workers = self.args.dataloader_num_workers
         return _PlannedLoader(
             data,
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=workers,
-            ahead=ahead,
+            **options,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             # A separate generator for the worker seeds: starting workers must not change the random numbers of dropout.
@@ -294,8 +305,10 @@ class FinetuningTrainer(Trainer):
         self.require_finite("the result is")
         with saving():
             self.save_model(_internal_call=True)  # without pushing, which is done at the end
-            self.save_metrics("train", self.result.metrics, combined=False)
-            self.save_state()
+            if self.args.should_save:
+                write_file(self.flags.output_dir / "train_results.json", self.result.metrics)
+                with replacing(self.flags.output_dir / TRAINER_STATE_NAME) as temporary:
+                    self.state.save_to_json(str(temporary))
         if number := self.stop_on_signal.end():
             name = signal.Signals(number).name
             say(
@@ -398,15 +411,15 @@ class FinetuningTrainer(Trainer):
             self.state.best_model_checkpoint = str(checkpoint)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        try:
-            # On resume, accelerate replaces the loader of the epoch by its own.
-            return super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise InputError(
-                f"a data worker died ({error}), usually for lack of memory: use fewer --dataloader_num_workers"
-            ) from error
+        # On resume, accelerate replaces the loader of the epoch by its own.
+        batches, tokens = super().get_batch_samples(raise_input_errors(epoch_iterator), *args, **kwargs)
+        if self.flags.on_bad_sample == "skip":
+            step = self.state.global_step + 1
+            for message in chain.from_iterable(batch.pop("skipped", ()) for batch in batches):
+                note_bad_sample(self.flags.output_dir, step, message)
+            if tokens == 0:
+                raise InputError(f"all samples of step {step} are unusable: see {self.flags.output_dir / BAD_SAMPLES}")
+        return batches, tokens
 
     # Overridden because callbacks do not get the gradient norm of a step.
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
@@ -524,6 +537,11 @@ class FinetuningTrainer(Trainer):
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.flags.output_dir)
+        is_result = directory == self.flags.output_dir
+        if is_result:
+            # A checkpoint is complete once its manifest is written. The files of the result replace earlier ones when all are.
+            directory = directory / SAVING
+            shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
         directory.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         options, dtype = {}, None
@@ -531,7 +549,7 @@ class FinetuningTrainer(Trainer):
             # If lm_head has an adapter, PEFT by default also saves the base model's lm_head.
             options["save_embedding_layers"] = False
             write_base_description(directory, model)
-        elif directory == self.flags.output_dir:
+        elif is_result:
             # The result is saved in the dtype of the base model. Checkpoints keep the training dtype, to resume exactly.
             base = find_snapshot(self.flags.model_name_or_path, self.setup.revision)
             dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
@@ -550,6 +568,10 @@ class FinetuningTrainer(Trainer):
             path.chmod(0o644)  # safetensors creates files that only the owner can read
         self.processing_class.save_pretrained(directory)
         torch.save(self.args, directory / "training_args.bin")
+        if is_result:
+            for path in directory.iterdir():
+                os.replace(path, self.flags.output_dir / path.name)
+            directory.rmdir()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: :mod:`common.report.model_card` writes the model card at the end of the run."""

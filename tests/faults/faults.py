@@ -1,0 +1,409 @@
+"""The faults that `make faults` runs."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from common.training.checkpoints import why_incomplete, write_manifest
+
+from . import struck
+from .harness import Fault
+from .struck import Place, Strike
+
+TRAINER = "common.training.trainer.FinetuningTrainer"
+STEP = f"{TRAINER}.training_step"
+BOTH = ("ZeRO-2", "LoRA")
+GONE = r"error: another process has ended \(.*Connection (closed|reset) by peer.*"
+STOPPED = r"stopped by {} after step {}; resume with --resume_from_checkpoint auto"
+
+
+def strike(at, do, call=1, ranks=(0, 1)):
+    return {"strike": Strike(at, do, call, ranks)}
+
+
+def has_checkpoints(*steps):
+    return partial(check_checkpoints, [f"checkpoint-{step}" for step in steps])
+
+
+def check_checkpoints(names, output: Path):
+    assert {path.name for path in output.glob("checkpoint-*") if why_incomplete(path) is None} == set(names)
+
+
+KILLED = [
+    Fault("one process killed in a step", GONE, BOTH, **strike(STEP, struck.kill, 4, (1,)), codes=(1, -9), fast=True),
+    Fault("one process killed in a step", GONE, ("ZeRO-3",), **strike(STEP, struck.kill, 4, (1,)), codes=(1, -9)),
+    Fault("the main process killed in a step", GONE, **strike(STEP, struck.kill, 4, (0,)), codes=(-9, 1)),
+    Fault("all killed in a step", "resuming|step 3 of 6", BOTH, **strike(STEP, struck.kill, 4), codes=(-9, -9)),
+    Fault("killed while saving", GONE, BOTH, **strike(f"{TRAINER}._write_counters", struck.kill, 2, (1,)), codes=(1, -9)),
+    Fault(
+        "all killed before the manifest",
+        "step 4 of 6",
+        BOTH,
+        **strike(f"{TRAINER}._write_counters", struck.kill, 2),
+        check=has_checkpoints(2),
+    ),
+    Fault("killed in the evaluation loss", GONE, BOTH, **strike(f"{TRAINER}.evaluation_loop", struck.kill, 1, (1,))),
+    Fault("killed in the evaluation before", GONE, **strike(f"{TRAINER}.evaluate_before", struck.kill, 1, (1,))),
+    Fault("killed in the evaluation after", GONE, **strike(f"{TRAINER}.evaluate_after", struck.kill, 1, (1,))),
+    Fault(
+        "killed while old checkpoints are rotated",
+        GONE,
+        BOTH,
+        **strike("common.training.trainer.rotate_checkpoints", struck.kill_while_removing, 2, (0,)),
+        check=has_checkpoints(4),
+    ),
+    Fault(
+        "killed while the result is saved",
+        GONE,
+        BOTH,
+        **strike("common.phi3v.Phi3VProcessor.save_pretrained", struck.kill, 4, (0,)),
+        check=lambda output: check_no_result(output),
+    ),
+    Fault("killed while the report is written", "results saved", **strike(f"{TRAINER}.report", struck.kill)),
+    Fault(
+        "a data worker killed",
+        r"error: a data worker died \(DataLoader worker \(pid \d+\) is killed by signal: Killed.*",
+        BOTH,
+        **strike(STEP, struck.kill_workers, 4, (1,)),
+        options={"dataloader_num_workers": 1},
+        codes=(1, 1),
+    ),
+]
+
+
+def check_no_result(output: Path):
+    assert not list(output.glob("*.safetensors"))
+
+
+STOP = "common.training.start.run_identity"
+SIGNALS = [
+    Fault("SIGTERM at the start", "stopped by SIGTERM", **strike(STOP, struck.term), codes=(143, 143)),
+    Fault("SIGTERM in the evaluation before", "stopped by SIGTERM", **strike(f"{TRAINER}.evaluate_before", struck.term)),
+    Fault(
+        "SIGTERM to one process in a step",
+        STOPPED.format("SIGTERM", 5),
+        BOTH,
+        **strike(STEP, struck.term, 5, (1,)),
+        codes=(143, 143),
+        fast=True,
+    ),
+    Fault(
+        "SIGINT to both in a step",
+        STOPPED.format("SIGINT", 5),
+        **strike(STEP, struck.interrupt, 5),
+        codes=(130, 130),
+        check=has_checkpoints(5),
+        fast=True,
+    ),
+    Fault(
+        "SIGTERM while saving",
+        STOPPED.format("SIGTERM", 5),
+        **strike(f"{TRAINER}._write_counters", struck.term, 2),
+        codes=(143, 143),
+    ),
+    Fault(
+        "SIGINT in the evaluation loss",
+        STOPPED.format("SIGINT", 4),
+        **strike(f"{TRAINER}.evaluation_loop", struck.interrupt),
+        codes=(130, 130),
+    ),
+    Fault(
+        "SIGTERM while the result is saved",
+        "stopped by SIGTERM after training; the model is saved",
+        **strike(f"{TRAINER}.save_result", struck.term),
+        codes=(143, 143),
+    ),
+    Fault("SIGINT in the evaluation after", "stopped by SIGINT", **strike(f"{TRAINER}.evaluate_after", struck.interrupt)),
+    Fault("SIGTERM twice in a step", "stopped by SIGTERM\n", **strike(STEP, struck.term_twice, 4), codes=(143, 143)),
+    Fault("SIGINT twice in a step", "stopped by SIGINT\n", **strike(STEP, struck.interrupt_twice, 4), codes=(130, 130)),
+]
+
+HUNG = r"error: process 1 did not respond within --ddp_timeout.*"
+HANGS = {"options": {"ddp_timeout": 5}, "frozen": True}
+HANGING = [
+    Fault("a process hangs in a step", HUNG, BOTH, **strike(STEP, struck.stop, 4, (1,)), **HANGS),
+    Fault("a process hangs while saving", HUNG, BOTH, **strike(f"{TRAINER}._write_counters", struck.stop, 2, (1,)), **HANGS),
+    Fault("a process hangs in an evaluation", HUNG, **strike(f"{TRAINER}.evaluation_loop", struck.stop, 1, (1,)), **HANGS),
+    Fault(
+        "the main process hangs in a step",
+        r"error: (a process|process 0) did not respond within --ddp_timeout.*",
+        **strike(STEP, struck.stop, 4, (0,)),
+        **HANGS,
+    ),
+]
+
+
+def kill_one_process(launcher: subprocess.Popen):
+    os.kill(child_processes(launcher.pid)[1], signal.SIGKILL)
+
+
+def child_processes(pid: int) -> list[int]:
+    return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def interrupt_group(launcher: subprocess.Popen):
+    os.killpg(launcher.pid, signal.SIGINT)
+
+
+LAUNCHED = [
+    Fault("torchrun alone killed", "step 2 of 6", launcher=subprocess.Popen.kill),
+    Fault("one process of torchrun killed", "Signal 9 .SIGKILL. received by PID", launcher=kill_one_process, codes=(1,)),
+    Fault("SIGTERM to torchrun", STOPPED.format("SIGTERM", 3), launcher=subprocess.Popen.terminate),
+    Fault("Ctrl-C under torchrun", STOPPED.format("SIGINT", 3), launcher=interrupt_group),
+]
+
+WRITING = r"error: writing failed \(\[Errno \d+\] "
+FULL = "error: saving failed .*: free disk space and restart"
+
+
+def second_run(place: Place):
+    """Start another run in the same directory, which has to be refused."""
+    command = [sys.executable, *sys.argv]
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(f"second run, exit code {ended.returncode}: {ended.stderr[-1000:]}", flush=True)
+
+
+def put_stale_lock(output: Path):
+    (output / "_lock").write_text(f"process 1 on {socket.gethostname()}")
+
+
+DISK = [
+    Fault("disk full while saving a checkpoint", FULL, BOTH, **strike(f"{TRAINER}._write_counters", struck.fill_disk, 1)),
+    Fault(
+        "disk full while saving the weights",
+        FULL,
+        BOTH,
+        **strike(f"{TRAINER}._save", struck.fill_disk, 2),
+        check=has_checkpoints(2),
+    ),
+    Fault(
+        "disk full while saving the result",
+        FULL,
+        BOTH,
+        **strike(f"{TRAINER}.save_result", struck.fill_disk),
+        check=check_no_result,
+    ),
+    Fault(
+        "disk full while writing predictions",
+        f"{WRITING}No space left on device.*free disk space",
+        **strike("common.training.trainer.write_evaluation", partial(struck.fail, errno.ENOSPC), 2, (0,)),
+    ),
+    Fault("disk full while writing the report", f"{WRITING}File too large", **strike(f"{TRAINER}.report", struck.fill_disk)),
+    Fault(
+        "output directory read-only",
+        "error: --output_dir .*: cannot be written to .*Read-only file system",
+        **strike("common.training.start.lock", partial(struck.fail, errno.EROFS), 1, (0,)),
+    ),
+    Fault(
+        "file system turns read-only",
+        f"{WRITING}Read-only file system.*check the disk",
+        **strike(f"{TRAINER}._write_counters", partial(struck.fail, errno.EROFS), 2, (0,)),
+    ),
+    Fault("output directory removed in a step", "results saved", **strike(STEP, struck.remove_output, 4, (0,)), finishes=True),
+    Fault(
+        "a second run in the same directory",
+        r"second run, exit code 1: (.*\n)*error: --output_dir .*: another run \(process \d+ on .*\) is writing to it",
+        **strike(STEP, second_run, 4, (0,)),
+        finishes=True,
+    ),
+    Fault("lock of a dead run", "resuming from .*checkpoint-4", damage=put_stale_lock, finishes=True),
+]
+
+
+def flip(name: str, output: Path):
+    """Flip a bit in the middle of a file of the last checkpoint."""
+    [path] = (output / "checkpoint-4").glob(name)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(name: str, output: Path):
+    [path] = (output / "checkpoint-4").glob(name)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lose(name: str, output: Path):
+    [path] = (output / "checkpoint-4").glob(name)
+    path.unlink()
+
+
+def damaged(how, does, reason, names, method, fast=()):
+    return [
+        Fault(
+            f"{how}: {name}",
+            rf"skipping checkpoint-4 \(.*{reason}.*\)\nresuming from .*checkpoint-2",
+            (method,),
+            damage=partial(does, name),
+            finishes=True,
+            fast=name in fast,
+        )
+        for name in names
+    ]
+
+
+class Payload:
+    """A pickle of it would write a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def put_pickle(name: str, output: Path):
+    """Put a pickle in place of a file, in a checkpoint that is otherwise whole."""
+    [path] = (output / "checkpoint-4").glob(name)
+    path.write_bytes(pickle.dumps(Payload(output / "was_run")))
+    write_manifest(output / "checkpoint-4")
+
+
+def put_inf_weight(output: Path):
+    path = output / "checkpoint-4/adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = float("inf")
+    save_file(tensors, path, metadata={"format": "pt"})
+    write_manifest(output / "checkpoint-4")
+
+
+def put_inf_optimizer(output: Path):
+    [path, _] = sorted((output / "checkpoint-4").rglob("*optim_states.pt"))
+    states = torch.load(path, weights_only=False)
+    states["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][0] = float("inf")
+    torch.save(states, path)
+    write_manifest(output / "checkpoint-4")
+
+
+def delete_last(output: Path, data: Path):
+    shutil.rmtree(output / "checkpoint-4")
+
+
+def not_run(output: Path):
+    assert not (output / "was_run").exists(), "a pickle was run"
+
+
+MODEL, OPTIMIZER = "global_step4/mp_rank_00_model_states.pt", "global_step4/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+OF_ZERO = ["model.safetensors", MODEL, OPTIMIZER, "latest"]
+OF_ALL = ["rng_state_1.pth", "scheduler.pt", "trainer_state.json", "totals.json", "complete.json"]
+OF_LORA = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", *OF_ALL]
+DAMAGED = [
+    *damaged("bit flipped", flip, "damaged", OF_ZERO, "ZeRO-2"),
+    *damaged("bit flipped", flip, "damaged|corrupted", OF_LORA, "LoRA", ["optimizer.pt", "trainer_state.json"]),
+    *damaged("truncated", cut, "bytes, expected", [OPTIMIZER], "ZeRO-2"),
+    *damaged("truncated", cut, "bytes, expected", ["adapter_model.safetensors", "trainer_state.json"], "LoRA"),
+    *damaged("missing", lose, "is missing", [MODEL], "ZeRO-2"),
+    *damaged("missing", lose, "is missing", ["optimizer.pt", "rng_state_1.pth"], "LoRA", ["optimizer.pt"]),
+    *(
+        Fault(
+            f"pickle in place of {name}",
+            "error: --resume_from_checkpoint .*checkpoint-4: a file may run code or is damaged, and is not loaded.*",
+            (method,),
+            damage=partial(put_pickle, name),
+            codes=(1, 1),
+            check=not_run,
+            repair=delete_last,
+            fast=name == "scheduler.pt",
+        )
+        for method, name in (
+            ("ZeRO-2", MODEL),
+            ("ZeRO-2", OPTIMIZER),
+            ("LoRA", "optimizer.pt"),
+            ("LoRA", "scheduler.pt"),
+            ("LoRA", "rng_state_1.pth"),
+        )
+    ),
+]
+
+PAGE = r"error: .*train_v1.0_withQT.json, entry \d+ of \"data\": image .*train\d+.png"
+
+
+def restore(output: Path, data: Path):
+    from .harness import prepared
+
+    shutil.copytree(prepared()[1], data, dirs_exist_ok=True)
+
+
+def lists_bad_samples(output: Path):
+    entries = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [4, 6], entries
+    assert all("train14.png is missing" in entry["error"] for entry in entries)
+
+
+def spoil(how, names="train*.png"):
+    return strike(STEP, partial(struck.spoil, how, names), 3)
+
+
+SKIP = {"on_bad_sample": "skip"}
+DATA = [
+    Fault("pictures deleted in a step", f"{PAGE} is missing", BOTH, **spoil(os.unlink), repair=restore, fast=True),
+    Fault("pictures truncated in a step", f"{PAGE} (has changed since|cannot be)", **spoil(struck.halve), repair=restore),
+    Fault("pictures replaced in a step", f"{PAGE} has changed since the run began", **spoil(struck.repaint), repair=restore),
+    Fault("evaluation picture deleted", r"error: .*val\d.png is missing", **spoil(os.unlink, "val*.png"), repair=restore),
+    Fault(
+        "a picture deleted, samples skipped",
+        "results saved",
+        BOTH,
+        **spoil(os.unlink, "train14.png"),
+        options=SKIP,
+        finishes=True,
+        same=False,
+        check=lists_bad_samples,
+    ),
+    Fault(
+        "all pictures deleted, samples skipped",
+        r"error: all samples of step \d are unusable: see .*bad_samples.jsonl",
+        **spoil(os.unlink),
+        options=SKIP,
+        repair=restore,
+    ),
+]
+
+NUMBERS = [
+    Fault(
+        "loss not finite in a step",
+        r"error: loss or gradient was not finite for 1 step\(s\) in a row, first in step 3 .*",
+        BOTH,
+        **strike(STEP, struck.put_nan_loss, 3),
+        options={"max_nonfinite_steps": 1},
+        codes=(1, 1),
+        fast=True,
+    ),
+    Fault(
+        "a weight not finite in a step",
+        r"error: .* is not finite after step 4 .*: the checkpoint is not saved",
+        BOTH,
+        **strike(f"{TRAINER}.require_finite", struck.put_inf, 2, (1,)),
+        check=has_checkpoints(2),
+    ),
+    Fault(
+        "inf in a checkpoint's weights",
+        "error: --resume_from_checkpoint .*checkpoint-4: .* is not finite: use an earlier one",
+        damage=put_inf_weight,
+        repair=delete_last,
+        codes=(1, 1),
+    ),
+    Fault(
+        "inf in a checkpoint's master weights",
+        "error: --resume_from_checkpoint .*checkpoint-4: .* is not finite: use an earlier one",
+        ("ZeRO-2",),
+        damage=put_inf_optimizer,
+        repair=delete_last,
+        codes=(1, 1),
+    ),
+]
+
+FAULTS = [*KILLED, *SIGNALS, *HANGING, *LAUNCHED, *DISK, *DAMAGED, *DATA, *NUMBERS]
