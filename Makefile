@@ -44,6 +44,7 @@ lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/mypy
 
 format: .venv/installed-for-tests

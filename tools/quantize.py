@@ -29,14 +29,17 @@ from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import anls
 from common.model.checkpoint import check_checkpoint, find_snapshot, load_processor, load_weights, read_config
 from common.model.loading import avoid_avx512_kernel
-from common.phi3v import Phi3VConfig, Phi3VForCausalLM
+from common.phi3v import Phi3VForCausalLM
 from common.phi3v.parts import unquantized_modules
 from common.report.model_card import write_model_card
 from common.runtime import InputError, limit_library_bars, say
 
 from .predict import read_rows
 
-SCHEMES = ("nf4", "int8", "fp8")
+BITSANDBYTES: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
 FP8 = torch.float8_e4m3fn
 FP8_BLOCK = 128
 
@@ -46,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a full model")
-    parser.add_argument("--scheme", required=True, choices=SCHEMES, help="format of the quantized weights")
+    parser.add_argument("--scheme", required=True, choices=(*BITSANDBYTES, "fp8"), help="format of the quantized weights")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory")
     parser.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file with questions and answers to score on")
     parser.add_argument("--image_dir", type=Path, metavar="DIR", help="root folder of its images (default: the file's)")
@@ -55,15 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def quantize(name: str, scheme: str, output_dir: Path) -> None:
-    """Quantize a model and write the checkpoint atomically.
-
-    Parameters
-    ----------
-    name : str
-        Directory or Hub id of a full model.
-    scheme : {"nf4", "int8", "fp8"}
-    output_dir : Path
-        Must not exist, or must be empty.
+    """Quantize a model, and write the checkpoint atomically to a new or empty directory.
 
     Raises
     ------
@@ -75,9 +70,12 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     check_checkpoint(name, "--model")
     processor = load_processor(name)
     config = read_config(name)
-    options: dict[str, Any] = {"dtype": config.dtype or torch.bfloat16}
-    if scheme != "fp8":
-        options |= {"quantization_config": bitsandbytes_config(scheme, config), "device_map": {"": default_device()}}
+    dtype = config.dtype or torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype}
+    if scheme in BITSANDBYTES:
+        skip = unquantized_modules(config, vision=False)
+        kind = BITSANDBYTES[scheme] | {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": skip}
+        options |= {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": default_device()}}
     say(f"Loading {name}")
     model = load_weights(name, processor, **options)
     state = to_fp8(model) if scheme == "fp8" else None
@@ -91,19 +89,6 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
             shutil.copyfile(Path(name) / "run.json", partial / "run.json")
             write_model_card(partial, name=output_dir)
         os.replace(partial, output_dir)
-
-
-def bitsandbytes_config(scheme: str, config: Phi3VConfig) -> BitsAndBytesConfig:
-    skip = unquantized_modules(config, vision=False)
-    if scheme == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=skip,
-    )
 
 
 def to_fp8(model: Phi3VForCausalLM) -> dict[str, torch.Tensor]:
