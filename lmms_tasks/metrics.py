@@ -1,0 +1,37 @@
+"""Images and official metrics of NLVR2 and Hateful Memes for lmms-eval; docs/evaluation.md explains the metrics."""
+
+import math
+
+from PIL import Image
+
+from common.evaluation.metrics import auroc, consistency, normalise_answer
+
+
+def nlvr2_images(doc):
+    stem = doc["identifier"].rpartition("-")[0]
+    return [Image.open(f"data/nlvr2/images/dev/{stem}-img{side}.png") for side in (0, 1)]
+
+
+def nlvr2_results(doc, results):
+    expected = {"True": "yes", "False": "no"}[str(doc["label"])]
+    correct = float(normalise_answer(results[0]) == expected)
+    split, set_number, _, sentence = doc["identifier"].split("-")
+    return {"accuracy": correct, "consistency": (f"{split}-{set_number}-{sentence}", correct)}
+
+
+def nlvr2_consistency(items):
+    return consistency(*zip(*items, strict=True))
+
+
+def meme(doc):
+    return [Image.open(f"data/hateful_memes/{doc['img']}")]
+
+
+def meme_results(doc, results):
+    (loss_no, _), (loss_yes, _) = results
+    p_yes = 1 / (1 + math.exp(loss_yes - loss_no))
+    return {"auroc": (doc["label"], p_yes), "accuracy_by_likelihood": float((p_yes > 0.5) == bool(doc["label"]))}
+
+
+def meme_auroc(items):
+    return auroc(*zip(*items, strict=True))

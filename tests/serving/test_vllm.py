@@ -1,0 +1,189 @@
+"""vLLM answers as this repository does. Run by ``make serving-test``, which installs vLLM in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.request
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import save_adapter
+from conftest import ROOT
+from PIL import Image, ImageDraw
+from runs import free_port
+
+from common.data.conversations import encode_prompt, pictures, prompt_text
+from common.evaluation.generation import generate_answers
+from common.model.inference import load_for_inference
+from serving.checkpoint import IMAGE_TOKEN, write_model
+from tools.merge_lora import merge
+
+PYTHON = os.environ.get("SERVING_PYTHON", "")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="make serving-test runs it, in vLLM's environment")
+
+CLOSE = 1e-3
+QUESTION = "What is the total?"
+NEW_TOKENS = 16
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory) -> dict[str, Path]:
+    """A full finetune, an adapter on it, and both merged."""
+    directory = tmp_path_factory.mktemp("artefacts")
+    full = write_model(directory / "full")
+    adapter = save_adapter(directory / "adapter", "--use_lora", base=full)
+    merge(str(adapter), directory / "merged", torch.float32)
+    return {"full finetune": full, "LoRA, merged": directory / "merged", "LoRA, adapter": adapter}
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> list[dict[str, Any]]:
+    """One picture of one crop, one of two, both, and none."""
+    directory, paths = tmp_path_factory.mktemp("pictures"), []
+    for number, size in enumerate([(300, 300), (640, 300)]):
+        picture = Image.new("RGB", size, "white")
+        ImageDraw.Draw(picture).text((20, 20), f"TOTAL {number}7.50", fill="black", font_size=60)
+        paths.append(str(directory / f"{number}.png"))
+        picture.save(paths[-1])
+    groups = ([paths[0]], [paths[1]], paths, [])
+    return [{"conversations": [{"images": group, "user": QUESTION, "assistant": "?"}]} for group in groups]
+
+
+@pytest.fixture(scope="module")
+def expected(artefacts, conversations):
+    """What this repository computes for an artefact: tokens, log-probabilities, answers."""
+    found: dict[str, list[dict[str, Any]]] = {}
+
+    @torch.no_grad()
+    def compute(artefact: str) -> list[dict[str, Any]]:
+        if artefact not in found:
+            model, processor = load_for_inference(artefacts[artefact], "cpu")
+            options = {"eval_batch_size": 4, "max_new_tokens": NEW_TOKENS, "dataloader_num_workers": 0}
+            args = Namespace(**options, bf16=False, tqdm=False)
+            rows = []
+            for conversation, answer in zip(
+                conversations, generate_answers(model, processor, conversations, args), strict=True
+            ):
+                images = [Image.open(path) for path in pictures(conversation)]
+                text = prompt_text(conversation, processor)
+                answer_ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
+                inputs = processor(text, images)
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer_ids])], dim=1)
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+                prompt_ids = encode_prompt(conversation, processor)["input_ids"]
+                log_probabilities = model(**inputs).logits[0].log_softmax(-1)
+                rows.append({"text": text, "prompt_ids": prompt_ids, "answer": answer, "log_probabilities": log_probabilities})
+            found[artefact] = rows
+        return found[artefact]
+
+    return compute
+
+
+def largest_difference(expected: list[dict[str, Any]], answers: list[dict[str, Any]]) -> float:
+    """Check tokens and answers, and return the largest difference of a log-probability."""
+    largest = 0.0
+    for reference, answer in zip(expected, answers, strict=True):
+        assert answer["prompt_ids"] == [IMAGE_TOKEN if token < 0 else token for token in reference["prompt_ids"]]
+        assert answer["text"].strip() == reference["answer"].strip()
+        for place, top in enumerate(answer["log_probabilities"][: len(reference["log_probabilities"])]):
+            tokens = torch.tensor([int(token) for token in top])
+            difference = reference["log_probabilities"][place, tokens] - torch.tensor(list(top.values()))
+            largest = max(largest, difference.abs().max().item())
+    return largest
+
+
+def record(client: str, artefact: str, difference: float) -> None:
+    """Print a line of the table in docs/serving.md."""
+    print(f"| {client} | {artefact} | {difference:.1e} |")
+
+
+def run_vllm(artefact: Path, rows: list[dict[str, Any]], images: list[list[str]], directory: Path, **options: Any) -> Any:
+    requests = [{"prompt": row["text"], "images": paths} for row, paths in zip(rows, images, strict=True)]
+    (directory / "requests.json").write_text(json.dumps(requests))
+    files = [str(artefact), directory / "requests.json", directory / "answers.json", json.dumps(options)]
+    return subprocess.run(
+        [PYTHON, str(ROOT / "tests/serving/answer_with_vllm.py"), *map(str, files)],
+        cwd=directory,  # not the repository's root: the plugin has to be installed
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("artefact", ["full finetune", "LoRA, merged"])
+def test_vllm_gives_our_log_probabilities_and_answers(artefact, artefacts, conversations, expected, tmp_path):
+    rows = expected(artefact)
+    run = run_vllm(artefacts[artefact], rows, [pictures(row) for row in conversations], tmp_path)
+    assert run.returncode == 0, run.stdout[-6000:]
+    difference = largest_difference(rows, json.loads((tmp_path / "answers.json").read_text()))
+    record("vLLM, offline, a batch", artefact, difference)
+    assert difference < CLOSE
+    first, second = rows[0]["log_probabilities"][-1], rows[1]["log_probabilities"][-1]
+    assert (first - second).abs().max() > 100 * CLOSE, "the picture changes nothing, so that nothing is tested"
+
+
+def test_vllm_says_that_it_cannot_load_the_adapter(artefacts, expected, tmp_path):
+    run = run_vllm(artefacts["full finetune"], [], [], tmp_path, enable_lora=True)
+    assert run.returncode != 0
+    assert "does not support LoRA" in run.stdout, run.stdout[-3000:]
+
+
+def test_the_server_answers_an_openai_client(artefacts, conversations, expected, tmp_path):
+    """`vllm serve` without --trust-remote-code; several pictures with their tags in the text, as in training."""
+    rows, port = expected("LoRA, merged"), free_port()
+    command = [str(Path(PYTHON).parent / "vllm"), "serve", str(artefacts["LoRA, merged"]), "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--max-num-seqs", "2"]
+    command += ["--enforce-eager", "--skip-mm-profiling", "--limit-mm-per-prompt", '{"image": 2}']
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+        requests = [{"images": pictures(row), "question": QUESTION} for row in conversations]
+        (tmp_path / "requests.json").write_text(json.dumps(requests))
+        script = [PYTHON, str(ROOT / "tests/serving/ask_server.py"), f"http://127.0.0.1:{port}/v1"]
+        run = subprocess.run(
+            [*script, str(artefacts["LoRA, merged"]), str(tmp_path / "requests.json"), str(tmp_path / "answers.json")],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert run.returncode == 0, run.stdout[-3000:] + (tmp_path / "log").read_text()[-3000:]
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(60)
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    difference = largest_difference(rows, answers["chat"])
+    record("vLLM's server, OpenAI client", "LoRA, merged", difference)
+    assert difference < CLOSE
+    assert json.loads(answers["structured"])["total"].isdigit()
+
+
+def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(300):
+        assert server.poll() is None, log.read_text()[-6000:]
+        try:
+            urllib.request.urlopen(url, timeout=5)
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"no answer from {url}\n{log.read_text()[-3000:]}")

@@ -1,0 +1,66 @@
+"""Quantized exports of the tiny checkpoint, and what the real model would weigh."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from adapters import logits
+from conftest import ROOT, TINY
+from transformers import AutoModelForCausalLM
+
+import tools.quantize
+from common.model.checkpoint import load_processor
+from common.model.inference import load_for_inference
+from common.model.loading import avoid_avx512_kernel
+from common.phi3v import Phi3VConfig, Phi3VForCausalLM
+
+# Bits per weight: NF4 has an 8-bit scale per 64 weights and a 32-bit scale per 256 of those, fp8 a 32-bit scale per block.
+BITS = {"bf16": 16, "nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "fp8": 8}
+
+
+def predicted_bytes(config: Phi3VConfig, scheme: str) -> float:
+    """Size of a checkpoint: the decoder's linear layers quantized, and everything else in bf16."""
+    with torch.device("meta"):
+        model = Phi3VForCausalLM(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    linears = sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear))
+    return (linears * BITS[scheme] + (total - linears) * 16) / 8
+
+
+def published_config() -> Phi3VConfig:
+    return Phi3VConfig(vocab_size=32064, max_position_embeddings=131072, original_max_position_embeddings=4096)
+
+
+@pytest.mark.parametrize(("scheme", "closeness"), [("nf4", 0.25), ("int8", 0.05), ("fp8", 0.08)])
+def test_a_quantized_model_is_smaller_and_answers_nearly_the_same(scheme, closeness, tmp_path, receipts, monkeypatch, capsys):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    row = {"conversations": [{"images": [receipts[0].name], "user": "What is the total?", "assistant": "07.50"}]}
+    (receipts[0].parent / "val.jsonl").write_text(json.dumps(row))
+    flags = ["--model", TINY, "--scheme", scheme, "--output_dir", tmp_path / "quantized", "--no-tqdm"]
+    flags += ["--data_file", receipts[0].parent / "val.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["quantize", *map(str, flags)])
+    tools.quantize.main()
+    assert re.search(r"ANLS of 1 answers: \d\.\d{4} -> \d\.\d{4}", capsys.readouterr().out)
+
+    size = (tmp_path / "quantized/model.safetensors").stat().st_size
+    config = Phi3VForCausalLM.config_class.from_pretrained(TINY)
+    assert size == pytest.approx(predicted_bytes(config, scheme), rel=0.02)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32).eval()
+    avoid_avx512_kernel(model)
+    found = logits(model, load_processor(str(tmp_path / "quantized")), receipts)
+    expected = logits(*load_for_inference(TINY, "cpu", torch.float32), receipts)
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < closeness, f"relative error {error:.3f}"
+
+
+def test_the_table_of_sizes_is_right():
+    """docs/serving.md: weights in GB, and how many tokens of keys and values fit beside them."""
+    text = (ROOT / "docs/serving.md").read_text()
+    config = published_config()
+    per_token = 2 * 2 * config.num_hidden_layers * config.hidden_size  # keys and values in bf16
+    for scheme in BITS:
+        weights = predicted_bytes(config, scheme)
+        tokens = [int((0.9 * memory * 2**30 - weights - 1.5e9) / per_token / 1000) for memory in (24, 16)]
+        assert f"| {scheme} | {weights / 1e9:.2f} | {tokens[0]},000 | {tokens[1]},000 |" in text

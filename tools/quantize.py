@@ -1,0 +1,156 @@
+"""Quantize the decoder of a full model, and save it as a checkpoint that transformers loads without conversion.
+
+python -m tools.quantize --model output/docvqa --scheme nf4 --output_dir output/docvqa-nf4
+python -m tools.quantize --model output/docvqa --scheme fp8 --output_dir output/docvqa-fp8 --data_file val.jsonl
+
+nf4 and int8 are the formats of bitsandbytes, fp8 is the fine-grained format of transformers, in blocks of 128 × 128 weights,
+which needs no calibration. The vision tower, the projector and the head keep their precision. With --data_file, a JSONL file
+in the general format, both models answer its questions, and their ANLS is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from common.data.conversations import Conversation, read_conversation
+from common.evaluation.generation import generate_answers
+from common.evaluation.metrics import anls
+from common.model.checkpoint import check_checkpoint, find_snapshot, load_processor, load_weights, read_config
+from common.model.loading import avoid_avx512_kernel
+from common.phi3v import Phi3VForCausalLM
+from common.phi3v.parts import unquantized_modules
+from common.report.model_card import write_model_card
+from common.runtime import InputError, limit_library_bars, say
+
+from .predict import read_rows
+
+BITSANDBYTES: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+FP8 = torch.float8_e4m3fn
+FP8_BLOCK = 128
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a full model")
+    parser.add_argument("--scheme", required=True, choices=(*BITSANDBYTES, "fp8"), help="format of the quantized weights")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory")
+    parser.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file with questions and answers to score on")
+    parser.add_argument("--image_dir", type=Path, metavar="DIR", help="root folder of its images (default: the file's)")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
+    return parser.parse_args()
+
+
+def quantize(name: str, scheme: str, output_dir: Path) -> None:
+    """Quantize a model, and write the checkpoint atomically to a new or empty directory.
+
+    Raises
+    ------
+    InputError
+        If the model cannot be loaded, or the directory is not empty.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise InputError(f"--output_dir {output_dir} is not empty: choose a new directory")
+    check_checkpoint(name, "--model")
+    processor = load_processor(name)
+    config = read_config(name)
+    dtype = config.dtype or torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype}
+    if scheme in BITSANDBYTES:
+        skip = unquantized_modules(config, vision=False)
+        kind = BITSANDBYTES[scheme] | {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": skip}
+        options |= {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": default_device()}}
+    say(f"Loading {name}")
+    model = load_weights(name, processor, **options)
+    state = to_fp8(model) if scheme == "fp8" else None
+    say(f"Writing {output_dir}")
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        partial = Path(temporary) / output_dir.name
+        model.save_pretrained(partial, state_dict=state)
+        processor.save_pretrained(partial)
+        if (Path(name) / "run.json").is_file():  # its evaluations are not those of the quantized model
+            shutil.copyfile(Path(name) / "run.json", partial / "run.json")
+            write_model_card(partial, name=output_dir)
+        os.replace(partial, output_dir)
+
+
+def to_fp8(model: Phi3VForCausalLM) -> dict[str, torch.Tensor]:
+    """Return the state of a model with the decoder's linear layers in fp8, and describe that in its configuration.
+
+    Each block of a weight has a scale, float32, in ``weight_scale_inv``: weight ≈ fp8 × scale.
+    """
+    state = model.state_dict()
+    names = [name for name, module in model.model.layers.named_modules(prefix="model.layers") if hasattr(module, "in_features")]
+    # Small models have layers that are no multiple of 128.
+    block = math.gcd(FP8_BLOCK, *(size for name in names for size in state[f"{name}.weight"].shape))
+    for name in names:
+        weight = state[f"{name}.weight"].float()
+        blocks = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+        scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / torch.finfo(FP8).max
+        state[f"{name}.weight"] = (blocks / scale).flatten(0, 1).flatten(1).to(FP8)
+        state[f"{name}.weight_scale_inv"] = scale[:, 0, :, 0].contiguous()
+    config: Any = model.config
+    config.quantization_config = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [block, block],
+        "modules_to_not_convert": unquantized_modules(model.config, vision=False),
+    }
+    return state
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def score(name: str, rows: list[tuple[dict[str, Any], Conversation]], bar: bool) -> float:
+    """Return the ANLS of a model's answers to the last turns of conversations."""
+    model: Any = AutoModelForCausalLM.from_pretrained(name, device_map={"": default_device()}, use_safetensors=True).eval()
+    avoid_avx512_kernel(model)
+    options = {"eval_batch_size": 8, "max_new_tokens": 64, "dataloader_num_workers": 0, "bf16": False, "tqdm": bar}
+    conversations = [conversation for _, conversation in rows]
+    answers = generate_answers(model, load_processor(name), conversations, argparse.Namespace(**options))
+    turns = [read_conversation(row, "")["conversations"][-1] for row, _ in rows]
+    return fmean(anls(answer, [turn["assistant"]]) for answer, turn in zip(answers, turns, strict=True))
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
+    limit_library_bars(args.tqdm)
+    # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm) if args.data_file else []
+        quantize(args.model, args.scheme, args.output_dir)
+        print(f"Wrote {args.output_dir}: {gigabytes(args.model)} -> {gigabytes(args.output_dir)} GB")
+        if rows:
+            before, after = (score(str(name), rows, args.tqdm) for name in (args.model, args.output_dir))
+            print(f"ANLS of {len(rows)} answers: {before:.4f} -> {after:.4f}")
+    except (OSError, InputError) as error:
+        sys.exit(f"error: {error}")
+
+
+def gigabytes(name: str | Path) -> str:
+    return f"{sum(path.stat().st_size for path in find_snapshot(str(name)).glob('*.safetensors')) / 1e9:.3f}"
+
+
+if __name__ == "__main__":
+    main()
