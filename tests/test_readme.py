@@ -43,7 +43,7 @@ PROGRAMS = ["convert_ucf101", "assets.draw_samples"] + [
     f"{folder}.{path.stem}"
     for folder in ("tools", "benchmarks")
     for path in sorted((ROOT / folder).glob("*.py"))
-    if "ArgumentParser(" in path.read_text(encoding="utf-8")
+    if re.search(r"[pP]arser\(", text := path.read_text(encoding="utf-8")) and "def main(" in text
 ]
 # Documents, memes, sentences and clips a class, to train and to evaluate.
 DRAWN = {"docvqa": (3, 1), "hateful_memes": (4, 2), "nlvr2": (2, 1), "ucf101": (1, 1)}
