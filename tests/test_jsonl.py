@@ -14,9 +14,10 @@ from conftest import TINY, torchrun
 from forked import finetune_forked
 from PIL import Image
 from runs import weights, write_random_model
-from transformers import AutoProcessor
+from transformers import AutoProcessor, get_scheduler
 
 import finetune_hf_trainer_jsonl as script
+from common.arguments import SCHEDULES
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.formats import read_lines
 from common.data.mixing import Mixture
@@ -257,6 +258,14 @@ def test_rows_of_several_files_are_measured_and_named_as_one(folder, monkeypatch
     data = TrainingData(train_rows, script.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
     lengths = [len(data[0, row]["input_ids"]) for row in range(5)]
     assert data.lengths(0, bar=False).tokens.tolist() == lengths and lengths[1] == max(lengths)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_need_no_further_settings_and_can_be_resumed_at_another_rate(name):
+    """Resuming at another rate uses the factors of LambdaLR."""
+    schedule = get_scheduler(name, torch.optim.AdamW([torch.zeros(1)], lr=1e-3), num_warmup_steps=2, num_training_steps=9)
+    factors = [schedule.lr_lambdas[0](step) for step in range(9)]
+    assert max(factors) == 1 and (name == "constant") == (factors[0] == 1)
 
 
 @pytest.mark.slow
