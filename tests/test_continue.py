@@ -108,6 +108,7 @@ def test_an_adapter_is_trained_further_resumed_and_merged(flags, data, model, tm
     assert not any("encoder.layers.2." in name or "post_layernorm" in name or "_GN" in name for name in changed)
     if "train_fully" in flags:
         saved = {name for name in second if ".lora_" not in name}
-        assert {name.removeprefix("base_model.model.") for name in saved} <= changed
+        still = {name.removeprefix("base_model.model.") for name in saved} - changed
+        assert all(name.endswith("k_proj.bias") for name in still)  # attention does not depend on it
         assert any("patch_embedding" in name for name in saved) and any("img_projection.2" in name for name in saved)
         assert not any("vision_embed_tokens" in name for name in second if ".lora_" in name)

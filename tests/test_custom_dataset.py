@@ -42,6 +42,7 @@ def test_from_pictures_and_a_table_to_a_finetuned_model(tmp_path):
     assert after["exact"] > 0.9
 
 
+@pytest.mark.slow
 def test_every_format_trains_as_the_others(tmp_path):
     """The same questions in each format of the guide: the same split, the same losses and the same answers."""
     names = [f"{number}.png" for number in range(6)]
@@ -71,7 +72,7 @@ def test_every_format_trains_as_the_others(tmp_path):
         text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name).write_text(text)
     options = {"script": "finetune_hf_trainer_jsonl.py", "model_name_or_path": write_random_model(tmp_path / "model")}
-    options |= {"processes": 1, "deepspeed": "none", "max_steps": 2, "eval_fraction": 0.2, "task_name": "reds"}
+    options |= {"processes": 1, "deepspeed": "none", "max_steps": 1, "eval_fraction": 0.2, "task_name": "reds"}
     logs = {}
     for name in ("table.csv", *files):
         output = tmp_path / f"out-{name}"

@@ -14,9 +14,10 @@ from conftest import TINY, torchrun
 from forked import finetune_forked
 from PIL import Image
 from runs import weights, write_random_model
-from transformers import AutoProcessor
+from transformers import AutoProcessor, get_scheduler
 
 import finetune_hf_trainer_jsonl as script
+from common.arguments import SCHEDULES
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.formats import read_lines
 from common.data.mixing import Mixture
@@ -259,6 +260,15 @@ def test_rows_of_several_files_are_measured_and_named_as_one(folder, monkeypatch
     assert data.lengths(0, bar=False).tokens.tolist() == lengths and lengths[1] == max(lengths)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_need_no_further_settings_and_can_be_resumed_at_another_rate(name):
+    """Resuming at another rate uses the factors of LambdaLR."""
+    schedule = get_scheduler(name, torch.optim.AdamW([torch.zeros(1)], lr=1e-3), num_warmup_steps=2, num_training_steps=9)
+    factors = [schedule.lr_lambdas[0](step) for step in range(9)]
+    assert max(factors) == 1 and (name == "constant") == (factors[0] == 1)
+
+
+@pytest.mark.slow
 def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
     """Seven steps in two and a half epochs; gone on from the middle of the second with the other half of a file."""
     write(folder / "a.jsonl", [row("0.png", user=f"a {number}?", assistant=str(number)) for number in range(6)])
@@ -278,8 +288,11 @@ def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
     assert after["metric"] == "f1" and {"f1", "anls"} <= after.keys()
     assert json.loads((folder / "straight/run.json").read_text())["task"] == "my receipts"
     assert "finetuned on my receipts" in (folder / "straight/README.md").read_text()
-    with pytest.raises(AssertionError, match="--train_weights 0.5 1"):
-        finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **options | {"train_weights": [0.5, 1]})
+    other = options | {"train_weights": [1, 1]}  # as many steps
+    with pytest.raises(
+        AssertionError, match=r"data is 9 rows, \w+, --train_weights 1 1, but the checkpoint's run had 9 rows, \w+, "
+    ):
+        finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **other)
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 def flags(**changes):
     values = {"bf16": False, "optim": "adamw_torch_fused", "gradient_checkpointing": "auto"}
-    values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None}
+    values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None, "train_fully": ()}
     values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
     values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
     values |= {"model_name_or_path": str(MODEL), "max_tokens_per_batch": None}

@@ -4,7 +4,6 @@ import json
 import sqlite3
 
 import pytest
-from forked import finetune_forked
 from runs import finetune, write_docvqa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -13,20 +12,23 @@ pytestmark = pytest.mark.slow
 FIGURES = ("loss", "learning_rate", "grad_norm", "images_per_second", "tokens_per_second")
 
 
-def train(tmp_path, report_to):
-    """Train for two steps and return the run's folder, what it logged, and its ANLS before and after."""
-    output = tmp_path / "run"
-    run = finetune if report_to == "trackio" else finetune_forked  # Trackio reads its folder from the environment
-    run(write_docvqa(tmp_path, train=8), output, processes=1, max_steps=2, deepspeed="none", report_to=report_to)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps that reports to two places: its folder, what it logged, and its ANLS before and after."""
+    folder = tmp_path_factory.mktemp("run")
+    output = folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))  # read when the process starts
+        options = {"processes": 1, "max_steps": 2, "deepspeed": "none", "report_to": ["tensorboard", "trackio"]}
+        finetune(write_docvqa(folder, train=8), output, **options)
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     scores = [json.loads((output / f"eval_{when}.json").read_text())["anls"] for when in ("before", "after")]
     return output, [entry for entry in history if "loss" in entry], scores
 
 
-def test_trackio_gets_the_figures_of_the_log(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    _, logged, scores = train(tmp_path, "trackio")
-    [database] = (tmp_path / "trackio").glob("*.db")
+def test_trackio_gets_the_figures_of_the_log(run):
+    output, logged, scores = run
+    [database] = (output.parent / "trackio").glob("*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT run_name, metrics FROM metrics ORDER BY step").fetchall()
     shown = [json.loads(metrics) for name, metrics in rows if name == "run"]
@@ -37,8 +39,8 @@ def test_trackio_gets_the_figures_of_the_log(tmp_path, monkeypatch):
     assert evaluated == list(zip((0, 2), scores, strict=True))
 
 
-def test_tensorboard_gets_the_figures_of_the_log(tmp_path):
-    output, logged, scores = train(tmp_path, "tensorboard")
+def test_tensorboard_gets_the_figures_of_the_log(run):
+    output, logged, scores = run
     [folder] = {file.parent for file in output.rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder))
     events.Reload()
