@@ -67,7 +67,8 @@ def hub(tmp_path, monkeypatch):
 def load(monkeypatch):
     def load_rows(*arguments):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-        return script.load_rows(script.parse_args())
+        args = script.parse_args()
+        return script.load_train_rows(args), script.load_eval_rows(args)
 
     return load_rows
 

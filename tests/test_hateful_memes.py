@@ -21,6 +21,10 @@ from common.evaluation import generation
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
 
 
+def load_rows(args):
+    return script.load_train_rows(args), script.load_eval_rows(args)
+
+
 def write_release(folder, labels, split):
     """Memes of plain colours and different sizes in the official layout."""
     (folder / "img").mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ def processor():
 
 
 def test_official_rows(release, monkeypatch):
-    train_rows, eval_rows = script.load_rows(flags(monkeypatch, "--data_dir", release))
+    train_rows, eval_rows = load_rows(flags(monkeypatch, "--data_dir", release))
     assert (len(train_rows), len(eval_rows)) == (6, 5)
     assert [row["id"] for row in eval_rows] == ["1000", "1001", "1002", "1003", "1004"]
     assert script.to_conversation(eval_rows[0]) == {
@@ -69,7 +73,7 @@ def test_official_rows(release, monkeypatch):
     }
     assert script.to_conversation(eval_rows[1])["conversations"][0]["assistant"] == "No."
     limited = flags(monkeypatch, "--data_dir", release, "--max_train_samples", 2, "--max_eval_samples", 3)
-    assert [len(rows) for rows in script.load_rows(limited)] == [2, 3]
+    assert [len(rows) for rows in load_rows(limited)] == [2, 3]
 
 
 def test_hub_rows(tmp_path, monkeypatch, model, processor):
@@ -85,14 +89,14 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     Dataset.from_list(rows, features).to_parquet(tmp_path / "hateful_memes/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 2)
-    train_rows, eval_rows = script.load_rows(flags(monkeypatch))
+    train_rows, eval_rows = load_rows(flags(monkeypatch))
     assert [row["label"] for row in eval_rows] == [1, 0]
     assert [row["label"] for row in train_rows] == [0, 1, 0]
     turn = script.to_conversation(train_rows[1])["conversations"][0]
     assert turn["user"] == script.QUESTION
     assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
     limited = flags(monkeypatch, "--max_train_samples", 1)
-    assert [len(rows) for rows in script.load_rows(limited)] == [1, 2]
+    assert [len(rows) for rows in load_rows(limited)] == [1, 2]
     found = script.evaluate(model, processor, eval_rows, argparse.Namespace(**vars(limited) | vars(FLAGS)))
     assert [(entry.id, entry.more["label"]) for entry in found.predictions] == [("0", 1), ("1", 0)]
 
@@ -100,15 +104,15 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     Dataset.from_list(rows, features).to_parquet(tmp_path / "other/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "other"),))
     with pytest.raises(ValueError, match=r'/other, train, row 1: expected the answer "No." or "Yes.", got "Maybe."'):
-        script.load_rows(flags(monkeypatch))
+        load_rows(flags(monkeypatch))
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
     with pytest.raises(ValueError, match="no training rows are left: the dataset has fewer rows than requested"):
-        script.load_rows(flags(monkeypatch))
+        load_rows(flags(monkeypatch))
 
 
 def test_probabilities_of_whole_answers_do_not_depend_on_the_batch(release, model, processor, monkeypatch):
-    rows = script.load_rows(flags(monkeypatch, "--data_dir", release))[1]
+    rows = load_rows(flags(monkeypatch, "--data_dir", release))[1]
     conversations = [script.to_conversation(row) for row in rows]
     conversations[2]["conversations"][0] |= {"images": [], "user": "No picture."}
     answers = ["Yes.", "No.", "Neither of them"]
@@ -131,7 +135,7 @@ def test_probabilities_of_whole_answers_do_not_depend_on_the_batch(release, mode
 @pytest.mark.parametrize("by_likelihood", [False, True])
 def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
     args = flags(monkeypatch, "--data_dir", release, *["--eval_by_likelihood"] * by_likelihood)
-    rows = script.load_rows(args)[1]
+    rows = load_rows(args)[1]
     args.__dict__.update(vars(FLAGS))
     if by_likelihood:
         monkeypatch.delattr(generation, "_generate")  # what takes the time, and what this flag is to spare
@@ -174,7 +178,7 @@ def test_a_bad_row_is_named(release, monkeypatch, line, message):
     with (release / "train.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError) as raised:
-        script.load_rows(flags(monkeypatch, "--data_dir", release))
+        load_rows(flags(monkeypatch, "--data_dir", release))
     assert message in str(raised.value)
 
 
@@ -182,20 +186,20 @@ def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypa
     args = flags(monkeypatch, "--data_dir", release)
     write_release(release, [1, 1], "dev_seen")
     with pytest.raises(ValueError, match=r"dev_seen\.jsonl: AUROC requires memes with both labels, but all 2 .* use a dataset"):
-        script.load_rows(args)
+        load_rows(args)
     write_release(release, [1, 0], "dev_seen")
     with pytest.raises(
         ValueError, match=r"dev_seen\.jsonl: AUROC .* but all 1 have the same label: increase --max_eval_samples"
     ):
-        script.load_rows(flags(monkeypatch, "--data_dir", release, "--max_eval_samples", 1))
+        load_rows(flags(monkeypatch, "--data_dir", release, "--max_eval_samples", 1))
     (release / "dev_seen.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"dev_seen\.jsonl is empty"):
-        script.load_rows(args)
+        load_rows(args)
     (release / "dev_seen.jsonl").unlink()
     with pytest.raises(
         ValueError, match=r"dev_seen\.jsonl is missing: --data_dir must be the folder of Hateful Memes's official"
     ):
-        script.load_rows(args)
+        load_rows(args)
 
 
 @pytest.mark.slow
@@ -210,9 +214,7 @@ def test_two_processes_finetune_and_evaluate_as_one(release, tmp_path, monkeypat
     assert (after["metric"], after["samples"]) == ("auroc", 5)
     assert [entry["p_yes"] for entry in before["predictions"]] != [entry["p_yes"] for entry in after["predictions"]]
     args = flags(monkeypatch, *common, *arguments)
-    alone = script.evaluate(
-        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), processor, script.load_rows(args)[1], args
-    )
+    alone = script.evaluate(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), processor, load_rows(args)[1], args)
     for entry, expected in zip(after["predictions"], alone.predictions, strict=True):
         expected = expected.to_dict()
         assert entry["id"] == expected["id"]

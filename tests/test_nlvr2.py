@@ -22,6 +22,10 @@ PROMPT = (
 )
 
 
+def load_rows(args):
+    return script.load_train_rows(args), script.load_eval_rows(args)
+
+
 def write_release(folder, split, labels):
     """Two sentences of a set, each on several pairs, in the official layout."""
     rows = []
@@ -54,7 +58,7 @@ def flags(monkeypatch, *arguments):
 
 
 def test_official_rows(release, monkeypatch):
-    train_rows, eval_rows = script.load_rows(flags(monkeypatch, "--data_dir", release))
+    train_rows, eval_rows = load_rows(flags(monkeypatch, "--data_dir", release))
     assert [row["id"] for row in train_rows] == ["train-7-0-0", "train-7-0-1", "train-7-1-0", "train-7-1-1"]
     folder = release / "images/train/12"
     images = [str(folder / "train-7-1-img0.png"), str(folder / "train-7-1-img1.png")]
@@ -63,12 +67,12 @@ def test_official_rows(release, monkeypatch):
     assert script.to_conversation(train_rows[3]) == {"conversations": [turn | {"assistant": "Yes."}]}
     assert eval_rows[0]["images"] == [str(release / f"images/dev/dev-7-0-img{side}.png") for side in (0, 1)]
     limited = flags(monkeypatch, "--data_dir", release, "--max_train_samples", 3, "--max_eval_samples", 1)
-    assert [len(rows) for rows in script.load_rows(limited)] == [3, 1]
+    assert [len(rows) for rows in load_rows(limited)] == [3, 1]
 
 
 @needs_data
 def test_real_release(monkeypatch):
-    train_rows, eval_rows = script.load_rows(flags(monkeypatch, "--data_dir", SHARED / "data/nlvr2", "--no-tqdm"))
+    train_rows, eval_rows = load_rows(flags(monkeypatch, "--data_dir", SHARED / "data/nlvr2", "--no-tqdm"))
     assert (len(train_rows), len(eval_rows)) == (299, 91)
     pairs = defaultdict(set)
     for row in eval_rows:
@@ -104,7 +108,7 @@ def test_hub_rows(tmp_path, monkeypatch):
     Dataset.from_list(rows, Features({"images": List(Image()), "texts": texts})).to_parquet(tmp_path / "nlvr2/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "nlvr2"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 2)
-    train_rows, eval_rows = script.load_rows(flags(monkeypatch))
+    train_rows, eval_rows = load_rows(flags(monkeypatch))
     # The first question of each evaluates, every question trains.
     assert [row["question"] for row in eval_rows] == ["Question 0.0", "Question 1.0"]
     assert [row["question"] for row in train_rows] == [f"Question {row}.{i}" for row in (2, 3) for i in range(row + 1)]
@@ -112,7 +116,7 @@ def test_hub_rows(tmp_path, monkeypatch):
     assert (turn["user"], turn["assistant"], len(turn["images"])) == ("Question 3.0", "Yes.", 2)
     assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
     limited = flags(monkeypatch, "--max_train_samples", 4, "--max_eval_samples", 1)
-    assert [len(rows) for rows in script.load_rows(limited)] == [4, 1]
+    assert [len(rows) for rows in load_rows(limited)] == [4, 1]
     args = flags(monkeypatch, "--max_new_tokens", 4, "--dataloader_num_workers", 0, "--no-tqdm")
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     found = script.evaluate(model, AutoProcessor.from_pretrained(TINY, num_crops=1), eval_rows, args)
@@ -132,7 +136,7 @@ def test_evaluation(release, monkeypatch):
     args = flags(monkeypatch, "--data_dir", release, "--max_new_tokens", 4, "--dataloader_num_workers", 0, "--no-tqdm")
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
-    found = script.evaluate(model, processor, script.load_rows(args)[1], args)
+    found = script.evaluate(model, processor, load_rows(args)[1], args)
     assert list(found.values) == ["accuracy", "consistency"]
     assert [entry.answers for entry in found.predictions] == [["No."], ["Yes."], ["Yes."], ["No."], ["Yes."], ["Yes."]]
     right = [entry.prediction == entry.answers[0].lower().strip(".") for entry in found.predictions]
@@ -156,7 +160,7 @@ def test_a_bad_row_is_named(release, monkeypatch, change, message):
     with (release / "dev.json").open("a") as file:
         file.write(json.dumps(row) + "\n")
     with pytest.raises(ValueError) as raised:
-        script.load_rows(flags(monkeypatch, "--data_dir", release))
+        load_rows(flags(monkeypatch, "--data_dir", release))
     assert message in str(raised.value)
 
 
@@ -164,10 +168,10 @@ def test_a_training_row_without_directory_and_a_missing_file_are_named(release, 
     args = flags(monkeypatch, "--data_dir", release)
     (release / "train.json").write_text('{"identifier": "train-7-0-0", "sentence": "So.", "label": "True"}\n')
     with pytest.raises(ValueError, match=r'train\.json, line 1: requires "directory", the folder in images/train/'):
-        script.load_rows(args)
+        load_rows(args)
     (release / "train.json").unlink()
     with pytest.raises(ValueError, match=r"train\.json is missing: --data_dir must be the folder of NLVR2's official files"):
-        script.load_rows(args)
+        load_rows(args)
 
 
 @pytest.mark.slow

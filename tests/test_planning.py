@@ -16,7 +16,7 @@ from common.data.streaming import Span, Stream, StreamedBatches
 from common.evaluation.generation import share_by_length
 from common.training.memory import USABLE_SHARE, Footprint, Trial, least_recomputation
 from common.training.plan import plan_batches
-from common.training.start import _settle_micro_batches
+from common.training.start import _limit_micro_batches
 from common.training.trainer import FinetuningTrainer
 
 
@@ -227,19 +227,18 @@ def test_the_budget_follows_the_memory(free, fits, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "packs", "stage", "expected"),
     [
-        ({}, True, 2, ("auto", 1)),
-        ({}, True, 3, (None, 1)),  # no trial is possible
-        ({}, False, None, (None, 1)),  # on a CPU, or padded
-        ({"streaming": True}, True, None, (None, 1)),
-        ({"batch_size_per_gpu": 1}, True, None, (None, 1)),
-        ({"max_tokens_per_batch": 5000}, True, None, (5000, 1)),
+        ({}, True, 2, (1, "auto")),
+        ({}, True, 3, (1, None)),  # no trial is possible
+        ({}, False, None, (1, None)),  # on a CPU, or padded
+        ({"streaming": True}, True, None, (1, None)),
+        ({"batch_size_per_gpu": 1}, True, None, (1, None)),
+        ({"max_tokens_per_batch": 5000}, True, None, (1, 5000)),
     ],
 )
 def test_several_samples_at_once_are_the_default_on_a_gpu(flags, packs, stage, expected):
     defaults = {"max_tokens_per_batch": None, "batch_size_per_gpu": None, "streaming": False}
     args = argparse.Namespace(**defaults | flags)
-    _settle_micro_batches(args, packs, stage)
-    assert (args.max_tokens_per_batch, args.batch_size_per_gpu) == expected
+    assert _limit_micro_batches(args, packs, stage) == expected
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])

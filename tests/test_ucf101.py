@@ -19,6 +19,11 @@ CLASSES = ("Archery", "Surfing", "Typing")
 QUESTION = "Classify the video into one of the following classes: Archery, Surfing, Typing."
 
 
+def load_rows(args):
+    splits = (("train", args.max_train_samples), (args.eval_split, args.max_eval_samples))
+    return [script.load_rows(args, split, limit) for split, limit in splits]
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own."""
@@ -57,15 +62,15 @@ def ids(rows):
 def test_splits_and_defaults(data_dir, monkeypatch):
     args = flags(monkeypatch, "--data_dir", data_dir)
     assert args.num_crops == 4
-    train_rows, eval_rows = script.load_rows(args)
+    train_rows, eval_rows = load_rows(args)
     assert ids(train_rows) == ["train-0000000000", "train-0000000001", "train-0000000002"]
     assert ids(eval_rows) == ["val-0000000003", "val-0000000004", "val-0000000005"]
     turn = script.to_conversation(eval_rows[1], None)["conversations"][0]
     frames = [str(data_dir / f"images/val/Surfing/v_Surfing.{frame}.jpg") for frame in (0, 1)]
     assert turn == {"images": frames, "user": QUESTION, "assistant": "Surfing"}
     test_split = flags(monkeypatch, "--data_dir", data_dir, "--eval_split", "test", "--max_train_samples", 2)
-    assert [ids(rows)[0] for rows in script.load_rows(test_split)] == ["train-0000000000", "test-0000000006"]
-    assert len(script.load_rows(test_split)[0]) == 2
+    assert [ids(rows)[0] for rows in load_rows(test_split)] == ["train-0000000000", "test-0000000006"]
+    assert len(load_rows(test_split)[0]) == 2
 
 
 def test_without_data_dir_it_says_what_belongs_there(monkeypatch, capsys):
@@ -76,10 +81,10 @@ def test_without_data_dir_it_says_what_belongs_there(monkeypatch, capsys):
 
 def test_files_that_are_missing_are_named(data_dir, monkeypatch):
     with pytest.raises(ValueError, match=r"elsewhere/ucf101_train\.jsonl is missing"):
-        script.load_rows(flags(monkeypatch, "--data_dir", data_dir / "elsewhere"))
+        load_rows(flags(monkeypatch, "--data_dir", data_dir / "elsewhere"))
     (data_dir / "images/val/Typing/v_Typing.1.jpg").unlink()
     with pytest.raises(ValueError, match=r"images/val/Typing/v_Typing\.1\.jpg is missing"):
-        script.load_rows(flags(monkeypatch, "--data_dir", data_dir))
+        load_rows(flags(monkeypatch, "--data_dir", data_dir))
 
 
 def test_evaluation_overall_and_per_class(data_dir, monkeypatch):
@@ -87,7 +92,7 @@ def test_evaluation_overall_and_per_class(data_dir, monkeypatch):
     processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    train_rows, eval_rows = script.load_rows(args)
+    train_rows, eval_rows = load_rows(args)
     # Until it knows one class: what it then says for all of them is right on one.
     data = TrainingData(train_rows, script.to_conversation, processor, seed=0)
     batch = Collator(processor)([data[0, 0]])
