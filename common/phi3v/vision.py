@@ -86,18 +86,18 @@ class Phi3VImageEmbedding(nn.Module):
         features = features.reshape(-1, side, side, 4 * width)
         row_end, view_end = self.sub_GN.to(features.dtype)[0], self.glb_GN.to(features.dtype)[0]
 
-        tokens, start = [], 0
-        for height, width in image_sizes:
+        tokens = []
+        by_image = features.split([num_views(*size) for size in image_sizes])
+        for (height, width), image_views in zip(image_sizes, by_image, strict=True):
             rows, columns = height // CROP_SIZE, width // CROP_SIZE
-            views = features[start : start + num_views(height, width)]
-            start += len(views)
-            whole, crops = views[0], views[-rows * columns :]
+            # The gradient of split is a concatenation; that of indexing would be written into a tensor of zeros.
+            whole, crops = image_views.split((1, rows * columns)) if len(image_views) > 1 else (image_views, image_views)
             crops = crops.reshape(rows, columns, side, side, -1).transpose(1, 2)
             crops = crops.reshape(rows * side, columns * side, -1)
             tokens += [
                 torch.cat([crops, row_end.expand(rows * side, 1, -1)], dim=1).flatten(0, 1),
                 view_end,
-                torch.cat([whole, row_end.expand(side, 1, -1)], dim=1).flatten(0, 1),
+                torch.cat([whole.squeeze(0), row_end.expand(side, 1, -1)], dim=1).flatten(0, 1),
             ]
         return self.img_projection(torch.cat(tokens))
 
