@@ -39,7 +39,7 @@ from .train import METHOD_FLAGS, random_config
 
 RESULT = RESULTS / "roofline.json"
 BATCH_SIZE = 64  # samples of a step
-SAMPLES = (1, 2, 4, 8)  # at once, from which --table chooses
+SAMPLES = (1, 2, 3, 4, 8)  # at once, from which --table chooses
 TEXT_TOKENS, ANSWER_TOKENS = 30, 8  # of a sample, as published for DocVQA
 USABLE = 0.95  # of a GPU's memory; the rest is for CUDA itself and for fragmentation
 
@@ -185,20 +185,18 @@ class MicroBatch(NamedTuple):
 class Predictor:
     """Predicts micro-batches of one method, for a number of GPUs.
 
-    Full training, also with a frozen vision tower, runs with 8-bit optimizer states on one GPU, and with DeepSpeed ZeRO-2 on
-    several; LoRA and QLoRA of rank 32 with DDP.
+    Full training, also with a frozen vision tower, runs with DeepSpeed ZeRO-2, on one GPU with 8-bit optimizer states; LoRA and
+    QLoRA of rank 32 run with DDP.
     """
 
     def __init__(self, method: str, gpus: int = 1, config: Phi3VConfig | None = None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         adapters = method in ("lora", "qlora")
-        deepspeed = None if adapters or gpus == 1 else str(DIRECTORY / "zero2.json")
-        # DeepSpeed has bf16 weights and no autocast; DDP fp32 weights where they are trained.
-        dtype = torch.bfloat16 if adapters or deepspeed else torch.float32
-        self.autocast = not deepspeed
-        self.model = fake_model(method, config or random_config("real"), dtype, self.mode)
+        deepspeed = None if adapters else str(DIRECTORY / "zero2.json")
+        self.autocast = not deepspeed  # DeepSpeed has bf16 weights, and runs without autocast
+        self.model = fake_model(method, config or random_config("real"), torch.bfloat16, self.mode)
         setup = Setup(torch.device("cpu"), "bf16", "varlen", "", True, deepspeed, 2 if deepspeed else None)
-        optim = "adamw_torch_fused" if adapters or deepspeed else "adamw_bnb_8bit"
+        optim = "adamw_torch_fused" if adapters or gpus > 1 else "adamw_bnb_8bit"
         with patch.object(memory, "world_size", lambda: gpus):
             self.states, self.step = memory.state_bytes(self.model, optim, setup), memory.step_bytes(self.model, setup)
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)

@@ -25,7 +25,7 @@ PEAK = {"8×A100-80GB": 312e12, "8×V100-32GB": 125e12}
 _MEAN_VIEWS: Any = 16.33
 PUBLISHED_BATCH = BatchSizes(tokens=2443, pairs=2443 * 2444 // 2, views=_MEAN_VIEWS, image_tokens=2413, supervised=8)
 EPOCH = 39463  # questions of DocVQA's train split
-EIGHT_BIT = "--deepspeed none --optim adamw_bnb_8bit"
+EIGHT_BIT = "--optim adamw_bnb_8bit"
 # What the README shows of the predictions: method and number of GPUs, title, flags.
 CHOICES = {
     ("full", 8): ("full, on 8 GPUs", "--bf16 --use_flash_attention"),
@@ -199,8 +199,8 @@ def render() -> dict[Path, str]:
     sections = [
         "### Predicted for every method and GPU",
         "**Predicted by `benchmarks.roofline`, not measured.** For each GPU the fastest recomputation and number of pages\n"
-        "at once that fit, with 16 crops and batch size 64. An epoch is DocVQA's train split, 39,463 questions. On one GPU,\n"
-        "full training has 8-bit optimizer states; on 8 it runs under ZeRO-2, and the images are those of all, without\n"
+        "at once that fit, with 16 crops and batch size 64. An epoch is DocVQA's train split, 39,463 questions. Full\n"
+        "training runs under ZeRO-2, on one GPU with 8-bit optimizer states. On 8 GPUs, the images are those of all, without\n"
         "communication.",
         predicted_table(results),
         "### Whole training steps on one GPU, measured",

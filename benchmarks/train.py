@@ -214,7 +214,7 @@ def measure(args, values, directory):
         *("--model_name_or_path", args.model_name_or_path, "--output_dir", directory / "output"),
         *("--batch_size", args.batch_size, "--batch_size_per_gpu", samples_at_once, "--num_crops", args.num_crops),
         *("--max_steps", args.warmup + args.steps, "--logging_steps", args.warmup + args.steps, "--learning_rate", "1e-6"),
-        *("--dataloader_num_workers", args.dataloader_num_workers, "--deepspeed", "none", "--optim", optim, "--no-tqdm"),
+        *("--dataloader_num_workers", args.dataloader_num_workers, "--optim", optim, "--no-tqdm"),
         *(["--bf16"] if args.bf16 else []),
         *([] if attention == "auto" else ["--attn_implementation", attention]),
     ]

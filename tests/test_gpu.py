@@ -128,14 +128,16 @@ def train(places, output, **options):
     [
         ("full", {}),
         ("full", {"deepspeed": "none"}),
+        ("full", {"batch_size_per_gpu": None}),
         ("frozen", {"freeze_vision_model": True}),
         ("lora", {"use_lora": True, "lora_rank": 4}),
         ("qlora", {"use_qlora": True, "lora_rank": 4}),
     ],
-    ids=["full", "full, DDP", "frozen", "LoRA", "QLoRA"],
+    ids=["full", "full, DDP", "full, what fits at once", "frozen", "LoRA", "QLoRA"],
 )
 def test_bf16_with_flash_follows_the_saved_curve(method, options, places, tmp_path):
     log, printed = train(places, tmp_path, bf16=True, use_flash_attention=True, **options)
+    assert ("tokens (auto)" in printed) == ("batch_size_per_gpu" in options)
     assert "required by --use_flash_attention" in printed or "variable-length flash attention kernel" in printed
     assert [entry["loss"] for entry in log] == pytest.approx(CURVES[method]["loss"], rel=2e-2)
 

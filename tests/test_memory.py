@@ -33,6 +33,7 @@ from common.training.memory import (
     step_bytes,
 )
 from common.training.summary import approximate_duration, summarize
+from common.training.trainer import split_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "tiny_phi3v"
@@ -171,6 +172,14 @@ def test_all_processes_decide_by_the_one_with_the_least_memory(monkeypatch):
     assert estimate_memory(None, None, sharded, None).free == 3
     trials[1] = None
     assert estimate_memory(None, None, sharded, None) is None
+
+
+@pytest.mark.parametrize(("sizes", "lists"), [((3, 4, 2, 9, 1), 2), ((5, 5, 5), 2), ((0, 0), 1), ((), 0)])
+def test_groups_of_parameters_are_limited(sizes, lists):
+    parameters = [torch.nn.Parameter(torch.empty(size, device="meta")) for size in sizes]
+    split = split_parameters(parameters, 10)
+    assert len(split) == lists and all(sum(parameter.numel() for parameter in some) <= 10 for some in split)
+    assert [id(parameter) for some in split for parameter in some] == list(map(id, parameters))
 
 
 def test_states_by_optimizer_and_sharding(tmp_path):

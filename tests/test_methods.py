@@ -314,6 +314,13 @@ def test_optimizers(optim, name, dtype, train, tmp_path):
     assert dtype in {state[name].dtype for state in states if name in state}
 
 
+@pytest.mark.slow
+def test_eight_bit_states_under_zero2(train, tmp_path):
+    """As on one GPU: bf16 weights with masters, and the states of a whole group in one tensor."""
+    log = train(tmp_path, optim="adamw_8bit", bf16=True)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.1
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

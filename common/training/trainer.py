@@ -63,6 +63,8 @@ from .progress import TrainingProgress
 from .summary import number_of_steps, summarize
 
 NAMED_ROWS = 8
+# DeepSpeed makes one tensor of each group of parameters, and bitsandbytes counts its elements in 32 bits.
+GROUP_ELEMENTS = 2**31 - 1
 NOT_FLAGS = ("task", "metric")  # in args, but not set by a flag; run.json has separate entries for them
 
 
@@ -267,8 +269,8 @@ class FinetuningTrainer(Trainer):
         for group in optimizer.param_groups:
             for name in ("decoder", "vision", "projector"):
                 members = [parameter for parameter in group["params"] if part[parameter] == name]
-                if members:
-                    groups.append({**group, "params": members, "lr": rates.get(name) or group["lr"]})
+                for some in split_parameters(members, GROUP_ELEMENTS):
+                    groups.append({**group, "params": some, "lr": rates.get(name) or group["lr"]})
         optimizer.param_groups[:] = groups
         self._settings_of_groups = [(group["lr"], group["weight_decay"]) for group in groups]
         return optimizer
@@ -575,6 +577,19 @@ class FinetuningTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: :mod:`common.report.model_card` writes the model card at the end of the run."""
+
+
+def split_parameters(parameters: list[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
+    """Split a list, in order, into lists of parameters with at most ``most`` elements together."""
+    lists: list[list[nn.Parameter]] = []
+    size = 0
+    for parameter in parameters:
+        size += parameter.numel()
+        if not lists or size > most:
+            lists.append([])
+            size = parameter.numel()
+        lists[-1].append(parameter)
+    return lists
 
 
 class _PlannedLoader(WorkerLoader):
