@@ -225,5 +225,5 @@ def run_fault(fault: Fault, method: str, folder: Path) -> str:
         shutil.copytree(prepared()[1], data)
         codes, said = run(reference, data, options, fault)
     assert same_weights(output, reference), "ends at other weights"
-    line = found.group().strip()
+    line = found.group().strip().replace(f"{folder}/", "").replace("\n", "; ")
     return line if len(line) <= 110 else f"{line[:107]}…"

@@ -167,8 +167,7 @@ def wait_for_signal(place: Place) -> None:
 
 if __name__ == "__main__":  # under torchrun
     import finetune_hf_trainer_docvqa as script
-    from common.runtime import run
 
     output, data = Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
     arm(Strike("common.training.trainer.FinetuningTrainer.training_step", wait_for_signal, call=3), output, data)
-    run(script.main)
+    script.run(script.main, script.parse_args())
