@@ -201,18 +201,27 @@ DISK = [
         f"{WRITING}No space left on device.*free disk space",
         **strike("common.training.trainer.write_evaluation", partial(struck.fail, errno.ENOSPC), 2, (0,)),
     ),
-    Fault("disk full while writing the report", f"{WRITING}File too large", **strike(f"{TRAINER}.report", struck.fill_disk)),
+    Fault(
+        "disk full while writing the report",
+        "warning: report.html was not created .*File too large.* to create it",
+        **strike(f"{TRAINER}.report", struck.fill_disk),
+        finishes=True,
+    ),
     Fault(
         "output directory read-only",
         "error: --output_dir .*: cannot be written to .*Read-only file system",
-        **strike("common.training.start.lock", partial(struck.fail, errno.EROFS), 1, (0,)),
+        **strike("common.training.start.lock", struck.refuse_directories, 1, (0,)),
     ),
     Fault(
         "file system turns read-only",
         f"{WRITING}Read-only file system.*check the disk",
         **strike(f"{TRAINER}._write_counters", partial(struck.fail, errno.EROFS), 2, (0,)),
     ),
-    Fault("output directory removed in a step", "results saved", **strike(STEP, struck.remove_output, 4, (0,)), finishes=True),
+    Fault(
+        "output directory removed in a step",
+        "error: .* has no run.json, which the model card requires",
+        **strike(STEP, struck.remove_output, 4, (0,)),
+    ),
     Fault(
         "a second run in the same directory",
         r"second run, exit code 1: (.*\n)*error: --output_dir .*: another run \(process \d+ on .*\) is writing to it",
@@ -302,7 +311,7 @@ OF_ALL = ["rng_state_1.pth", "scheduler.pt", "trainer_state.json", "totals.json"
 OF_LORA = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", *OF_ALL]
 DAMAGED = [
     *damaged("bit flipped", flip, "damaged", OF_ZERO, "ZeRO-2"),
-    *damaged("bit flipped", flip, "damaged|corrupted", OF_LORA, "LoRA", ["optimizer.pt", "trainer_state.json"]),
+    *damaged("bit flipped", flip, "damaged|corrupted|missing|bytes", OF_LORA, "LoRA", ["optimizer.pt", "trainer_state.json"]),
     *damaged("truncated", cut, "bytes, expected", [OPTIMIZER], "ZeRO-2"),
     *damaged("truncated", cut, "bytes, expected", ["adapter_model.safetensors", "trainer_state.json"], "LoRA"),
     *damaged("missing", lose, "is missing", [MODEL], "ZeRO-2"),

@@ -32,7 +32,7 @@ def main() -> None:
                 failures += 1
                 outcome = f"**{(str(error) or repr(error)).splitlines()[0][:100]}**"
             count += 1
-            outcome = outcome.replace(f"{folder}/", "").replace("|", "\\|").replace("\n", "; ")
+            outcome = outcome.replace("|", "\\|")
             print(f"| {fault.name} | {method} | {outcome} | {time.monotonic() - start:.0f} |", flush=True)
             shutil.rmtree(folder)
     shutil.rmtree(prepared()[0].parent)

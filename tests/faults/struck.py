@@ -1,5 +1,6 @@
 """A process of a run that a fault strikes: at a call of a function, in one process or in all."""
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -100,13 +101,18 @@ def kill_workers(place: Place) -> None:
 
 
 def fill_disk(place: Place) -> None:
-    """From now on, files that have 100 kB get no larger."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    """From now on, files that have 50 kB get no larger."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
 
-def fail(number: int, place: Place) -> None:
-    """The call fails with an error of the operating system."""
+def fail(number: int, *_: Any, **__: Any) -> None:
+    """Fail with an error of the operating system."""
     raise OSError(number, os.strerror(number))
+
+
+def refuse_directories(place: Place) -> None:
+    """From now on, no directory can be made, as on a file system that is read-only."""
+    Path.mkdir = partial(fail, errno.EROFS)  # type: ignore[method-assign]
 
 
 def remove_output(place: Place) -> None:
@@ -161,8 +167,7 @@ def wait_for_signal(place: Place) -> None:
 
 if __name__ == "__main__":  # under torchrun
     import finetune_hf_trainer_docvqa as script
-    from common.runtime import run
 
     output, data = Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
     arm(Strike("common.training.trainer.FinetuningTrainer.training_step", wait_for_signal, call=3), output, data)
-    run(script.main)
+    script.run(script.main, script.parse_args())
