@@ -20,8 +20,12 @@ def write_model(directory: Path) -> Path:
     """Write a checkpoint with a small decoder, a tower of the published size and a vocabulary with the published ids."""
     shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("config.json", "model*", "generation_config.json"))
     write_tokenizer(directory / "tokenizer.json")
-    crops = directory / "preprocessor_config.json"
-    crops.write_text(crops.read_text().replace('"num_crops": 1', '"num_crops": 2'))
+    settings = {"preprocessor_config.json": {"num_crops": 2}}
+    # As in the published file: vLLM, which tokenizes a prompt twice, removes the space after these tokens only.
+    settings |= {"tokenizer_config.json": {"additional_special_tokens": ["<|system|>", "<|end|>", "<|user|>"]}}
+    for name, changes in settings.items():
+        path = directory / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     config = Phi3VConfig(
         vocab_size=VOCABULARY,
         bos_token_id=1,
