@@ -8,6 +8,7 @@ one crop a picture, a few tokens. `--use_flash_attention` is left out, since it 
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import re
@@ -321,7 +322,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
         patch.setattr(sys, "argv", [module])
         program = importlib.import_module(module)
         with pytest.raises(Reached) as reached:
-            getattr(program, "parse_args", program.main)()
+            (program.parse_args if inspect.signature(program.main).parameters else program.main)()
     return reached.value.args[0]
 
 
