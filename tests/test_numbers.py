@@ -48,9 +48,9 @@ def test_a_part_that_does_not_change_is_named_once(max_steps, steps, capsys):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_some_losses_in_a_row_that_are_not_finite_end_a_run(bad):
     assert train([1.0, bad, bad, 1.0, bad, bad, 1.0]) == 7
-    with pytest.raises(ValueError, match=r"not finite for 3 step\(s\) in a row, first in step 3 \(row 2\): nothing was saved"):
+    with pytest.raises(ValueError, match=r"not finite for 3 steps in a row, first in step 3 \(row 2\): nothing was saved"):
         train([1.0, 1.0, bad, bad, bad])
-    with pytest.raises(ValueError, match=r"not finite for 1 step\(s\) in a row, first in step 2 \(row 1\)"):
+    with pytest.raises(ValueError, match=r"not finite for 1 steps in a row, first in step 2 \(row 1\)"):
         train([1.0, bad], limit=1)
     assert train([bad] * (SKIPPED_STEPS - 1), fp16=True) == SKIPPED_STEPS - 1  # while fp16 looks for its loss scale
     with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} step"):

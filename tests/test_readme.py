@@ -8,6 +8,7 @@ one crop a picture, a few tokens. `--use_flash_attention` is left out, since it 
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import re
@@ -95,6 +96,10 @@ def checkout(tmp_path_factory):
             turn = {"images": [name], "user": f"Which colour has number {number}?", "assistant": "red"}
             rows.append(json.dumps({"id": f"{split}-{number}", "conversations": [turn]}))
         (folder / f"data/mine/{split}.jsonl").write_text("\n".join(rows) + "\n")
+    for name, split in (("receipts", "train"), ("more_receipts", "val")):
+        (folder / f"{name}.jsonl").symlink_to(folder / f"data/mine/{split}.jsonl")
+    for picture in (folder / "data/mine/images").iterdir():
+        (folder / picture.name).symlink_to(picture)
     return folder
 
 
@@ -132,7 +137,7 @@ def train(command: str, checkout: Path) -> None:
     limited = re.sub(r"--num_train_epochs \d+", "", command)
     launch = get_args_parser().parse_args(shlex.split(re.sub(r"\$\w+", "0", limited))[1:])
     task = re.search(r"finetune_hf_trainer_(\w+)\.py", command)[1]
-    own_data = [] if "--data_dir" in command else ["--data_dir", f"drawn/{task}"]
+    own_data = [] if re.search("--(data_dir|train_file)", command) else ["--data_dir", f"drawn/{task}"]
     flags = [word for word in launch.training_script_args if word not in ELSEWHERE]
     flags += ["--model_name_or_path", "random", *own_data, *LIMITS]
     nodes, port = int(launch.nnodes.split(":")[0]), str(free_port())
@@ -321,7 +326,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
         patch.setattr(sys, "argv", [module])
         program = importlib.import_module(module)
         with pytest.raises(Reached) as reached:
-            getattr(program, "parse_args", program.main)()
+            (program.parse_args if inspect.signature(program.main).parameters else program.main)()
     return reached.value.args[0]
 
 
