@@ -1,4 +1,4 @@
-"""Adapters of the tiny checkpoint that change its answers, as the training scripts save them."""
+"""A model prepared for each method, conversations about images, and adapters as the scripts save them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from pathlib import Path
 import torch
 from conftest import TINY
 from forked import finetune_forked
+from peft import LoraConfig, get_peft_model
 from PIL import Image
-from runs import weights, write_random_model
+from runs import weights
 from transformers import AutoModelForCausalLM
 
 from common.arguments import Setup, check_arguments, training_parser
 from common.model.adapters import write_base_description
 from common.model.checkpoint import fetch_checkpoint, load_processor
 from common.model.loading import load_model
+from common.model.lora import fuse_lora
+from common.phi3v.parts import lora_targets
 from tools.merge_lora import merge
 
 
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
-    """Save an adapter that changes the answers, as the training scripts do."""
+    """Save an adapter with random weights, which changes the answers, as the training scripts do."""
     command_line = ["--model_name_or_path", str(base), "--lora_rank", "8", "--num_crops", "2", *flags]
     args = training_parser("", task="test", metric="anls").parse_args(command_line)
     check_arguments(args)
     setup = Setup(torch.device("cpu"), "fp32", "sdpa", revision=fetch_checkpoint(str(base)))
     processor = load_processor(str(base), setup.revision, args.num_crops)
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # draws the adapter's other half
+        torch.manual_seed(0)  # for lora_A
         model = load_model(args, setup, processor)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -41,6 +44,31 @@ def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
     return directory
 
 
+def build(
+    method: str = "full", dtype=torch.float32, attention: str = "varlen", fuse: bool = True, base: Path = TINY
+) -> torch.nn.Module:
+    """Prepare a checkpoint to train with "full" or "LoRA", optionally with "frozen vision"; fuse LoRA layers."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
+    if "frozen vision" in method:
+        model.model.vision_embed_tokens.requires_grad_(False)
+    if method.startswith("LoRA"):
+        targets = lora_targets(model.config, vision="frozen vision" not in method)
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
+        if fuse:
+            fuse_lora(model)
+    return model.train()
+
+
+def conversations() -> list[dict]:
+    """Conversations about no image, an image, and two images, of one or two crops."""
+    noise = [Image.effect_noise(size, 80).convert("RGB") for size in ((300, 200), (90, 300), (90, 90))]
+    return [
+        {"conversations": [{"images": images, "user": "What is it?", "assistant": answer}]}
+        for images, answer in (([], "Text."), (noise[:1], "Noise."), (noise[1:], "Two images."))
+    ]
+
+
 @torch.no_grad()
 def logits(model: torch.nn.Module, processor, receipts: list[Path]) -> torch.Tensor:
     images = [Image.open(path) for path in receipts[:2]]
@@ -48,9 +76,9 @@ def logits(model: torch.nn.Module, processor, receipts: list[Path]) -> torch.Ten
     return model(**inputs).logits
 
 
-def assert_adapter_goes_all_the_way(script: str, data: Path, directory: Path, method: str) -> None:
-    """Train an adapter for two steps on two processes, go on from the first one, merge it, and load that."""
-    options = {"script": script, "model_name_or_path": write_random_model(directory / "model"), method: True, "lora_rank": 4}
+def assert_adapter_trains_resumes_and_merges(script: str, method: str, data: Path, model: Path, directory: Path) -> None:
+    """Train an adapter for two steps on two processes, resume from the first one, merge it, and load the result."""
+    options = {"script": script, "model_name_or_path": model, method: True, "lora_rank": 4}
     options |= {"batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     log = finetune_forked(data, directory / "straight", **options)
     shutil.copytree(directory / "straight/checkpoint-1", directory / "resumed/checkpoint-1")
@@ -58,5 +86,5 @@ def assert_adapter_goes_all_the_way(script: str, data: Path, directory: Path, me
     straight, resumed = weights(directory / "straight"), weights(directory / "resumed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     merge(str(directory / "straight"), directory / "merged")
-    merged, base = (AutoModelForCausalLM.from_pretrained(directory / name).state_dict() for name in ("merged", "model"))
+    merged, base = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (directory / "merged", model))
     assert any(not torch.equal(merged[name], base[name]) for name in base)

@@ -1,4 +1,4 @@
-"""A headless Chromium, and what a page must be for everyone to be able to use it."""
+"""A headless Chromium, and accessibility checks."""
 
 import shutil
 import time
@@ -19,8 +19,8 @@ QUIET = [
     "--disable-dev-shm-usage",
 ]
 
-# The contrast of every visible text with what is painted behind it, layer by layer, shapes in figures included. A text
-# whose backdrop is a picture, or that is hidden from sight on purpose, is none of these.
+# The contrast of every visible text with its background, which is composed of all layers behind it, including shapes.
+# Visually hidden texts are left out.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (colour) => {
@@ -67,7 +67,7 @@ CONTRAST = """() => {
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """Give a headless Chromium; a test that needs one is skipped where there is none."""
+    """Yield a headless Chromium, or skip the test if none is installed."""
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if executable is None:
         pytest.skip("no Chromium on PATH (apt-get install chromium)")
@@ -79,7 +79,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def watched(browser: Browser, width: int, scheme: str = "light", allowed: str = "file:") -> Iterator[Page]:
-    """Give a page that must not log an error, open a dialog, or ask for anything but `allowed` and what it embeds."""
+    """Yield a page that must not log an error, open a dialog, or request anything but `allowed` and embedded data."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     complaints = []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else 0)
@@ -95,7 +95,7 @@ def watched(browser: Browser, width: int, scheme: str = "light", allowed: str = 
 
 
 def wait_until(page: Page, expression: str, seconds: float = 30) -> None:
-    """Wait until a JavaScript expression holds. Unlike `page.wait_for_function` it needs no `eval`, which a report forbids."""
+    """Wait until a JavaScript expression holds. Unlike `page.wait_for_function` this uses no `eval`, which a report forbids."""
     deadline = time.monotonic() + seconds
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, f"still not so after {seconds} s: {expression}"
@@ -108,7 +108,7 @@ def overflow(page: Page) -> int:
 
 
 def low_contrast(page: Page, least: float = 4.5, enough: int = 20) -> list[list]:
-    """Return the texts that stand out too little from what is behind them, each with its contrast; `enough` must be there."""
+    """Return the texts with too little contrast, with their contrast; at least `enough` texts must be visible."""
     measured = page.evaluate(CONTRAST)
     assert len(measured) >= enough, f"the page shows hardly any text: {measured}"
     return [[text, round(contrast, 2)] for text, contrast in measured if contrast < least]

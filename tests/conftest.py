@@ -1,4 +1,4 @@
-"""What the tests share: where things are, and how a script is started under torchrun."""
+"""Paths, fixtures and helpers that tests share."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real
 
 
 def torchrun(*command: object, processes: int = 2, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script of the repository on CPU processes and return what it printed; raises nothing if it fails."""
+    """Run a script of the repository on CPU processes. A failure raises no exception."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [*launcher, *map(str, command)],
@@ -34,6 +34,22 @@ def torchrun(*command: object, processes: int = 2, timeout: float = 600, **envir
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of random fp32 weights, smaller than the tiny one."""
+    from runs import write_random_model
+
+    return write_random_model(tmp_path_factory.mktemp("model") / "random")
+
+
+@pytest.fixture(scope="session")
+def docvqa_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 training and 3 evaluation rows in DocVQA's official layout."""
+    from runs import write_docvqa
+
+    return write_docvqa(tmp_path_factory.mktemp("docvqa"), val=3)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +70,7 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def receipts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three pictures of different shapes: one, two and two crops."""
+    """Three images of one, two and two crops."""
     directory, paths = tmp_path_factory.mktemp("receipts"), []
     for number, size in enumerate([(336, 336), (600, 300), (200, 400)]):
         picture = Image.new("RGB", size, "white")
@@ -66,7 +82,7 @@ def receipts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def predict(monkeypatch, capsys):
-    """Runs `tools.predict` in this process, which spares the imports, and returns what it printed."""
+    """Runs `tools.predict` in this process and returns what it printed."""
     import tools.predict
 
     def run(*arguments: object) -> str:
@@ -79,7 +95,7 @@ def predict(monkeypatch, capsys):
 
 
 def run_tool(name: str, *arguments: object) -> str:
-    """Run a tool as people do, and return what it printed."""
+    """Run a tool in a process of its own, which must succeed, and return what it printed."""
     command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,80 +1,74 @@
-"""convert_ucf101.py, run as its users run it, on a small source."""
+"""convert_ucf101.py, run in this process on small clips."""
 
 import io
 import json
-import signal
-import subprocess
 import sys
 import tarfile
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
 
+import pytest
 from clips import frame_number, write_clip
 from conftest import ROOT
 
-SCRIPT = [sys.executable, str(ROOT / "convert_ucf101.py"), "--num_workers", "2"]
+import convert_ucf101
+
+COMMAND = [sys.executable, str(ROOT / "convert_ucf101.py"), "--num_workers", "2"]
 
 
-def run(out_dir, *flags, env=None):
-    command = [*SCRIPT, "--out_dir", out_dir, *flags]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=120)
-
-
-def convert(out_dir, *flags, env=None):
-    """Run the script; it must succeed."""
-    result = run(out_dir, *flags, env=env)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
-def refuse(out_dir, *flags, env=None):
-    """Run the script; it must fail with one message, which is returned, and list no pictures."""
-    result = run(out_dir, *flags, env=env)
-    assert result.returncode not in (0, -signal.SIGKILL)
-    assert "Traceback" not in result.stderr
-    assert not list(out_dir.glob("*.jsonl"))
-    return result.stderr
-
-
-def rows(out_dir, split):
-    return [json.loads(line) for line in (out_dir / f"ucf101_{split}.jsonl").read_text("utf-8").splitlines()]
-
-
-def contents(out_dir):
-    """Every file below a folder, by its path there."""
-    return {str(path.relative_to(out_dir)): path.read_bytes() for path in out_dir.rglob("*") if path.is_file()}
-
-
-def shown(out_dir, clip, num_frames=8):
-    """Which frames a clip's pictures show."""
-    return [frame_number(out_dir / f"images/{clip}.{i}.jpg") for i in range(num_frames)]
-
-
-def make_tar(path, members):
-    """Write an archive; `members` maps names to bytes, or to a TarInfo that needs none."""
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in members.items():
-            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if isinstance(content, bytes):
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-            else:
-                archive.addfile(info)
-    return path
-
-
-def write_source(folder):
-    """Two classes, four clips."""
+def write_source(folder: Path) -> Path:
+    """Write two classes with four clips."""
     for clip, num_frames in {"train/Run/b": 30, "train/Run/a": 20, "val/Jump/c": 16, "test/Run/d": 9}.items():
         write_clip(folder / f"{clip}.avi", num_frames)
     return folder
 
 
-def many_clips(folder):
-    """60 clips to convert, a few seconds' work."""
-    write_clip(folder / "val/Class0/v.avi", 75)
-    for split, count in {"train": 40, "val": 10, "test": 10}.items():
-        for i in range(count):
-            path = folder / f"{split}/Class{i % 4}/clip{i:02d}.avi"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((folder / "val/Class0/v.avi").read_bytes())
-    (folder / "val/Class0/v.avi").unlink()
-    return folder
+def make_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
+    """Write an archive of files, or of links, which have no content."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+            archive.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+def convert(out_dir: Path, *flags: object) -> str:
+    """Run the converter in this process and return what it printed."""
+    printed = io.StringIO()
+    argv = ["convert_ucf101.py", "--num_workers", "2", "--out_dir", str(out_dir), *map(str, flags)]
+    with mock.patch("sys.argv", argv), redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            convert_ucf101.main()
+        except SystemExit as ended:
+            printed.write(str(ended.code))
+            raise ConversionFailed(printed.getvalue()) from None
+    return printed.getvalue()
+
+
+class ConversionFailed(Exception):
+    """The converter exited with an error."""
+
+
+def refuse(out_dir: Path, *flags: object) -> str:
+    """Run the converter, which must fail without leaving JSONL files, and return what it printed."""
+    with pytest.raises(ConversionFailed) as failed:
+        convert(out_dir, *flags)
+    assert not list(out_dir.glob("*.jsonl"))
+    return str(failed.value)
+
+
+def rows(out_dir: Path, split: str) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / f"ucf101_{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def contents(out_dir: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {str(path.relative_to(out_dir)): path.read_bytes() for path in out_dir.rglob("*") if path.is_file()}
+
+
+def frames_of(out_dir: Path, clip: str, num_frames: int = 8) -> list[int]:
+    """The numbers of the frames that were extracted from a clip."""
+    return [frame_number(out_dir / f"images/{clip}.{index}.jpg") for index in range(num_frames)]

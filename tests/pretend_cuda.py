@@ -1,8 +1,8 @@
-"""CUDA tensors on a machine without a GPU: they say that they are on ``cuda:0``, and their values are computed on the CPU.
+"""CUDA tensors on a machine without a GPU: they claim to be on ``cuda:0``, and are computed on the CPU.
 
-Within :func:`pretend_cuda`, an operation on tensors of both devices raises :class:`MixedDevices` wherever PyTorch refuses it on
-a GPU. Unlike PyTorch's fake tensors these have values, so that what reads them (``item``, lengths, masks, stop tokens) runs as
-it is. Backward passes on them would end the process: PyTorch's engine has no CUDA streams in a CPU build.
+Within :func:`pretend_cuda`, an operation on tensors of both devices raises :class:`MixedDevices` where a GPU would refuse it.
+Unlike PyTorch's fake tensors, these have values, so that code that reads them (``item``, lengths, masks, stop tokens) works.
+Backward passes would end the process: the autograd engine of a CPU build has no CUDA streams.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MixedDevices(RuntimeError):
 
 
 class CudaTensor(torch.Tensor):
-    """A tensor that says it is on ``cuda:0``; ``value`` is a plain one on the CPU."""
+    """A tensor that claims to be on ``cuda:0``; ``value`` is a plain tensor on the CPU."""
 
     @staticmethod
     def __new__(cls, value: torch.Tensor) -> CudaTensor:
@@ -151,7 +151,7 @@ def _varlen_attention(query, key, value, cu_seq_q, *args, scale=None, **kwargs):
 
 @contextmanager
 def pretend_cuda(capability: tuple[int, int] = (9, 0)):
-    """Let ``cuda`` be a device of this machine, with the compute capability of an H100 by default."""
+    """Make ``cuda`` a device of this machine, by default with the compute capability of an H100."""
     with ExitStack() as stack:
         for target, value in (
             ("torch.cuda.get_device_capability", lambda device=None: capability),

@@ -1,4 +1,4 @@
-"""Run directories as the training scripts leave them, one of each task, made up from a seed."""
+"""Run directories like those of the training scripts, generated from a seed."""
 
 import json
 import math

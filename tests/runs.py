@@ -1,4 +1,4 @@
-"""Small runs of the DocVQA script for the tests: data drawn on the spot, the script under torchrun, what it logged."""
+"""Small runs of the DocVQA script: generated data, a small model, flags, and what a run logged and saved."""
 
 import json
 import shutil
@@ -9,20 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, torchrun
+from conftest import TINY
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+import finetune_hf_trainer_docvqa as docvqa
 from common.arguments import Parser
-from common.phi3v import Phi3VConfig, Phi3VForCausalLM
+from common.data.collator import Collator
+from common.data.samples import TrainingData
+from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
 from common.process import InputError
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
+METHODS = {
+    "full": {},
+    "frozen": {"freeze_vision_model": True},
+    "lora": {"use_lora": True, "lora_rank": 4},
+    "qlora": {"use_qlora": True, "lora_rank": 4},
+}
+# Losses and gradient norms of each method's first five steps.
+CURVES = Path(__file__).with_name("curves.json")
+# Kernels for other CPUs add in a different order: with those for SSE4 or AVX2 instead of AVX-512 (ATEN_CPU_CAPABILITY,
+# ONEDNN_MAX_CPU_ISA) these runs differ by at most 4e-7. A learning rate 1 % higher shifts them by 2e-3.
+CURVE_TOLERANCE = 1e-4
+# The 4-bit kernels of bitsandbytes depend on the processor: between two AMD EPYC the loss differs by 2e-4, the gradient norm by
+# 2.4e-3.
+QLORA_TOLERANCE = {"loss": 5e-4, "grad_norm": 5e-3}
 
 
 def write_docvqa(directory: Path, train: int = 16, val: int = 4) -> Path:
-    """Draw pages with a number each, in the official release's layout."""
+    """Draw pages that each show a number, in the layout of the official release."""
     (directory / "documents").mkdir(parents=True, exist_ok=True)
     for split, count in (("train", train), ("val", val)):
         entries = []
@@ -63,13 +80,6 @@ def flags(data: Path, output: Path, **options: object) -> list[str]:
     return words
 
 
-def finetune(data: Path, output: Path, processes: int = 2, script: str = SCRIPT, **options: object) -> list[dict]:
-    """Run the script, which must succeed, and return its log: one entry a step."""
-    run = torchrun(script, *flags(data, output, **options), processes=processes)
-    assert run.returncode == 0, run.stdout[-6000:]
-    return steps(output)
-
-
 def steps(output: Path) -> list[dict]:
     """Loss, gradient norm and learning rate of every step that a run logged."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
@@ -83,17 +93,24 @@ def weights(output: Path) -> dict:
     return load_file(output / name)
 
 
+def validation_batch(data: Path, processor: Phi3VProcessor, limit: int | None = None) -> dict:
+    """The evaluation rows of :func:`write_docvqa` in one batch."""
+    rows = docvqa.load_official(data, "val", limit)
+    samples = TrainingData(rows, docvqa.to_conversation, processor, seed=42)
+    return Collator(processor)([samples[0, row] for row in range(len(rows))])
+
+
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def write_random_model(directory: Path) -> Path:
-    """Write a checkpoint smaller than the tiny one, of seeded random fp32 weights, so that nothing that is learned matters."""
+    """Write a checkpoint of seeded random fp32 weights that is smaller than the tiny one."""
     shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("config.json", "model*"))
-    # Characters alone: the vocabulary below has no room for whole words.
+    # Only characters: the vocabulary below is too small for whole words.
     tokenizer = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["special"]]
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
@@ -121,7 +138,7 @@ def write_random_model(directory: Path) -> Path:
 
 
 def message(monkeypatch, data, output, script=SCRIPT, **options):
-    """What a script says when it refuses to run, in this process."""
+    """The message with which a script refuses to run in this process."""
 
     def refuse(parser, text):
         raise InputError(text)

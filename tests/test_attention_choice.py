@@ -1,4 +1,4 @@
-"""Which attention and which precision a GPU gets, by what it is and what is installed."""
+"""Attention and precision by GPU and installed packages."""
 
 from argparse import Namespace
 
@@ -27,7 +27,7 @@ from common.phi3v.attention import has_varlen_kernel
         ((8, 0), (3,), {"attn_implementation": "flash_attention_3"}, "does not support this device"),
     ],
 )
-def test_attention_by_gpu_and_what_is_installed(capability, installed, options, expected, monkeypatch):
+def test_attention_by_gpu_and_installed_packages(capability, installed, options, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     for number in (2, 3, 4):
@@ -43,7 +43,7 @@ def test_attention_by_gpu_and_what_is_installed(capability, installed, options, 
     assert expected in chosen
 
 
-def test_bf16_on_a_gpu_without_it(monkeypatch):
+def test_bf16_on_a_gpu_without_support(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     with pytest.raises(ValueError, match="--bf16: Tesla V100 does not support bf16"):
@@ -53,7 +53,7 @@ def test_bf16_on_a_gpu_without_it(monkeypatch):
 
 @pytest.mark.parametrize("supported", [True, False], ids=["PyTorch 2.13", "PyTorch 2.11"])
 @pytest.mark.parametrize("key_heads", [4, 2], ids=["as many key heads", "grouped key heads"])
-def test_grouped_key_heads_are_passed_as_the_kernels_signature_allows(monkeypatch, supported, key_heads):
+def test_grouped_key_heads_with_both_signatures_of_the_kernel(monkeypatch, supported, key_heads):
     """``enable_gqa`` is a parameter of the kernel since PyTorch 2.13; before, key heads are repeated."""
     calls = []
 

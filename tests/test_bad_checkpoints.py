@@ -1,4 +1,4 @@
-"""Models and checkpoints that can't be trained on are refused before any training, with what to do."""
+"""Invalid models and checkpoints are refused before training."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_a_checkpoint_of_another_architecture(monkeypatch, data, tmp_path):
     assert "config.json: invalid JSON" in said
 
 
-def test_a_hub_checkpoint_of_another_architecture_runs_no_code(monkeypatch, data, tmp_path):
+def test_the_code_of_a_hub_checkpoint_is_not_run(monkeypatch, data, tmp_path):
     snapshot = tmp_path / "hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
     snapshot.mkdir(parents=True)
     config = {"model_type": "phi9_v", "auto_map": {"AutoConfig": "configuration_phi9.Config"}}
@@ -65,7 +65,7 @@ def test_damaged_checkpoints(monkeypatch, data, tmp_path):
     assert "model.safetensors.index.json is not a valid weight index" in said
 
 
-def test_an_adapter_for_a_model(monkeypatch, data, tmp_path):
+def test_an_adapter_in_place_of_a_model(monkeypatch, data, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
@@ -89,8 +89,7 @@ def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
         ("not finite", ": {} is not finite: copy the files again"),
     ],
 )
-def test_weights_that_are_not_the_models(how, expected, monkeypatch, data, tmp_path):
-    """Nothing is trained from random weights that a checkpoint did not give."""
+def test_missing_misshaped_and_nonfinite_weights(how, expected, monkeypatch, data, tmp_path):
     model = shutil.copytree(TINY, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.0.self_attn.qkv_proj.weight"

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its example of a new task is short enough, well formatted, and passes its own test."""
+"""The example of a new task in CONTRIBUTING.md is short, well formatted, and passes its own test."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_the_example_is_a_script_and_a_test_in_at_most_100_lines():
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=["lint", "format"])
-def test_the_example_keeps_the_rules(command, checkout):
+def test_the_example_is_well_formatted(command, checkout):
     result = subprocess.run([sys.executable, "-m", "ruff", *command, *FILES], cwd=checkout, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 

@@ -1,4 +1,4 @@
-"""convert_ucf101.py, run as its users run it."""
+"""convert_ucf101.py: what it writes, what it refuses, and how it resumes."""
 
 import io
 import os
@@ -10,15 +10,16 @@ import termios
 import time
 
 import av
+import huggingface_hub
 import numpy as np
 import psutil
 import pytest
 from clips import truncate, write_clip
 from conftest import SHARED, needs_data
-from converter import SCRIPT, contents, convert, many_clips, refuse, rows, shown, write_source
+from converter import COMMAND, contents, convert, frames_of, make_tar, refuse, rows, write_source
 from PIL import Image
 
-REAL_ARCHIVE = SHARED / "data/ucf101/UCF101_subset.tar.gz"
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture
@@ -26,74 +27,48 @@ def source(tmp_path):
     return write_source(tmp_path / "source")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What it writes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def test_writes_exactly_the_documented_files(source, tmp_path):
+def test_the_documented_files_are_written(source, tmp_path):
     out = tmp_path / "out"
-    result = convert(out, "--source", source)
-    pictures = [
-        f"images/{clip}.{i}.jpg" for clip in ("train/Run/a", "train/Run/b", "val/Jump/c", "test/Run/d") for i in range(8)
-    ]
-    assert sorted(contents(out)) == sorted([*pictures, *(f"ucf101_{split}.jsonl" for split in ("train", "val", "test"))])
-    assert "4 clips of 2 classes (train 2, val 1, test 1)" in result.stdout
-    assert "4 of 4 clips" in result.stdout.splitlines()  # no terminal: plain lines
-    assert result.stderr == ""
-
-
-def test_rows(source, tmp_path):
-    out = tmp_path / "out"
-    convert(out, "--source", source)
+    printed = convert(out, "--source", source)
+    clips = ("train/Run/a", "train/Run/b", "val/Jump/c", "test/Run/d")
+    pictures = [f"images/{clip}.{i}.jpg" for clip in clips for i in range(8)]
+    assert sorted(contents(out)) == sorted([*pictures, *(f"ucf101_{split}.jsonl" for split in SPLITS)])
+    assert "4 clips of 2 classes (train 2, val 1, test 1)" in printed
+    assert "4 of 4 clips" in printed.splitlines()  # plain lines, because stderr is no terminal
     question = "Classify the video into one of the following classes: Jump, Run."
     assert (out / "ucf101_val.jsonl").read_text("utf-8") == (
         '{"id": "val-0000000002", "source": "ucf101", "conversations": [{"images": ['
         + ", ".join(f'"val/Jump/c.{i}.jpg"' for i in range(8))
         + f'], "user": "{question}", "assistant": "Jump"}}]}}\n'
     )
-    ids = [row["id"] for split in ("train", "val", "test") for row in rows(out, split)]
+    ids = [row["id"] for split in SPLITS for row in rows(out, split)]
     assert ids == ["train-0000000000", "train-0000000001", "val-0000000002", "test-0000000003"]
     first, second = rows(out, "train")
     assert first["conversations"][0]["images"][0] == "train/Run/a.0.jpg"
     assert second["conversations"][0]["images"][7] == "train/Run/b.7.jpg"
 
 
-def test_takes_frames_evenly(source, tmp_path):
-    out = tmp_path / "out"
-    convert(out, "--source", source, "--num_frames", "8")
-    assert shown(out, "train/Run/b") == [i * 30 // 8 for i in range(8)]
-    assert shown(out, "test/Run/d") == [i * 9 // 8 for i in range(8)]
-
-
-@pytest.mark.parametrize("stated", [0, 5, 2000])
-def test_does_not_trust_the_stated_frame_count(source, tmp_path, stated):
-    clip = write_clip(source / "train/Run/a.avi", 40, stated=stated)
-    with av.open(str(clip)) as container:
-        assert container.streams.video[0].frames == stated
-    convert(tmp_path / "out", "--source", source)
-    assert shown(tmp_path / "out", "train/Run/a") == [i * 40 // 8 for i in range(8)]
-
-
-def test_uses_what_decodes_of_a_truncated_clip(source, tmp_path):
-    clip = truncate(write_clip(source / "train/Run/a.avi", 60), 0.8)
-    with av.open(str(clip)) as container:
+def test_frames_are_taken_evenly_from_what_decodes(source, tmp_path):
+    """Also where the header states another number of frames, and from truncated clips."""
+    lengths = {"train/Run/b": 30, "test/Run/d": 9, "train/Run/short": 3}
+    write_clip(source / "train/Run/short.avi", 3)
+    for stated in (0, 5, 2000):
+        clip = write_clip(source / f"train/Run/{stated}.avi", 40, stated=stated)
+        lengths[f"train/Run/{stated}"] = 40
+        with av.open(str(clip)) as container:
+            assert container.streams.video[0].frames == stated
+    with av.open(str(truncate(write_clip(source / "train/Run/cut.avi", 60), 0.8))) as container:
         assert container.streams.video[0].frames == 60
-        left = sum(1 for _ in container.decode(video=0))
-    assert 8 < left < 60
-    convert(tmp_path / "out", "--source", source)
-    assert shown(tmp_path / "out", "train/Run/a") == [i * left // 8 for i in range(8)]
+        lengths["train/Run/cut"] = sum(1 for _ in container.decode(video=0))
+    assert 8 < lengths["train/Run/cut"] < 60
+    for num_frames in (8, 1, 12):
+        convert(tmp_path / "out", "--source", source, "--num_frames", num_frames)
+        for clip, length in lengths.items():
+            assert frames_of(tmp_path / "out", clip, num_frames) == [i * length // num_frames for i in range(num_frames)], clip
+        assert all(len(row["conversations"][0]["images"]) == num_frames for row in rows(tmp_path / "out", "train"))
 
 
-@pytest.mark.parametrize("num_frames", [1, 8, 12])
-def test_clip_shorter_than_the_frames_asked_for(source, tmp_path, num_frames):
-    write_clip(source / "train/Run/a.avi", 3)
-    convert(tmp_path / "out", "--source", source, "--num_frames", str(num_frames))
-    assert shown(tmp_path / "out", "train/Run/a", num_frames) == [i * 3 // num_frames for i in range(num_frames)]
-    assert len(rows(tmp_path / "out", "train")[0]["conversations"][0]["images"]) == num_frames
-
-
-def test_class_names_with_blanks_and_accents(source, tmp_path):
+def test_class_names_with_spaces_and_other_scripts(source, tmp_path):
     write_clip(source / "train/Saut à la perche/clip n° 1.avi", 8)
     write_clip(source / "test/跳水/v.1.avi", 8)
     out = tmp_path / "out"
@@ -101,51 +76,45 @@ def test_class_names_with_blanks_and_accents(source, tmp_path):
     row = rows(out, "train")[-1]
     assert row["conversations"][0]["assistant"] == "Saut à la perche"
     assert row["conversations"][0]["user"].endswith("classes: Jump, Run, Saut à la perche, 跳水.")
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         for row in rows(out, split):
             assert all((out / "images" / name).is_file() for name in row["conversations"][0]["images"])
     assert "跳水" in (out / "ucf101_test.jsonl").read_text("utf-8")
 
 
-def test_same_result_from_folder_parent_and_archive(source, tmp_path):
+def test_folder_parent_archive_and_hub_give_the_same_result(source, tmp_path, monkeypatch):
     (tmp_path / "parent").mkdir()
     subset = source.rename(tmp_path / "parent/UCF101_subset")
-    (subset / "train/Run/._a.avi").write_bytes(b"what macOS leaves")
+    (subset / "train/Run/._a.avi").write_bytes(b"macOS metadata")
     (subset / "README.txt").write_text("no clip")
-    with tarfile.open(tmp_path / "clips.tar.gz", "w:gz") as archive:
-        archive.add(subset, "./UCF101_subset")
-    with tarfile.open(tmp_path / "flat.tar", "w") as archive:
-        for split in ("val", "test", "train"):
-            archive.add(subset / split, split)
-    results = []
-    for given in (subset, tmp_path / "parent", tmp_path / "clips.tar.gz", tmp_path / "flat.tar"):
-        convert(tmp_path / f"out-{given.name}", "--source", given)
-        results.append(contents(tmp_path / f"out-{given.name}"))
-    assert len(results[0]) == 4 * 8 + 3
-    assert all(result == results[0] for result in results[1:])
-
-
-def test_default_source_is_the_hub_subset(source, tmp_path):
-    snapshots = tmp_path / "hf/hub/datasets--sayakpaul--ucf101-subset"
+    snapshots = tmp_path / "hub/datasets--sayakpaul--ucf101-subset"
     (snapshots / "refs").mkdir(parents=True)
     (snapshots / "refs/main").write_text("0" * 40)
     (snapshots / "snapshots" / ("0" * 40)).mkdir(parents=True)
     with tarfile.open(snapshots / "snapshots" / ("0" * 40) / "UCF101_subset.tar.gz", "w:gz") as archive:
-        archive.add(source, "UCF101_subset")
-    convert(tmp_path / "out", env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": str(tmp_path / "hf/hub")})
-    assert len(contents(tmp_path / "out")) == 4 * 8 + 3
+        archive.add(subset, "./UCF101_subset")
+    with tarfile.open(tmp_path / "flat.tar", "w") as archive:
+        for split in ("val", "test", "train"):
+            archive.add(subset / split, split)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    results = []
+    for number, given in enumerate((subset, tmp_path / "parent", tmp_path / "flat.tar", None)):
+        convert(tmp_path / f"out{number}", *(["--source", given] if given else []))
+        results.append(contents(tmp_path / f"out{number}"))
+    assert len(results[0]) == 4 * 8 + 3
+    assert all(result == results[0] for result in results[1:])
 
 
 @needs_data
 def test_real_clips(tmp_path):
-    out = tmp_path / "out"
-    convert(out, "--source", REAL_ARCHIVE)
+    out, real = tmp_path / "out", SHARED / "data/ucf101/UCF101_subset.tar.gz"
+    convert(out, "--source", real)
     files = contents(out)
     assert sum(name.endswith(".jpg") for name in files) == 320
     assert len(files) == 320 + 3
-    assert [len(rows(out, split)) for split in ("train", "val", "test")] == [20, 10, 10]
+    assert [len(rows(out, split)) for split in SPLITS] == [20, 10, 10]
 
-    with tarfile.open(REAL_ARCHIVE) as archive:
+    with tarfile.open(real) as archive:
         clips = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
     wrong_counts = 0
     for name, clip in clips.items():
@@ -165,113 +134,192 @@ def test_real_clips(tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def many_clips(folder):
+    """60 clips, which take a few seconds to convert."""
+    clip = write_clip(folder / "clip.avi", 75)
+    for split, count in {"train": 40, "val": 10, "test": 10}.items():
+        for i in range(count):
+            path = folder / f"{split}/Class{i % 4}/clip{i:02d}.avi"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(clip.read_bytes())
+    clip.unlink()
+    return folder
+
+
 def kill_when(condition, *flags):
-    """Start the script, SIGKILL it as soon as `condition` holds, and wait until its workers are gone too."""
-    process = subprocess.Popen([*SCRIPT, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Start the script, send SIGKILL as soon as `condition` holds, and wait until its workers have ended too."""
+    process = subprocess.Popen([*COMMAND, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not condition():
         time.sleep(0.001)
     workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(workers, timeout=10)[1], "decoding processes outlive a killed script"
+    assert not psutil.wait_procs(workers, timeout=10)[1], "workers outlive a killed script"
     return process.returncode
 
 
-def test_killed_at_any_moment_it_goes_on(tmp_path):
+def test_a_killed_conversion_resumes(tmp_path):
     source, out = many_clips(tmp_path / "source"), tmp_path / "out"
     flags = ["--source", str(source), "--out_dir", str(out)]
     convert(tmp_path / "whole", "--source", source)
 
-    for stop_at in (1, 100, 300):
-        started = time.monotonic()
+    for stop_at in (1, 300):
         returncode = kill_when(lambda stop_at=stop_at: len(list(out.glob("images/*/*/*.jpg"))) >= stop_at, *flags)
-        assert returncode == -signal.SIGKILL, f"ended by itself after {time.monotonic() - started:.1f} s"
+        assert returncode == -signal.SIGKILL
         assert not list(out.glob("*.jsonl"))
         for path in out.glob("images/*/*/*.jpg"):
             with Image.open(path) as image:
                 image.load()
-    (out / "images/train/Class0/.99999.part").write_bytes(b"half a picture")
+    (out / "images/train/Class0/.99999.part").write_bytes(b"half an image")
 
-    result = convert(out, "--source", source)
+    printed = convert(out, "--source", source)
     assert contents(out) == contents(tmp_path / "whole")
-    there_before = int(result.stdout.split(" up to date")[0].split()[-1])
-    assert 30 <= there_before < 60
+    assert 30 <= int(printed.split(" up to date")[0].split()[-1]) < 60
 
-    # ... and while the lines are being written
+    # While the JSONL files are written
     for path in out.glob("*.jsonl"):
         path.unlink()
     kill_when(lambda: bool(list(out.glob("*.jsonl"))), *flags)
     for path in out.glob("*.jsonl"):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
-    convert(out, "--source", source)
-    assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_finished_run_is_not_done_again(source, tmp_path):
-    out = tmp_path / "out"
-    convert(out, "--source", source)
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
-    assert "(0 converted, 4 up to date)" in convert(out, "--source", source).stdout
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")} == times
+def test_a_killed_worker_ends_the_run(tmp_path):
+    source, out = many_clips(tmp_path / "source"), tmp_path / "out"
+    command = [*COMMAND, "--source", str(source), "--out_dir", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("images/*/*/*.jpg")):
+        time.sleep(0.001)
+    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "a worker process died" in message and "Traceback" not in message
 
 
-def test_lost_and_damaged_pictures_are_made_again(source, tmp_path):
+def test_only_lost_and_damaged_images_are_converted_again(source, tmp_path):
     out = tmp_path / "out"
     convert(out, "--source", source)
     before = contents(out)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
+    assert "(0 converted, 4 up to date)" in convert(out, "--source", source)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")} == times
     (out / "images/train/Run/a.3.jpg").unlink()
     (out / "images/train/Run/b.0.jpg").write_bytes(b"")
     cut = out / "images/val/Jump/c.7.jpg"
     cut.write_bytes(cut.read_bytes()[:-20])
-    assert "(3 converted, 1 up to date)" in convert(out, "--source", source).stdout
+    assert "(3 converted, 1 up to date)" in convert(out, "--source", source)
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("first, second", [(8, 3), (3, 8)])
-def test_other_number_of_frames_replaces_all_pictures(source, tmp_path, first, second):
-    convert(tmp_path / "out", "--source", source, "--num_frames", str(first))
-    convert(tmp_path / "out", "--source", source, "--num_frames", str(second))
-    convert(tmp_path / "fresh", "--source", source, "--num_frames", str(second))
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
-
-
-def test_other_source_replaces_its_pictures_and_leaves_foreign_files(source, tmp_path):
+def test_other_settings_and_another_source_replace_all_images_and_no_other_files(source, tmp_path):
     out = tmp_path / "out"
-    convert(out, "--source", source)
+    convert(tmp_path / "fresh", "--source", source)
+    for num_frames in (8, 3, 8):
+        convert(out, "--source", source, "--num_frames", num_frames)
+    assert contents(out) == contents(tmp_path / "fresh")
     Image.new("RGB", (8, 8)).save(out / "images/train/Run/mine.jpg")
     other = tmp_path / "other"
     write_clip(other / "train/Run/a.avi", 50)  # of the same name
     write_clip(other / "val/Swim/x.avi", 20)
     write_clip(other / "test/Run/y.avi", 20)
     convert(out, "--source", other)
-    convert(tmp_path / "fresh", "--source", other)
+    convert(tmp_path / "fresh of the other", "--source", other)
     left = contents(out)
     assert left.pop("images/train/Run/mine.jpg")
-    assert left == contents(tmp_path / "fresh")
+    assert left == contents(tmp_path / "fresh of the other")
     assert not (out / "images/val/Jump").exists()
-
-
-def test_lines_are_withdrawn_before_pictures_change(source, tmp_path):
-    out = tmp_path / "out"
-    convert(out, "--source", source)
-    (source / "val/Jump/c.avi").write_bytes(b"broken")
-    refuse(out, "--source", source)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Progress
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, bars", [((), True), (("--no-tqdm",), False)])
 def test_progress_bar_on_a_terminal(source, tmp_path, flags, bars):
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 100))
-    command = [*SCRIPT, "--source", str(source), "--out_dir", str(tmp_path / "out"), *flags]
+    command = [*COMMAND, "--source", str(source), "--out_dir", str(tmp_path / "out"), *flags]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=its_end, text=True)
     os.write(its_end, b"end")
-    shown_there = os.read(terminal, 65536).decode()
+    shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     os.close(its_end)
-    assert ("clip/s" in shown_there) == bars
+    assert ("clip/s" in shown) == bars
     assert ("4 of 4 clips" in result.stdout) != bars
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Invalid input
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_broken_clips_are_all_named_and_skipped_on_request(source, tmp_path):
+    out = tmp_path / "out"
+    convert(out, "--source", source)
+    (source / "train/Run/a.avi").write_bytes(b"no video at all")
+    truncate(write_clip(source / "train/Walk/w.avi", 10), 0.1)
+    message = refuse(out, "--source", source)  # which removes the JSONL files
+    for part in ("Broken clip: train/Run/a.avi", "Broken clip: train/Walk/w.avi", "2 of 5 clips cannot be", "--skip_broken"):
+        assert part in message
+    printed = convert(out, "--source", source, "--skip_broken")
+    assert "Broken clip: train/Run/a.avi" in printed and "Skipped 2 broken clips" in printed
+    ids = [row["id"] for split in SPLITS for row in rows(out, split)]
+    assert ids == ["train-0000000000", "val-0000000001", "test-0000000002"]
+    assert len(contents(out)) == 3 * 8 + 3
+    assert all("Walk" not in row["conversations"][0]["user"] for row in rows(out, "train"))  # none of its clips is left
+    (source / "val/Jump/c.avi").write_bytes(b"")
+    message = refuse(out, "--source", source, "--skip_broken")
+    assert "no clip of split 'val' can be decoded" in message
+
+
+def link(name, target, kind=tarfile.SYMTYPE):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    "name, member",
+    [
+        ("UCF101_subset/train/../../../evil.avi", b"x"),
+        ("../train/Run/evil.avi", b"x"),
+        ("/train/Run/evil.avi", b"x"),
+        ("train/../evil.avi", b"x"),
+        ("train/Evil", link("train/Evil", "/etc")),
+        ("train/Evil", link("train/Evil", "../../..")),
+        ("train/Run/e.avi", link("train/Run/e.avi", "../../etc/passwd", tarfile.LNKTYPE)),
+    ],
+)
+def test_an_archive_member_outside_the_target_is_refused(source, tmp_path, name, member):
+    clips = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
+    before = set(contents(tmp_path))
+    archive = make_tar(tmp_path / "bad.tar.gz", {**clips, name: member})
+    assert f"member {name!r} would be extracted outside" in refuse(tmp_path / "out", "--source", archive)
+    assert set(contents(tmp_path)) == before | {"bad.tar.gz"}
+
+
+def test_invalid_sources_and_flags(source, tmp_path, monkeypatch):
+    out, files = tmp_path / "out", {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
+    whole = make_tar(tmp_path / "whole.tar.gz", files).read_bytes()
+    damaged = {"half.tar.gz": whole[: len(whole) // 2], "garbled.tar.gz": whole[:200] + b"\xff" * 200 + whole[400:]}
+    for name, content in (damaged | {"text.txt": b"hello"}).items():
+        (tmp_path / name).write_bytes(content)
+        assert f"--source {tmp_path / name}: not a tar archive, or damaged" in refuse(out, "--source", tmp_path / name)
+    assert "no such file or folder" in refuse(out, "--source", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no clips; expected {train,val,test}/<class>/*.avi" in refuse(out, "--source", tmp_path / "empty")
+    assert "no clips" in refuse(out, "--source", make_tar(tmp_path / "empty.tar.gz", {}))
+    assert "no clips" in refuse(out, "--source", source / "train")
+    write_clip(tmp_path / "parent/one/train/Run/a.avi", 5)
+    write_clip(tmp_path / "parent/two/train/Run/a.avi", 5)
+    assert "more than one dataset (one and two)" in refuse(out, "--source", tmp_path / "parent")
+    (source / "val/Jump/c.avi").rename(source / "val/c.avi")
+    assert "split 'val' is missing" in refuse(out, "--source", source)
+    (source / "val/c.avi").rename(source / "val/Jump/c.avi")
+    write_clip(source / "test/Run/d.AVI", 5)
+    assert "test/Run/d.AVI and test/Run/d.avi would have the same image names" in refuse(out, "--source", source)
+    (source / "test/Run/d.AVI").unlink()
+    for flag in ("--num_frames", "--num_workers"):
+        assert f"argument {flag}: must be at least 1" in refuse(out, "--source", source, flag, 0)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    message = refuse(out)
+    assert "UCF101_subset.tar.gz of sayakpaul/ucf101-subset cannot be downloaded from the Hub" in message
+    assert "--source" in message and not out.exists()
+    (tmp_path / "file").write_text("in the way")
+    assert str(tmp_path / "file") in refuse(tmp_path / "file", "--source", source)

@@ -1,4 +1,4 @@
-"""docs/custom_dataset.md: every command in it, run as it stands; and its training in each of the formats."""
+"""Every command in docs/custom_dataset.md is run unchanged; and its training in each of the formats."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ GUIDE = (ROOT / "docs/custom_dataset.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_from_pictures_and_a_table_to_a_finetuned_model(tmp_path):
+def test_the_commands_finetune_a_model(tmp_path):
     for item in ("assets", "common", "tools", "finetune_hf_trainer_jsonl.py"):
         (tmp_path / item).symlink_to(ROOT / item)
     environment = {
@@ -83,6 +83,6 @@ def test_every_format_trains_as_the_others(tmp_path):
     assert all(found == logs["table.csv"] for found in logs.values())
 
 
-def test_the_example_of_the_format_is_in_the_format():
+def test_the_example_of_the_format_is_valid():
     [example] = re.findall(r"^```json\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL)
     assert len(parse_conversation(example.encode(), "the guide")["conversations"]) == 2

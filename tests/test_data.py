@@ -1,4 +1,4 @@
-"""Training samples: planned by lengths that are exactly those of what is trained on, measured no more often than needed."""
+"""Training samples: their lengths, measured once, are those of the encoded samples."""
 
 import io
 
@@ -23,7 +23,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Conversations of one turn or several, about no picture or some, in more rows than are measured at once."""
+    """Conversations with one or two turns and up to four images, more than are measured at once."""
     folder = tmp_path_factory.mktemp("pictures")
     names = []
     for number in range(5):
@@ -54,10 +54,10 @@ def drawing(row, rng):
 
 
 def encoded(data, epoch):
-    """Tokens and views of what is really trained on."""
+    """Tokens and views of the encoded samples."""
     samples = [data[epoch, row] for row in range(len(data))]
     loaded = [load_crops(s["images"], 4) if s["images"] else ([], torch.empty(0, 2)) for s in samples]
-    # A picture of one crop is its own global view.
+    # An image of one crop is its own global view.
     views = [len(crops) + sum(size != [336, 336] for size in sizes.tolist()) for crops, sizes in loaded]
     return [len(s["input_ids"]) for s in samples], views
 
@@ -73,7 +73,7 @@ def test_lengths_are_those_of_the_encoded_samples(rows, processor, kind):
     assert not np.array_equal(data.lengths(0).tokens, data.lengths(1).tokens)
 
 
-def test_rows_that_draw_nothing_are_measured_once(rows, processor):
+def test_rows_without_random_choices_are_measured_once(rows, processor):
     asked = []
 
     def counted(task):
@@ -95,7 +95,7 @@ def test_rows_that_draw_nothing_are_measured_once(rows, processor):
     assert asked == [row for row in rows if len(row["conversations"][0]["assistant"]) % 2]
 
 
-def test_a_row_that_can_not_be_measured_is_named(rows, processor, tmp_path):
+def test_an_invalid_row_is_named(rows, processor, tmp_path):
     tagged = {"conversations": [{"images": [], "user": "See <|image_1|>?", "assistant": "No."}]}
     with pytest.raises(ValueError, match=r"^row 70: the text's image tags"):
         TrainingData([*rows[:70], tagged], as_it_is, processor, seed=0).lengths(0)
@@ -104,8 +104,8 @@ def test_a_row_that_can_not_be_measured_is_named(rows, processor, tmp_path):
         TrainingData([*rows[:2], gone], as_it_is, processor, seed=0).lengths(0)
 
 
-def test_a_stored_picture_that_can_not_be_decoded_is_named_by_its_row(processor):
-    """Damaged where only decoding finds it: in training and evaluation rows, and in streamed ones."""
+def test_a_damaged_image_is_named_by_its_row(processor):
+    """Only decoding detects the damage; in map-style and streamed rows."""
     file = io.BytesIO()
     Image.effect_noise((300, 200), 50).save(file, "PNG")
     content = bytearray(file.getvalue())

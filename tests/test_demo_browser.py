@@ -1,4 +1,4 @@
-"""The demo page: what it loads, that it answers as the model does, and that it works in a browser without the internet."""
+"""The demo page: what it loads, its answers, and its use in a browser without the internet."""
 
 import json
 import os
@@ -36,7 +36,7 @@ NEW_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory) -> list[tuple[str, str]]:
-    """Pictures of documents, each with a question about it."""
+    """Images of documents, each with a question."""
     directory = tmp_path_factory.mktemp("documents")
     draw_split(directory, "val", 2, np.random.default_rng(0), questions_each=1)
     rows = json.loads((directory / "val_v1.0_withQT.json").read_text())["data"]
@@ -54,7 +54,7 @@ def adapter(tmp_path_factory) -> Path:
     return directory
 
 
-def test_a_full_model_stands_beside_the_commit_that_it_was_finetuned_from(tmp_path, monkeypatch):
+def test_a_full_model_is_compared_with_the_commit_of_its_base(tmp_path, monkeypatch):
     shutil.copytree(TINY, tmp_path / "finetuned")
     (tmp_path / "finetuned/run.json").write_text(json.dumps({"base_model": str(TINY), "base_revision": "0123abc"}))
     asked = []
@@ -64,7 +64,7 @@ def test_a_full_model_stands_beside_the_commit_that_it_was_finetuned_from(tmp_pa
     assert asked == [(str(TINY), "0123abc"), (str(tmp_path / "finetuned"), None)]
 
 
-def test_images_are_read_as_a_viewer_shows_them_and_added_tokens_stay(tmp_path):
+def test_images_are_read_as_a_viewer_shows_them_and_added_tokens_are_kept(tmp_path):
     processor = Phi3VProcessor.from_pretrained(TINY, num_crops=1)
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<loc_1>"]})
     ids = processor.tokenizer("<loc_1>12<|end|>", add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -93,7 +93,7 @@ def test_images_are_read_as_a_viewer_shows_them_and_added_tokens_stay(tmp_path):
 
 @pytest.fixture(scope="module")
 def answers(adapter, documents) -> list[str]:
-    """What the adapter and its base answer about both pictures."""
+    """The answers of the adapter and its base about both images."""
     models, processor = load_models(str(adapter))
     pictures = [picture for picture, _ in documents]
     return [list(stream_answer(model, processor, documents[0][1], pictures, NEW_TOKENS))[-1] for model in models]
@@ -101,7 +101,7 @@ def answers(adapter, documents) -> list[str]:
 
 @pytest.fixture(scope="module")
 def internet():
-    """A proxy through which every request to the internet would go, and which nobody must call."""
+    """A proxy for all requests to the internet, which must not receive any."""
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         yield f"http://127.0.0.1:{proxy.getsockname()[1]}"
         proxy.setblocking(False)
@@ -111,7 +111,7 @@ def internet():
 
 @contextmanager
 def running(uploads: Path, proxy: str, *flags: str):
-    """The demo, running; its address as it prints it."""
+    """Run the demo and yield the address that it prints."""
     command = [sys.executable, "-u", "-m", "tools.demo", *flags, "--max_new_tokens", str(NEW_TOKENS)]
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy)
     no_proxy = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
@@ -164,7 +164,7 @@ def test_the_page_is_readable(browser, address, documents, width, scheme):
         assert low_contrast(page, enough=8) == []
 
 
-def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, address, documents, adapter, answers):
+def test_both_models_answer_about_several_images_by_keyboard(browser, address, documents, adapter, answers):
     assert answers[0] != answers[1]
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
@@ -189,20 +189,7 @@ def test_both_models_answer_about_several_pictures_and_by_keyboard(browser, addr
         assert all(answers[0].startswith(piece) for piece in streamed)
 
 
-def test_a_model_alone_answers_with_its_text(browser, internet, documents, tmp_path):
-    models, processor = load_models(str(TINY))
-    picture, question = documents[0]
-    expected = list(stream_answer(models[0], processor, question, [picture], NEW_TOKENS))[-1]
-    alone = running(tmp_path, internet, "--model", str(TINY), "--base", "none")
-    with alone as address, watched(browser, 1400, allowed=address) as page:
-        page.goto(address)
-        ask(page, question, [picture])
-        page.get_by_role("button", name="Ask", exact=True).click()
-        expect(page.get_by_label(f"Finetuned: {TINY}")).to_have_value(expected, timeout=30_000)
-        expect(page.locator(".answer")).to_have_count(1)
-
-
-def test_pictures_are_reached_by_keyboard(browser, address):
+def test_the_upload_is_reached_by_keyboard(browser, address):
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
         upload = page.get_by_role("button", name="upload").first
@@ -214,7 +201,7 @@ def test_pictures_are_reached_by_keyboard(browser, address):
         expect(upload).to_be_focused()
 
 
-def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path):
+def test_errors_are_shown_on_the_page(browser, address, documents, tmp_path):
     (tmp_path / "torn.png").write_bytes(Path(documents[0][0]).read_bytes()[:300])
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
@@ -232,14 +219,14 @@ def test_what_is_wrong_is_said_on_the_page(browser, address, documents, tmp_path
         expect(page.get_by_text(re.compile(r"torn\.png cannot be"))).to_be_visible(timeout=30_000)
 
 
-def test_only_this_machine_is_listened_to(address):
+def test_the_server_listens_only_on_localhost(address):
     port = int(address.rsplit(":", 1)[1])
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
     with pytest.raises(ConnectionRefusedError):  # 0.0.0.0 would take it
         socket.create_connection(("127.0.0.2", port), timeout=5)
 
 
-def test_only_what_was_uploaded_is_served_and_read(address, documents):
+def test_only_uploaded_files_are_served_and_read(address, documents):
     api = f"{address}/gradio_api"
     assert httpx.get(f"{api}/file={REPOSITORY / 'README.md'}").status_code == 403
     upload = [("files", ("large.png", bytes(21 * 10**6)))]
@@ -252,7 +239,7 @@ def test_only_what_was_uploaded_is_served_and_read(address, documents):
     assert completed and '"success":false' in completed[0].replace(" ", ""), events
 
 
-def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents):
+def test_a_full_model_is_compared_with_the_base_named_in_its_run(tmp_path, documents):
     model = shutil.copytree(TINY, tmp_path / "model")
     picture, question = documents[1]
     (model / "run.json").write_text(json.dumps({"base_model": str(TINY), "question": question}))
@@ -269,8 +256,8 @@ def test_a_full_model_is_put_beside_the_one_named_in_its_run(tmp_path, documents
 
 
 @pytest.mark.parametrize("how", ["gaussian", "olora", "pissa"])
-def test_the_base_beside_an_adapter_is_the_one_it_was_trained_on(how, tmp_path, documents):
-    """Also where the adapter was taken out of the base's weights, so that it can't just be switched off."""
+def test_an_adapter_is_compared_with_the_base_it_was_trained_on(how, tmp_path, documents):
+    """Also if the initialization changed the base's weights, so that disabling the adapter does not restore them."""
     adapter = save_adapter(tmp_path, "--use_lora", "--init_lora_weights", how)
     (_, before), processor = load_models(str(adapter))
     assert (before.title, before.name) == ("Before finetuning", str(TINY))
@@ -280,16 +267,16 @@ def test_the_base_beside_an_adapter_is_the_one_it_was_trained_on(how, tmp_path, 
     torch.testing.assert_close(found, logits(load_full(str(TINY), "cpu"), processor, pages), rtol=0, atol=1e-4)
 
 
-def test_an_answer_nobody_waits_for_is_not_finished(adapter, documents):
+def test_a_closed_stream_stops_the_generation(adapter, documents):
     models, processor = load_models(str(adapter))
     picture, question = documents[0]
     answer = stream_answer(models[0], processor, question, [picture], 4000)
     next(answer)
-    answer.close()  # would take minutes if it went on
+    answer.close()  # a whole answer would take minutes
     assert list(stream_answer(models[1], processor, question, [picture], 4))
 
 
-def test_a_model_that_is_not_there_is_an_error(monkeypatch, tmp_path):
+def test_a_missing_model_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["demo", "--model", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match=r"error: .*nothing: no such directory"):
         tools.demo.main(tools.demo.parse_args())

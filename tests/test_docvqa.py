@@ -1,4 +1,4 @@
-"""finetune_hf_trainer_docvqa.py on what the hub has: rows, splits, what is drawn of them, and evaluation."""
+"""finetune_hf_trainer_docvqa.py on the Hub's datasets: rows, splits, random choices, evaluation."""
 
 import argparse
 import io
@@ -33,7 +33,7 @@ def picture(number):
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path, monkeypatch):
-    """Both data sets in the hub's layout: the 1,200 examples, here 7 and 3, and pages with several questions, here 5."""
+    """Both datasets in the Hub's layout: the 1,200 examples, here 7 and 3, and pages with several questions, here 5."""
     for split, count in (("train", 7), ("test", 3)):
         rows = [
             {
@@ -79,7 +79,7 @@ def test_mini_trains_and_evaluates_on_its_own_splits(load):
     assert [row["id"] for row in eval_rows] == [f"test_{number}" for number in range(3)]
     assert train_rows[4] == {
         "id": "train_4",
-        "image": picture(4),  # not decoded before it is needed
+        "image": picture(4),  # not decoded
         "question": "What is 4?",
         "answers": ["4", "4."],
         "texts": [{"user": "What is 4?\nAnswer briefly.", "assistant": answer} for answer in ("4", "4.")],
@@ -90,7 +90,7 @@ def test_mini_trains_and_evaluates_on_its_own_splits(load):
     assert [len(rows) for rows in load("--max_train_samples", 200, "--max_eval_samples", 100)] == [7, 3]
 
 
-def test_full_train_trains_on_every_page_and_evaluates_on_mini(load):
+def test_full_train_uses_every_page_and_evaluates_on_the_examples(load):
     train_rows, eval_rows = load("--full_train")
     assert [len(row["texts"]) for row in train_rows] == [1, 2, 3, 4, 5]
     assert [row["id"] for row in eval_rows] == ["test_0", "test_1", "test_2"]
@@ -109,8 +109,8 @@ def test_streamed_rows_are_the_same(load, arguments):
 
 
 @pytest.mark.parametrize(("arguments", "row"), [((), 5), (("--full_train",), 4)])
-def test_what_is_drawn_is_a_function_of_seed_epoch_and_row(load, arguments, row):
-    """One of several accepted answers, or one question of a page, anew each epoch; over the epochs every one of them."""
+def test_random_choices_depend_on_seed_epoch_and_row(load, arguments, row):
+    """One of several accepted answers, or one question of a page, per epoch; over the epochs all of them."""
     data = TrainingData(load(*arguments)[0], script.to_conversation, processor=None, seed=3)
     again = TrainingData(load(*arguments)[0], script.to_conversation, processor=None, seed=3)
     other = TrainingData(load(*arguments)[0], script.to_conversation, processor=None, seed=4)
@@ -139,7 +139,7 @@ def test_evaluation(load, full_train):
     assert [entry.answers for entry in found.predictions] == [["0"], ["1", "1."], ["2", "2.", "Number 2"]]
     assert all(entry.prediction for entry in found.predictions)
     assert_scored(found)
-    # What it said, in other letters, as the accepted answer: it says the same again, and now that is right but for their case.
+    # With its own answers in the other case as the accepted ones, only the case is wrong.
     said = [entry.prediction for entry in found.predictions]
     rows = [row | {"answers": ["-", answer.swapcase()]} for row, answer in zip(eval_rows, said, strict=True)]
     found = script.evaluate(model, processor, rows, args)
@@ -159,7 +159,6 @@ def assert_scored(found):
 @needs_data
 @pytest.mark.slow
 def test_real_scans_are_learned_from(tmp_path):
-    """Some of the pages, at four crops, for some steps."""
     options = {"num_crops": 4, "batch_size": 8, "max_steps": 6, "learning_rate": 5e-4}
     log = finetune_forked(SHARED / "data/docvqa", tmp_path / "out", max_train_samples=48, max_eval_samples=8, **options)
     losses = [entry["loss"] for entry in log]

@@ -1,4 +1,4 @@
-"""Broken files of every kind that comes from outside: each is read rightly, or refused by an input error, in seconds.
+"""Damaged input files of every kind: each is read correctly, or refused with an InputError, within seconds.
 
 FUZZ_INPUTS sets the number of inputs; by default some 500, always the same.
 """
@@ -62,7 +62,7 @@ def end(*_):
 
 
 def read(reader, *errors):
-    """What a reader makes of an input: None if it refuses it."""
+    """The result of a reader, or None if it refuses the input."""
     signal.signal(signal.SIGALRM, end)
     signal.alarm(SECONDS)
     try:
@@ -74,7 +74,7 @@ def read(reader, *errors):
 
 
 def paths(content, path=()):
-    """Where all values of a JSON value are."""
+    """The paths of all values in a JSON value."""
     yield path
     if isinstance(content, dict | list) and len(path) < 4:
         for key in content if isinstance(content, dict) else range(min(len(content), 3)):
@@ -83,7 +83,7 @@ def paths(content, path=()):
 
 @st.composite
 def damaged(draw, whole):
-    """Bytes of a file that was cut short, overwritten or mixed up."""
+    """Truncated, overwritten or replaced bytes of a file."""
     at = draw(st.integers(0, len(whole)))
     how = draw(st.sampled_from(["cut", "flip", "insert", "replace"]))
     if how == "cut":
@@ -98,7 +98,7 @@ def damaged(draw, whole):
 
 @st.composite
 def broken(draw, content, keys=()):
-    """A JSON file with values that are replaced, removed or added, or one that is damaged."""
+    """A JSON file with values replaced, removed or added, possibly damaged."""
     content = copy.deepcopy(content)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         places = [path for path in paths(content) if path] + [(key,) for key in keys]
@@ -126,7 +126,7 @@ def answering(model):
 
 
 def answer(model, processor):
-    """A token, which a checkpoint that was not refused must be able to give."""
+    """Generate a token, which must be possible with any checkpoint that was not refused."""
     prompt = processor.tokenizer.apply_chat_template([{"role": "user", "content": "Aa?"}], tokenize=False)
     return model.generate(**processor(prompt), max_new_tokens=1, do_sample=False)
 
@@ -208,7 +208,7 @@ def test_a_row_of_the_general_format():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with the pictures that the rows below name, and with a cache of its own."""
+    """A folder with the images of the rows below, and with a cache of its own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for name in ("a.png", "images/train/1/dev-1-0-img0.png", "images/train/1/dev-1-0-img1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,7 @@ def test_an_archive(tmp_path):
 @pytest.mark.parametrize(
     "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
 )
-def test_what_is_not_a_file_is_refused_at_once(make, model, tmp_path):
+def test_what_is_not_a_regular_file_is_refused_at_once(make, model, tmp_path):
     make(tmp_path / "a.png")
     assert read(lambda: check_picture(tmp_path / "a.png")) is None
     assert read(lambda: docvqa.read_json(tmp_path / "a.png", "put a file there")) is None

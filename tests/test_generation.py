@@ -1,4 +1,4 @@
-"""Answers don't depend on how prompts are batched, nor on what they share; what they share is computed once."""
+"""Answers do not depend on batches and shared prefixes, and shared images are computed once."""
 
 import argparse
 import io
@@ -79,12 +79,11 @@ def open_bytes(image):
     return Image.open(io.BytesIO(image["bytes"]))
 
 
-# Prompts have about 20, 480 and 1,100 tokens: with a limit of 490 some answers take a prompt over it, where LongRoPE's
-# factors change, and longer prompts are beyond it from the start.
-@pytest.fixture(scope="module", params=[4096, 490])
-def alone_at_a_limit(request, conversations, processor):
-    """A model with this limit, and what it answers to each prompt alone."""
-    model = load(original_max_position_embeddings=request.param, max_position_embeddings=32 * request.param)
+# Prompts have about 20, 480 and 1,100 tokens: with a limit of 490, where LongRoPE's factors change, some answers exceed it.
+@pytest.fixture(scope="module")
+def alone_at_a_limit(conversations, processor):
+    """A model with this limit, and its answers to each prompt alone."""
+    model = load(original_max_position_embeddings=490, max_position_embeddings=32 * 490)
     return model, [alone(model, processor, conversation) for conversation in conversations]
 
 
@@ -97,7 +96,7 @@ def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_
     torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
 
 
-def test_answers_that_have_ended_leave_the_batch(conversations, processor, monkeypatch):
+def test_finished_answers_leave_the_batch(conversations, processor, monkeypatch):
     model, rows = load(), []
     stops = [3, 11, 20, 51]  # after 1, 4, 4, 6, 9, 12 and 1 tokens of what the model says to these prompts
     monkeypatch.setattr(sys.modules[__name__], "stop_token_ids", lambda _: stops)
@@ -111,11 +110,11 @@ def test_answers_that_have_ended_leave_the_batch(conversations, processor, monke
         assert list(dict.fromkeys(rows[1:])) == sizes
 
 
-def test_pictures_that_prompts_share_pass_the_tower_once(conversations, processor):
+def test_images_that_prompts_share_are_encoded_once(conversations, processor):
     model, seen = load(), []
     model.model.vision_embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[1])))
     generate_answers(model, processor, conversations, flags(8))
-    assert seen == [4]  # wide, square, and the pair's two, which are other pictures than the file of the same content
+    assert seen == [4]  # wide, square, and the two of the pair
 
 
 def test_prompts_with_the_same_prefix_come_together():
@@ -147,8 +146,8 @@ print(len(generate_answers(model, processor, conversations, flags)), set(receive
 """
 
 
-def test_workers_outlive_the_sigterm_that_comes_to_their_whole_group():
-    """As torchrun and Slurm send it: the process itself takes note and goes on, to save at the end of its step."""
+def test_workers_ignore_sigterm_to_their_process_group():
+    """torchrun and Slurm send it so; the process itself saves at the end of its step, for which it needs its workers."""
     command = [sys.executable, "-c", GROUP_IS_TOLD_TO_END]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["4", "True"], result.stderr

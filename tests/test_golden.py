@@ -1,4 +1,4 @@
-"""The native model against numbers that the published code computed for a checkpoint in the published layout."""
+"""The model against reference values that the published code computed for a checkpoint in the published layout."""
 
 import hashlib
 import json
@@ -19,11 +19,13 @@ CHECKPOINT = GOLDEN / "tiny_checkpoint"
 CASES = json.loads((GOLDEN / "model_cases.json").read_text()) if GOLDEN.is_dir() else {}
 
 
-def load_case(name, attention="eager", **options):
+def load_case(name, attention=None):
     case = CASES[name]
+    # Eager attention on 6,000 tokens takes gigabytes.
+    attention = attention or ("sdpa" if max(case["lengths"]) > 2000 else "eager")
     config = json.loads((CHECKPOINT / "config.json").read_text()) | case["config_overrides"]
     model = AutoModelForCausalLM.from_pretrained(
-        CHECKPOINT, config=Phi3VConfig.from_dict(config), dtype=torch.float32, attn_implementation=attention, **options
+        CHECKPOINT, config=Phi3VConfig.from_dict(config), dtype=torch.float32, attn_implementation=attention
     )
     processor = AutoProcessor.from_pretrained(CHECKPOINT, num_crops=case["num_crops"])
     images = [[Image.open(GOLDEN / "images" / image) for image in sample["images"]] for sample in case["samples"]]
@@ -36,10 +38,10 @@ def pictures(case, processor, images):
 
 
 def number_by_position(input_ids, image_tokens):
-    """Number placeholders in the order of the pictures: as they are, but in `d_swapped`.
+    """Number placeholders in the order of the images, which changes only `d_swapped`.
 
-    There the published code fills the second picture's placeholders with the first one's features. Here features go by number,
-    which is tested below.
+    There the published code fills the placeholders of the second image with the features of the first one. This code uses the
+    numbers, which is tested below.
     """
     input_ids = input_ids.clone()
     for row, counts in zip(input_ids, image_tokens, strict=True):
@@ -54,8 +56,7 @@ def expand(run_lengths):
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [(name, "eager") for name in CASES]
-    + [(name, "sdpa") for name in ("a_text", "b_one", "d_two", "f_batch", "f_batch_with_text_only", "g_long")],
+    [(name, None) for name in CASES] + [(name, "sdpa") for name in ("f_batch", "f_batch_with_text_only", "g_long")],
 )
 def test_logits_loss_and_gradients(name, attention):
     case, tensors, model, processor, images = load_case(name, attention)
@@ -70,7 +71,7 @@ def test_logits_loss_and_gradients(name, attention):
     outputs.loss.backward()
     for name, parameter in model.named_parameters():
         norm = 0.0 if parameter.grad is None else parameter.grad.norm().item()
-        # A bias of keys moves no softmax: its true gradient is 0, and what is computed is rounding.
+        # A key's bias shifts all scores alike, so its gradient is zero except for rounding.
         tolerance = 1e-6 if name.endswith("k_proj.bias") else 1e-7
         assert norm == pytest.approx(case["grad_norms"].get(name) or 0.0, rel=1e-4, abs=tolerance), name
 
@@ -89,7 +90,7 @@ def test_prompt_ids_and_greedy_tokens(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_ids_and_labels(name):
-    """A conversation as it trains is the published prompt, answer and end, with labels on what follows the prompt."""
+    """An encoded conversation is the published prompt, answer and end, with labels on what follows the prompt."""
     case, tensors, _, processor, images = load_case(name)
     for row, sample in enumerate(case["samples"]):
         user = sample["prompt"].removeprefix("<|user|>\n").removesuffix("<|end|>\n<|assistant|>\n")
@@ -111,7 +112,7 @@ def test_left_padded_batch_generates_like_single_prompts(name):
         assert row.tolist() == expected["new_tokens"]
 
 
-def test_features_go_to_the_placeholder_of_their_number():
+def test_placeholders_get_the_features_of_their_number():
     """`<|image_2|> … <|image_1|>` with pictures (a, b) is `<|image_1|> … <|image_2|>` with (b, a)."""
     case, _, model, processor, images = load_case("d_swapped")
     prompt = case["samples"][0]["prompt"]
@@ -141,7 +142,7 @@ def test_every_crop_is_bit_identical():
     assert crops == 174
 
 
-def test_sizes_and_token_counts_of_all_tabled_pictures():
+def test_sizes_and_token_counts():
     table = json.loads((GOLDEN / "hd_size_table.json").read_text())
     for row in table["rows"]:
         row = dict(zip(table["columns"], row, strict=True))
@@ -166,7 +167,7 @@ def test_token_ids_of_raw_strings_and_chats():
         assert processor.tokenize(prompt, counts) == expand(chat["input_ids_rle"]), name
 
 
-def test_names_and_shapes_are_the_published_ones():
+def test_parameters_have_the_published_names_and_shapes():
     published = json.loads((GOLDEN / "param_names.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}

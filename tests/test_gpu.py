@@ -1,4 +1,4 @@
-"""What only a GPU can show: flash kernels, fp16 with gradient scaling, bf16, optimizers that bitsandbytes keeps on the GPU."""
+"""Tests that require a GPU: flash kernels, fp16 with gradient scaling, bf16, optimizers of bitsandbytes."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ CURVES = json.loads(Path(__file__).with_name("curves.json").read_text())
 @needs_flash
 @HALVES
 @pytest.mark.parametrize("key_heads", [4, 2], ids=["as many keys", "grouped keys"])
-def test_flash_kernel_is_sdpa_sample_by_sample(dtype, key_heads):
+def test_the_flash_kernel_equals_sdpa_per_sample(dtype, key_heads):
     lengths = [1, 37, 300]
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, heads, sum(lengths), 32) for heads in (4, key_heads, key_heads)]
@@ -50,10 +50,10 @@ def test_flash_kernel_is_sdpa_sample_by_sample(dtype, key_heads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("plain", "lean"), [(Phi3RMSNorm, LeanRMSNorm), (torch.nn.LayerNorm, LeanLayerNorm)])
-def test_lean_norms_compute_the_same_in_the_dtype_of_their_weights(dtype, plain, lean):
-    """Output and gradients, with autocast too, which must not change the dtype."""
+def test_lean_norms_equal_plain_norms(dtype, plain, lean):
+    """Output and gradients in the dtype of the weights, also with autocast."""
     norms = [kind(3072, eps=1e-5).to("cuda", dtype) for kind in (plain, lean)]
-    # The gradient must not be the input itself, whose gradient through a norm is zero but for rounding.
+    # The gradient must differ from the input, for which the gradient through a norm is zero except for rounding.
     states, gradient = 3 * torch.randn(2, 1, 700, 3072, device="cuda", dtype=dtype)
     found = []
     for norm in norms:
@@ -85,7 +85,7 @@ def samples():
 
 @needs_flash
 @HALVES
-def test_packed_with_flash_is_padded_with_sdpa(dtype, samples):
+def test_packed_with_flash_equals_padded_with_sdpa(dtype, samples):
     """Loss and gradients, under autocast with fp32 weights, against those in fp32."""
     processor, rows = samples
     found = {}
@@ -113,7 +113,7 @@ def places(tmp_path_factory):
 
 
 def train(places, output, **options):
-    """Steps of a run with the settings of tests/test_methods.py, on one GPU."""
+    """The log of a run with the settings of tests/test_methods.py, on one GPU."""
     data, model = places
     defaults = {"model_name_or_path": model, "max_steps": 5, "batch_size_per_gpu": 4, "eval_batch_size": 2}
     run = torchrun(SCRIPT, *flags(data, output, **(defaults | options)), processes=1, CUDA_VISIBLE_DEVICES="0")
@@ -169,7 +169,7 @@ def test_other_kernels_follow_the_saved_curve(package, method, options, places, 
     ids=["full", "full, DDP", "LoRA", "QLoRA"],
 )
 def test_fp16_learns(options, places, tmp_path):
-    """Without --bf16, with flash where there is one; the first steps may be skipped, until scaling has found its factor."""
+    """Without --bf16; the first steps may be skipped until the loss scale is found."""
     log, printed = train(places, tmp_path, max_steps=16, use_flash_attention=True if HAS_FLASH else None, **options)
     assert "fp16" in printed
     assert log[-1]["loss"] < log[0]["loss"] - 0.2
@@ -203,12 +203,12 @@ def test_optimizers_of_bitsandbytes(optim, dtype, places, tmp_path):
 
 @needs_flash
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_the_trial_measures_the_gpu_and_leaves_its_memory_as_it_was(packing):
+def test_the_memory_trial_frees_its_memory(packing):
     device = torch.device("cuda")
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").to(device)
     setup = Setup(device, "bf16", "varlen", packing=packing)
-    model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first product of a process takes a workspace for good
-    gc.collect()  # what earlier tests left would be freed by the trial
+    model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first matrix product of a process allocates a workspace
+    gc.collect()  # otherwise the trial would free memory of earlier tests
     before = torch.cuda.memory_allocated()
     trial = estimate_memory(model, trial_flags(bf16=True), setup, TrainingFlops(model))
     assert torch.cuda.memory_allocated() == before

@@ -1,4 +1,4 @@
-"""finetune_hf_trainer_hateful_memes.py: its sources, its answer probabilities, its metrics, and what it refuses."""
+"""finetune_hf_trainer_hateful_memes.py: sources, answer probabilities, metrics, invalid data, runs."""
 
 import argparse
 import json
@@ -7,15 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from adapters import assert_adapter_goes_all_the_way
+from adapters import assert_adapter_trains_resumes_and_merges
 from conftest import TINY, torchrun
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PillowImage
+from runs import flags as run_flags
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as script
-from common.data.conversations import encode_prompt
 from common.evaluation import generation
 
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
@@ -94,7 +94,7 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     assert [row["label"] for row in train_rows] == [0, 1, 0]
     turn = script.to_conversation(train_rows[1])["conversations"][0]
     assert turn["user"] == script.QUESTION
-    assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded before it is needed
+    assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded
     limited = flags(monkeypatch, "--max_train_samples", 1)
     assert [len(rows) for rows in load_rows(limited)] == [1, 2]
     found = script.evaluate(model, processor, eval_rows, argparse.Namespace(**vars(limited) | vars(FLAGS)))
@@ -111,34 +111,13 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
         load_rows(flags(monkeypatch))
 
 
-def test_probabilities_of_whole_answers_do_not_depend_on_the_batch(release, model, processor, monkeypatch):
-    rows = load_rows(flags(monkeypatch, "--data_dir", release))[1]
-    conversations = [script.to_conversation(row) for row in rows]
-    conversations[2]["conversations"][0] |= {"images": [], "user": "No picture."}
-    answers = ["Yes.", "No.", "Neither of them"]
-    _, found = generation.generate_and_compare(model, processor, conversations, answers, FLAGS, generate=False)
-    assert found.shape == (5, 3)
-    for row, conversation in enumerate(conversations):
-        prompt = encode_prompt(conversation, processor)
-        inputs = {}
-        if prompt["images"]:
-            vision = processor.image_processor([PillowImage.open(image).convert("RGB") for image in prompt["images"]])
-            inputs = {name: vision[name] for name in ("pixel_values", "image_sizes")}
-        for column, answer in enumerate(answers):
-            ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt["input_ids"] + ids]), **inputs).logits[0, -len(ids) - 1 : -1]
-            expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum()
-            assert found[row, column] == pytest.approx(expected.item(), rel=1e-5, abs=2e-5)
-
-
 @pytest.mark.parametrize("by_likelihood", [False, True])
 def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
     args = flags(monkeypatch, "--data_dir", release, *["--eval_by_likelihood"] * by_likelihood)
     rows = load_rows(args)[1]
     args.__dict__.update(vars(FLAGS))
     if by_likelihood:
-        monkeypatch.delattr(generation, "_generate")  # what takes the time, and what this flag is to spare
+        monkeypatch.delattr(generation, "_generate")  # which this flag avoids
     found = script.evaluate(model, processor, rows, args)
     predictions = found.predictions
     labels, p_yes = [entry.more["label"] for entry in predictions], [entry.more["p_yes"] for entry in predictions]
@@ -174,7 +153,7 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
         ('{"id": 1, "img": "img/gone.png", "label": 1}', "gone.png is missing: put the file there"),
     ],
 )
-def test_a_bad_row_is_named(release, monkeypatch, line, message):
+def test_an_invalid_row_is_named(release, monkeypatch, line, message):
     with (release / "train.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError) as raised:
@@ -203,25 +182,25 @@ def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypa
 
 
 @pytest.mark.slow
-def test_two_processes_finetune_and_evaluate_as_one(release, tmp_path, monkeypatch, processor):
+def test_two_processes_evaluate_as_one(release, random_model, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    arguments = ["--data_dir", release, "--num_crops", 2, "--batch_size", 2, "--max_steps", 2, "--max_new_tokens", 4]
-    common = ["--model_name_or_path", TINY, "--output_dir", out, "--dataloader_num_workers", 0, "--no-tqdm"]
-    result = torchrun("finetune_hf_trainer_hateful_memes.py", *common, *arguments, "--eval_batch_size", 2)
+    options = {"model_name_or_path": random_model, "batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2}
+    result = torchrun("finetune_hf_trainer_hateful_memes.py", *run_flags(release, out, **options, dataloader_num_workers=0))
     assert result.returncode == 0, result.stdout
     assert "before finetuning: auroc" in result.stdout
     before, after = (json.loads((out / f"eval_{when}.json").read_text()) for when in ("before", "after"))
     assert (after["metric"], after["samples"]) == ("auroc", 5)
     assert [entry["p_yes"] for entry in before["predictions"]] != [entry["p_yes"] for entry in after["predictions"]]
-    args = flags(monkeypatch, *common, *arguments)
-    alone = script.evaluate(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), processor, load_rows(args)[1], args)
+    args = argparse.Namespace(**vars(flags(monkeypatch, "--data_dir", release)) | vars(FLAGS))
+    model, processor = AutoModelForCausalLM.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    alone = script.evaluate(model, processor, load_rows(args)[1], args)
     for entry, expected in zip(after["predictions"], alone.predictions, strict=True):
-        expected = expected.to_dict()
-        assert entry["id"] == expected["id"]
-        assert entry["p_yes"] == pytest.approx(expected["p_yes"], rel=0.1)  # weights are saved in the base's dtype
+        assert entry["id"] == expected.id
+        assert entry["p_yes"] == pytest.approx(expected.more["p_yes"], rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["use_lora", "use_qlora"])
-def test_adapters_train_resume_and_merge(release, tmp_path, method):
-    assert_adapter_goes_all_the_way("finetune_hf_trainer_hateful_memes.py", release, tmp_path, method)
+def test_an_adapter_trains_resumes_and_merges(release, random_model, tmp_path):
+    assert_adapter_trains_resumes_and_merges(
+        "finetune_hf_trainer_hateful_memes.py", "use_qlora", release, random_model, tmp_path
+    )

@@ -1,21 +1,20 @@
-"""Which base an adapter belongs to, and what is wrong with it."""
+"""Finding the base model of an adapter, and checking it."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from adapters import save_adapter
-from conftest import ROOT, TINY
-from runs import SCRIPT, flags, write_docvqa
+from conftest import TINY
+from forked import be_process, server
+from runs import flags, free_port
 from safetensors.torch import load_file, save_file
 
 from common.model.adapters import fingerprint
@@ -35,7 +34,7 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_missing_base_is_named(moved_base, predict, tmp_path, capsys):
+def test_a_missing_base_is_named(moved_base, predict, tmp_path, capsys):
     base, adapter = moved_base
     base.rename(tmp_path / "elsewhere")
     missing = f"error: adapter {adapter} requires its base model, {base}, which cannot be loaded: .*--base DIR"
@@ -55,7 +54,7 @@ def test_base_named_relative_to_another_folder_is_found(moved_base):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch) -> Path:
-    """Snapshot of the hub model `someone/tiny` in a cache of its own."""
+    """Snapshot of the Hub model `someone/tiny` in a cache of its own."""
     cache, commit = tmp_path / "hub", 40 * "a"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     reference = cache / "models--someone--tiny" / "refs" / "main"
@@ -80,35 +79,31 @@ def test_base_on_the_hub_is_found_at_its_revision(hub_cache, tmp_path, receipts)
         load_for_inference(adapter, "cpu")
 
 
+def be_process_with_cache(cache, *arguments):
+    huggingface_hub.constants.HF_HUB_CACHE = str(cache)
+    be_process(*arguments)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_model_that_changes_on_the_hub_is_the_one_that_was_loaded(method, hub_cache, tmp_path):
+def test_a_model_that_changes_on_the_hub_during_a_run(hub_cache, docvqa_data, tmp_path):
+    """The run records the commit that it loaded."""
     output, repository = tmp_path / "run", hub_cache.parents[1]
-    lora = {"use_lora": True, "lora_rank": 4} if method == "lora" else {}
-    data = write_docvqa(tmp_path / "docvqa", train=4, val=1)
-    command = flags(data, output, model_name_or_path="someone/tiny", max_steps=1, **lora)
-    run = subprocess.Popen(
-        [sys.executable, SCRIPT, *command],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_CACHE": str(repository.parent), "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while not (output / "eval_before.json").exists() and run.poll() is None:
+    options = {"model_name_or_path": "someone/tiny", "max_steps": 1, "use_lora": True, "lora_rank": 4}
+    words = flags(docvqa_data, output, **options, dataloader_num_workers=0)
+    arguments = (repository.parent, 0, 1, free_port(), words, tmp_path / "log")
+    run = server().Process(target=be_process_with_cache, args=arguments)
+    run.start()
+    while not (output / "eval_before.json").exists() and run.is_alive():
         time.sleep(0.05)
-    # What another program leaves that looks the model up after a new commit.
+    # Another program has looked the model up after a new commit.
     (repository / "snapshots" / (40 * "b")).mkdir()
     shutil.copy(hub_cache / "config.json", repository / "snapshots" / (40 * "b"))
     (repository / "refs" / "main").write_text(40 * "b")
-    said, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, said
+    run.join(timeout=300)
+    assert run.exitcode == 0, (tmp_path / "log").read_text()
     assert json.loads((output / "run.json").read_text())["base_revision"] == hub_cache.name
-    if method == "lora":
-        assert json.loads((output / "adapter_config.json").read_text())["revision"] == hub_cache.name
-        assert json.loads((output / "base_model.json").read_text())["weights"] == fingerprint(hub_cache)
-    else:
-        assert (output / "model.safetensors").is_file()
+    assert json.loads((output / "adapter_config.json").read_text())["revision"] == hub_cache.name
+    assert json.loads((output / "base_model.json").read_text())["weights"] == fingerprint(hub_cache)
 
 
 def test_another_configuration_is_refused(moved_base):

@@ -1,4 +1,4 @@
-"""What a trial on the device says about memory and time, against what batches really keep."""
+"""The memory estimate against what batches really store, and the summary of a run."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.table import PUBLISHED_BATCH
 from common.arguments import Setup
 from common.data.batches import Lengths, PlannedBatches
 from common.model.loading import add_lora, count_parameters, set_gradient_checkpointing
@@ -32,7 +31,7 @@ from common.training.memory import (
     state_bytes,
     step_bytes,
 )
-from common.training.summary import approximate_duration, summarize
+from common.training.summary import summarize
 from common.training.trainer import split_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,15 +55,15 @@ def settled(bf16=False, packing=True, deepspeed=None):
     return Setup(CPU, precision, "varlen", "on a CPU", packing, deepspeed, zero_stage(deepspeed))
 
 
-def load(frozen=False):
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="varlen")
+def load(frozen=False, path=MODEL):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="varlen")
     if frozen:
         model.model.vision_embed_tokens.requires_grad_(False)
     return model
 
 
 def batch(texts, packing):
-    """Samples of a text and a picture of two crops each."""
+    """Samples of a text and an image of two crops each."""
     image_tokens = num_image_tokens(CROP_SIZE, 2 * CROP_SIZE)
     lengths = [image_tokens + text for text in texts]
     if packing:
@@ -86,8 +85,9 @@ def batch(texts, packing):
 
 
 @pytest.mark.parametrize(("packing", "bf16", "frozen"), [(True, False, False), (False, False, False), (True, True, True)])
-def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
-    model, args, setup = load(frozen), flags(bf16=bf16), settled(bf16, packing)
+def test_the_trial_predicts_what_a_batch_stores(packing, bf16, frozen, random_model):
+    # On a CPU, bf16 is slow.
+    model, args, setup = load(frozen, random_model if bf16 else MODEL), flags(bf16=bf16), settled(bf16, packing)
     flops = TrainingFlops(model)
     random_state = torch.get_rng_state()
     trial = estimate_memory(model, args, setup, flops)
@@ -107,7 +107,7 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
         assert kept["full"] < kept["selective"] < kept["none"]
         assert kept["full"] < kept["elementwise"] < kept["none"]
     assert trial.recomputing.per_token < 0.2 * trial.keeping.per_token
-    assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower keeps nothing
+    assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower stores nothing
     assert trial.flops_per_second > 0 and trial.launching > 0
 
 
@@ -116,8 +116,8 @@ def test_the_trial_foretells_what_a_batch_keeps(packing, bf16, frozen):
     [(None, True), (str(ROOT / "common/deepspeed/zero2.json"), False)],
     ids=["fp32 weights", "DeepSpeed's, in bf16"],
 )
-def test_the_trial_has_the_precision_of_training(deepspeed, by_autocast):
-    model, setup = load(), settled(bf16=True, deepspeed=deepspeed)
+def test_the_trial_uses_the_precision_of_training(deepspeed, by_autocast, random_model):
+    model, setup = load(path=random_model), settled(bf16=True, deepspeed=deepspeed)
     model.to(torch.float32 if by_autocast else torch.bfloat16)
     seen = set()
     model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
@@ -129,7 +129,7 @@ FOOTPRINTS = Footprint(0, 100, 10), Footprint(0, 60, 6), Footprint(0, 4, 1)
 TRIAL = Trial(*FOOTPRINTS, num_layers=4, states=1000, step=50, free=0, flops_per_second=1, launching=0)
 
 
-def test_as_little_is_recomputed_as_fits():
+def test_the_least_recomputation_that_fits_is_chosen():
     needed = [TRIAL.needed(mode, 100, 10) for mode in MODES]
     assert needed == sorted(needed, reverse=True) and needed[-1] > 1000
     for mode, bytes_needed in zip(MODES, needed, strict=True):
@@ -137,7 +137,7 @@ def test_as_little_is_recomputed_as_fits():
     assert least_recomputation(TRIAL, 100, 10) == "full"
     assert least_recomputation(dataclasses.replace(TRIAL, free=10**9), 100, 10) == "none"
     assert least_recomputation(None, 100, 10) == "full"
-    # An optimizer step comes when the forward pass keeps nothing any more.
+    # At the optimizer step, the activations have been freed.
     assert [dataclasses.replace(TRIAL, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 4
 
 
@@ -202,14 +202,14 @@ def test_states_by_optimizer_and_sharding(tmp_path):
 
 
 def published_model(args):
-    """The published model as one GPU trains it in bf16 without DeepSpeed, on no device, and the bytes of its weights."""
+    """The published model on the meta device, as one GPU trains it in bf16 without DeepSpeed, and the bytes of its weights."""
     with torch.device("meta"):
         dtype = torch.bfloat16 if args.use_lora else torch.float32
         model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=dtype)
         model = add_lora(model, args, None) if args.use_lora else model
     loaded = 0
     for name, parameter in model.named_parameters():
-        # All that has adapters but head and projector: half a byte a weight, a byte of scale for 64, four of theirs for 256.
+        # All but head and projector: half a byte per weight, a byte of scale per 64 weights, and four bytes per 256 scales.
         quantized = args.use_qlora and ".base_layer.weight" in name and not re.search("lm_head|img_projection", name)
         loaded += parameter.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)) if quantized else parameter.nbytes
     return model, loaded
@@ -229,7 +229,7 @@ QLORA = LORA | {"use_qlora": True}
         ("QLoRA, DDP", QLORA),
     ],
 )
-def test_states_of_the_published_model_are_those_of_the_document(name, changes, monkeypatch):
+def test_states_of_the_published_model_are_documented(name, changes, monkeypatch):
     args = flags(bf16=True, **changes)
     model, loaded = published_model(args)
     found = [loaded + state_bytes(model, args.optim, settled(bf16=True))]
@@ -237,32 +237,13 @@ def test_states_of_the_published_model_are_those_of_the_document(name, changes, 
     found.append(loaded + state_bytes(model, args.optim, settled(bf16=True)))
     document = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     row = next(line for line in document.splitlines() if line.startswith(f"| {name} |"))
-    assert found[0] == found[1]  # DDP shares nothing out
+    assert found[0] == found[1]  # DDP shards nothing
     assert row.split(" | ")[2:4] == [f"{found[0] / 1e9:.1f} GB", "the same"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "bar"),
-    [(FULL | {"optim": "adamw_bnb_8bit"}, 80), (LORA | {"lora_rank": 32}, 16), (QLORA | {"lora_rank": 32}, 10)],
-)
-def test_the_published_model_keeps_to_the_bars_on_paper(changes, bar):
-    """With full recomputation and one sample of the published mean at once, as docs/methods.md reckons activations."""
-    args = flags(bf16=True, **changes)
-    model, loaded = published_model(args)
-    config, bytes_each = model.config, 2 if args.use_lora else 4
-    inputs = PUBLISHED_BATCH.tokens * config.hidden_size * config.num_hidden_layers * bytes_each
-    vision = config.vision_config
-    inputs += PUBLISHED_BATCH.views * 577 * vision.hidden_size * (vision.num_hidden_layers - 1) * bytes_each
-    # While it is recomputed, a decoder layer keeps about ten times its input and four times what its MLP is wide.
-    layer = PUBLISHED_BATCH.tokens * (10 * config.hidden_size + 4 * config.intermediate_size) * 4
-    assert 0.9 < inputs / 1e9 < 2 and 0.5 < layer / 1e9 < 0.7
-    states = state_bytes(model, args.optim, settled(bf16=True))
-    assert (loaded + states + inputs + layer) / 1e9 < 0.75 * bar  # the rest is for buffers and fragments
-
-
 @pytest.mark.parametrize("recomputation", ["none", "full"])
-def test_the_tower_in_chunks_is_the_tower_at_once(recomputation):
-    """Loss and gradients of nine views, in chunks of two and as by default."""
+def test_the_tower_can_run_in_chunks(recomputation):
+    """Loss and gradients of nine views, in chunks of two and at once."""
     found = []
     for crops_per_chunk in (2, load().model.vision_embed_tokens.crops_per_chunk):
         model = load().train()
@@ -282,8 +263,8 @@ def test_the_tower_in_chunks_is_the_tower_at_once(recomputation):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_take_their_inputs_as_they_come():
-    """Where they run as PEFT's: it would copy them to the adapters' fp32, which autocast undoes."""
+def test_adapters_do_not_cast_their_inputs():
+    """PEFT would cast them to fp32, which autocast reverts."""
     args = flags(bf16=True, **LORA | {"lora_dropout": 0.1})
     model = add_lora(load().to(torch.bfloat16), args, None).train()
     seen = set()
@@ -331,8 +312,3 @@ def test_summary_of_a_run():
         r"^memory: +about 0\.0 GiB per process for weights and states; activations cannot be measured", sharded, re.M
     )
     assert "not estimated: no trial is possible under ZeRO-3" in sharded and "zero3.json" in sharded
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 seconds"), (600, "10 minutes"), (9000, "2.5 hours")])
-def test_durations_in_words(seconds, text):
-    assert approximate_duration(seconds) == text

@@ -1,4 +1,4 @@
-"""The metrics on examples worked by hand."""
+"""The metrics on examples calculated by hand."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from common.evaluation.metrics import METRICS, accuracy, accuracy_per_class, anl
     ("text", "lower", "plain"),
     [(" Yes.\n", True, "yes"), ("Yes . ", True, "yes"), ("U.S.A.", False, "U.S.A"), ("...", True, ""), ("1.5", True, "1.5")],
 )
-def test_answers_are_stripped_of_white_space_and_full_stops(text, lower, plain):
+def test_answers_are_normalized(text, lower, plain):
     assert normalise_answer(text, lower) == plain
 
 
@@ -50,7 +50,7 @@ def test_anls_in_the_published_recipes_form(prediction, answer, score):
 
 
 @pytest.mark.parametrize(("answer", "prediction"), [("9.50.\n", "9.50"), (".75.", ".75"), ("BHD..", "BHD."), ("No", "No")])
-def test_docvqa_takes_the_full_stop_off_that_the_whole_set_adds(answer, prediction):
+def test_docvqa_removes_the_full_stop_of_full_train(answer, prediction):
     row = {"id": "1", "question": "What?", "answers": [prediction]}
     scored = docvqa.score(row, answer, full_train=True)
     assert (scored.prediction, scored.score) == (prediction, 1)
@@ -94,7 +94,7 @@ def test_auroc_by_hand():
     assert auroc([0, 1, 1], [0.5, 0.5, 0.9]) == 0.75  # a tie counts half
 
 
-def test_auroc_is_scikit_learns_and_the_share_of_ordered_pairs():
+def test_auroc_is_the_share_of_ordered_pairs():
     chance = random.Random(0)
     labels = [chance.randrange(2) for _ in range(200)]
     scores = [round(chance.gauss(label, 1), 1) for label in labels]  # rounded, so that there are ties
@@ -121,7 +121,7 @@ def test_consistency():
     ("full_train", "answer", "truth", "score"),
     [(False, "SDN. BHD.", "SDN. BHD.", 1), (False, "$5.", "$5", 2 / 3), (True, "$5.", "$5", 1)],
 )
-def test_docvqa_takes_off_only_the_full_stop_that_its_training_data_adds(full_train, answer, truth, score):
+def test_docvqa_removes_only_the_full_stop_of_its_training_data(full_train, answer, truth, score):
     row = {"id": "1", "question": "What?", "image": "a.png", "answers": [truth]}
     entry = docvqa.score(row, f" {answer}\n", full_train)
     assert entry.score == pytest.approx(score)

@@ -56,7 +56,7 @@ def test_run_json(tmp_path, monkeypatch):
     assert launch_command() == "torchrun --nproc_per_node=8 --nnodes=2 finetune.py --output_dir 'my output'"
 
 
-def test_front_matter_is_what_the_hub_reads(tmp_path):
+def test_the_front_matter_is_valid_for_the_hub(tmp_path):
     write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct", method="full")
     write_model_card(tmp_path, name="someone/phi-memes")
     card = (tmp_path / "README.md").read_text()
@@ -88,7 +88,7 @@ def test_front_matter_is_what_the_hub_reads(tmp_path):
         ("config.json", {"quantization_config": {}}, "someone/phi-memes", "quantized"),
     ],
 )
-def test_the_hub_s_library_reads_the_card_without_complaint(tmp_path, file, content, base, relation):
+def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation):
     """`ModelCard.validate` asks the Hub itself; this is what its library checks without a network."""
     write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct")
     run = json.loads((tmp_path / "run.json").read_text())
@@ -104,7 +104,7 @@ def test_the_hub_s_library_reads_the_card_without_complaint(tmp_path, file, cont
     assert found == [(*dataset, "anls", 0.75), (*dataset, "loss", 1.0)]
 
 
-def test_card_without_results_or_run(tmp_path):
+def test_a_card_without_results_or_run(tmp_path):
     with pytest.raises(ValueError, match="has no run.json"):
         write_model_card(tmp_path)
     write_tiny_run(tmp_path)
@@ -116,7 +116,7 @@ def test_card_without_results_or_run(tmp_path):
     assert "base_model" not in metadata_load(tmp_path / "README.md"), "a directory is no hub id"
 
 
-def test_card_says_how_to_load_adapter_and_merged_model(lora, tmp_path, receipts):
+def test_the_code_in_a_card_loads_adapter_and_merged_model(lora, tmp_path, receipts):
     adapter = shutil.copytree(lora, tmp_path / "adapter")
     write_tiny_run(adapter)
     write_model_card(adapter)

@@ -1,4 +1,4 @@
-"""A run ends if its numbers are not finite, and says so if training changes nothing."""
+"""A run ends if its numbers are not finite, and warns if training changes nothing."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ DECODER, VISION, PROJECTOR = (
 
 
 def train(losses, max_steps=100, limit=3, fp16=False, stuck=(VISION,), frozen=PROJECTOR):
-    """Steps with these losses in which all weights change but those that are stuck or frozen; the number of steps made."""
+    """Make steps with these losses, in which all weights change except stuck and frozen ones; return the number of steps."""
     weights = {name: nn.Parameter(torch.ones(4), requires_grad=name != frozen) for name in (DECODER, VISION, PROJECTOR)}
     weights[DECODER].data = weights[DECODER].data.bfloat16()
     trainer = SimpleNamespace(
@@ -38,7 +38,7 @@ def train(losses, max_steps=100, limit=3, fp16=False, stuck=(VISION,), frozen=PR
 
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(100, 10), (4, 4)])
-def test_a_part_that_does_not_change_is_named_once(max_steps, steps, capsys):
+def test_a_part_that_does_not_change_is_reported_once(max_steps, steps, capsys):
     train([1.0] * min(max_steps, 30), max_steps)
     assert capsys.readouterr().err == f"warning: vision did not change in {steps} steps: check learning rates and data\n"
     train([1.0] * 30, stuck=())
@@ -46,7 +46,7 @@ def test_a_part_that_does_not_change_is_named_once(max_steps, steps, capsys):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_some_losses_in_a_row_that_are_not_finite_end_a_run(bad):
+def test_several_nonfinite_losses_in_a_row_end_a_run(bad):
     assert train([1.0, bad, bad, 1.0, bad, bad, 1.0]) == 7
     with pytest.raises(ValueError, match=r"not finite for 3 steps in a row, first in step 3 \(row 2\): nothing was saved"):
         train([1.0, 1.0, bad, bad, bad])
@@ -58,7 +58,7 @@ def test_some_losses_in_a_row_that_are_not_finite_end_a_run(bad):
 
 
 @pytest.mark.parametrize(("answers", "same"), [(["1", "2"], True), (["1", "3"], False)])
-def test_answers_that_are_all_as_before_are_pointed_out(answers, same, tmp_path, capsys):
+def test_unchanged_answers_are_reported(answers, same, tmp_path, capsys):
     before, after = (
         Evaluation("accuracy", {"accuracy": 0.5}, [exact_match(str(row), "?", text, "1") for row, text in enumerate(texts)])
         for texts in (["1", "2"], answers)

@@ -1,4 +1,4 @@
-"""Pictures are read as a viewer shows them, and sizes are known from headers alone."""
+"""Images are read as a viewer shows them, and their sizes from headers alone."""
 
 import io
 
@@ -18,7 +18,7 @@ def stored(image, kind, **options):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_pixels_and_sizes(kind, orientation):
+def test_exif_orientation(kind, orientation):
     plain = Image.effect_noise((400, 90), 80)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -27,7 +27,7 @@ def test_exif_orientation_turns_pixels_and_sizes(kind, orientation):
     shown = decode_picture(picture)
     assert np.array_equal(shown, expected.convert(shown.mode))
     assert picture_size(picture) == shown.size == ((90, 400) if orientation > 4 else (400, 90))
-    # The processor, which is given an opened picture, does the same.
+    # The processor does the same with an opened image.
     processor = Phi3VImageProcessor(num_crops=4)
     turned, upright = processor(Image.open(io.BytesIO(picture["bytes"]))), processor(shown)
     assert (turned["pixel_values"] == upright["pixel_values"]).all()
@@ -48,7 +48,7 @@ def test_damaged_exif_data_and_exif_data_at_the_end_are_ignored():
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "LA", "P"])
 def test_transparency_is_composed_on_white(kind):
-    """Black text on a transparent ground, whose hidden colour is black."""
+    """Black on a transparent background, whose hidden color is black."""
     image = Image.new("RGBA", (100, 60), (0, 0, 0, 0))
     ImageDraw.Draw(image).rectangle((20, 20, 60, 40), fill=(0, 0, 0, 255))
     picture = stored(image.convert(kind), "PNG") if kind in ("LA", "P") else stored(image, kind)
@@ -58,7 +58,7 @@ def test_transparency_is_composed_on_white(kind):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
-def test_plain_pictures_keep_their_pixels(mode):
+def test_other_images_keep_their_pixels(mode):
     image = Image.effect_noise((90, 60), 80).convert("RGB").convert(mode)
     shown = decode_picture(stored(image, "PNG"))
     assert shown.mode == ("L" if mode in ("L", "1") else "RGB")
@@ -90,7 +90,7 @@ def test_deep_pixels_are_scaled_to_eight_bits(pixels, kind, expected):
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP"])
-def test_of_several_pages_the_first_is_used_and_the_file_is_named(kind, tmp_path):
+def test_the_first_of_several_pages_is_used_with_a_warning(kind, tmp_path):
     pages = [Image.new("RGB", (40, 30), colour) for colour in ("red", "blue")]
     path = tmp_path / f"pages.{kind.lower()}"
     pages[0].save(path, kind, save_all=True, append_images=pages[1:])
@@ -99,7 +99,7 @@ def test_of_several_pages_the_first_is_used_and_the_file_is_named(kind, tmp_path
     assert red > 250 and blue < 5
 
 
-def test_pictures_too_narrow_are_refused_and_tiny_ones_are_suspicious():
+def test_narrow_images_are_refused_and_tiny_ones_reported():
     for read in (check_picture, picture_size, decode_picture):
         with pytest.raises(ValueError, match=r"image a\.png is 5,000 × 3 pixels, an aspect ratio of more than 336: crop it"):
             read(stored(Image.new("RGB", (5000, 3)), "PNG"))
@@ -107,14 +107,14 @@ def test_pictures_too_narrow_are_refused_and_tiny_ones_are_suspicious():
     assert check_picture(stored(Image.new("RGB", (336 * 14, 14)), "PNG")) is None
 
 
-def test_messages_repeat_little_of_a_name():
+def test_long_names_are_shortened_in_messages():
     for name in ("A" * 26_733, f"data:image/png;base64,{'A' * 26_733}"):
         with pytest.raises(ValueError, match="image .*cannot be read") as raised:
             check_picture(name)
         assert len(str(raised.value)) < 300
 
 
-def test_copies_have_the_same_content(tmp_path):
+def test_copies_are_recognized(tmp_path):
     picture = stored(Image.new("RGB", (50, 50)), "PNG")
     (tmp_path / "a.png").write_bytes(picture["bytes"])
     assert picture_content(picture) == picture_content(str(tmp_path / "a.png")) == picture_content({"path": tmp_path / "a.png"})

@@ -1,4 +1,4 @@
-"""Plans: every row once an epoch, exact batches, balanced bins, the same on all processes."""
+"""Planned batches: every row once per epoch, exact batch sizes, balanced processes, token budgets."""
 
 import argparse
 import dataclasses
@@ -26,7 +26,7 @@ def lengths(rows, seed=0):
 
 
 def mixed_lengths(rows, seed):
-    """Pictures of 1 to 16 crops with some text, and text alone."""
+    """Images of 1 to 16 crops with some text, and text alone."""
     random = np.random.default_rng(seed)
     crops, text = random.integers(1, 17, rows), random.integers(20, 200, rows)
     pictures = random.random(rows) < 0.7
@@ -38,7 +38,7 @@ def part(measured, rows):
 
 
 def plan(rows, batch_size, world_size, accumulation, epoch=0, measured=None, max_tokens=None):
-    """Keys by step, process and micro-batch."""
+    """Keys per step, process and micro-batch."""
     processes = []
     for rank in range(world_size):
         measure = (lambda _, rows: part(measured, rows)) if measured is not None else None
@@ -52,7 +52,7 @@ def plan(rows, batch_size, world_size, accumulation, epoch=0, measured=None, max
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_step_takes_exactly_the_batch(packing):
+def test_every_step_has_the_batch_size(packing):
     rows, batch_size = 83, 16
     for epoch in range(2):
         measured = lengths(rows) if packing else None
@@ -76,27 +76,9 @@ def test_steps_do_not_depend_on_processes_or_accumulation():
         assert rows == [sorted(step.tolist()) for step in epoch_steps(40, 8, 7, 0)]
 
 
-def test_epochs_differ_and_repeat():
-    first, second = epoch_steps(50, 10, 3, 0), epoch_steps(50, 10, 3, 1)
-    assert not np.array_equal(first, second)
-    assert np.array_equal(first, epoch_steps(50, 10, 3, 0))
-
-
-def test_work_is_balanced_over_processes():
-    measured = lengths(640)
-    work = measured.work()
-    packed, plain = [], []
-    for measured_or_none, ratios in ((measured, packed), (None, plain)):
-        for processes in plan(640, 64, 8, 2, measured=measured_or_none):
-            loads = np.array([[sum(work[row] for _, row in batch) for batch in own] for own in processes])
-            # Processes wait for the slowest at every micro-batch.
-            ratios.append(loads.max(axis=0).sum() * 8 / loads.sum())
-    assert np.mean(packed) < 1.05 < np.mean(plain)
-
-
 @pytest.mark.parametrize("budget", [None, 9000])
 def test_tokens_and_crops_are_balanced(budget):
-    """Each by itself too, on samples of which some are all pictures and some all text."""
+    """Each of the two, on samples of which some are mostly images and some only text."""
     measured = mixed_lengths(640, 3)
     accumulation = accumulation_for_budget([measured], 64, 7, 8, budget) if budget else 2
     for sizes, most in ((measured.tokens, 1.2), (measured.views, 1.3)):
@@ -113,16 +95,16 @@ def test_tokens_and_crops_are_balanced(budget):
         assert ratios[True] < most and ratios[True] < ratios[False]
 
 
-def test_a_crop_counts_less_where_the_tower_is_frozen():
+def test_a_crop_counts_less_with_a_frozen_tower():
     measured = Lengths(tokens=np.array([100, 200]), views=np.array([2, 0]))
     assert measured.work().tolist() == [190, 200]
     assert measured.work(vision_trains=False).tolist() == [130, 200]
 
 
 @pytest.mark.parametrize("budget", [2000, 3100, 4096, 8192])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_token_budget_holds(budget, seed):
-    """Also where only best fit finds a way, where samples exceed it alone, and where epochs are of other lengths."""
+    """Also where only best fit finds a solution, where single samples exceed it, and in epochs of other lengths."""
     epochs = [lengths(320, seed), lengths(320, 100 + seed)]
     accumulation = accumulation_for_budget(epochs, 32, 7, 4, budget)
     for epoch, measured in enumerate(epochs):
@@ -133,8 +115,8 @@ def test_the_token_budget_holds(budget, seed):
 
 
 @pytest.mark.parametrize("packing, budget", [(False, None), (True, None), (True, 2000), (True, 4096), (True, 20_000)])
-@pytest.mark.parametrize("seed", range(3))
-def test_no_micro_batch_is_larger_than_foretold(packing, budget, seed):
+@pytest.mark.parametrize("seed", range(2))
+def test_no_micro_batch_is_larger_than_predicted(packing, budget, seed):
     measured = mixed_lengths(320, seed)
     accumulation = accumulation_for_budget([measured], 32, 7, 4, budget) if budget else 4
     batches = PlannedBatches(320, 32, 7, 0, 4, accumulation, max_tokens=budget)
@@ -155,7 +137,7 @@ def test_streamed_micro_batches_are_as_large_as_the_largest_samples():
 
 
 class Texts(TrainingData):
-    """Rows of so many tokens, one of them, which a look at some rows misses, longer than all others."""
+    """Rows with a long one that a look at some rows misses."""
 
     def __init__(self, rows):
         super().__init__(range(rows), None, None, seed=0)
@@ -183,7 +165,7 @@ def plan_of(trial=None, setup=SETUP, **changes):
 
 
 @pytest.mark.parametrize("budget, longest", [(None, 106), (3000, 1001)])
-def test_with_a_token_budget_all_lengths_foretell_the_largest(budget, longest):
+def test_with_a_token_budget_all_lengths_are_measured(budget, longest):
     batches, measured = plan_of(max_tokens_per_batch=budget)
     assert measured.tokens.max() == longest
     assert len(measured.tokens) == len(measured.views) == (2 * 1024 if budget else 256)
@@ -242,15 +224,14 @@ def test_several_samples_at_once_are_the_default_on_a_gpu(flags, packs, stage, e
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])
-def test_all_micro_batches_of_a_step_are_read_ahead(workers, accumulation, expected, monkeypatch):
-    """The Trainer takes them all before it begins with the first."""
+def test_workers_prefetch_all_micro_batches_of_a_step(workers, accumulation, expected, monkeypatch):
     monkeypatch.setattr(loader_module, "cores_per_process", lambda: 2)
     trainer = argparse.Namespace(args=argparse.Namespace(dataloader_num_workers=workers), data_collator=list)
     loader = FinetuningTrainer._loader(trainer, [1, 2], [[0], [1]], ahead=accumulation)
     assert loader.prefetch_factor == expected
 
 
-def test_sizes_of_pictures_stay_where_the_model_reads_them():
+def test_image_sizes_stay_on_the_cpu():
     batch = {"input_ids": torch.ones(1, 2), "image_sizes": torch.ones(1, 2), "max_length_q": 2}
     trainer = argparse.Namespace(args=argparse.Namespace(device=torch.device("meta")))
     moved = FinetuningTrainer._prepare_inputs(trainer, batch)
@@ -263,11 +244,6 @@ def test_a_sample_over_the_budget_is_alone():
     bins = fill_bins(tokens, tokens.astype(float), 2, budget=1000)
     assert [0] in bins and sorted(sum(bins, [])) == [0, 1, 2, 3, 4]
     assert best_fit(np.array([9000, 100, 100]), 1000) == [[0], [1, 2]]
-
-
-def test_best_fit_uses_as_few_bins_as_possible_here():
-    assert best_fit(np.array([600, 400, 500, 500, 1000]), 1000) == [[4], [0, 1], [2, 3]]
-    assert best_fit(np.array([1, 1, 1]), 3) == [[0, 1, 2]]
 
 
 def test_shares_of_an_evaluation_are_complete():

@@ -1,4 +1,4 @@
-"""The report of a run: its content, what it embeds, and missing or invalid files."""
+"""The report of a run: content, embedded files, missing and invalid files."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Runs that are stopped by SIGTERM, or killed, and go on: they end as if nothing had happened."""
+"""Runs that are stopped and resumed give the result of an uninterrupted one; which checkpoints a run resumes from."""
 
 import json
 import os
@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import transformers.trainer
 from conftest import ROOT, TINY
-from forked import be_process, finetune_forked, server
-from runs import flags, free_port, message, steps, weights, write_docvqa, write_random_model
+from forked import be_process, finetune_forked, run_script
+from runs import flags, message, steps, weights
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import TrainerCallback, TrainerState
@@ -36,7 +37,7 @@ from common.training.output import check_unused, lock, remove_outputs
 
 
 class Interrupt(TrainerCallback):
-    """Sends the process SIGTERM in a step, or at the end of training, as a machine that is taken back would."""
+    """Sends SIGTERM to its process in a step, or at the end of training."""
 
     def __init__(self, when):
         self.when = when
@@ -51,7 +52,7 @@ class Interrupt(TrainerCallback):
 
 
 def be_interrupted(when, rank, *arguments):
-    if rank == 1:  # the other one has to hear of it
+    if rank == 1:  # process 0 has to be told
         transformers.trainer.DEFAULT_CALLBACKS.append(Interrupt(when))
     be_process(rank, *arguments)
 
@@ -59,20 +60,14 @@ def be_interrupted(when, rank, *arguments):
 def interrupt(when, output, **options):
     """Run on two processes until the second one gets SIGTERM, and return what was printed."""
     log = output.with_name(f"{output.name}.log")
-    arguments = (2, free_port(), flags(options["data_dir"], output, **options), log)
-    members = [server().Process(target=be_interrupted, args=(when, rank, *arguments)) for rank in range(2)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join(timeout=300)
-        member.kill()
+    codes = run_script(flags(options["data_dir"], output, **options), log, target=partial(be_interrupted, when))
     printed = log.read_text()
     log.unlink()
-    assert [member.exitcode for member in members] == [128 + signal.SIGTERM] * 2, printed[-6000:]
+    assert codes == [128 + signal.SIGTERM] * 2, printed[-6000:]
     return printed
 
 
-def go_on(output, **options):
+def resume(output, **options):
     return finetune_forked(options["data_dir"], output, resume_from_checkpoint="auto", **options)
 
 
@@ -81,7 +76,7 @@ def read(output, name="trainer_state"):
 
 
 def evaluations(output):
-    """Step and figures of every evaluation on the way, but for those of speed."""
+    """Step and metrics of every evaluation during training."""
     history = [entry for entry in read(output)["log_history"] if "eval_loss" in entry]
     return [{key: entry[key] for key in ("step", "eval_loss", "eval_anls") if key in entry} for entry in history]
 
@@ -95,42 +90,36 @@ def assert_same_result(output, expected):
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    """Four steps an epoch."""
-    return {
-        "model_name_or_path": write_random_model(tmp_path_factory.mktemp("model") / "random"),
-        "data_dir": write_docvqa(tmp_path_factory.mktemp("docvqa"), val=2),
-        "dataloader_num_workers": 0,
-    }
+def options(random_model, docvqa_data):
+    """Four steps per epoch."""
+    return {"model_name_or_path": random_model, "data_dir": docvqa_data, "dataloader_num_workers": 0}
 
 
 @pytest.fixture(scope="module")
 def straight(options, tmp_path_factory):
-    """Ten steps with ZeRO-2, the last one in the middle of an epoch: a log line every four, a checkpoint after eight."""
+    """Ten steps with ZeRO-2, which end within an epoch: a log entry every four steps, a checkpoint after eight."""
     output = tmp_path_factory.mktemp("straight") / "run"
     options = options | {"max_steps": 10, "logging_steps": 4, "save_strategy": "steps", "save_steps": 8}
     return output, finetune_forked(options["data_dir"], output, **options), options
 
 
 @pytest.mark.slow
-def test_a_stopped_run_ends_as_the_uninterrupted_one(straight, tmp_path):
-    """Its log lines are means over as many steps, and its closing figures those of the whole run."""
+def test_a_stopped_run_gives_the_result_of_an_uninterrupted_one(straight, tmp_path):
+    """Its log entries are means over as many steps, and its training time is that of the whole run."""
     expected, log, options = straight
     output = tmp_path / "run"
     assert "stopped by SIGTERM after step 3;" in interrupt(3, output, **options)
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-3"}
     assert not (output / "eval_after.json").exists()
-    assert "stopped by SIGTERM after step 6;" in interrupt(6, output, resume_from_checkpoint="auto", **options)
-    trained = read(output / "checkpoint-6", "totals")["seconds"]
-    assert trained > read(output / "checkpoint-3", "totals")["seconds"]
-    assert go_on(output, **options) == log
+    trained = read(output / "checkpoint-3", "totals")["seconds"]
+    assert resume(output, **options) == log
     assert [entry["step"] for entry in log] == [4, 8]
     assert_same_result(output, expected)
     assert read(output, "train_results")["train_runtime"] > trained
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_after_training_is_only_evaluated(straight, tmp_path):
+def test_a_run_stopped_after_training_is_only_evaluated(straight, tmp_path):
     expected, log, options = straight
     output = tmp_path / "run"
     shutil.copytree(expected / "checkpoint-8", output / "checkpoint-8")
@@ -138,17 +127,17 @@ def test_a_run_that_was_stopped_after_training_is_only_evaluated(straight, tmp_p
     assert steps(output) == log and not (output / "eval_after.json").exists()
     assert_same_result(output, expected)
     shutil.rmtree(output / "checkpoint-8")
-    assert go_on(output, **options) == log
+    assert resume(output, **options) == log
     assert f"resuming from {output / 'checkpoint-10'}" in (tmp_path / "run.log").read_text()
     assert_same_result(output, expected)
     assert read(output, "eval_after") == read(expected, "eval_after")
 
 
 @pytest.mark.slow
-def test_patience_outlives_a_stop(options, tmp_path):
-    """Stopped when an evaluation was due, between two that were no better: it is made up for, and counts.
+def test_patience_counts_across_a_stop(options, tmp_path):
+    """DDP is stopped when an evaluation is due: the resumed run does it, and it counts.
 
-    The last checkpoint stays beside the best one, though only one is to be kept in the end.
+    The last checkpoint is kept beside the best one, although only one is kept in the end.
     """
     options = options | {"max_steps": 8, "learning_rate": 1e-9, "deepspeed": "none", "save_strategy": "steps", "save_steps": 1}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1, "save_total_limit": 1}
@@ -157,7 +146,7 @@ def test_patience_outlives_a_stop(options, tmp_path):
     output = tmp_path / "run"
     interrupt(3, output, **options)
     assert {path.parent.name for path in output.glob("checkpoint-*/complete.json")} == {"checkpoint-1", "checkpoint-3"}
-    go_on(output, **options)
+    resume(output, **options)
     assert [entry["step"] for entry in evaluations(output)] == [1, 2, 3, 4]
     assert evaluations(output) == evaluations(tmp_path / "straight")
     assert_same_result(output, tmp_path / "straight")
@@ -165,7 +154,7 @@ def test_patience_outlives_a_stop(options, tmp_path):
 
 
 @pytest.mark.parametrize("save_steps", ["200", "50"])
-def test_the_best_model_needs_a_checkpoint_of_every_evaluation(save_steps, capsys):
+def test_the_best_model_requires_a_checkpoint_per_evaluation(save_steps, capsys):
     words = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "steps"]
     with pytest.raises(SystemExit):
         training_parser("", task="test", metric="none").parse_args([*words, "--save_steps", save_steps])
@@ -173,45 +162,26 @@ def test_the_best_model_needs_a_checkpoint_of_every_evaluation(save_steps, capsy
 
 
 @pytest.mark.slow
-def test_a_stop_leaves_out_what_is_due_at_the_epochs_end(options, tmp_path):
-    """In the middle of an epoch, and in its last step: the one evaluation is not due, and the other one is made up for."""
+def test_the_evaluation_of_an_epoch_whose_last_step_was_stopped_is_done_on_resume(options, tmp_path):
     options = options | {"num_train_epochs": 2, "max_steps": None, "save_strategy": "epoch", "eval_strategy": "epoch"}
-    options |= {"load_best_model_at_end": True}
+    options |= {"load_best_model_at_end": True, "deepspeed": "none"}
     log = finetune_forked(options["data_dir"], tmp_path / "straight", **options)
     output = tmp_path / "run"
-    assert "evaluation loss" not in interrupt(2, output, **options)
-    assert "evaluation loss" not in interrupt(4, output, resume_from_checkpoint="auto", **options)
-    for step in (2, 4):
-        assert why_incomplete(output / f"checkpoint-{step}") is None
-        assert not evaluations(output / f"checkpoint-{step}")
-    assert go_on(output, **options) == log
+    assert "evaluation loss" not in interrupt(4, output, **options)
+    assert why_incomplete(output / "checkpoint-4") is None and not evaluations(output / "checkpoint-4")
+    assert resume(output, **options) == log
     assert [entry["step"] for entry in evaluations(output)] == [4, 8]
     assert evaluations(output) == evaluations(tmp_path / "straight")
     assert_same_result(output, tmp_path / "straight")
 
 
 @pytest.mark.slow
-def test_a_finished_run_gets_longer_at_another_rate(options, tmp_path):
-    """The rate is that of a run of this length, with the new flags, from the first step on."""
-    options = options | {"deepspeed": "none", "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-3}
-    output = tmp_path / "run"
-    finetune_forked(options["data_dir"], output, **options)
-    options |= {"max_steps": 6, "learning_rate": 4e-4, "wd": 0.5, "accept_changes": ["learning_rate", "wd"]}
-    log = go_on(output, **options)
-    assert "planned for 6 steps instead of 2" in (tmp_path / "run.log").read_text()
-    assert [entry["learning_rate"] for entry in log[2:]] == pytest.approx([4e-4, 3e-4, 2e-4, 1e-4])
-    assert {group["weight_decay"] for group in torch.load(output / "checkpoint-6/optimizer.pt")["param_groups"]} == {0.5, 0.0}
-
-
-@pytest.mark.slow
-def test_a_run_that_got_longer_is_the_longer_run(straight, tmp_path):
-    """With ZeRO-2, also at another rate and weight decay: those of the first step, whose rate is 0, do not matter."""
+def test_an_extended_run_is_the_longer_run(straight, tmp_path):
+    """ZeRO-2; learning rate and weight decay change too, which had no effect in the first step, whose rate is 0."""
     expected, log, options = straight
     output = tmp_path / "run"
     finetune_forked(options["data_dir"], output, **options | {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "wd": 0.3})
-    with pytest.raises(AssertionError, match="--learning_rate is 0.001, but .* had 0.1: .*--accept_changes learning_rate"):
-        go_on(output, **options)
-    assert go_on(output, **options, accept_changes=["learning_rate", "wd"]) == log
+    assert resume(output, **options, accept_changes=["learning_rate", "wd"]) == log
     assert "planned for 10 steps instead of 1" in (tmp_path / "run.log").read_text()
     assert_same_result(output, expected)
     remove_outputs(output)
@@ -219,24 +189,25 @@ def test_a_run_that_got_longer_is_the_longer_run(straight, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["none", "auto"])
-def test_numbers_that_are_not_finite_end_a_run(deepspeed, options, tmp_path):
-    """Such weights are never saved, earlier checkpoints stay, and the message names the step and its rows."""
-    options = options | {"deepspeed": deepspeed, "learning_rate": 1e300, "max_steps": 9}
-    for more, kept, words in (
-        ({"warmup_steps": 0}, [], "in a row, first in step"),
+@pytest.mark.parametrize(
+    ("changes", "kept", "words"),
+    [
+        ({"deepspeed": "none", "warmup_steps": 0}, [], "in a row, first in step"),
         ({"save_strategy": "steps", "save_steps": 1}, ["checkpoint-1"], "not finite after step 2"),
-    ):
-        output = tmp_path / f"{len(kept)}"
-        with pytest.raises(AssertionError, match=words) as error:
-            finetune_forked(options["data_dir"], output, **options, **more)
-        assert "entry" in str(error.value) and not (output / "model.safetensors").exists()
-        assert [path.parent.name for path in output.rglob("complete.json")] == kept
+    ],
+    ids=["loss, DDP", "weights, ZeRO-2"],
+)
+def test_nonfinite_numbers_end_a_run(changes, kept, words, options, tmp_path):
+    """Such weights are never saved, earlier checkpoints are kept, and the message names the step and its rows."""
+    with pytest.raises(AssertionError, match=words) as error:
+        finetune_forked(options["data_dir"], tmp_path / "run", **options, learning_rate=1e300, max_steps=9, **changes)
+    assert "entry" in str(error.value) and not (tmp_path / "run/model.safetensors").exists()
+    assert [path.parent.name for path in (tmp_path / "run").rglob("complete.json")] == kept
 
 
 @pytest.mark.slow
 def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
-    """The flags count, not the checkpoint's. Another run's files go if that is asked for."""
+    """The flags count, not the checkpoint's; --overwrite_output_dir removes another run's files."""
     expected, _, options = straight
     (tmp_path / "run").mkdir()
     (tmp_path / "run/adapter_model.safetensors").touch()
@@ -260,61 +231,37 @@ def checkpoint(tmp_path):
     return directory
 
 
-def damage(checkpoint, how):
-    manifest, model = checkpoint / "complete.json", checkpoint / "model.safetensors"
-    match how:
-        case "no manifest":
-            manifest.unlink()
-        case "a truncated manifest":
-            manifest.write_text(manifest.read_text()[:-5])
-        case "a damaged manifest":
-            manifest.write_bytes(b"\xff" + manifest.read_bytes()[1:])
-        case "no model":
-            model.unlink()
-        case "a truncated model":
-            model.write_bytes(bytes(99))
-        case "a flipped bit":
-            model.write_bytes(bytes(50) + b"\x01" + bytes(49))
-        case "a manifest of sizes":
-            manifest.write_text('{"model.safetensors": 100}')
-        case "another manifest":
-            manifest.write_text('{"model.safetensors": [Infinity, "a"]}')
-        case "a nested manifest":
-            manifest.write_text("[" * 100_000)
-        case "a pipe":
-            manifest.unlink()
-            os.mkfifo(manifest)
-        case "a list":
-            manifest.write_text("[1]")
-        case "nothing":
-            shutil.rmtree(checkpoint)
-
-
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("name", "content", "reason"),
     [
-        ("no manifest", "saving was interrupted"),
-        ("a truncated manifest", "complete.json is corrupted"),
-        ("a damaged manifest", "complete.json is corrupted"),
-        ("no model", "model.safetensors is missing"),
-        ("a truncated model", "model.safetensors has 99 bytes, expected 100"),
-        ("a flipped bit", "model.safetensors is damaged"),
-        ("a manifest of sizes", "written by an earlier version, without checksums, so that its files cannot be verified"),
-        ("another manifest", "complete.json is corrupted"),
-        ("a nested manifest", "complete.json is corrupted"),
-        ("a pipe", "complete.json is corrupted"),
-        ("a list", "complete.json is corrupted"),
-        ("nothing", "no such directory"),
+        ("complete.json", None, "saving was interrupted"),
+        ("complete.json", b'{"model', "complete.json is corrupted"),
+        ("complete.json", b"\xff{}", "complete.json is corrupted"),
+        ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "complete.json is corrupted"),
+        ("complete.json", b"[" * 100_000, "complete.json is corrupted"),
+        ("complete.json", b"[1]", "complete.json is corrupted"),
+        ("complete.json", b'{"model.safetensors": 100}', "by an earlier version, without checksums, so that .* be verified"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", bytes(99), "model.safetensors has 99 bytes, expected 100"),
+        ("model.safetensors", bytes(50) + b"\1" + bytes(49), "model.safetensors is damaged"),
     ],
 )
-def test_a_torn_checkpoint_is_told_from_a_complete_one(how, reason, checkpoint):
+def test_an_incomplete_checkpoint_is_recognized(name, content, reason, checkpoint):
     assert find_checkpoint("auto", checkpoint.parent, {}, []) == find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
-    damage(checkpoint, how)
-    assert why_incomplete(checkpoint) == reason
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .{reason}.; use auto"):
+    (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .*{reason}.; use auto"):
         find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
-    skipped = [] if how == "nothing" else [f"checkpoint-3 ({reason})"]
-    assert find_checkpoint("auto", checkpoint.parent, {}, []) == (None, skipped)
+    assert find_checkpoint("auto", checkpoint.parent, {}, []) == (None, [f"checkpoint-3 ({why_incomplete(checkpoint)})"])
+
+
+def test_a_missing_checkpoint_and_one_whose_manifest_is_a_fifo(checkpoint):
+    (checkpoint / "complete.json").unlink()
+    os.mkfifo(checkpoint / "complete.json")
+    assert why_incomplete(checkpoint) == "complete.json is corrupted"
+    shutil.rmtree(checkpoint)
+    assert why_incomplete(checkpoint) == "no such directory"
 
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
@@ -343,7 +290,7 @@ def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
     assert find_checkpoint("auto", tmp_path, {"--seed": 3}, ["seed"]) == (tmp_path / "checkpoint-6", [])
 
 
-def test_a_run_may_get_longer(tmp_path):
+def test_the_number_of_steps_may_grow(tmp_path):
     checkpoint = tmp_path / "copy"
     checkpoint.mkdir()
     TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
@@ -375,14 +322,14 @@ def test_an_output_directory_holds_one_result(tmp_path):
         check_unused(tmp_path, overwrite=False, resuming=False)
 
 
-def test_a_run_after_another_one_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+def test_a_directory_in_use_is_refused_before_data_is_read(tmp_path, monkeypatch):
     (tmp_path / "adapter_model.safetensors").touch()
     said = message(monkeypatch, tmp_path / "no data", tmp_path)
     assert said.startswith(f"--output_dir {tmp_path}: holds adapter_model.safetensors of another run: choose another")
 
 
-def test_one_run_at_a_time(tmp_path):
-    """The lock of a process that has died, however, is none."""
+def test_an_output_directory_is_locked(tmp_path):
+    """Until its process ends."""
     holder = "import sys, time; from pathlib import Path; from common.training.output import lock; lock(Path(sys.argv[1]))"
     command = [sys.executable, "-c", f"{holder}; print('locked', flush=True); time.sleep(600)", tmp_path]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -423,15 +370,15 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, pr
         (("--streaming",), {}, "--streaming"),
     ],
 )
-def test_a_run_goes_on_only_as_it_began(words, changes, name, tmp_path):
+def test_a_run_resumes_only_with_the_same_settings(words, changes, name, tmp_path):
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
     check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"), [])
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, but the checkpoint's run had"):
         check_resumable(tmp_path, settings_of(*words, **changes), [])
 
 
-def test_what_does_not_matter_may_change(tmp_path):
-    """Under DDP also the number of processes: a step's samples are the same on any."""
+def test_settings_that_do_not_change_the_result_may_change(tmp_path):
+    """Under DDP also the number of processes, except with streaming."""
     (other := tmp_path / "other").mkdir()
     save_file({"weight": torch.zeros(2, 2)}, other / "model.safetensors")
     (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
@@ -451,7 +398,7 @@ def test_what_does_not_matter_may_change(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{}", '{"settings": 7}', "[" * 100_000, "a pipe"])
-def test_a_checkpoint_that_does_not_say_whose_it_is(content, tmp_path):
+def test_a_checkpoint_without_settings_is_refused(content, tmp_path):
     if content == "a pipe":
         os.mkfifo(tmp_path / "totals.json")
     elif content:
@@ -460,15 +407,15 @@ def test_a_checkpoint_that_does_not_say_whose_it_is(content, tmp_path):
         check_resumable(tmp_path, {"--seed": 1}, [])
 
 
-def test_data_is_told_by_texts_and_names_of_images(tmp_path):
-    def told(*rows):
+def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
+    def fingerprint(*rows):
         rows = [{"conversations": [{"images": [image], "user": user, "assistant": "Yes."}]} for image, user in rows]
         return data_fingerprint(TrainingData(Rows(rows, str), lambda row, rng: row, None, 0))
 
-    first = told(("a/1.png", "What?"), ("2.png", "Who?"))
-    assert first == told(("b/1.png", "What?"), ("2.png", "Who?")) and first.startswith("2 rows, ")
+    first = fingerprint(("a/1.png", "What?"), ("2.png", "Who?"))
+    assert first == fingerprint(("b/1.png", "What?"), ("2.png", "Who?")) and first.startswith("2 rows, ")
     for others in ((("1.png", "What?"), ("3.png", "Who?")), (("1.png", "What?"), ("2.png", "Why?")), (("1.png", "What?"),)):
-        assert told(*others) != first
+        assert fingerprint(*others) != first
 
 
 WRITERS = {
@@ -481,8 +428,8 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_writer_says_that_the_disk_is_full(writer, tmp_path):
-    """A limit on the size of files stands in for a full disk."""
+def test_a_full_disk_is_reported_whatever_writes(writer, tmp_path):
+    """A limit on file sizes stands in for a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
@@ -492,7 +439,7 @@ def test_every_writer_says_that_the_disk_is_full(writer, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_else_goes_wrong_while_saving_is_not_blamed_on_the_disk():
+def test_other_errors_while_saving_are_not_attributed_to_the_disk():
     for error in (RuntimeError("Connection closed by peer"), FileNotFoundError(2, "No such file or directory")):
         with pytest.raises(type(error)), saving():
             raise error

@@ -1,4 +1,4 @@
-"""Predictions of time and memory: single layers counted by hand, and the micro-batches that a GPU measured."""
+"""Predicted time and memory, against layers counted by hand and a micro-batch measured on a GPU."""
 
 import re
 from collections import Counter
@@ -55,7 +55,7 @@ def test_a_fused_function_is_one_kernel_forward_and_backward():
     forward, backward = 2 * TOKENS * WIDTH * 3, 2 * TOKENS * WIDTH * 5
     group = "norms, activations, rotary"
     assert meter.phases == [Counter({Kernel(group, "products", 0.0, moved): 1 for moved in (forward, backward)})]
-    assert fused._swiglu(torch.ones(2, 4)).shape == (2, 2)  # outside, everything is as it was
+    assert fused._swiglu(torch.ones(2, 4)).shape == (2, 2)  # outside, the function is unchanged
 
 
 def test_attention_is_counted_below_the_diagonal_of_each_sample():
@@ -80,7 +80,7 @@ def small(**changes):
     return config
 
 
-def test_time_is_of_what_takes_longest():
+def test_a_kernel_takes_the_longest_of_its_times():
     gpu = GPUS["H100"]._replace(products=1.0, bandwidth=1.0, to_launch=0.0)
     assert Kernel("", "products", 3e12, 1e12).seconds(gpu) == 3
     assert Kernel("", "products", 3e12, 5e12).seconds(gpu) == 5
@@ -137,7 +137,7 @@ def test_predictions_agree_with_the_measured_micro_batch():
     assert [1e3 * seconds, peak / 1e9] == pytest.approx(shown, rel=0.005)
 
 
-def test_the_tables_are_what_the_tool_predicted():
+def test_the_tables_show_the_predictions():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     tables = table.render()
     for path, content in tables.items():

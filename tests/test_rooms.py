@@ -1,4 +1,4 @@
-"""The rooms of common/: who may import whom, read from the source, and what importing them loads."""
+"""Imports between the packages of common/, read from the source, and which libraries they load."""
 
 import ast
 import os
@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 COMMON = ROOT / "common"
-# From the ground up; each may import what stands before it.
+# Each may import those before it.
 ROOMS = ("process", "runtime", "phi3v", "arguments", "data", "model", "evaluation", "report", "training")
-MOST_FLOORS = 6
+MOST_LEVELS = 6
 
 
 def modules():
@@ -52,21 +52,21 @@ def test_there_are_nine_rooms():
     assert {room_of(path) for path in modules()} == set(ROOMS)
 
 
-def test_imports_go_only_down():
+def test_imports_go_only_one_way():
     assert not [(upper, lower) for upper, lower in set(edges()) if ROOMS.index(lower) >= ROOMS.index(upper)]
 
 
-def test_the_longest_chain_of_imports_has_six_floors():
+def test_the_longest_chain_of_imports_has_six_levels():
     below = set(edges())
 
     @cache
-    def floor(room):
-        return 1 + max((floor(lower) for upper, lower in below if upper == room), default=0)
+    def level(room):
+        return 1 + max((level(lower) for upper, lower in below if upper == room), default=0)
 
-    assert max(map(floor, ROOMS)) <= MOST_FLOORS
+    assert max(map(level, ROOMS)) <= MOST_LEVELS
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_there_are_no_import_cycles():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in modules()}
     below = {name: {found for found in imported(path) if found in names} for name, path in names.items()}
     done, path = set(), []
@@ -83,20 +83,20 @@ def test_no_module_imports_itself_by_way_of_others():
         visit(name)
 
 
-def test_a_room_gives_its_modules_and_nothing_else():
-    """What is used is imported from where it stands; only phi3v registers its classes."""
+def test_packages_export_nothing_of_their_modules():
+    """Names are imported from their modules; only phi3v registers its classes."""
     for path in COMMON.glob("*/__init__.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         assert ast.get_docstring(tree), path
         assert path.parent.name == "phi3v" or len(tree.body) == 1, path
 
 
-def test_the_model_and_the_process_know_no_other_room():
+def test_model_and_process_import_no_other_package():
     assert not [edge for edge in edges() if edge[0] in ("phi3v", "process")]
 
 
 def test_flags_are_not_rewritten():
-    """What follows from them is in a Setup of its own."""
+    """Settings that follow from them are in a Setup."""
     for path in [*modules(), *ROOT.glob("finetune_hf_trainer_*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
@@ -106,8 +106,8 @@ def test_flags_are_not_rewritten():
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "matplotlib", "sklearn"])
-def test_heavy_libraries_are_imported_where_they_are_used(name):
-    """At the top of the report's modules alone, which are themselves imported late."""
+def test_heavy_libraries_are_imported_late(name):
+    """Only modules of report/, which are themselves imported late, import them at the top."""
     for path in modules():
         if room_of(path) != "report":
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(name):
         ("finetune_hf_trainer_hateful_memes", ["matplotlib", "sklearn"]),
     ],
 )
-def test_training_starts_without_what_only_reports_need(module, absent):
+def test_training_starts_without_the_libraries_of_reports(module, absent):
     code = f"import sys, {module}; assert 'Phi3VConfig' in str(sys.modules['common.phi3v'].__all__)\n"
     code += f"print([name for name in {absent} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)

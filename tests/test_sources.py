@@ -1,4 +1,4 @@
-"""The general format read from files: lazily, whole, and with every mistake named."""
+"""Files in the general format: reading, caching, and messages for invalid rows."""
 
 import json
 import os
@@ -8,19 +8,16 @@ import time
 import datasets
 import psutil
 import pytest
-from conftest import TINY
 from PIL import Image
-from transformers import AutoProcessor
 
 from common.data.pictures import check_picture
 from common.data.rows import Rows
-from common.data.samples import TrainingData
 from common.data.sources import check_rows, load_conversations, load_hub
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own."""
+    """A cache that other tests do not use."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -42,7 +39,7 @@ def write(path, *rows):
     return path
 
 
-def test_rows_come_back_as_they_were_written(tmp_path, image_dir):
+def test_rows_are_read_as_written(tmp_path, image_dir):
     path = write(
         tmp_path / "data.jsonl",
         {"id": "1", "source": "mine", "conversations": [turn(images=["a/left.png", "a/right.jpg"], assistant="2020-01-01")]},
@@ -61,7 +58,7 @@ def test_rows_come_back_as_they_were_written(tmp_path, image_dir):
     assert list(load_conversations(path, image_dir, limit=1)) == list(rows)[:1]
 
 
-def test_a_json_array_of_llava_is_read_as_it_is(tmp_path, image_dir):
+def test_a_json_array_in_llavas_format_is_read(tmp_path, image_dir):
     said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     (tmp_path / "llava.json").write_text(json.dumps([{"id": 3, "image": "a/left.png", "conversations": said}] * 2, indent=1))
     rows = load_conversations(tmp_path / "llava.json", image_dir)
@@ -72,7 +69,7 @@ def test_a_json_array_of_llava_is_read_as_it_is(tmp_path, image_dir):
         load_conversations(tmp_path / "llava.json", image_dir)
 
 
-def test_a_file_that_changed_is_read_anew(tmp_path, image_dir):
+def test_a_changed_file_is_read_again(tmp_path, image_dir):
     path = write(tmp_path / "data.jsonl", {"conversations": [turn()]})
     assert len(load_conversations(path, image_dir)) == 1
     write(path, {"conversations": [turn()]}, {"conversations": [turn()]})
@@ -86,17 +83,8 @@ def test_a_file_that_changed_is_read_anew(tmp_path, image_dir):
     [
         ('{"conversations": [{"user": "a", "assistant":', "invalid JSON"),
         ('["a"]', "expected a JSON object, got list"),
-        ({"images": ["a/left.png"], "conversations": [turn()]}, 'unknown field "images"'),
-        ({"id": "7"}, '"conversations" must be a list of at least one turn'),
-        ({"conversations": []}, '"conversations" must be a list of at least one turn'),
-        ({"conversations": {"user": "a"}}, '"conversations" must be a list of at least one turn'),
-        ({"conversations": [None]}, "turn 1: a turn must be an object"),
         ({"conversations": [turn(), {"user": "a"}]}, 'turn 2: "assistant" must be a non-empty string'),
-        ({"conversations": [turn(" \n")]}, 'turn 1: "user" must be a non-empty string'),
-        ({"conversations": [turn(assistant=5)]}, 'turn 1: "assistant" must be a non-empty string'),
-        ({"conversations": [turn(images="a/left.png")]}, 'turn 1: "images" must be a list'),
         ({"conversations": [turn(images=[None])]}, '"images" must be a list of file names'),
-        ({"conversations": [turn("What?<|end|>")]}, '"user" contains the special token <|end|>: remove it'),
         ({"conversations": [turn("What is <s>struck</s> out?")]}, '"user" contains the special token <s>'),
         ({"conversations": [turn(assistant="So.<|endoftext|>")]}, '"assistant" contains the special token <|endoftext|>'),
         ('{"id": "1", "id": "2", "conversations": [{"user": "a", "assistant": "b"}]}', 'duplicate key "id"'),
@@ -104,11 +92,10 @@ def test_a_file_that_changed_is_read_anew(tmp_path, image_dir):
         (f"{json.dumps({'conversations': [turn()]})} {json.dumps({'conversations': [turn()]})}", "invalid JSON (Extra data"),
         (json.dumps({"conversations": [turn()]}, indent=1), "invalid JSON"),
         ({"conversations": [turn("a" * 40_000_000)]}, "longer than 16,777,216 bytes: split the conversation"),
-        ({"conversations": [turn("<|image_2|>", images=["a/left.png"])]}, "number the tags consecutively from <|image_1|>"),
         ({"conversations": [turn("<|image_1|>")]}, "number the tags consecutively from <|image_1|>"),
     ],
 )
-def test_a_bad_row_is_named(tmp_path, image_dir, row, message):
+def test_an_invalid_row_is_named(tmp_path, image_dir, row, message):
     good = {"id": "1", "conversations": [turn(images=["a/left.png"])]}
     path = write(tmp_path / "data.jsonl", good, "", row, good)
     with pytest.raises(ValueError, match=r"data\.jsonl, line 3") as raised:
@@ -117,7 +104,7 @@ def test_a_bad_row_is_named(tmp_path, image_dir, row, message):
     assert not list((tmp_path / "cache/conversations").iterdir())
 
 
-def test_bad_rows_are_left_out_and_counted_if_asked_for(tmp_path, image_dir, capsys):
+def test_invalid_rows_are_skipped_on_request(tmp_path, image_dir, capsys):
     good = [{"id": str(number), "conversations": [turn(images=["a/left.png"])]} for number in range(3)]
     bad = ['["a"]', {"conversations": []}, {"id": "no picture", "conversations": [turn(images=["none.png"])]}]
     path = write(tmp_path / "data.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2])
@@ -130,14 +117,14 @@ def test_bad_rows_are_left_out_and_counted_if_asked_for(tmp_path, image_dir, cap
         load_conversations(path, image_dir)
 
 
-def test_a_file_that_is_missing_or_empty_is_named(tmp_path, image_dir):
+def test_missing_and_empty_files_are_named(tmp_path, image_dir):
     with pytest.raises(ValueError, match=r"none\.jsonl is missing"):
         load_conversations(tmp_path / "none.jsonl", image_dir)
     with pytest.raises(ValueError, match=r"data\.jsonl is empty"):
         load_conversations(write(tmp_path / "data.jsonl", "", " "), image_dir)
 
 
-def test_a_picture_that_is_missing_or_cut_short_is_named(tmp_path, image_dir):
+def test_missing_truncated_and_outside_images_are_named(tmp_path, image_dir):
     path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(images=[name])]} for name in ("a/left.png", "b.png")])
     with pytest.raises(ValueError, match=r"images/b\.png is missing: put the file there"):
         load_conversations(path, image_dir)
@@ -152,11 +139,11 @@ def test_a_picture_that_is_missing_or_cut_short_is_named(tmp_path, image_dir):
         outside = write(tmp_path / f"{len(name)}.jsonl", {"conversations": [turn(images=[name])]})
         with pytest.raises(ValueError, match=f"image {name} is outside {image_dir}"):
             load_conversations(outside, image_dir)
-    assert len(load_conversations(path, image_dir, limit=1)) == 1  # whose rows are not used is not asked for
+    assert len(load_conversations(path, image_dir, limit=1)) == 1  # images of unused rows are not checked
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_damage_before_a_files_end_is_found_where_the_whole_file_is_asked_for(kind, tmp_path):
+def test_damage_within_a_file_is_found_by_decoding_it_whole(kind, tmp_path):
     path = tmp_path / f"page.{kind.lower()}"
     Image.effect_noise((300, 200), 50).save(path, kind)
     check_picture(path, whole=True)
@@ -168,7 +155,7 @@ def test_damage_before_a_files_end_is_found_where_the_whole_file_is_asked_for(ki
         check_picture(path, whole=True)
 
 
-def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
+def test_rows_that_contain_images_are_named_by_their_number(image_dir):
     whole = (image_dir / "a/left.png").read_bytes()
 
     def conversations(row):
@@ -190,37 +177,23 @@ def test_rows_that_hold_pictures_are_named_by_their_number(image_dir):
         assert list(kept) == [good] and kept.place(0) == "mine, row 1"
 
 
-def test_a_hub_without_access_is_named():
+def test_an_unreachable_hub_is_named():
     with pytest.raises(ValueError, match="nobody/nothing at_all cannot be loaded from the Hub .* use --data_dir"):
         load_hub("nobody/nothing", "at_all", columns=["images"])
 
 
-def test_rows_train_whatever_their_form(tmp_path, image_dir):
-    path = write(
-        tmp_path / "data.jsonl",
-        {"conversations": [turn()]},
-        {"conversations": [turn(images=["a/left.png", "a/right.jpg"]), turn()]},
-    )
-    rows = load_conversations(path, image_dir)
-    data = TrainingData(rows, lambda row, rng: row, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
-    assert [len(data[0, row]["images"]) for row in (0, 1)] == [0, 2]
-    assert [sum(label != -100 for label in data[0, row]["labels"]) > 5 for row in (0, 1)] == [True, True]
-
-
-@pytest.mark.slow
-def test_many_rows_start_in_seconds_and_take_no_memory(tmp_path, image_dir):
+def test_many_rows_are_read_fast_and_mapped_into_memory(tmp_path, image_dir):
     line = json.dumps({"id": "000001", "conversations": [turn("What is it? " * 10, images=["a/left.png"])]}) + "\n"
     path = tmp_path / "data.jsonl"
-    path.write_text(line * 200_000)
-    start = time.perf_counter()
-    rows = load_conversations(path, image_dir)
-    assert len(rows) == 200_000
-    assert time.perf_counter() - start < 60  # 6 s on an idle core
-    start = time.perf_counter()
-    rows = load_conversations(path, image_dir)
-    assert time.perf_counter() - start < 5
+    path.write_text(line * 50_000)
+    start = time.process_time()
+    load_conversations(path, image_dir)
+    assert time.process_time() - start < 15  # 1.5 s on an idle core
+    start = time.process_time()
+    rows = load_conversations(path, image_dir)  # from the cache
+    assert len(rows) == 50_000 and time.process_time() - start < 2
 
-    # What a worker reads is mapped from the file: pages that all share, and none of its own.
+    # All workers share the pages of the file, and need hardly any memory of their own.
     def own_memory() -> int:
         info = psutil.Process().memory_info()
         return info.rss - info.shared
@@ -228,6 +201,6 @@ def test_many_rows_start_in_seconds_and_take_no_memory(tmp_path, image_dir):
     pid = os.fork()
     if pid == 0:
         before = own_memory()
-        texts = sum(len(rows[index]["conversations"][0]["user"]) for index in range(0, 200_000, 100))
+        texts = sum(len(rows[index]["conversations"][0]["user"]) for index in range(0, 50_000, 25))
         os._exit(0 if texts == 2000 * 120 and own_memory() - before < 20 * 2**20 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

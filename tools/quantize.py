@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from common.data.conversations import Conversation, read_conversation
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import anls
 from common.model.checkpoint import check_checkpoint, find_snapshot, load_processor, load_weights, read_config
@@ -34,7 +33,7 @@ from common.phi3v.parts import unquantized_modules
 from common.report.model_card import write_model_card
 from common.runtime import InputError, limit_library_bars, say
 
-from .predict import read_rows
+from .predict import Question, read_questions
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -120,15 +119,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def score(name: str, rows: list[tuple[dict[str, Any], Conversation]], bar: bool) -> float:
+def score(name: str, questions: list[Question], bar: bool) -> float:
     """Return the ANLS of a model's answers to the last turns of conversations."""
     model: Any = AutoModelForCausalLM.from_pretrained(name, device_map={"": default_device()}, use_safetensors=True).eval()
     avoid_avx512_kernel(model)
     options = {"eval_batch_size": 8, "max_new_tokens": 64, "dataloader_num_workers": 0, "bf16": False, "tqdm": bar}
-    conversations = [conversation for _, conversation in rows]
+    conversations = [question.conversation for question in questions]
     answers = generate_answers(model, load_processor(name), conversations, argparse.Namespace(**options))
-    turns = [read_conversation(row, "")["conversations"][-1] for row, _ in rows]
-    return fmean(anls(answer, [turn["assistant"]]) for answer, turn in zip(answers, turns, strict=True))
+    return fmean(anls(answer, [question.expected or ""]) for answer, question in zip(answers, questions, strict=True))
 
 
 def main() -> None:
@@ -138,12 +136,13 @@ def main() -> None:
     # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        rows = read_rows(args.data_file, args.image_dir or args.data_file.parent, args.tqdm) if args.data_file else []
+        images = args.image_dir or (args.data_file and args.data_file.parent)
+        questions = read_questions(args.data_file, images, args.tqdm) if args.data_file else []
         quantize(args.model, args.scheme, args.output_dir)
         print(f"Wrote {args.output_dir}: {gigabytes(args.model)} -> {gigabytes(args.output_dir)} GB")
-        if rows:
-            before, after = (score(str(name), rows, args.tqdm) for name in (args.model, args.output_dir))
-            print(f"ANLS of {len(rows)} answers: {before:.4f} -> {after:.4f}")
+        if questions:
+            before, after = (score(str(name), questions, args.tqdm) for name in (args.model, args.output_dir))
+            print(f"ANLS of {len(questions)} answers: {before:.4f} -> {after:.4f}")
     except (OSError, InputError) as error:
         sys.exit(f"error: {error}")
 
