@@ -74,7 +74,7 @@ KILLED = [
     Fault("killed while the report is written", "results saved", **strike(f"{TRAINER}.report", struck.kill)),
     Fault(
         "a data worker killed",
-        r"error: a data worker died \(DataLoader worker \(pid \d+\) is killed by signal: Killed.*",
+        r"error: a data worker died \(DataLoader worker .*",
         BOTH,
         **strike(STEP, struck.kill_workers, 4, (1,)),
         options={"dataloader_num_workers": 1},
