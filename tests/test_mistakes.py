@@ -77,8 +77,6 @@ OF_TASKS = [
     (hateful_memes, "--data_dir a --streaming", "--streaming reads from the Hub and cannot be used with --data_dir"),
     (ucf101, "", "the following arguments are required: --data_dir"),
     (ucf101, "--data_dri clips", "unknown flag --data_dri: did you mean --data_dir?"),
-    (ucf101, "--data_dir a --eval_split test --eval_file b.jsonl", "--eval_split has no effect with --eval_file"),
-    (ucf101, "--data_dir a --eval_only --train_file b.jsonl", "--eval_only does not train: remove --train_file"),
     (hateful_memes, "--eval_by_likelihood --max_new_tokens 4", "--max_new_tokens has no effect with --eval_by_likelihood"),
 ]
 

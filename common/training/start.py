@@ -69,8 +69,6 @@ def start(args: argparse.Namespace) -> Setup:
         return Setup(device, precision, attention="sdpa")
     adapter = adapter_to_continue(args)
     base, revision = find_base(adapter) if adapter else (args.model_name_or_path, None)
-    if not Path(base).is_dir():
-        say(f"Loading {base} from the Hub or its cache")
     revision = first_on_each_machine(lambda: fetch_checkpoint(base, revision=revision))
     if adapter and (fault := base_fault(adapter, base, revision)[0]):
         raise InputError(f"{fault}: put the model there that it was trained on", f"--model_name_or_path {adapter}")
