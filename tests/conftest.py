@@ -92,11 +92,3 @@ def predict(monkeypatch, capsys):
         return capsys.readouterr().out
 
     return run
-
-
-def run_tool(name: str, *arguments: object) -> str:
-    """Run a tool in a process of its own, which must succeed, and return what it printed."""
-    command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
