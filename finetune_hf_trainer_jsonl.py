@@ -57,6 +57,13 @@ def parse_args():
         "or, if its first image is not there, images/ in it)",
     )
     args = parser.parse_args()
+    files, weights, fraction = args.train_file or ["train.jsonl"], args.train_weights, args.eval_fraction
+    if not (args.data_dir or args.train_file or (args.eval_only and args.eval_file)):
+        parser.error("pass --data_dir, a folder with train.jsonl, or --train_file")
+    if fraction is not None and (args.eval_file or args.streaming or not 0 < fraction < 1):
+        parser.error("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
+    if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
+        parser.error("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
     return argparse.Namespace(**vars(args) | {"task": args.task_name, "metric": args.metrics[0]})
 
 
@@ -83,31 +90,26 @@ from common.training.trainer import build_trainer
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows. All rows and images are checked; streamed ones when they are read."""
-    if not (args.data_dir or args.train_file):
-        raise InputError("pass --data_dir, a folder with train.jsonl, or --train_file")
     folder = args.data_dir or Path()
     files = [folder / name for name in args.train_file or ["train.jsonl"]]
-    weights, fraction = args.train_weights, args.eval_fraction
-    if fraction is not None and (args.eval_file or args.streaming or not 0 < fraction < 1):
-        raise InputError("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
-    if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
-        raise InputError("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
     eval_file = folder / (args.eval_file or "val.jsonl")
-    if not (fraction or args.eval_file or eval_file.is_file()):
+    if not (args.eval_fraction or args.eval_file or eval_file.is_file()):
         raise InputError(f"there is no {eval_file} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
 
     def load(file: Path, limit: int | None) -> Rows:
         return load_conversations(file, args.image_dir or find_image_dir(file), limit, args.tqdm, args.on_bad_sample == "skip")
 
+    if args.eval_only and not args.eval_fraction:
+        return Rows([], str), load(eval_file, args.max_eval_samples)
     if args.streaming:
         train_rows = stream_conversations(files, args.image_dir or find_image_dir(files[0]), args.max_train_samples)
         return train_rows, load(eval_file, args.max_eval_samples)
     parts = [load(file, args.max_train_samples) for file in files]
-    if fraction:
-        parts, eval_rows = split_by_picture(parts, fraction, args.seed, args.max_eval_samples, args.tqdm)
+    if args.eval_fraction:
+        parts, eval_rows = split_by_picture(parts, args.eval_fraction, args.seed, args.max_eval_samples, args.tqdm)
     else:
         eval_rows = load(eval_file, args.max_eval_samples)
-    return join_rows(parts, weights, args.seed), eval_rows
+    return join_rows(parts, args.train_weights, args.seed), eval_rows
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:

@@ -17,7 +17,7 @@ from runs import weights, write_random_model
 from transformers import AutoProcessor, get_scheduler
 
 import finetune_hf_trainer_jsonl as script
-from common.arguments import SCHEDULES
+from common.arguments import SCHEDULES, Parser
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.formats import read_lines
 from common.data.mixing import Mixture
@@ -167,6 +167,10 @@ def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, mon
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, folder, monkeypatch):
+    def refuse(parser, text):
+        raise InputError(text)
+
+    monkeypatch.setattr(Parser, "error", refuse)
     write(folder / "train.jsonl", [row("0.png"), row("copy.png", user="Other?")])
     with pytest.raises(InputError) as error:
         load(monkeypatch, *(flag.format(folder) for flag in flags))
