@@ -116,7 +116,7 @@ def break_empty(data):
 def break_folder(data):
     shutil.rmtree(data)
     data.write_text("")
-    return "train_v1.0_withQT.json is missing", "--data_dir must be the folder"
+    return "_v1.0_withQT.json is missing", "--data_dir must be the folder"
 
 
 @pytest.mark.parametrize("damage", [break_missing, break_no_picture, break_cut_short, break_empty, break_folder])

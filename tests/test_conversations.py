@@ -174,7 +174,7 @@ PARTS = [
 )
 def test_rows_of_other_formats_are_read(row, images, question, system):
     if images is None:
-        with pytest.raises(ValueError, match=r"line 3: the row has 2 image\(s\) and 1 <image> mark\(s\)"):
+        with pytest.raises(ValueError, match=r"line 3: the row has 2 images and 1 <image> mark: "):
             read_conversation(row, "line 3")
         return
     found = read_conversation(row, "line 3")

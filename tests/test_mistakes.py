@@ -13,6 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
+import finetune_hf_trainer_jsonl as jsonl
+import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
 from common import arguments, process
 from common.phi3v import image_processing, parts
@@ -75,6 +77,13 @@ MISTAKES = [
 OF_TASKS = [
     (docvqa, "--data_dir a --full_train", "--streaming and --full_train read from the Hub"),
     (hateful_memes, "--data_dir a --streaming", "--streaming reads from the Hub and cannot be used with --data_dir"),
+    (nlvr2, "--data_dir a --streaming", "--streaming reads from the Hub and cannot be used with --data_dir"),
+    (jsonl, "--bf16", "pass --data_dir, a folder with train.jsonl, or --train_file"),
+    (
+        jsonl,
+        "--train_file a.jsonl --eval_fraction 0.1 --eval_file b.jsonl",
+        "--eval_fraction must be between 0 and 1, and excludes",
+    ),
     (ucf101, "", "the following arguments are required: --data_dir"),
     (ucf101, "--data_dri clips", "unknown flag --data_dri: did you mean --data_dir?"),
     (hateful_memes, "--eval_by_likelihood --max_new_tokens 4", "--max_new_tokens has no effect with --eval_by_likelihood"),

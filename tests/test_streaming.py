@@ -15,7 +15,6 @@ from runs import flags, message, weights
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor
 
-import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_jsonl as jsonl
 import finetune_hf_trainer_nlvr2 as nlvr2
@@ -233,7 +232,8 @@ def hub(tmp_path, monkeypatch):
 
 def load(script, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    return script.load_rows(script.parse_args())
+    args = script.parse_args()
+    return script.load_train_rows(args), script.load_eval_rows(args)
 
 
 def questions(stream):
@@ -258,12 +258,6 @@ def test_nlvr2_from_the_hub_trains_on_every_question(hub, monkeypatch):
     row = next(train_rows.rows(0, 0))
     asked = nlvr2.to_conversation(row.content)["conversations"][0]
     assert asked["user"] == row.content["question"] and asked["images"] == row.content["images"]
-
-
-@pytest.mark.parametrize("script", [docvqa, hateful_memes, nlvr2])
-def test_official_files_are_not_streamed(script, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="--streaming .*reads? from the Hub"):
-        load(script, monkeypatch, "--data_dir", tmp_path, "--streaming")
 
 
 def test_an_unreachable_hub():
