@@ -137,7 +137,8 @@ def test_the_evaluation_loss(build, batches, packing):
     """The Trainer's own loop, with a stand-in for the Trainer that has only the attributes it reads."""
     batch = batches[packing, False]
     trainer = SimpleNamespace(
-        flags=SimpleNamespace(batch_size_per_gpu=1, bf16=True, tqdm=False, eval_metric_steps=None),
+        flags=SimpleNamespace(bf16=True, tqdm=False, eval_metric_steps=None),
+        setup=SimpleNamespace(batch_size_per_gpu=1),
         _eval_batches=2,
         eval_dataset=[1],
         state=None,

@@ -278,7 +278,7 @@ def test_adapters_do_not_cast_their_inputs():
 
 
 def test_summary_of_a_run():
-    model, args, setup = load(), flags(), settled()
+    model, args, setup = load(), flags(), dataclasses.replace(settled(), batch_size_per_gpu=2)
     flops = TrainingFlops(model)
     trial = estimate_memory(model, args, setup, flops)
     lengths = Lengths(tokens=np.array([300, 500]), views=np.array([2, 3]))
@@ -289,7 +289,8 @@ def test_summary_of_a_run():
     assert lines["batch"].strip() == "8 samples per step = 1 process × 2 per micro-batch × 4 accumulation"
     assert lines["steps"].strip() == "6 on 16 rows, learning rate warmup for 2, then linear"
     budget = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=2, max_tokens=2000)
-    text = summarize(flags(max_tokens_per_batch="auto"), setup, model, 16, budget, lengths, "none", trial, flops)
+    auto = dataclasses.replace(setup, max_tokens_per_batch="auto")
+    text = summarize(args, auto, model, 16, budget, lengths, "none", trial, flops)
     assert "8 samples per step = 1 process × 2 micro-batches of up to 2,000 tokens (auto)" in text
     for warmup, said in (
         (0.5, "warmup for 3, then cosine"),

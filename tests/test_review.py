@@ -54,7 +54,8 @@ def review(script, monkeypatch, processor, *flags):
     """The warnings of a run before training."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--no-tqdm"])
     args = script.parse_args()
-    data = [TrainingData(rows, script.to_conversation, processor, 0) for rows in script.load_rows(args)]
+    loaded = script.load_rows(args) if script is jsonl else (script.load_train_rows(args), script.load_eval_rows(args))
+    data = [TrainingData(rows, script.to_conversation, processor, 0) for rows in loaded]
     return review_data(*data, data[0].sample_lengths(), longest_evaluation_answer(data[1]), args.max_new_tokens, bar=False)
 
 
