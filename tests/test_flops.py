@@ -89,7 +89,8 @@ def test_flops_do_not_depend_on_the_layout(processor, samples):
     assert frozen.backward["views"] == frozen.backward["image_tokens"] == 0
     assert frozen.backward["tokens"] == flops.backward["tokens"] == 2 * flops.forward["tokens"]
     lora = TrainingFlops(base_model(build("LoRA, frozen vision")))
-    assert flops.forward["tokens"] < lora.backward["tokens"] < 1.3 * flops.forward["tokens"]
+    # Inputs of the first layer need no gradients, and adapters add a little.
+    assert 0.9 < lora.backward["tokens"] / flops.forward["tokens"] < 1.3
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_several_nonfinite_losses_in_a_row_end_a_run(bad):
     assert train([1.0, bad, bad, 1.0, bad, bad, 1.0]) == 7
     with pytest.raises(ValueError, match=r"not finite for 3 steps in a row, first in step 3 \(row 2\): nothing was saved"):
         train([1.0, 1.0, bad, bad, bad])
-    with pytest.raises(ValueError, match=r"not finite for 1 steps in a row, first in step 2 \(row 1\)"):
+    with pytest.raises(ValueError, match=r"not finite for 1 step in a row, first in step 2 \(row 1\)"):
         train([1.0, bad], limit=1)
     assert train([bad] * (SKIPPED_STEPS - 1), fp16=True) == SKIPPED_STEPS - 1  # while fp16 looks for its loss scale
     with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} step"):
