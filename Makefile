@@ -79,14 +79,15 @@ serving-test: .venv/installed-for-tests .venv-serving/installed
 
 # lmms-eval's own list of dependencies conflicts with requirements.txt, so it is installed beside the environment without them.
 LMMS_EVAL = lmms-eval==0.7.3 evaluate==0.4.6 loguru==0.7.3 sacrebleu==2.6.0 portalocker==4.4.2 tabulate==0.10.0 colorama==0.4.6 \
-lxml==6.1.3 pytz==2026.6 tenacity==9.2.1
+lxml==6.1.3 pytz==2026.6 tenacity==9.2.1 filelock==3.20.0
 
 .lmms-eval/installed: Makefile
+	$(BIN)/pip install --quiet --upgrade --target .lmms-eval aiohttp==3.14.5 requests==2.34.2 pytablewriter==1.2.1
 	$(BIN)/pip install --quiet --upgrade --no-deps --target .lmms-eval $(LMMS_EVAL)
 	touch $@
 
 lmms-test: .venv/installed-for-tests .lmms-eval/installed
-	PYTHONPATH=.lmms-eval $(BIN)/python -m pytest -q tests/test_lmms_eval.py
+	PYTHONPATH=$(CURDIR)/.lmms-eval $(BIN)/python -m pytest -q tests/test_lmms_eval.py
 
 matrix: .venv/installed
 	$(BIN)/python -m tools.matrix

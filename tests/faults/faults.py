@@ -292,7 +292,7 @@ def put_inf_weight(output: Path):
 def put_inf_optimizer(output: Path):
     [path, _] = sorted((output / "checkpoint-4").rglob("*optim_states.pt"))
     states = torch.load(path, weights_only=False)
-    states["optimizer_state_dict"]["single_partition_of_fp32_groups"][0][0] = float("inf")
+    states["optimizer_state_dict"]["single_partition_of_fp32_groups"][0].data[0] = float("inf")
     torch.save(states, path)
     write_manifest(output / "checkpoint-4")
 
