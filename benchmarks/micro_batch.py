@@ -145,7 +145,7 @@ def main() -> None:
             model = build_model(method, random_config(args.config), device)
             if args.torch_compile:
                 base = base_model(model).model
-                for layer in (*base.layers[:-1], *base.vision_embed_tokens.tower.encoder.layers[:-1]):
+                for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]):
                     layer.compile(dynamic=True)
             fused = {module: type(module) for module in model.modules()}
             for samples, layers, recompute in itertools.product(args.samples, args.layers, args.recompute):

@@ -31,8 +31,8 @@ CHOICES = {
     ("full", 8): ("full, on 8 GPUs", "--bf16 --use_flash_attention"),
     ("full", 1): ("full, on one GPU", f"--bf16 --use_flash_attention {EIGHT_BIT}"),
     ("frozen", 1): ("frozen vision, on one GPU", f"--bf16 --use_flash_attention --freeze_vision_model {EIGHT_BIT}"),
-    ("lora", 1): ("LoRA", "--bf16 --use_flash_attention --use_lora"),
-    ("qlora", 1): ("QLoRA", "--bf16 --use_flash_attention --use_qlora"),
+    ("lora", 1): ("LoRA", "--bf16 --use_flash_attention --use_lora --lora_rank 32"),
+    ("qlora", 1): ("QLoRA", "--bf16 --use_flash_attention --use_qlora --lora_rank 32"),
 }
 MODES = {"L": "grayscale", "RGB": "color", "1": "black and white"}  # by mode of Pillow
 # MFU and peak GB. The memory targets are for full recomputation and one sample per micro-batch.
