@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 from common.data.conversations import Conversation, answer_lengths, check_context, count_tokens, read_conversation
@@ -22,6 +20,7 @@ from common.phi3v import Phi3VProcessor
 from common.runtime import InputError, Progress
 
 from .similar_images import signature
+from .workers import start_worker
 
 LINES_AT_ONCE = 500
 IMAGES_REMEMBERED = 100_000
@@ -161,20 +160,11 @@ class Checker:
 _checker: Checker | None = None  # set in worker processes
 
 
-def start_worker(checker: Checker) -> None:
-    """Set up a worker process: it ignores Ctrl-C, and exits with the main process even if that is killed."""
+def _start(checker: Checker) -> None:
+    """Set up a worker process, and the checker that it uses."""
     global _checker
     _checker = checker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    parent = parent_process()
-    assert parent
-
-    def end_with_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    start_worker()
 
 
 def check_lines(image_dir: Path, lines: list[tuple[str, bytes]]) -> list[Row]:
@@ -200,7 +190,7 @@ def check_in_parallel(
     pending: deque[tuple[Path, int, Future]] = deque()
     # With "fork", workers inherit the checker and the imported libraries; importing again takes longer than most checks.
     num_workers = os.cpu_count() or 1
-    pool = ProcessPoolExecutor(num_workers, get_context("fork"), start_worker, (checker,))
+    pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start, (checker,))
     with pool, Progress("Checking data", "bytes", total, bar) as progress:
         batches = read_chunks(files)
         while True:

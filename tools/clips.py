@@ -9,19 +9,19 @@ import hashlib
 import io
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 
 import av
 from PIL import Image
 from tqdm import tqdm
+
+from .workers import start_worker
 
 LARGEST_CLIP = 2**30  # bytes; a clip is read into memory
 JPEG_QUALITY = 95
@@ -42,20 +42,6 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def start_worker() -> None:
-    """Ignore Ctrl-C in a worker process, and exit with the main process even if that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    parent = parent_process()
-    assert parent
-
-    def end_with_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
