@@ -24,7 +24,8 @@ import finetune_hf_trainer_docvqa as docvqa
 from common import runtime
 from common.data.collator import load_crops
 from common.data.loader import WorkerLoader
-from common.runtime import InputError, run
+from common.process import InputError
+from common.runtime import run
 from common.training import start as training
 
 

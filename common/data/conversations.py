@@ -107,7 +107,7 @@ def format_name(row: dict[str, Any]) -> str:
 def check_fields(
     found: Iterable[str], known: Collection[str], misplaced: Mapping[str, str], place: str, kind: str = "field"
 ) -> None:
-    """Raise an :class:`~common.runtime.InputError` for an unknown name, with the nearest known one, or where it belongs."""
+    """Raise an :class:`~common.process.InputError` for an unknown name, with the nearest known one, or where it belongs."""
     for name in found:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.runtime import InputError, parse_json
+from common.process import InputError
+from common.runtime import parse_json
 
 from .conversations import check_fields, format_name
 

@@ -9,7 +9,8 @@ from itertools import chain
 import numpy as np
 
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
-from common.runtime import gather, rank, world_size
+from common.process import rank, world_size
+from common.runtime import gather
 
 from .batches import Lengths
 from .conversations import longest_answer

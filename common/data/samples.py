@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
-from common.runtime import InputError, Progress, gather, rank, world_size
+from common.process import InputError, rank, world_size
+from common.runtime import Progress, gather
 
 from .batches import Lengths
 from .conversations import Conversation, check_context, count_tokens, encode_conversation, pictures

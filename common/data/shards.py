@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import are_progress_bars_disabled, load_dataset_builder
 
-from common.runtime import InputError, on_main_process, track
+from common.process import InputError
+from common.runtime import on_main_process, track
 
 from .conversations import Conversation, check_conversation, read_conversation
 from .formats import is_table

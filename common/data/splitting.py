@@ -9,7 +9,8 @@ from itertools import chain
 
 import numpy as np
 
-from common.runtime import InputError, Progress, gather, rank, world_size
+from common.process import InputError, rank, world_size
+from common.runtime import Progress, gather
 
 from .conversations import pictures
 from .pictures import picture_content

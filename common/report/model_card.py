@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from common.runtime import InputError, is_main_process, read_json, write_file
+from common.process import InputError, is_main_process
+from common.runtime import read_json, write_file
 
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
 

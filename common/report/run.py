@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.runtime import InputError, hardware, is_main_process, local_world_size, read_json, versions, world_size, write_file
+from common.process import InputError, is_main_process, local_world_size, world_size
+from common.runtime import hardware, read_json, versions, write_file
 
 FILES = {
     "run.json": "command, versions, data and hyperparameters are unknown",

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import uses_adapters
-from common.runtime import InputError, read_json
+from common.process import InputError
+from common.runtime import read_json
 
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
 REMEDY = "see common/deepspeed/ for examples"

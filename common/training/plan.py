@@ -18,7 +18,8 @@ from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
 from common.phi3v.flops import TrainingFlops
-from common.runtime import InputError, rank, read_json, world_size
+from common.process import InputError, rank, world_size
+from common.runtime import read_json
 
 from .checkpoints import TOTALS
 from .memory import MODES, Trial, fastest_budget, mean_flops
