@@ -8,7 +8,7 @@ data/         from dataset rows to batches
 arguments.py  command-line flags
 phi3v/        the model; importing it registers Phi-3-vision and Phi-3.5-vision with transformers
 runtime.py    the processes of a run, files, progress
-process.py    this process: input errors, its rank, its end; imports nothing, for flags that are checked at once
+process.py    this process: flags, input errors, its rank, its end; imports no library
 """
 
 import logging

@@ -11,11 +11,10 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from common.process import InputError, counted, fail, local_rank, world_size
+from common.process import InputError, Parser, counted, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -42,23 +41,6 @@ CHANGEABLE += ("steps", "seed", "num_crops", "data")
 LORA_DEFAULTS: dict[str, Any] = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
 LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
 
-# Flags of transformers, PEFT and TRL, and what to use instead.
-OTHER_NAMES = {
-    "bs": "--batch_size",
-    "epochs": "--num_train_epochs",
-    "fp16": "no flag: fp16 is the default on a GPU",
-    "gradient_accumulation_steps": "--batch_size, the samples per step over all processes",
-    "load_in_4bit": "--use_qlora",
-    "lora_alpha": "--lora_alpha_ratio, alpha divided by the rank",
-    "lora_r": "--lora_rank",
-    "lr": "--learning_rate",
-    "model": "--model_name_or_path",
-    "per_device_eval_batch_size": "--eval_batch_size",
-    "per_device_train_batch_size": "--batch_size_per_gpu",
-    "warmup_ratio": "--warmup_steps with a value below 1",
-    "weight_decay": "--wd",
-}
-TORCHRUN_FLAGS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "standalone")
 # Shared flags that act with --eval_only.
 EVALUATION_FLAGS: tuple[str, ...] = ("eval_only", "model_name_or_path", "num_crops", "bf16", "output_dir", "ddp_timeout")
 EVALUATION_FLAGS += ("dataloader_num_workers", "on_bad_sample", "max_eval_samples", "eval_batch_size", "max_new_tokens", "tqdm")
@@ -111,44 +93,6 @@ class Setup:
     adapter: Path | None = None
     checkpoint: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, on one process of each machine, and suggests what was meant."""
-
-    def __init__(self, description: str | None) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Show the message and exit with code 1. All processes have the same flags."""
-        fail(message, show=local_rank() == 0)
-
-    # Without the overloads of argparse, which are for other classes of namespaces.
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """Return the values of the flags. Unknown ones are named before missing ones: they may be the same, misspelled."""
-        words = sys.argv[1:] if args is None else list(args)
-        names = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
-        known = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
-        for name in names:
-            if name and name not in known and "help" not in names:
-                self.error(f"unknown flag --{name}{_suggestion(name, known)}")
-        values, unexpected = self.parse_known_args(words, namespace)
-        if unexpected:
-            before = words[words.index(unexpected[0]) - 1] if unexpected[0] in words[1:] else self.prog
-            self.error(f"unexpected {unexpected[0]!r} after {before}; --help shows which flags take a value")
-        return values
-
-
-def _suggestion(name: str, known: list[str]) -> str:
-    if name.replace("-", "_") in TORCHRUN_FLAGS:
-        return ": torchrun's own flags come before the script"
-    if (other := OTHER_NAMES.get(name)) and other.split()[0].strip("-,:") in [*known, "no"]:
-        return f": use {other}"
-    closest = get_close_matches(name.lower().replace("-", "_"), known, n=1) or get_close_matches(name, known, n=1)
-    return f": did you mean --{closest[0]}?" if closest else "; --help lists all flags"
 
 
 class TrainingParser(Parser):

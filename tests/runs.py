@@ -14,12 +14,11 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.arguments import Parser
 from common.data.collator import Collator
 from common.data.samples import TrainingData
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
-from common.process import InputError
+from common.process import InputError, Parser
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 METHODS = {

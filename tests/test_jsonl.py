@@ -17,13 +17,13 @@ from runs import weights, write_random_model
 from transformers import AutoProcessor, get_scheduler
 
 import finetune_hf_trainer_jsonl as script
-from common.arguments import SCHEDULES, Parser
+from common.arguments import SCHEDULES
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.formats import read_lines
 from common.data.mixing import Mixture
 from common.data.samples import TrainingData
 from common.data.sources import load_conversations
-from common.process import InputError
+from common.process import InputError, Parser
 
 QUESTIONS = {"0.png": "What is it, then?", "1.png": 'Say "red"', "2.png": "Über\nzwei Zeilen?"}
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from common.arguments import Parser
-from common.process import InputError, say
+from common.process import InputError, Parser, say
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.arguments import MAX_CROPS, Parser
+from common.arguments import MAX_CROPS
 from common.evaluation.metrics import METRICS
+from common.process import Parser
 
 
 def prediction_parser(description: str | None) -> Parser:

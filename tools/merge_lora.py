@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.arguments import Parser
-from common.process import InputError, fail, say
+from common.process import InputError, Parser, fail, say
 
 DTYPES = ("float32", "bfloat16", "float16")
 
