@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 
 from common.arguments import training_parser
-from common.process import InputError, say
+from common.runtime.process import InputError, say
 
 MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = ["id", "image", "query", "answers"]
@@ -48,7 +48,8 @@ from common.evaluation.metrics import anls
 from common.evaluation.predictions import Evaluation, Prediction
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import read_json, run
+from common.runtime.files import read_json
+from common.runtime.script import run
 from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import training_parser
-from common.process import InputError, excerpt, say
+from common.runtime.process import InputError, excerpt, say
 
 
 def parse_args():
@@ -55,7 +55,7 @@ from common.evaluation.metrics import accuracy, auroc
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import run
+from common.runtime.script import run
 from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer

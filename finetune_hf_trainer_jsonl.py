@@ -21,7 +21,7 @@ from statistics import fmean
 
 from common.arguments import training_parser
 from common.evaluation.metrics import METRICS
-from common.process import InputError, say
+from common.runtime.process import InputError, say
 
 
 def parse_args():
@@ -82,7 +82,7 @@ from common.evaluation.generation import generate_answers
 from common.evaluation.predictions import Evaluation, Prediction
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import run
+from common.runtime.script import run
 from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from common.arguments import training_parser
-from common.process import InputError, say
+from common.runtime.process import InputError, say
 
 
 def parse_args():
@@ -46,7 +46,7 @@ from common.evaluation.metrics import accuracy, consistency
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import run
+from common.runtime.script import run
 from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer

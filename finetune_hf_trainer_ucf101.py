@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from common.arguments import training_parser
-from common.process import say
+from common.runtime.process import say
 
 
 def parse_args():
@@ -48,7 +48,7 @@ from common.evaluation.metrics import accuracy, accuracy_per_class
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime import run
+from common.runtime.script import run
 from common.training.evaluation import evaluate_only
 from common.training.start import start
 from common.training.trainer import build_trainer

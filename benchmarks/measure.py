@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.runtime import cpu_name, versions, write_file
+from common.runtime.files import write_file
+from common.runtime.machine import cpu_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 

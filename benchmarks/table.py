@@ -12,7 +12,7 @@ from common.model.loading import base_model
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS
-from common.runtime import read_json, write_file
+from common.runtime.files import read_json, write_file
 from tools.runs import METHOD_TITLES, load_published, markdown_table
 
 from .measure import RESULTS

@@ -31,7 +31,7 @@ from common.model.checkpoint import load_processor
 from common.model.loading import base_model, load_model
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import TrainingFlops, peak_flops
-from common.runtime import read_json
+from common.runtime.files import read_json
 from common.training.start import start
 from common.training.trainer import build_trainer
 

@@ -7,8 +7,7 @@ model/        checking and loading checkpoints
 data/         from dataset rows to batches
 arguments.py  command-line flags
 phi3v/        the model; importing it registers Phi-3-vision and Phi-3.5-vision with transformers
-runtime.py    the processes of a run, files, progress
-process.py    this process: flags, input errors, its rank, its end; imports no library
+runtime/      this process among others: errors and messages, collectives, files, progress; imports nothing else from here
 """
 
 import logging

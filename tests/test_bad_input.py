@@ -21,11 +21,11 @@ from PIL import Image
 from runs import SCRIPT, flags, message, write_docvqa
 
 import finetune_hf_trainer_docvqa as docvqa
-from common import runtime
 from common.data.collator import load_crops
 from common.data.loader import WorkerLoader
-from common.process import InputError
-from common.runtime import run
+from common.runtime import machine
+from common.runtime.process import InputError
+from common.runtime.script import run
 from common.training import start as training
 
 
@@ -42,7 +42,7 @@ def test_the_requested_number_of_threads_is_used(exported, threads, monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", exported)
     monkeypatch.setenv("RANK", "0")
     training._prepare_environment(on_gpu=False)
-    assert chosen == ([] if threads else [runtime.cores_per_process()])
+    assert chosen == ([] if threads else [machine.cores_per_process()])
 
 
 def test_more_processes_than_gpus(monkeypatch, data, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from common.arguments import check_arguments, training_parser
 from common.model.adapters import adapter_to_continue
-from common.process import InputError
+from common.runtime.process import InputError
 from tools.merge_lora import merge
 
 

@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, Trainer
 
-from common import runtime
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
 from common.model.loading import base_model
 from common.phi3v.flops import TrainingFlops, named_peak_flops, peak_flops
+from common.runtime import collectives
 from common.training import trainer as trainer_module
 
 
@@ -121,8 +121,8 @@ def test_throughput_covers_all_processes_and_only_training(processor, samples, m
     now, logged = [100.0], []
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(trainer_module, "peak_flops", lambda device: 1e12)
-    monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    monkeypatch.setattr(runtime.dist, "all_reduce", lambda done: done.mul_(2))  # the other process did as much
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives.dist, "all_reduce", lambda done: done.mul_(2))  # the other process did as much
     monkeypatch.setattr(Trainer, "training_step", lambda *_: torch.tensor(0.0))
     monkeypatch.setattr(Trainer, "log", lambda _, logs: logged.append(logs))
     trainer = trainer_module.FinetuningTrainer.__new__(trainer_module.FinetuningTrainer)

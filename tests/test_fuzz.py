@@ -34,7 +34,7 @@ from common.data.pictures import check_picture, decode_picture
 from common.data.sources import load_conversations, parse_conversation, read_rows
 from common.model.checkpoint import load_processor
 from common.model.inference import attach_adapter, find_adapter, find_base, load_base, load_full
-from common.process import InputError
+from common.runtime.process import InputError
 from common.training.deepspeed import choose_deepspeed, zero_stage
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))

@@ -23,7 +23,7 @@ from common.data.formats import read_lines
 from common.data.mixing import Mixture
 from common.data.samples import TrainingData
 from common.data.sources import load_conversations
-from common.process import InputError, Parser
+from common.runtime.process import InputError, Parser
 
 QUESTIONS = {"0.png": "What is it, then?", "1.png": 'Say "red"', "2.png": "Über\nzwei Zeilen?"}
 

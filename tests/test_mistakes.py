@@ -16,8 +16,9 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_jsonl as jsonl
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
-from common import arguments, process
+from common import arguments
 from common.phi3v import image_processing, parts
+from common.runtime import process
 
 # Flags, and what is said about them.
 MISTAKES = [

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from common.report.model_card import write_model_card
 from common.report.run import launch_command, write_run
-from common.runtime import cpu_name
+from common.runtime.machine import cpu_name
 from tools.merge_lora import merge
 
 

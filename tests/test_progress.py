@@ -8,10 +8,10 @@ import pytest
 from transformers import TrainerState
 
 import common.data.shards
-import common.runtime
+import common.runtime.progress
 import common.training.progress
 from common.data.shards import stream_conversations
-from common.runtime import Progress, limit_library_bars, show_bars, track
+from common.runtime.progress import Progress, limit_library_bars, show_bars, track
 from common.training.progress import TrainingProgress
 
 
@@ -45,7 +45,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    for module in (common.runtime, common.training.progress):
+    for module in (common.runtime.progress, common.training.progress):
         monkeypatch.setattr(module, "time", clock)
     return clock
 
@@ -97,8 +97,8 @@ def test_progress_bars_of_libraries_are_switched_off(screen, monkeypatch, termin
     screen(terminal)
     monkeypatch.setenv("RANK", rank)
     switched_off = []
-    monkeypatch.setattr(common.runtime.logging, "disable_progress_bar", lambda: switched_off.append("transformers"))
-    monkeypatch.setattr(common.runtime.datasets, "disable_progress_bars", lambda: switched_off.append("datasets"))
+    monkeypatch.setattr(common.runtime.progress.logging, "disable_progress_bar", lambda: switched_off.append("transformers"))
+    monkeypatch.setattr(common.runtime.progress.datasets, "disable_progress_bars", lambda: switched_off.append("datasets"))
     limit_library_bars(wanted)
     assert show_bars(wanted) == bars
     assert switched_off == ([] if bars else ["transformers", "datasets"])

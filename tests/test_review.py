@@ -17,7 +17,7 @@ import finetune_hf_trainer_jsonl as jsonl
 from common.data.review import longest_evaluation_answer, review_data
 from common.data.samples import TrainingData
 from common.evaluation import generation
-from common.process import InputError
+from common.runtime.process import InputError
 from tools.check_data import check_files
 from tools.check_rows import Checker
 

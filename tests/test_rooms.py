@@ -11,7 +11,7 @@ from conftest import ROOT
 
 COMMON = ROOT / "common"
 # Each may import those before it.
-ROOMS = ("process", "runtime", "phi3v", "arguments", "data", "model", "evaluation", "report", "training")
+ROOMS = ("runtime", "phi3v", "arguments", "data", "model", "evaluation", "report", "training")
 MOST_LEVELS = 6
 
 
@@ -48,7 +48,7 @@ def edges():
                 yield room_of(path), parts[1]
 
 
-def test_there_are_nine_rooms():
+def test_there_are_eight_rooms():
     assert {room_of(path) for path in modules()} == set(ROOMS)
 
 
@@ -91,8 +91,8 @@ def test_packages_export_nothing_of_their_modules():
         assert path.parent.name == "phi3v" or len(tree.body) == 1, path
 
 
-def test_model_and_process_import_no_other_package():
-    assert not [edge for edge in edges() if edge[0] in ("phi3v", "process")]
+def test_model_and_runtime_import_no_other_package():
+    assert not [edge for edge in edges() if edge[0] in ("phi3v", "runtime")]
 
 
 def test_flags_are_not_rewritten():

@@ -26,8 +26,8 @@ from common.data.formats import describe_format
 from common.model.checkpoint import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import CROP_SIZE, MAX_CROPS
-from common.process import InputError, counted, excerpt
-from common.runtime import limit_library_bars
+from common.runtime.process import InputError, counted, excerpt
+from common.runtime.progress import limit_library_bars
 
 from .check_rows import CheckedImage, Checker, Row, check_in_parallel
 from .contact_sheet import write_contact_sheet

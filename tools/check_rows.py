@@ -17,8 +17,8 @@ from common.data.formats import read_lines
 from common.data.pictures import check_picture, decode_picture, picture_content, picture_path, picture_size
 from common.data.sources import content_hash, file_faults, find_image_dir, listed_images, parse_object
 from common.phi3v import Phi3VProcessor
-from common.process import InputError
-from common.runtime import Progress
+from common.runtime.process import InputError
+from common.runtime.progress import Progress
 
 from .similar_images import signature
 from .workers import start_worker

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.data.pictures import decode_picture
 from common.phi3v.image_processing import CROP_SIZE, to_crop_grid
-from common.runtime import write_file
+from common.runtime.files import write_file
 
 from .check_rows import CheckedImage, Row
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from common.process import InputError, Parser, say
+from common.runtime.process import InputError, Parser, say
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +54,8 @@ from common.data.conversations import encode_prompt
 from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
 from common.phi3v.processing import control_token_ids
-from common.runtime import limit_library_bars, read_json
+from common.runtime.files import read_json
+from common.runtime.progress import limit_library_bars
 
 ONE_HOUR = 3600
 LARGEST_UPLOAD = "20mb"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.process import InputError, say
+from common.runtime.process import InputError, say
 from tools.flags import check_positive, prediction_parser
 
 

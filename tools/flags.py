@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.arguments import MAX_CROPS
 from common.evaluation.metrics import METRICS
-from common.process import Parser
+from common.runtime.process import Parser
 
 
 def prediction_parser(description: str | None) -> Parser:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.runtime import read_json, write_file
+from common.runtime.files import read_json, write_file
 
 from .embedded import add_run_flags, run_embedded
 from .runs import METHOD_FLAGS, METHOD_TITLES, TASKS, RunFailed, markdown_table, read_results, write_page

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.process import InputError, Parser, fail, say
+from common.runtime.process import InputError, Parser, fail, say
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ from safetensors import SafetensorError
 from common.model.checkpoint import read_config
 from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
 from common.report.model_card import RUN_FILES, write_model_card
-from common.runtime import limit_library_bars, show_bars
+from common.runtime.progress import limit_library_bars, show_bars
 
 
 def merge(

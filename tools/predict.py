@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from common.evaluation.metrics import METRICS
-from common.process import InputError, counted, fail, say
+from common.runtime.process import InputError, counted, fail, say
 from tools.flags import check_positive, prediction_parser
 
 
@@ -54,7 +54,8 @@ from common.data.sources import file_faults, parse_object, read_json_lines
 from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
-from common.runtime import limit_library_bars, track, write_file
+from common.runtime.files import write_file
+from common.runtime.progress import limit_library_bars, track
 
 
 class Question(NamedTuple):

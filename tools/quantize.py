@@ -30,9 +30,9 @@ from common.model.checkpoint import check_checkpoint, find_snapshot, load_proces
 from common.model.loading import avoid_avx512_kernel
 from common.phi3v import Phi3VForCausalLM
 from common.phi3v.parts import unquantized_modules
-from common.process import InputError, say
 from common.report.model_card import write_model_card
-from common.runtime import limit_library_bars
+from common.runtime.process import InputError, say
+from common.runtime.progress import limit_library_bars
 
 from .predict import Question, read_questions
 

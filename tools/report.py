@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.process import InputError
 from common.report.page import write_comparison, write_report
+from common.runtime.process import InputError
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from common.process import InputError
-from common.runtime import read_json, write_file
+from common.runtime.files import read_json, write_file
+from common.runtime.process import InputError
 
 from .embedded import PROCESSES, add_run_flags, embedded_command, run_embedded
 from .runs import (

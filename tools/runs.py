@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.runtime import read_json, write_file
+from common.runtime.files import read_json, write_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TASKS = {"docvqa": "DocVQA", "hateful_memes": "Hateful Memes", "nlvr2": "NLVR2", "ucf101": "UCF-101"}

@@ -10,7 +10,7 @@ import torch
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import grid_to_crops, to_crop_grid
 from common.phi3v.processing import pad_rows
-from common.process import InputError
+from common.runtime.process import InputError
 
 from .pictures import decode_picture
 

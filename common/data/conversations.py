@@ -22,7 +22,7 @@ from PIL import Image
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.processing import IMAGE_TAG, SPECIAL_TOKEN, check_image_numbers, image_numbers
-from common.process import InputError, counted, excerpt
+from common.runtime.process import InputError, counted, excerpt
 
 from .pictures import Picture, check_picture, picture_size
 
@@ -107,7 +107,7 @@ def format_name(row: dict[str, Any]) -> str:
 def check_fields(
     found: Iterable[str], known: Collection[str], misplaced: Mapping[str, str], place: str, kind: str = "field"
 ) -> None:
-    """Raise an :class:`~common.process.InputError` for an unknown name, with the nearest known one, or where it belongs."""
+    """Raise an :class:`InputError` for an unknown name, with the nearest known one, or where it belongs."""
     for name in found:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.process import InputError
-from common.runtime import parse_json
+from common.runtime.files import parse_json
+from common.runtime.process import InputError
 
 from .conversations import check_fields, format_name
 

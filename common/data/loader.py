@@ -9,8 +9,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from common.process import InputError
-from common.runtime import cores_per_process, die_with_parent
+from common.runtime.machine import cores_per_process
+from common.runtime.process import InputError
+from common.runtime.script import die_with_parent
 
 
 class WorkerLoader(DataLoader):
@@ -19,7 +20,7 @@ class WorkerLoader(DataLoader):
     After a collective, communication threads briefly hold an interpreter lock while they release Python objects. In Python
     3.11, a worker forked at that time inherits the locked lock and deadlocks, so the loader waits before it forks workers.
 
-    An :class:`~common.process.InputError` in a worker is returned in place of a batch and raised in the main process. PyTorch
+    An :class:`InputError` in a worker is returned in place of a batch and raised in the main process. PyTorch
     itself would only pass on its traceback as text.
 
     Parameters
@@ -31,7 +32,7 @@ class WorkerLoader(DataLoader):
     ahead : int
         Number of batches to prefetch, at least two per worker.
     filler : dict, optional
-        Sample that takes the place of one with an :class:`~common.process.InputError`. The batch then has an entry
+        Sample that takes the place of one with an :class:`InputError`. The batch then has an entry
         ``"skipped"``, a list of messages.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from common.phi3v.image_processing import CROP_SIZE, convert_picture, upright_size
-from common.process import InputError, excerpt
+from common.runtime.process import InputError, excerpt
 
 Picture = str | Path | dict[str, Any] | Image.Image
 

@@ -9,8 +9,8 @@ from itertools import chain
 import numpy as np
 
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
-from common.process import rank, world_size
-from common.runtime import gather
+from common.runtime.collectives import gather
+from common.runtime.process import rank, world_size
 
 from .batches import Lengths
 from .conversations import longest_answer

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset
 
-from common.process import InputError, counted, say
+from common.runtime.process import InputError, counted, say
 
 from .mixing import Mixture
 

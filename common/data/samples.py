@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
-from common.process import InputError, rank, world_size
-from common.runtime import Progress, gather
+from common.runtime.collectives import gather
+from common.runtime.process import InputError, rank, world_size
+from common.runtime.progress import Progress
 
 from .batches import Lengths
 from .conversations import Conversation, check_context, count_tokens, encode_conversation, pictures

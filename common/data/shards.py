@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import are_progress_bars_disabled, load_dataset_builder
 
-from common.process import InputError
-from common.runtime import on_main_process, track
+from common.runtime.collectives import on_main_process
+from common.runtime.process import InputError
+from common.runtime.progress import track
 
 from .conversations import Conversation, check_conversation, read_conversation
 from .formats import is_table

@@ -20,8 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
 
-from common.process import InputError, counted, rank, say, world_size
-from common.runtime import Progress, first_on_each_machine, gather, parse_json, replacing
+from common.runtime.collectives import first_on_each_machine, gather
+from common.runtime.files import parse_json, replacing
+from common.runtime.process import InputError, counted, rank, say, world_size
+from common.runtime.progress import Progress
 
 from .conversations import (
     Conversation,
@@ -124,7 +126,7 @@ def collect_rows(
     entries : iterable of (str, Any)
         Location, for messages, and content of each entry.
     to_row : callable
-        Converts an entry to a row, or raises an :class:`~common.process.InputError`.
+        Converts an entry to a row, or raises an :class:`InputError`.
     limit : int, optional
         Use only the first ``limit`` rows.
     skip_bad : bool
@@ -349,7 +351,7 @@ def check_all(
 ) -> list[int]:
     """Check items, each process its share. All processes raise the first error, or return the indices of invalid items.
 
-    ``check`` raises an :class:`~common.process.InputError` for an invalid item; ``what`` names the items in messages.
+    ``check`` raises an :class:`InputError` for an invalid item; ``what`` names the items in messages.
     """
     found: list[tuple[int, InputError]] = []
     with Progress(f"Checking {what}", what, count, bar, shared=True) as progress:

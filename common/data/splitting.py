@@ -9,8 +9,9 @@ from itertools import chain
 
 import numpy as np
 
-from common.process import InputError, rank, world_size
-from common.runtime import Progress, gather
+from common.runtime.collectives import gather
+from common.runtime.process import InputError, rank, world_size
+from common.runtime.progress import Progress
 
 from .conversations import pictures
 from .pictures import picture_content

@@ -18,7 +18,7 @@ import numpy as np
 import torch.utils.data
 
 from common.phi3v import Phi3VProcessor
-from common.process import InputError
+from common.runtime.process import InputError
 
 from .batches import Lengths
 from .conversations import Conversation, encode_conversation, pictures

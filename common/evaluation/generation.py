@@ -24,8 +24,9 @@ from common.model.loading import autocast, base_model
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.cache import new_cache
 from common.phi3v.processing import control_token_ids, pad_rows, stop_token_ids
-from common.process import InputError, rank, world_size
-from common.runtime import Progress, gather
+from common.runtime.collectives import gather
+from common.runtime.process import InputError, rank, world_size
+from common.runtime.progress import Progress
 
 T = TypeVar("T")
 

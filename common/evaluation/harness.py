@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from common.data.conversations import Conversation
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
-from common.process import InputError, world_size
+from common.runtime.process import InputError, world_size
 
 from .generation import generate_and_compare
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.process import counted, is_main_process
-from common.runtime import write_file
+from common.runtime.files import write_file
+from common.runtime.process import counted, is_main_process
 
 from .metrics import normalise_answer
 

@@ -20,8 +20,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from common.arguments import LORA_DEFAULTS, adapter_settings
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from common.phi3v.parts import fully_trained_modules, lora_targets
-from common.process import InputError
-from common.runtime import read_json, write_file
+from common.runtime.files import read_json, write_file
+from common.runtime.process import InputError
 
 from .checkpoint import (
     OPTIONAL_TEXT,

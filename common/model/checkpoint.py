@@ -20,8 +20,8 @@ from transformers.activations import ACT2FN
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.image_processing import CROP_SIZE, TOKENS_PER_SIDE
 from common.phi3v.processing import stop_token_ids
-from common.process import InputError, say
-from common.runtime import read_json
+from common.runtime.files import read_json
+from common.runtime.process import InputError, say
 
 COPY_AGAIN = "copy the checkpoint's files to this directory again"
 SUPPORTED = "these recipes support only Phi-3-vision and Phi-3.5-vision"

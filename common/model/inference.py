@@ -17,7 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
-from common.process import InputError
+from common.runtime.process import InputError
 
 from .adapters import BASE_DESCRIPTION, COPY_AGAIN, attach_adapter, base_fault, find_adapter, find_base, read_base_description
 from .checkpoint import fetch_checkpoint, first_line, load_processor, load_weights

@@ -18,7 +18,7 @@ from common.arguments import Setup, trained_parts, uses_adapters
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
 from common.phi3v.parts import PARTS, fully_trained_modules, lora_targets, part_of, unquantized_modules
-from common.process import InputError, say
+from common.runtime.process import InputError, say
 
 from .adapters import attach_adapter, check_targets
 from .checkpoint import load_weights, read_config

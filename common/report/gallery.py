@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.runtime import replacing
+from common.runtime.files import replacing
 
 from .run import RIGHT
 

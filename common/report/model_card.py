@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from common.process import InputError, is_main_process
-from common.runtime import read_json, write_file
+from common.runtime.files import read_json, write_file
+from common.runtime.process import InputError, is_main_process
 
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
 

@@ -13,8 +13,8 @@ import jinja2
 
 from common.data.conversations import pictures
 from common.data.pictures import decode_picture
-from common.process import InputError
-from common.runtime import replacing, write_file
+from common.runtime.files import replacing, write_file
+from common.runtime.process import InputError
 
 from .charts import curve_charts
 from .figures import MOST_CLASSES, class_table, confusions, evaluation_charts, facts, metric_table

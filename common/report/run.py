@@ -11,8 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common.process import InputError, is_main_process, local_world_size, world_size
-from common.runtime import hardware, read_json, versions, write_file
+from common.runtime.files import read_json, write_file
+from common.runtime.machine import hardware, versions
+from common.runtime.process import InputError, is_main_process, local_world_size, world_size
 
 FILES = {
     "run.json": "command, versions, data and hyperparameters are unknown",

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.phi3v.parts import part_of
-from common.process import InputError, counted, say, stop_at_once
-from common.runtime import gather, sum_over_processes
+from common.runtime.collectives import gather, sum_over_processes
+from common.runtime.process import InputError, counted, say, stop_at_once
 
 FinetuningTrainer = Any  # the module of that class imports this one
 

@@ -26,8 +26,10 @@ from common.data.samples import TrainingData
 from common.data.streaming import StreamedData
 from common.model.adapters import fingerprint
 from common.model.checkpoint import find_snapshot
-from common.process import InputError, counted, local_rank
-from common.runtime import DISK_FULL, gather, on_main_process, read_json, replacing
+from common.runtime.collectives import gather, on_main_process
+from common.runtime.files import read_json, replacing
+from common.runtime.process import InputError, counted, local_rank
+from common.runtime.script import DISK_FULL
 
 # Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import uses_adapters
-from common.process import InputError
-from common.runtime import read_json
+from common.runtime.files import read_json
+from common.runtime.process import InputError
 
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
 REMEDY = "see common/deepspeed/ for examples"

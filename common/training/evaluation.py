@@ -13,8 +13,8 @@ from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.inference import load_for_inference
 from common.model.loading import DTYPES
 from common.phi3v import Phi3VProcessor
-from common.process import say
-from common.runtime import set_timeout
+from common.runtime.collectives import set_timeout
+from common.runtime.process import say
 
 RESULT = "evaluation.json"
 

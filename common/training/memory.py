@@ -26,8 +26,8 @@ from common.model.loading import autocast, base_model, set_gradient_checkpointin
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.fused import recompute_elementwise
 from common.phi3v.image_processing import CROP_SIZE
-from common.process import local_world_size, world_size
-from common.runtime import gather
+from common.runtime.collectives import gather
+from common.runtime.process import local_world_size, world_size
 
 from .deepspeed import zero_settings
 

@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import TextIO
 
-from common.process import InputError, say
+from common.runtime.process import InputError, say
 
 BAD_SAMPLES = "bad_samples.jsonl"
 LOCK, SAVING = "_lock", "_saving"  # files that begin with _ are not pushed to the Hub

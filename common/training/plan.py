@@ -18,8 +18,8 @@ from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
 from common.phi3v.flops import TrainingFlops
-from common.process import InputError, rank, world_size
-from common.runtime import read_json
+from common.runtime.files import read_json
+from common.runtime.process import InputError, rank, world_size
 
 from .checkpoints import TOTALS
 from .memory import MODES, Trial, fastest_budget, mean_flops

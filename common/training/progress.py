@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerState
 
-from common.runtime import show_bars
+from common.runtime.progress import show_bars
 
 
 class TrainingProgress(TrainerCallback):

@@ -23,8 +23,10 @@ from common.arguments import Setup
 from common.model.adapters import adapter_to_continue, base_fault, find_base
 from common.model.checkpoint import fetch_checkpoint
 from common.model.loading import choose_attention, training_precision
-from common.process import InputError, counted, local_world_size, say, world_size
-from common.runtime import cores_per_process, first_on_each_machine, limit_library_bars, on_main_process
+from common.runtime.collectives import first_on_each_machine, on_main_process
+from common.runtime.machine import cores_per_process
+from common.runtime.process import InputError, counted, local_world_size, say, world_size
+from common.runtime.progress import limit_library_bars
 
 from .checkpoints import find_checkpoint, run_identity
 from .deepspeed import allow_states, choose_deepspeed, do_without_compiler, zero_stage

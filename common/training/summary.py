@@ -15,7 +15,7 @@ from common.data.streaming import StreamedBatches
 from common.model.loading import count_parameters
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.parts import PARTS
-from common.process import counted, world_size
+from common.runtime.process import counted, world_size
 
 from .memory import Trial, mean_flops, state_bytes
 

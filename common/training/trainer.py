@@ -40,19 +40,12 @@ from common.model.loading import autocast, base_model, compile_layers, set_gradi
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
-from common.process import InputError, counted, is_main_process, rank, say, world_size
 from common.report.run import remove_report, write_run
-from common.runtime import (
-    Progress,
-    broadcast,
-    cores_per_process,
-    on_main_process,
-    read_json,
-    replacing,
-    set_timeout,
-    sum_over_processes,
-    write_file,
-)
+from common.runtime.collectives import broadcast, on_main_process, set_timeout, sum_over_processes
+from common.runtime.files import read_json, replacing, write_file
+from common.runtime.machine import cores_per_process
+from common.runtime.process import InputError, counted, is_main_process, rank, say, world_size
+from common.runtime.progress import Progress
 
 from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, check_plan, data_fingerprint, saving, write_manifest

@@ -9,7 +9,7 @@ from common.data.batches import Lengths, PlannedBatches
 from common.data.loader import WorkerLoader
 from common.data.samples import TrainingData
 from common.model.checkpoint import load_processor
-from common.process import InputError
+from common.runtime.process import InputError
 from faults.faults import FAULTS
 from faults.harness import run_fault
 

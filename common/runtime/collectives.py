@@ -1,0 +1,71 @@
+"""Collectives over the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from accelerate import PartialState
+
+from .process import InputError, is_main_process, world_size
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all processes, in order of rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: T) -> T:
+    """Return the main process's value on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes in place; it must be on the device of the process group's backend."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def on_main_process(load: Callable[[], T]) -> T:
+    """Call a function on the main process only; all processes return its result or raise its input error."""
+    result: Any = None
+    if is_main_process():
+        try:
+            result = load()
+        except InputError as error:
+            result = error
+    result = broadcast(result)
+    if isinstance(result, InputError):
+        raise result
+    return result
+
+
+def first_on_each_machine(prepare: Callable[[], T]) -> T:
+    """Call a function on the first process of each machine, then on the other processes."""
+    with PartialState().local_main_process_first():
+        try:
+            return prepare()
+        except InputError as error:
+            failure = error  # raised after the barrier, for which the other processes wait
+    raise failure
+
+
+def set_timeout(seconds: int) -> None:
+    """Set the timeout of all process groups that exist."""
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)

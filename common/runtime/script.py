@@ -1,0 +1,106 @@
+"""A script's run: its input errors, its signals, its end."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+
+from .process import InputError, fail, local_rank, rank, stop_at_once, world_size
+
+SECONDS_TO_NOTICE = 10  # a timeout that another process has already noticed
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a script's ``main``; an :class:`InputError` exits with its message and code 1, other errors show their traceback.
+
+    A message is shown once on each machine, by the first process that fails with it.
+
+    SIGTERM and SIGINT end the process at once, except where ``main`` handles them. A process of torchrun is killed if torchrun
+    is, because torchrun's successor would write to the same directory.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop_at_once)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    try:
+        main(args)
+    except InputError as error:
+        # In training, processes that receive SIGTERM first complete the step, or wait for this one.
+        in_training = signal.getsignal(signal.SIGTERM) is not stop_at_once
+        fail(str(error), show=_is_first_with(str(error)), others_may_go_on=in_training)
+    except RuntimeError as error:
+        if not (reason := _why_alone(error)):
+            raise
+        fail(reason, others_may_go_on=True)
+    except OSError as error:
+        if error.errno not in (*DISK_FULL, errno.EROFS):
+            raise
+        remedy = "check the disk" if error.errno == errno.EROFS else "free disk space"
+        message = f"writing failed ({error}): {remedy}, and restart with --resume_from_checkpoint auto"
+        fail(message, show=_is_first_with(message), others_may_go_on=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_first_with(message: str) -> bool:
+    """Whether no other process of this machine has ended with this message."""
+    if not dist.is_initialized():
+        return local_rank() == 0
+    try:
+        return c10d._get_default_store().add(f"{os.environ.get('GROUP_RANK')}: {message}", 1) == 1
+    except RuntimeError:  # the process that holds the store is gone
+        return True
+
+
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, however that ends. Linux only."""
+    if sys.platform != "linux":
+        return
+    parent, PR_SET_PDEATHSIG = os.getppid(), 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _why_alone(error: RuntimeError) -> str | None:
+    """Say which process is missing, if that is the reason for an error."""
+    text = re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0])  # without the place in gloo's code
+    if "DataLoader worker" in text:
+        return f"a data worker died ({text}), usually for lack of memory: use fewer --dataloader_num_workers"
+    if not dist.is_initialized():
+        return None
+    if "timed out" in text.lower() or "timeout" in text.lower():
+        return f"{_missing_processes()} did not respond within --ddp_timeout ({text})"
+    if "by peer" in text:
+        return f"another process has ended ({text}): its own message says why, or the kernel's log if it was killed"
+    return None
+
+
+def _missing_processes() -> str:
+    """Name the processes that have not noticed the timeout, because they hang."""
+    missing: list[str] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the process that holds the store is gone
+            store = c10d._get_default_store()
+            store.set(f"timeout/{rank()}", "")
+            time.sleep(SECONDS_TO_NOTICE)  # the others notice it at about the same time
+            missing.extend(str(other) for other in range(world_size()) if not store.check([f"timeout/{other}"]))
+
+    thread = Thread(target=ask, daemon=True)  # if the process that holds the store hangs, there is no answer
+    thread.start()
+    thread.join(2 * SECONDS_TO_NOTICE)
+    return f"process {', '.join(missing)}" if missing else "a process"
