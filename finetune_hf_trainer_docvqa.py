@@ -1,11 +1,9 @@
-"""Finetune Phi-3.5-vision (or Phi-3-vision) on DocVQA: questions about images of document pages.
+"""Finetune Phi-3.5-vision (or Phi-3-vision) on DocVQA: questions about document pages, scored by ANLS.
 
     torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py --full_train --bf16 --use_flash_attention \\
         --batch_size 64 --learning_rate 5e-6 --num_train_epochs 2                   # full finetuning, DeepSpeed ZeRO-2
     torchrun --nproc_per_node=4 finetune_hf_trainer_docvqa.py --bf16 --use_lora     # LoRA
     torchrun --nproc_per_node=2 finetune_hf_trainer_docvqa.py --data_dir DIR        # files of the official release
-
-Metric: ANLS. Writes the model (or adapter), both evaluations, run.json, a model card and report.html to --output_dir.
 """
 
 import random
@@ -33,26 +31,23 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
-    args = parse_args()
+    args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path
 from common.data.rows import Rows
-from common.data.samples import TrainingData
 from common.data.shards import open_hub
-from common.data.sources import check_rows, collect_rows, load_hub
-from common.data.streaming import Stream, training_data
+from common.data.sources import check_rows, load_hub, read_rows
+from common.data.streaming import Stream
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import anls
 from common.evaluation.predictions import Evaluation, Prediction
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
-from common.runtime.files import read_json
 from common.runtime.script import run
+from common.training.build import build_trainer
 from common.training.evaluation import evaluate_only
 from common.training.start import start
-from common.training.trainer import build_trainer
 
 
 def make_row(id: str, image, question: str, answers: list[str]) -> dict:
@@ -70,46 +65,41 @@ def from_full(row: dict, number: str) -> dict:
     return {"id": number, "image": row["images"][0], "question": None, "answers": [], "texts": row["texts"]}
 
 
-def from_official(data_dir: Path, numbered: tuple[int, dict]) -> dict:
-    number, entry = numbered
-    answers = entry.get("answers") if isinstance(entry, dict) else None
-    texts = answers if isinstance(answers, list) else []
-    strings = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("question", "image"))
-    if not strings or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+def from_official(data_dir: Path, entry: dict) -> dict:
+    answers = entry.get("answers")
+    texts = [entry.get("question"), entry.get("image"), *(answers if isinstance(answers, list) and answers else [None])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError('requires "question" and "image" (strings) and "answers" (a nonempty list of nonempty strings)')
-    return make_row(str(entry.get("questionId", number)), picture_path(data_dir, entry["image"]), entry["question"], texts)
+    identifier = str(entry.get("questionId", f"{entry['image']}: {entry['question']}"))
+    return make_row(identifier, picture_path(data_dir, entry["image"]), entry["question"], entry["answers"])
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
+    to_row = partial(from_official, data_dir)
     path = data_dir / f"{split}_v1.0_withQT.json"
-    entries = read_json(path, "--data_dir must be the folder of DocVQA's official files; download it again").get("data")
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f'{path} does not have the DocVQA format: expected an object with a nonempty list "data" of questions')
-    places = ((f'{path}, entry {number} of "data"', (number, entry)) for number, entry in enumerate(entries))
-    return collect_rows(places, partial(from_official, data_dir), limit, skip_bad)
+    return read_rows(path, "DocVQA", to_row, limit, skip_bad, field="data")
 
 
 def load_train_rows(args) -> Rows | Stream:
     """Return the training rows. Unless they are streamed, they are checked, including their images."""
-    skip = args.on_bad_sample == "skip"
-    rows: Rows | Stream
     if args.data_dir:
-        rows = load_official(args.data_dir, "train", args.max_train_samples, skip)
+        rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.on_bad_sample == "skip")
     elif args.full_train:
         rows = open_hub(*FULL, columns=["images", "texts"], streaming=args.streaming).map(from_full)
     else:
         rows = open_hub(MINI, columns=MINI_COLUMNS, streaming=args.streaming).map(from_mini)
     rows = rows.select(0, args.max_train_samples)
-    return rows if isinstance(rows, Stream) else check_rows(rows, all_conversations, "training row", args.tqdm, skip)
+    if isinstance(rows, Stream):
+        return rows
+    return check_rows(rows, all_conversations, "training row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
-    skip = args.on_bad_sample == "skip"
     if args.data_dir:
-        rows = load_official(args.data_dir, "val", args.max_eval_samples, skip)
+        rows = load_official(args.data_dir, "val", args.max_eval_samples, args.on_bad_sample == "skip")
     else:
         rows = load_hub(MINI, columns=MINI_COLUMNS, split="test").map(from_mini).select(0, args.max_eval_samples)
-    return check_rows(rows, all_conversations, "evaluation row", args.tqdm, skip)
+    return check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
@@ -143,21 +133,12 @@ def main(args) -> None:
     setup = start(args)
     eval_rows = load_eval_rows(args)
     if args.eval_only:
-        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
-        return
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
+        return evaluate_only(args, setup, eval_rows, evaluate)
     train_rows = load_train_rows(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    trainer = build_trainer(
-        args,
-        setup,
-        model,
-        processor,
-        train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
-        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
-        source=str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI,
-    )
+    source = str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

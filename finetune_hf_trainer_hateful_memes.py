@@ -5,11 +5,7 @@
     torchrun --nproc_per_node=4 finetune_hf_trainer_hateful_memes.py --bf16 --use_lora   # LoRA
     torchrun --nproc_per_node=2 finetune_hf_trainer_hateful_memes.py --data_dir DIR      # files of the official release
 
-Metrics: AUROC, the dataset's official metric, from the probabilities of the answers `Yes.` and `No.`; accuracy of the generated
-answer.
-
-Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
-to --output_dir.
+Metrics: AUROC, the official one, from the probabilities of the answers `Yes.` and `No.`; accuracy of the generated answer.
 """
 
 import random
@@ -26,11 +22,7 @@ def parse_args():
     parser = training_parser(__doc__, task="Hateful Memes", metric="auroc")
     group = parser.add_argument_group("Hateful Memes")
     group.add_argument("--data_dir", type=Path, help="official release: train.jsonl, dev_seen.jsonl and img/")
-    group.add_argument(
-        "--eval_by_likelihood",
-        action="store_true",
-        help="use the more likely answer instead of generating one: faster; reported as accuracy_by_likelihood",
-    )
+    group.add_argument("--eval_by_likelihood", action="store_true", help="use the more likely answer instead of generating one")
     args = parser.parse_args()
     if args.data_dir and args.streaming:
         parser.error("--streaming reads from the Hub and cannot be used with --data_dir: remove one of them")
@@ -40,25 +32,23 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
-    args = parse_args()
+    args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path
 from common.data.rows import Rows
-from common.data.samples import TrainingData
 from common.data.shards import open_hub
 from common.data.sources import check_rows, read_rows
-from common.data.streaming import Stream, training_data
+from common.data.streaming import Stream
 from common.evaluation.generation import generate_and_compare
 from common.evaluation.metrics import accuracy, auroc
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
 from common.runtime.script import run
+from common.training.build import build_trainer
 from common.training.evaluation import evaluate_only
 from common.training.start import start
-from common.training.trainer import build_trainer
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
 HUB_EVAL_ROWS = 500
@@ -81,34 +71,35 @@ def from_official(data_dir: Path, row: dict) -> dict:
     return {"id": str(row.get("id", Path(image).stem)), "image": image, "label": int(row["label"])}
 
 
+def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
+    to_row = partial(from_official, data_dir)
+    return read_rows(data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, skip_bad)
+
+
 def load_train_rows(args) -> Rows | Stream:
     """Return the training rows. Unless they are streamed, they are checked, including their images."""
-    skip = args.on_bad_sample == "skip"
-    rows: Rows | Stream
     if args.data_dir:
-        to_row = partial(from_official, args.data_dir)
-        rows = read_rows(args.data_dir / "train.jsonl", "Hateful Memes", to_row, args.max_train_samples, skip)
+        rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.on_bad_sample == "skip")
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
-    return rows if isinstance(rows, Stream) else check_rows(rows, all_conversations, "training row", args.tqdm, skip)
+    if isinstance(rows, Stream):
+        return rows
+    return check_rows(rows, all_conversations, "training row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
     """Return the evaluation rows: without an official release, the Hub's first 500 training rows, as the published recipe."""
-    skip = args.on_bad_sample == "skip"
     if args.data_dir:
-        to_row = partial(from_official, args.data_dir)
-        rows = read_rows(args.data_dir / "dev_seen.jsonl", "Hateful Memes", to_row, args.max_eval_samples, skip)
+        rows = load_official(args.data_dir, "dev_seen", args.max_eval_samples, args.on_bad_sample == "skip")
     else:
         count = min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS)
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub).head(count)
-    rows = check_rows(rows, all_conversations, "evaluation row", args.tqdm, skip)
+    rows = check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
     if len({row["label"] for row in rows}) < 2:
-        where = args.data_dir / "dev_seen.jsonl" if args.data_dir else HUB[0]
         remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"
         raise InputError(
-            f"AUROC requires memes with both labels, but all {len(rows)} have the same label: {remedy}", str(where)
+            f"AUROC requires both labels, but all evaluation rows have one: {remedy}", str(args.data_dir or HUB[0])
         )
     return rows
 
@@ -144,21 +135,12 @@ def main(args) -> None:
     setup = start(args)
     eval_rows = load_eval_rows(args)
     if args.eval_only:
-        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
-        return
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
+        return evaluate_only(args, setup, eval_rows, evaluate)
     train_rows = load_train_rows(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    trainer = build_trainer(
-        args,
-        setup,
-        model,
-        processor,
-        train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
-        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
-        source=str(args.data_dir or HUB[0]),
-    )
+    source = str(args.data_dir or HUB[0])
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

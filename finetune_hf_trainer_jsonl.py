@@ -8,14 +8,10 @@
         --train_file "train-*.parquet" --eval_file val.jsonl                         # shards, read during training
 
 The metrics compare the generated answer to the last turn with the expected one. docs/custom_dataset.md describes the formats.
-
-Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
-to --output_dir.
 """
 
 import argparse
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -38,9 +34,7 @@ def parse_args():
         "and the other half in the next epoch (default: once)",
     )
     group.add_argument("--eval_file", help="evaluation data (default: val.jsonl)")
-    group.add_argument(
-        "--eval_fraction", type=float, help="instead, set this share of the rows apart; images are in one part only"
-    )
+    group.add_argument("--eval_fraction", type=float, help="or hold out this share of the rows; images are in one part only")
     group.add_argument(
         "--metric",
         dest="metrics",
@@ -68,24 +62,22 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
-    args = parse_args()
+    args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
     say("Loading PyTorch and transformers")
 
 from common.data.rows import Rows, join_rows
-from common.data.samples import TrainingData
 from common.data.shards import stream_conversations
 from common.data.sources import find_image_dir, load_conversations
 from common.data.splitting import split_by_picture
-from common.data.streaming import Stream, training_data
+from common.data.streaming import Stream
 from common.evaluation.generation import generate_answers
 from common.evaluation.predictions import Evaluation, Prediction
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
 from common.runtime.script import run
+from common.training.build import build_trainer
 from common.training.evaluation import evaluate_only
 from common.training.start import start
-from common.training.trainer import build_trainer
 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
@@ -116,7 +108,7 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return row  # rows are already in the conversation format
 
 
-def score(rows: Sequence, answers: list[str], metrics: list[str]) -> list[Prediction]:
+def score(rows: Rows, answers: list[str], metrics: list[str]) -> list[Prediction]:
     """Compare the answer to each row's last turn with the expected one. The first metric is the score."""
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
@@ -139,23 +131,13 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 
 def main(args) -> None:
     setup = start(args)
-    if args.eval_only:
-        _, eval_rows = load_rows(args)
-        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
-        return
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     train_rows, eval_rows = load_rows(args)
+    if args.eval_only:
+        return evaluate_only(args, setup, eval_rows, evaluate)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    trainer = build_trainer(
-        args,
-        setup,
-        model,
-        processor,
-        train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
-        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
-        source=str(args.data_dir or " ".join(args.train_file)),
-    )
+    source = str(args.data_dir or " ".join(args.train_file))
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

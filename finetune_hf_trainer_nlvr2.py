@@ -5,11 +5,8 @@
     torchrun --nproc_per_node=4 finetune_hf_trainer_nlvr2.py --bf16 --use_lora   # LoRA
     torchrun --nproc_per_node=2 finetune_hf_trainer_nlvr2.py --data_dir DIR      # files of the official release
 
-Metrics: accuracy and, with the official release, consistency: the share of statements that are answered
-correctly for all of their image pairs.
-
-Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
-to --output_dir.
+Metrics: accuracy and, with the official release, consistency: the share of statements that are answered correctly for all of
+their image pairs.
 """
 
 import random
@@ -31,25 +28,23 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
-    args = parse_args()
+    args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path
 from common.data.rows import Rows
-from common.data.samples import TrainingData
 from common.data.shards import open_hub
 from common.data.sources import check_rows, read_rows
-from common.data.streaming import Stream, training_data
+from common.data.streaming import Stream
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import accuracy, consistency
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
 from common.runtime.script import run
+from common.training.build import build_trainer
 from common.training.evaluation import evaluate_only
 from common.training.start import start
-from common.training.trainer import build_trainer
 
 HUB = ("HuggingFaceM4/the_cauldron", "nlvr2")
 HUB_EVAL_ROWS = 500
@@ -83,28 +78,28 @@ def from_official(data_dir: Path, split: str, row: dict) -> dict:
     return {"id": identifier, "images": images, "question": question, "answer": ANSWERS[str(row["label"])]}
 
 
-def load_official(args, split: str, limit: int | None) -> Rows:
-    to_row = partial(from_official, args.data_dir, split)
-    return read_rows(args.data_dir / f"{split}.json", "NLVR2", to_row, limit, args.on_bad_sample == "skip")
+def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
+    to_row = partial(from_official, data_dir, split)
+    return read_rows(data_dir / f"{split}.json", "NLVR2", to_row, limit, skip_bad)
 
 
 def load_train_rows(args) -> Rows | Stream:
     """Return the training rows. Unless they are streamed, they are checked, including their images."""
-    rows: Rows | Stream
     if args.data_dir:
-        rows = load_official(args, "train", args.max_train_samples)
+        rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.on_bad_sample == "skip")
     else:
         hub = partial(open_hub, *HUB, columns=["images", "texts"], streaming=args.streaming)
         held_out = sum(len(row["texts"]) for row in hub().head(HUB_EVAL_ROWS))
         rows = hub(each="texts").map(from_hub).select(held_out, args.max_train_samples)
-    skip = args.on_bad_sample == "skip"
-    return rows if isinstance(rows, Stream) else check_rows(rows, all_conversations, "training row", args.tqdm, skip)
+    if isinstance(rows, Stream):
+        return rows
+    return check_rows(rows, all_conversations, "training row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
     """Return the evaluation rows: without an official release, the first question of each of the Hub's first 500 rows."""
     if args.data_dir:
-        rows = load_official(args, "dev", args.max_eval_samples)
+        rows = load_official(args.data_dir, "dev", args.max_eval_samples, args.on_bad_sample == "skip")
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).head(HUB_EVAL_ROWS)
         rows = rows.map(from_hub).select(0, args.max_eval_samples)
@@ -119,12 +114,6 @@ def all_conversations(row: dict) -> list[dict]:
     return [to_conversation(row)]
 
 
-def statement(identifier: str) -> str:
-    """Return the identifier of a statement: the identifier of the sample without the image pair."""
-    split, set_number, _, sentence = identifier.split("-")
-    return f"{split}-{set_number}-{sentence}"
-
-
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     """Compute the accuracy and, with the identifiers of the official release, the consistency of the generated answers."""
     answers = generate_answers(model, processor, [to_conversation(row) for row in rows], args)
@@ -134,7 +123,7 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     correct = [prediction.score for prediction in predictions]
     values = {"accuracy": accuracy(correct)}
     if args.data_dir:
-        values["consistency"] = consistency([statement(prediction.id) for prediction in predictions], correct)
+        values["consistency"] = consistency([prediction.id for prediction in predictions], correct)
     return Evaluation("accuracy", values, predictions)
 
 
@@ -142,21 +131,12 @@ def main(args) -> None:
     setup = start(args)
     eval_rows = load_eval_rows(args)
     if args.eval_only:
-        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
-        return
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
+        return evaluate_only(args, setup, eval_rows, evaluate)
     train_rows = load_train_rows(args)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    trainer = build_trainer(
-        args,
-        setup,
-        model,
-        processor,
-        train_data=training_data(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
-        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
-        source=str(args.data_dir or HUB[0]),
-    )
+    source = str(args.data_dir or HUB[0])
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

@@ -36,12 +36,10 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    # Before the imports below, which take seconds: --help and wrong flags are answered at once (Python 3.15 has lazy imports).
-    args = parse_args()
+    args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
     say("Loading PyTorch and transformers")
 
 from common.data.rows import Rows
-from common.data.samples import TrainingData
 from common.data.sources import load_conversations
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import accuracy, accuracy_per_class
@@ -49,9 +47,9 @@ from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
 from common.model.loading import load_model
 from common.runtime.script import run
+from common.training.build import build_trainer
 from common.training.evaluation import evaluate_only
 from common.training.start import start
-from common.training.trainer import build_trainer
 
 
 def load_rows(args, split: str, limit: int | None) -> Rows:
@@ -81,21 +79,12 @@ def main(args) -> None:
     setup = start(args)
     eval_rows = load_rows(args, args.eval_split, args.max_eval_samples)
     if args.eval_only:
-        evaluate_only(args, setup, lambda model, processor: evaluate(model, processor, eval_rows, args))
-        return
-    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
+        return evaluate_only(args, setup, eval_rows, evaluate)
     train_rows = load_rows(args, "train", args.max_train_samples)
+    processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    trainer = build_trainer(
-        args,
-        setup,
-        model,
-        processor,
-        train_data=TrainingData(train_rows, to_conversation, processor, args.seed),
-        eval_data=TrainingData(eval_rows, to_conversation, processor, args.seed),
-        evaluate=lambda model: evaluate(model, processor, eval_rows, args),
-        source=str(args.data_dir),
-    )
+    source = str(args.data_dir)
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

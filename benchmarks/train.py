@@ -26,14 +26,13 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from assets.samples.docvqa import FIELDS, draw_value
 from common.arguments import training_parser
-from common.data.samples import TrainingData
 from common.model.checkpoint import load_processor
 from common.model.loading import base_model, load_model
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.runtime.files import read_json
+from common.training.build import build_trainer
 from common.training.start import start
-from common.training.trainer import build_trainer
 
 from .measure import RESULTS, write_result
 from .pages import draw_pages, find_pages
@@ -224,8 +223,7 @@ def measure(args, values, directory):
     pages = find_pages(args.image_dir) if args.image_dir else draw_pages(directory / "pages", args.num_images)
     rows = draw_rows(pages, args.batch_size * (args.warmup + args.steps), np.random.default_rng(args.seed))
     model = load_model(flags, setup, processor)
-    data = TrainingData(rows, lambda row, _: row, processor, flags.seed)
-    trainer = build_trainer(flags, setup, model, processor, data, data, evaluate=None, source="drawn pages")
+    trainer = build_trainer(flags, setup, model, processor, rows, rows, lambda row, _: row, evaluate=None, source="drawn pages")
     watch = Watch(trainer, args.warmup, args.steps)
     trainer.add_callback(watch)
     trainer.train()

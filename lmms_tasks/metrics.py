@@ -16,8 +16,7 @@ def nlvr2_images(doc):
 def nlvr2_results(doc, results):
     expected = {"True": "yes", "False": "no"}[str(doc["label"])]
     correct = float(normalise_answer(results[0]) == expected)
-    split, set_number, _, sentence = doc["identifier"].split("-")
-    return {"accuracy": correct, "consistency": (f"{split}-{set_number}-{sentence}", correct)}
+    return {"accuracy": correct, "consistency": (doc["identifier"], correct)}
 
 
 def nlvr2_consistency(items):

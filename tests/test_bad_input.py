@@ -111,7 +111,7 @@ def break_cut_short(data):
 
 def break_empty(data):
     (data / "val_v1.0_withQT.json").write_text('{"data": []}')
-    return "val_v1.0_withQT.json does not have the DocVQA format", "of questions"
+    return "val_v1.0_withQT.json does not have the DocVQA format", "of objects"
 
 
 def break_folder(data):

@@ -111,10 +111,10 @@ def test_auroc_of_one_label_is_undefined():
 
 def test_consistency():
     # By the official definition a sentence counts once, and only if right on all of its pairs.
-    sentences = ["dev-0-0", "dev-0-0", "dev-0-0", "dev-0-1", "dev-0-1", "dev-1-0"]
-    assert consistency(sentences, [1, 1, 0, 1, 1, 1]) == pytest.approx(2 / 3)
-    assert consistency(sentences, [0, 1, 0, 1, 0, 0]) == 0
-    assert consistency(sentences, [1] * 6) == 1
+    samples = ["dev-0-0-0", "dev-0-1-0", "dev-0-2-0", "dev-0-0-1", "dev-0-3-1", "dev-1-0-0"]
+    assert consistency(samples, [1, 1, 0, 1, 1, 1]) == pytest.approx(2 / 3)
+    assert consistency(samples, [0, 1, 0, 1, 0, 0]) == 0
+    assert consistency(samples, [1] * 6) == 1
 
 
 @pytest.mark.parametrize(

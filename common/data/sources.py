@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
 
 from common.runtime.collectives import first_on_each_machine, gather
-from common.runtime.files import parse_json, replacing
+from common.runtime.files import parse_json, read_json, replacing
 from common.runtime.process import InputError, counted, rank, say, world_size
 from common.runtime.progress import Progress
 
@@ -146,10 +146,24 @@ def collect_rows(
 
 
 def read_rows(
-    path: Path, release: str, to_row: Callable[[dict[str, Any]], dict[str, Any]], limit: int | None, skip_bad: bool
+    path: Path,
+    release: str,
+    to_row: Callable[[dict[str, Any]], dict[str, Any]],
+    limit: int | None,
+    skip_bad: bool,
+    field: str | None = None,
 ) -> Rows:
-    """Read a JSON Lines file of a dataset's official release; see :func:`collect_rows` for the parameters."""
-    return collect_rows(read_json_lines(path, release), lambda line: to_row(parse_object(line)), limit, skip_bad)
+    """Read a file of a dataset's official release: a JSON object with a list of rows in ``field``, otherwise JSON Lines.
+
+    The other parameters are those of :func:`collect_rows`.
+    """
+    if field is None:
+        return collect_rows(read_json_lines(path, release), lambda line: to_row(parse_object(line)), limit, skip_bad)
+    entries = read_json(path, f"--data_dir must be the folder of {release}'s official files; download it again").get(field)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f'{path} does not have the {release} format: expected an object with a list "{field}" of objects')
+    places = (f'{path}, entry {number} of "{field}"' for number in range(len(entries)))
+    return collect_rows(zip(places, entries, strict=True), to_row, limit, skip_bad)
 
 
 def parse_conversation(line: bytes, place: str) -> Conversation:

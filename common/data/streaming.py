@@ -9,7 +9,7 @@ only on (seed, epoch, process), so a resumed run continues with the next row wit
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -199,18 +199,6 @@ class StreamedData(torch.utils.data.Dataset):
         except InputError as error:
             raise error.at(row.place) from None
         return sample | {"place": row.place}
-
-
-def training_data(
-    rows: Sequence[Any] | Stream,
-    to_conversation: Callable[[Any, random.Random], Conversation],
-    processor: Phi3VProcessor,
-    seed: int,
-) -> TrainingData | StreamedData:
-    """Create the dataset of training samples for rows in memory or streamed rows."""
-    if isinstance(rows, Stream):
-        return StreamedData(rows, to_conversation, processor, seed)
-    return TrainingData(rows, to_conversation, processor, seed)
 
 
 def _slice_spans(spans: list[Span], begin: int, end: int) -> list[Span]:

@@ -132,17 +132,18 @@ def auroc(labels: Sequence[int], scores: Sequence[float]) -> float:
     return float(roc_auc_score(labels, scores))
 
 
-def consistency(sentences: Sequence[str], correct: Sequence[float]) -> float:
+def consistency(identifiers: Sequence[str], correct: Sequence[float]) -> float:
     """Share of sentences that are answered correctly for all of their image pairs (NLVR2's second metric).
 
     Parameters
     ----------
-    sentences : sequence of str
-        Identifies the sentence of each sample: the sample's identifier without the image pair.
+    identifiers : sequence of str
+        NLVR2's identifier of each sample: split, set, pair and sentence, joined by hyphens.
     correct : sequence of bool
         Whether each sample was answered correctly.
     """
-    all_correct: dict[str, bool] = defaultdict(lambda: True)
-    for sentence, is_correct in zip(sentences, correct, strict=True):
-        all_correct[sentence] &= bool(is_correct)
+    all_correct: dict[tuple[str, ...], bool] = defaultdict(lambda: True)
+    for identifier, is_correct in zip(identifiers, correct, strict=True):
+        split, set_number, _, sentence = identifier.split("-")
+        all_correct[split, set_number, sentence] &= bool(is_correct)
     return float(np.mean(list(all_correct.values())))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from common.arguments import Setup
+from common.data.rows import Rows
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.inference import load_for_inference
 from common.model.loading import DTYPES
@@ -19,7 +20,12 @@ from common.runtime.process import say
 RESULT = "evaluation.json"
 
 
-def evaluate_only(args: argparse.Namespace, setup: Setup, evaluate: Callable[[nn.Module, Phi3VProcessor], Evaluation]) -> None:
+def evaluate_only(
+    args: argparse.Namespace,
+    setup: Setup,
+    rows: Rows,
+    evaluate: Callable[[nn.Module, Phi3VProcessor, Rows, argparse.Namespace], Evaluation],
+) -> None:
     """Evaluate the model or adapter ``--model_name_or_path``, print its metrics, and write ``evaluation.json``.
 
     Images have ``--num_crops`` crops, as in a training run with the same flags, whatever is saved with the model.
@@ -36,6 +42,6 @@ def evaluate_only(args: argparse.Namespace, setup: Setup, evaluate: Callable[[nn
         say(f"warning: evaluating with --num_crops {args.num_crops}, but {args.model_name_or_path} was saved with {saved}")
         processor.image_processor.num_crops = args.num_crops
     set_timeout(args.ddp_timeout)
-    result = evaluate(model, processor)
+    result = evaluate(model, processor, rows, args)
     write_evaluation(args.output_dir / RESULT, result)
     say(f"{result}; all answers are in {args.output_dir / RESULT}", sys.stdout)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
@@ -25,133 +23,31 @@ from transformers import AutoConfig, PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations, uses_adapters
+from common.arguments import Setup
 from common.data.batches import PlannedBatches, epoch_steps
-from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
-from common.data.review import longest_evaluation_answer, review_data
 from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
-from common.evaluation.generation import MIN_ANSWER_LIMIT
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.adapters import write_base_description
 from common.model.checkpoint import find_snapshot, first_line, read_tensors
-from common.model.loading import autocast, base_model, compile_layers, set_gradient_checkpointing
+from common.model.loading import autocast
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.parts import part_of
-from common.report.run import remove_report, write_run
-from common.runtime.collectives import broadcast, on_main_process, set_timeout, sum_over_processes
+from common.runtime.collectives import broadcast, set_timeout, sum_over_processes
 from common.runtime.files import read_json, replacing, write_file
-from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError, counted, is_main_process, rank, say, world_size
 from common.runtime.progress import Progress
 
 from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
-from .checkpoints import MANIFEST, TOTALS, check_plan, data_fingerprint, saving, write_manifest
-from .memory import estimate_memory, least_recomputation
-from .output import BAD_SAMPLES, SAVING, holds, note_bad_sample, remove_outputs
-from .plan import plan_batches, training_arguments
+from .checkpoints import MANIFEST, TOTALS, saving, write_manifest
+from .output import BAD_SAMPLES, SAVING, note_bad_sample
 from .progress import TrainingProgress
-from .summary import number_of_steps, summarize
 
 NAMED_ROWS = 8
 # DeepSpeed makes one tensor of each group of parameters, and bitsandbytes counts its elements in 32 bits.
 GROUP_ELEMENTS = 2**31 - 1
-NOT_FLAGS = ("task", "metric")  # in args, but not set by a flag; run.json has separate entries for them
-
-
-def build_trainer(
-    args: argparse.Namespace,
-    setup: Setup,
-    model: nn.Module,
-    processor: Phi3VProcessor,
-    train_data: TrainingData | StreamedData,
-    eval_data: TrainingData,
-    evaluate: Callable[[nn.Module], Evaluation],
-    source: str,
-) -> FinetuningTrainer:
-    """Plan the batches, set up the Trainer, write ``run.json``, and print the summary.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings that :func:`common.training.start.start` determined from them.
-    evaluate : callable
-        Evaluates a model on the task. Its predictions are in the order of ``eval_data``.
-    source : str
-        Origin of the data: Hub ids separated by spaces, or a directory.
-    """
-    set_timeout(args.ddp_timeout)
-    if name := find_nonfinite(model):
-        raise InputError(f"{name} is not finite: copy the files again", f"--model_name_or_path {args.model_name_or_path}")
-    if setup.zero_stage == 3:
-        base_model(model).run_same_modules_always()
-    flops = TrainingFlops(base_model(model))
-    estimate = functools.cache(lambda: estimate_memory(model, args, setup, flops))
-    batches, lengths = plan_batches(args, setup, train_data, flops, estimate)
-    steps = number_of_steps(args, batches)
-    # By default, at least 20 entries, so that a short run also has curves.
-    logging_steps = args.logging_steps or max(1, min(LOGGING_STEPS, steps // 20))
-    plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": steps}
-    if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
-        say(change, sys.stdout)
-    if args.overwrite_output_dir and not holds(args.output_dir, setup.checkpoint):
-        on_main_process(lambda: remove_outputs(args.output_dir))
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_FLAGS}
-    resolved = {name: getattr(setup, name) for name in ("packing", "deepspeed")}
-    resolved |= {"attention": (setup.attention, setup.attention_reason), "resume_from_checkpoint": setup.checkpoint}
-    max_tokens = batches.max_tokens if isinstance(batches, PlannedBatches) else None
-    resolved |= {"use_lora": uses_adapters(args), "eval_steps": steps_between_evaluations(args)}
-    resolved |= {"logging_steps": logging_steps, "max_tokens_per_batch": max_tokens}
-    resolved["batch_size_per_gpu"] = None if max_tokens else setup.batch_size_per_gpu
-    resolved["dataloader_num_workers"] = min(args.dataloader_num_workers, cores_per_process())
-    longest = longest_evaluation_answer(eval_data)
-    resolved["max_new_tokens"] = args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest)
-    write_run(
-        args.output_dir,
-        task=args.task,
-        base_model=setup.base or args.model_name_or_path,
-        base_revision=setup.revision,
-        method=method_name(args),
-        data=f"{source}: {counted(len(train_data), 'training row')}, {counted(len(eval_data), 'evaluation row')}",
-        hyperparameters=flags | resolved,
-        datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
-        question=eval_data.conversation(0, 0)["conversations"][0]["user"],
-    )
-    if args.push_to_hub and is_main_process():
-        # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
-        remove_report(args.output_dir)
-    warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
-    say("Estimating memory and time")
-    trial = estimate()
-    recomputation = args.gradient_checkpointing
-    if recomputation == "auto":
-        recomputation = least_recomputation(trial, *batches.largest(lengths))
-    set_gradient_checkpointing(model, recomputation)
-    if args.torch_compile:
-        compile_layers(model)
-    trainer = FinetuningTrainer(
-        flags=args,
-        setup=setup,
-        identity=setup.identity | plan | {"max_tokens_per_batch": max_tokens},
-        batches=batches,
-        flops=flops,
-        evaluate_task=evaluate,
-        recomputation=recomputation,
-        model=model,
-        args=training_arguments(args, setup, batches.accumulation, logging_steps),
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        data_collator=Collator(processor, packing=setup.packing),
-        processing_class=processor,
-    )
-    say(summarize(args, setup, model, len(train_data), batches, lengths, recomputation, trial, flops), sys.stdout)
-    for warning in warnings:
-        say(f"{'warning:':13}{warning}", sys.stdout)
-    return trainer
 
 
 class FinetuningTrainer(Trainer):
