@@ -98,9 +98,7 @@ def load_eval_rows(args) -> Rows:
     rows = check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
     if len({row["label"] for row in rows}) < 2:
         remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"
-        raise InputError(
-            f"AUROC requires both labels, but all evaluation rows have one: {remedy}", str(args.data_dir or HUB[0])
-        )
+        raise InputError(f"AUROC requires rows with both labels, but all have one: {remedy}", str(args.data_dir or HUB[0]))
     return rows
 
 

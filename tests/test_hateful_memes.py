@@ -164,10 +164,10 @@ def test_an_invalid_row_is_named(release, monkeypatch, line, message):
 def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypatch):
     args = flags(monkeypatch, "--data_dir", release)
     write_release(release, [1, 1], "dev_seen")
-    with pytest.raises(ValueError, match=r"memes: AUROC requires both labels, but all .* use a dataset"):
+    with pytest.raises(ValueError, match=r"memes: AUROC requires rows with both labels, .* use a dataset"):
         load_rows(args)
     write_release(release, [1, 0], "dev_seen")
-    with pytest.raises(ValueError, match=r"memes: AUROC .* but all evaluation rows have one: increase --max_eval_samples"):
+    with pytest.raises(ValueError, match=r"memes: AUROC .* but all have one: increase --max_eval_samples"):
         load_rows(flags(monkeypatch, "--data_dir", release, "--max_eval_samples", 1))
     (release / "dev_seen.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"dev_seen\.jsonl is empty"):

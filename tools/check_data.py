@@ -29,7 +29,7 @@ from common.phi3v.image_processing import CROP_SIZE, MAX_CROPS
 from common.runtime.process import InputError, counted, excerpt
 from common.runtime.progress import limit_library_bars
 
-from .check_rows import CheckedImage, Checker, Row, check_in_parallel
+from .check_rows import CheckedImage, CheckedRow, Checker, check_in_parallel
 from .contact_sheet import write_contact_sheet
 from .similar_images import similar_pairs
 
@@ -65,7 +65,7 @@ class Report:
     num_rows: Counter[Path] = field(default_factory=Counter)
     num_images: Counter[Path] = field(default_factory=Counter)
     images_per_row: Counter[int] = field(default_factory=Counter)
-    images: dict[str | bytes, tuple[str, CheckedImage, Path, Row]] = field(default_factory=dict)
+    images: dict[str | bytes, tuple[str, CheckedImage, Path, CheckedRow]] = field(default_factory=dict)
     answers: Counter[str] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     tokens: list[int] = field(default_factory=list)

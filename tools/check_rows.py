@@ -54,7 +54,7 @@ class CheckedImage:
 
 
 @dataclass
-class Row:
+class CheckedRow:
     """The result of checking one row.
 
     Attributes
@@ -104,12 +104,12 @@ class Checker:
         self.processor, self.max_length, self.quick = processor, max_length, quick
         self.check_image = lru_cache(IMAGES_REMEMBERED)(self._check_image)
 
-    def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[Row]:
+    def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[CheckedRow]:
         """Check rows of a file, given as pairs of place and content."""
-        rows: list[Row] = []
-        usable: list[tuple[Row, Conversation]] = []
+        rows: list[CheckedRow] = []
+        usable: list[tuple[CheckedRow, Conversation]] = []
         for place, line in lines:
-            row = Row(place)
+            row = CheckedRow(place)
             rows.append(row)
             try:
                 conversation = read_conversation(parse_object(line, place), place)
@@ -135,7 +135,7 @@ class Checker:
             self._count_tokens(usable)
         return rows
 
-    def _count_tokens(self, usable: list[tuple[Row, Conversation]]) -> None:
+    def _count_tokens(self, usable: list[tuple[CheckedRow, Conversation]]) -> None:
         rows, conversations = zip(*usable, strict=True)
         image_tokens = [[image.num_tokens for _, image in row.images] for row in rows]
         counts = count_tokens(conversations, image_tokens, (row.place for row in rows), self.processor)
@@ -168,7 +168,7 @@ def _start(checker: Checker) -> None:
     start_worker()
 
 
-def check_lines(image_dir: Path, lines: list[tuple[str, bytes]]) -> list[Row]:
+def check_lines(image_dir: Path, lines: list[tuple[str, bytes]]) -> list[CheckedRow]:
     """Check lines of a file in a worker process."""
     assert _checker
     return _checker.check(lines, image_dir)
@@ -184,7 +184,7 @@ def read_chunks(files: list[Path]) -> Iterator[tuple[Path, list[tuple[str, bytes
 
 def check_in_parallel(
     files: list[Path], image_dir: Path | None, checker: Checker, bar: bool
-) -> Iterator[tuple[Path, list[Row]]]:
+) -> Iterator[tuple[Path, list[CheckedRow]]]:
     """Check all lines in parallel, yield the results in order, and show the progress."""
     total = sum(path.stat().st_size for path in files)
     folders = {path: image_dir or find_image_dir(path) for path in files}

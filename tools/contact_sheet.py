@@ -13,7 +13,7 @@ from common.data.pictures import decode_picture
 from common.phi3v.image_processing import CROP_SIZE, to_crop_grid
 from common.runtime.files import write_file
 
-from .check_rows import CheckedImage, Row
+from .check_rows import CheckedImage, CheckedRow
 
 MAX_IMAGES = 24
 TEMPLATE = """\
@@ -47,13 +47,13 @@ the model, {{ image.tokens }} tokens<pre>{{ image.question }}</pre><pre>→ {{ i
 """
 
 
-def write_contact_sheet(path: Path, images: list[tuple[str, CheckedImage, Row]], num_crops: int) -> None:
+def write_contact_sheet(path: Path, images: list[tuple[str, CheckedImage, CheckedRow]], num_crops: int) -> None:
     """Write the page, a single HTML file.
 
     Parameters
     ----------
     path : Path
-    images : list of (str, CheckedImage, Row)
+    images : list of (str, CheckedImage, CheckedRow)
         Name and facts of each image, and the first row with it. At most 24 are shown: the smallest, the largest and the most
         elongated one, and others that are evenly spaced.
     num_crops : int
@@ -64,7 +64,7 @@ def write_contact_sheet(path: Path, images: list[tuple[str, CheckedImage, Row]],
     write_file(path, page.render(images=shown, total=len(images), num_crops=num_crops, side=CROP_SIZE))
 
 
-def choose(images: list[tuple[str, CheckedImage, Row]]) -> dict[int, str]:
+def choose(images: list[tuple[str, CheckedImage, CheckedRow]]) -> dict[int, str]:
     """Return the indices of the images to show, with the reason for the extreme ones."""
     if not images:
         return {}
@@ -84,7 +84,7 @@ def choose(images: list[tuple[str, CheckedImage, Row]]) -> dict[int, str]:
     return chosen
 
 
-def _figure(name: str, image: CheckedImage, row: Row, why: str, num_crops: int) -> dict[str, object]:
+def _figure(name: str, image: CheckedImage, row: CheckedRow, why: str, num_crops: int) -> dict[str, object]:
     grid = to_crop_grid(decode_picture(image.path), num_crops)
     height, width, channels = grid.shape
     jpeg = io.BytesIO()

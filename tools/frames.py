@@ -79,13 +79,13 @@ def questions_of(clips: dict[PurePosixPath, Path], args: argparse.Namespace) -> 
     """Return clip, question and answer of each row."""
     if args.table is None:
         return [(clip, args.question, file.resolve().parent.name) for clip, file in clips.items()]
-    rows = list(read_table(args.table, clips))
+    rows = list(read_clip_table(args.table, clips))
     if not rows:
         raise SourceError(f"--table {args.table}: no rows")
     return rows
 
 
-def read_table(path: Path, clips: dict[PurePosixPath, Path]) -> Iterator[tuple[PurePosixPath, str, str]]:
+def read_clip_table(path: Path, clips: dict[PurePosixPath, Path]) -> Iterator[tuple[PurePosixPath, str, str]]:
     """Yield clip, question and answer of each row of a table.
 
     Raises

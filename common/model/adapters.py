@@ -27,7 +27,7 @@ from .checkpoint import (
     OPTIONAL_TEXT,
     TEXT,
     Check,
-    check_fields,
+    check_config,
     find_snapshot,
     first_line,
     is_positive,
@@ -124,7 +124,7 @@ def read_base_description(adapter: Path) -> dict[str, Any]:
     description = read_json(path, "copy it again, or delete it to skip its checks")
     if missing := [key for key in BASE_FIELDS if key not in description]:
         raise InputError(f"{path} has no {missing[0]}: copy it again, or delete it to skip its checks")
-    check_fields(description, BASE_FIELDS, path)
+    check_config(description, BASE_FIELDS, path)
     return description
 
 
@@ -232,7 +232,7 @@ def find_adapter(name_or_path: str | Path) -> Path | None:
         hint = f" ({pickle.name} is not read: a pickle can run code; convert it to safetensors)" if pickle.exists() else ""
         raise InputError(f"adapter {name_or_path} is missing adapter_model.safetensors{hint}: {COPY_AGAIN}")
     path = directory / "adapter_config.json"
-    check_fields(read_json(path, COPY_AGAIN), ADAPTER_FIELDS, path)
+    check_config(read_json(path, COPY_AGAIN), ADAPTER_FIELDS, path)
     return directory
 
 

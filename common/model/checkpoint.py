@@ -269,7 +269,7 @@ def open_file(path: Path) -> dict[str, Any]:
     return dict.fromkeys(file.keys(), file)
 
 
-def check_fields(content: dict[str, Any], fields: dict[str, Check], path: Path) -> None:
+def check_config(content: dict[str, Any], fields: dict[str, Check], path: Path) -> None:
     """Check the values of the JSON object in a file, where it has them.
 
     Raises
