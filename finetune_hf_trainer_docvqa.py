@@ -22,7 +22,7 @@ FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
 def parse_args():
     parser = training_parser(__doc__, task="DocVQA", metric="anls")
     group = parser.add_argument_group("DocVQA")
-    group.add_argument("--full_train", action="store_true", help=f"train on all of DocVQA ({FULL[0]}) instead of {MINI}")
+    group.add_argument("--full_train", action="store_true", help="train on all pages, one random question per page and epoch")
     group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
     args = parser.parse_args()
     if args.data_dir and (args.streaming or args.full_train):
@@ -56,13 +56,13 @@ def make_row(id: str, image, question: str, answers: list[str]) -> dict:
     return {"id": id, "image": image, "question": question, "answers": answers, "texts": texts}
 
 
-def from_mini(row: dict, number: str) -> dict:
+def from_mini(row: dict, identifier: str) -> dict:
     return make_row(str(row["id"]), row["image"], row["query"]["en"], row["answers"])
 
 
-def from_full(row: dict, number: str) -> dict:
+def from_full(row: dict, identifier: str) -> dict:
     """Return a row with all questions about a page. It is used only for training."""
-    return {"id": number, "image": row["images"][0], "question": None, "answers": [], "texts": row["texts"]}
+    return {"id": identifier, "image": row["images"][0], "question": None, "answers": [], "texts": row["texts"]}
 
 
 def from_official(data_dir: Path, entry: dict) -> dict:
@@ -75,9 +75,8 @@ def from_official(data_dir: Path, entry: dict) -> dict:
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
-    to_row = partial(from_official, data_dir)
     path = data_dir / f"{split}_v1.0_withQT.json"
-    return read_rows(path, "DocVQA", to_row, limit, skip_bad, field="data")
+    return read_rows(path, "DocVQA", partial(from_official, data_dir), limit, skip_bad, field="data")
 
 
 def load_train_rows(args) -> Rows | Stream:
@@ -91,15 +90,16 @@ def load_train_rows(args) -> Rows | Stream:
     rows = rows.select(0, args.max_train_samples)
     if isinstance(rows, Stream):
         return rows
-    return check_rows(rows, all_conversations, "training row", args.tqdm, args.on_bad_sample == "skip")
+    return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
+    """Return the evaluation rows: without an official release, the test split of the examples, also with --full_train."""
     if args.data_dir:
         rows = load_official(args.data_dir, "val", args.max_eval_samples, args.on_bad_sample == "skip")
     else:
         rows = load_hub(MINI, columns=MINI_COLUMNS, split="test").map(from_mini).select(0, args.max_eval_samples)
-    return check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
+    return check_rows(rows, all_conversations, "evaluation row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
@@ -113,11 +113,11 @@ def all_conversations(row: dict) -> list[dict]:
     return [to_conversation(row | {"texts": [text]}, random.Random(0)) for text in row["texts"]]
 
 
-def score(row: dict, answer: str, full_train: bool) -> Prediction:
+def score(row: dict, generated: str, full_train: bool) -> Prediction:
     """Compute the ANLS of an answer, as defined by the benchmark and in the case-sensitive form of the published table."""
     # In the_cauldron every answer ends with a period; the benchmark's reference answers do not.
-    prediction = answer.strip().removesuffix(".").strip() if full_train else answer.strip()
-    more = {"score_case_sensitive": anls(answer, row["answers"], case_sensitive=True)}
+    prediction = generated.strip().removesuffix(".").strip() if full_train else generated.strip()
+    more = {"score_case_sensitive": anls(generated, row["answers"], case_sensitive=True)}
     return Prediction(row["id"], row["question"], prediction, row["answers"], anls(prediction, row["answers"]), more)
 
 

@@ -57,11 +57,11 @@ QUESTION = "Does this meme promote hate speech?\nAnswer yes or no."
 ANSWERS = ("No.", "Yes.")  # by label
 
 
-def from_hub(row: dict, number: str) -> dict:
+def from_hub(row: dict, identifier: str) -> dict:
     answer = row["texts"][0]["assistant"]
     if answer not in ANSWERS:
         raise InputError(f'expected the answer "{ANSWERS[0]}" or "{ANSWERS[1]}", got "{excerpt(answer)}": remove the row')
-    return {"id": number, "image": row["images"][0], "label": ANSWERS.index(answer)}
+    return {"id": identifier, "image": row["images"][0], "label": ANSWERS.index(answer)}
 
 
 def from_official(data_dir: Path, row: dict) -> dict:
@@ -72,8 +72,7 @@ def from_official(data_dir: Path, row: dict) -> dict:
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
-    to_row = partial(from_official, data_dir)
-    return read_rows(data_dir / f"{split}.jsonl", "Hateful Memes", to_row, limit, skip_bad)
+    return read_rows(data_dir / f"{split}.jsonl", "Hateful Memes", partial(from_official, data_dir), limit, skip_bad)
 
 
 def load_train_rows(args) -> Rows | Stream:
@@ -82,20 +81,20 @@ def load_train_rows(args) -> Rows | Stream:
         rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.on_bad_sample == "skip")
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
-        rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)
+        rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)  # the first ones are for evaluation
     if isinstance(rows, Stream):
         return rows
-    return check_rows(rows, all_conversations, "training row", args.tqdm, args.on_bad_sample == "skip")
+    return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
-    """Return the evaluation rows: without an official release, the Hub's first 500 training rows, as the published recipe."""
+    """Return the evaluation rows: without an official release, the Hub's first 500 rows, as in the published recipe."""
     if args.data_dir:
         rows = load_official(args.data_dir, "dev_seen", args.max_eval_samples, args.on_bad_sample == "skip")
     else:
         count = min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS)
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub).head(count)
-    rows = check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
+    rows = check_rows(rows, all_conversations, "evaluation row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
     if len({row["label"] for row in rows}) < 2:
         remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"
         raise InputError(f"AUROC requires rows with both labels, but all have one: {remedy}", str(args.data_dir or HUB[0]))
@@ -117,7 +116,8 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     answers, log_probabilities = generate_and_compare(model, processor, conversations, ANSWERS, args, generate)
     log_p_no, log_p_yes = log_probabilities.T
     p_yes = 1 / (1 + np.exp(log_p_no - log_p_yes))
-    answers = answers or [ANSWERS[int(p > 0.5)] for p in p_yes]
+    if not generate:
+        answers = [ANSWERS[int(p > 0.5)] for p in p_yes]
     predictions = [
         exact_match(row["id"], QUESTION, answer, ANSWERS[row["label"]], label=row["label"], p_yes=p)
         for row, answer, p in zip(rows, answers, p_yes.tolist(), strict=True)

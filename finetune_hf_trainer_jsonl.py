@@ -23,7 +23,7 @@ from common.runtime.process import InputError, say
 def parse_args():
     parser = training_parser(__doc__, task="own data", metric="exact")
     group = parser.add_argument_group("own data")
-    group.add_argument("--task_name", default="own data", help="name in report and model card (default: %(default)s)")
+    group.add_argument("--task_name", dest="task", default="own data", help="name in report and model card")
     group.add_argument("--data_dir", type=Path, help="folder that the following names are relative to")
     group.add_argument("--train_file", nargs="+", help="training data (default: train.jsonl in --data_dir)")
     group.add_argument(
@@ -34,7 +34,7 @@ def parse_args():
         "and the other half in the next epoch (default: once)",
     )
     group.add_argument("--eval_file", help="evaluation data (default: val.jsonl)")
-    group.add_argument("--eval_fraction", type=float, help="or hold out this share of the rows; images are in one part only")
+    group.add_argument("--eval_fraction", type=float, help="hold out this share of the rows instead, with all rows of an image")
     group.add_argument(
         "--metric",
         dest="metrics",
@@ -58,7 +58,7 @@ def parse_args():
         parser.error("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
     if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
         parser.error("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
-    return argparse.Namespace(**vars(args) | {"task": args.task_name, "metric": args.metrics[0]})
+    return argparse.Namespace(**vars(args) | {"metric": args.metrics[0]})
 
 
 if __name__ == "__main__":
@@ -81,7 +81,7 @@ from common.training.start import start
 
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
-    """Return training and evaluation rows. All rows and images are checked; streamed ones when they are read."""
+    """Return training and evaluation rows, checked with their images; streamed ones are checked when they are read."""
     folder = args.data_dir or Path()
     files = [folder / name for name in args.train_file or ["train.jsonl"]]
     eval_file = folder / (args.eval_file or "val.jsonl")
@@ -108,23 +108,22 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return row  # rows are already in the conversation format
 
 
-def score(rows: Rows, answers: list[str], metrics: list[str]) -> list[Prediction]:
-    """Compare the answer to each row's last turn with the expected one. The first metric is the score."""
+def score_all(rows: Rows, answers: list[str], metrics: list[str]) -> list[Prediction]:
+    """Compare the answer to each row's last turn with the expected one; the first metric is the score, others in ``more``."""
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         # Rows may have no ids, or use the name of an image as the id of several questions.
         identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
         seen.add(identifier)
         turn = row["conversations"][-1]
-        expected = [turn["assistant"]]
-        scores = {name: METRICS[name](answer, expected) for name in metrics}
+        scores = {name: METRICS[name](answer, [turn["assistant"]]) for name in metrics}
         main = scores.pop(metrics[0])
-        predictions.append(Prediction(identifier, turn["user"], answer.strip(), expected, main, scores))
+        predictions.append(Prediction(identifier, turn["user"], answer.strip(), [turn["assistant"]], main, scores))
     return predictions
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
-    predictions = score(rows, generate_answers(model, processor, rows, args), args.metrics)
+    predictions = score_all(rows, generate_answers(model, processor, rows, args), args.metrics)
     values = {name: fmean(entry.more.get(name, entry.score) for entry in predictions) for name in args.metrics}
     return Evaluation(args.metric, values, predictions)
 

@@ -56,10 +56,10 @@ QUESTION = (
 ANSWERS = {"True": "Yes.", "False": "No."}  # by label
 
 
-def from_hub(row: dict, number: str) -> dict:
+def from_hub(row: dict, identifier: str) -> dict:
     """Return the first question about an image pair; if each question is a row, this is the only one."""
     text = row["texts"][0]
-    identifier = number if "-" in number else f"{number}-0"
+    identifier = identifier if "-" in identifier else f"{identifier}-0"
     return {"id": identifier, "images": row["images"], "question": text["user"], "answer": text["assistant"]}
 
 
@@ -79,8 +79,7 @@ def from_official(data_dir: Path, split: str, row: dict) -> dict:
 
 
 def load_official(data_dir: Path, split: str, limit: int | None, skip_bad: bool = False) -> Rows:
-    to_row = partial(from_official, data_dir, split)
-    return read_rows(data_dir / f"{split}.json", "NLVR2", to_row, limit, skip_bad)
+    return read_rows(data_dir / f"{split}.json", "NLVR2", partial(from_official, data_dir, split), limit, skip_bad)
 
 
 def load_train_rows(args) -> Rows | Stream:
@@ -89,11 +88,12 @@ def load_train_rows(args) -> Rows | Stream:
         rows: Rows | Stream = load_official(args.data_dir, "train", args.max_train_samples, args.on_bad_sample == "skip")
     else:
         hub = partial(open_hub, *HUB, columns=["images", "texts"], streaming=args.streaming)
+        # The first image pairs are for evaluation. With each="texts", a row is one question: skip all questions about them.
         held_out = sum(len(row["texts"]) for row in hub().head(HUB_EVAL_ROWS))
         rows = hub(each="texts").map(from_hub).select(held_out, args.max_train_samples)
     if isinstance(rows, Stream):
         return rows
-    return check_rows(rows, all_conversations, "training row", args.tqdm, args.on_bad_sample == "skip")
+    return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
@@ -103,7 +103,7 @@ def load_eval_rows(args) -> Rows:
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).head(HUB_EVAL_ROWS)
         rows = rows.map(from_hub).select(0, args.max_eval_samples)
-    return check_rows(rows, all_conversations, "evaluation row", args.tqdm, args.on_bad_sample == "skip")
+    return check_rows(rows, all_conversations, "evaluation row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:

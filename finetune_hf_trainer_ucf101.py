@@ -6,9 +6,6 @@
     torchrun --nproc_per_node=4 finetune_hf_trainer_ucf101.py --data_dir data/ucf101 --bf16 --use_lora
 
 Metrics: accuracy of the generated class name, over all clips and per class.
-
-Writes the model (or adapter), both evaluations, train_results.json, trainer_state.json, run.json, a model card and report.html
-to --output_dir.
 """
 
 import random

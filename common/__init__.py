@@ -1,13 +1,13 @@
 """Code shared by the task scripts. A module may only import modules further down in this list.
 
-report/       run.json, the model card and the HTML report; imported only when needed
 training/     the steps of a run: the Trainer, checkpoints, the memory estimate
+report/       run.json, the model card and the HTML report; imported only when needed
 evaluation/   batched generation, metrics, predictions
 model/        checking and loading checkpoints
 data/         from dataset rows to batches
 arguments.py  command-line flags
 phi3v/        the model; importing it registers Phi-3-vision and Phi-3.5-vision with transformers
-runtime/      this process among others: errors and messages, collectives, files, progress; imports nothing else from here
+runtime/      process-level utilities: errors and messages, collectives, files, progress
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Command-line flags shared by all task scripts, and the checks of their values.
 
-Imports no library, so that a wrong flag is reported before PyTorch and transformers are imported, which takes seconds.
+Imports only the standard library: a wrong flag is reported before PyTorch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -29,26 +29,31 @@ MAX_CROPS = 16
 # The schedules of transformers that need no further settings.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 # What may change when a run is resumed, if it is named in --accept_changes.
-CHANGEABLE: tuple[str, ...] = (
-    "learning_rate",
-    "vision_learning_rate",
-    "projector_learning_rate",
-    "wd",
-    "lr_scheduler_type",
-    "warmup_steps",
+CHANGEABLE = (
+    *("learning_rate", "vision_learning_rate", "projector_learning_rate", "wd", "lr_scheduler_type", "warmup_steps"),
+    *("steps", "seed", "num_crops", "data"),
 )
-CHANGEABLE += ("steps", "seed", "num_crops", "data")
-LORA_DEFAULTS: dict[str, Any] = {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0}
-LORA_DEFAULTS |= {"use_dora": False, "use_rslora": False, "init_lora_weights": "gaussian"}
+LORA_DEFAULTS: dict[str, Any] = {
+    "lora_rank": 64,
+    "lora_alpha_ratio": 2.0,
+    "lora_dropout": 0.0,
+    "use_dora": False,
+    "use_rslora": False,
+    "init_lora_weights": "gaussian",
+}
 
 # Shared flags that act with --eval_only.
-EVALUATION_FLAGS: tuple[str, ...] = ("eval_only", "model_name_or_path", "num_crops", "bf16", "output_dir", "ddp_timeout")
-EVALUATION_FLAGS += ("dataloader_num_workers", "on_bad_sample", "max_eval_samples", "eval_batch_size", "max_new_tokens", "tqdm")
+EVALUATION_FLAGS = (
+    *("eval_only", "model_name_or_path", "num_crops", "bf16", "output_dir", "ddp_timeout"),
+    *("dataloader_num_workers", "on_bad_sample", "max_eval_samples", "eval_batch_size", "max_new_tokens", "tqdm"),
+)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Settings of a run, resolved from its flags for this machine and this model.
+    """Settings of a run, resolved from its flags for this machine and this model by :func:`common.training.start.start`.
+
+    Defined here because :mod:`common.model` may not import :mod:`common.training`.
 
     Attributes
     ----------
@@ -64,7 +69,7 @@ class Setup:
     zero_stage : int, optional
         ZeRO stage set in that file.
     batch_size_per_gpu : int
-        Samples per process per micro-batch.
+        Samples per process per micro-batch, and of the evaluation loss.
     max_tokens_per_batch : int or "auto", optional
         Limit of a micro-batch that replaces the number of samples.
     revision : str, optional
@@ -367,7 +372,7 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         help="what to do about invalid rows, and about images that become unusable during training: stop, or skip and count "
         "them, the latter in bad_samples.jsonl (default: %(default)s)",
     )
-    group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute the loss")
+    group.add_argument("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute its loss")
     group.add_argument(
         "--eval_steps", type=int, help="steps between evaluations, with --eval_strategy steps (default: --logging_steps, or 10)"
     )
@@ -508,6 +513,7 @@ def _check_dependent_flags(args: argparse.Namespace) -> None:
         raise InputError("--use_qlora already trains LoRA adapters, on a quantized model: remove it or --use_lora")
     if args.max_steps > 0 and args.num_train_epochs != NUM_TRAIN_EPOCHS:
         raise InputError("--max_steps and --num_train_epochs both set the length of the run: remove one of them")
+    # With --eval_strategy, it is still the batch size of the evaluation loss.
     if args.max_tokens_per_batch and args.batch_size_per_gpu is not None and args.eval_strategy == "no":
         raise InputError("--batch_size_per_gpu has no effect with --max_tokens_per_batch: remove one of them")
 

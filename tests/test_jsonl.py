@@ -245,7 +245,7 @@ def test_steps_of_a_mixture_take_its_rows_on_all_processes():
 
 def test_predictions_have_ids_of_their_own_and_every_score():
     rows = [row(user="What?", assistant="1,250", id=name) for name in ("a", "a", None, "b")]
-    predictions = script.score(rows, ["$1,250", " 1,250. ", "It is 1,250 now", "1300"], ["relaxed", "exact", "contains"])
+    predictions = script.score_all(rows, ["$1,250", " 1,250. ", "It is 1,250 now", "1300"], ["relaxed", "exact", "contains"])
     assert [entry.id for entry in predictions] == ["a", "a#1", "2", "b"]
     assert [entry.score for entry in predictions] == [1, 1, 0, 1]
     assert [entry.more for entry in predictions] == [

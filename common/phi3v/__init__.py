@@ -1,7 +1,8 @@
 """Phi-3-vision and Phi-3.5-vision for transformers 5; importing it registers them.
 
-Imports no other room and knows nothing of training; the only place that knows the names of the model's parts, what takes LoRA
-adapters, which tokens end a turn, and how many FLOPs a batch costs. Begin with :mod:`common.phi3v.modeling`.
+Imports no other package of :mod:`common` and knows nothing of training; the only place that knows the names of the model's
+parts, what takes LoRA adapters, which tokens end a turn, and how many FLOPs a batch costs. Begin with
+:mod:`common.phi3v.modeling`.
 """
 
 from transformers import (

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all processes, in order of rank, on every process."""
+    """Return the values of all processes, which must be picklable, in order of rank. Must be called on all processes."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -26,7 +26,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """Return the main process's value on every process."""
+    """Return the main process's value, which must be picklable, on every process. Must be called on all processes."""
     if world_size() == 1:
         return value
     values = [value]
@@ -41,12 +41,12 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def on_main_process(load: Callable[[], T]) -> T:
+def on_main_process(function: Callable[[], T]) -> T:
     """Call a function on the main process only; all processes return its result or raise its input error."""
     result: Any = None
     if is_main_process():
         try:
-            result = load()
+            result = function()
         except InputError as error:
             result = error
     result = broadcast(result)
@@ -55,11 +55,11 @@ def on_main_process(load: Callable[[], T]) -> T:
     return result
 
 
-def first_on_each_machine(prepare: Callable[[], T]) -> T:
+def first_on_each_machine(function: Callable[[], T]) -> T:
     """Call a function on the first process of each machine, then on the other processes."""
     with PartialState().local_main_process_first():
         try:
-            return prepare()
+            return function()
         except InputError as error:
             failure = error  # raised after the barrier, for which the other processes wait
     raise failure

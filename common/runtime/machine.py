@@ -12,10 +12,10 @@ import torch
 
 from .process import counted, local_world_size, world_size
 
-LIBRARIES = ["torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "pillow"]
-
-
-LIBRARIES += ["flash-attn", "liger-kernel"]
+LIBRARIES = (
+    *("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "datasets", "pillow"),
+    *("flash-attn", "liger-kernel"),
+)
 
 
 def cores_per_process() -> int:

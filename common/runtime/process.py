@@ -1,4 +1,4 @@
-"""This process: flags, input errors, its rank, what it prints, how it ends. Imports no library: flags are checked at once."""
+"""This process: flags, input errors, its rank, what it prints, how it ends. Imports only the standard library."""
 
 from __future__ import annotations
 

@@ -17,8 +17,6 @@ from .process import is_main_process, say, world_size
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10
-
-
 SECONDS_TO_FIRST_LINE = 2
 
 

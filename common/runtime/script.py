@@ -19,7 +19,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from .process import InputError, fail, local_rank, rank, stop_at_once, world_size
 
-SECONDS_TO_NOTICE = 10  # a timeout that another process has already noticed
+SECONDS_TO_NOTICE = 10  # until the others have noticed the same timeout
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,8 +28,8 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     A message is shown once on each machine, by the first process that fails with it.
 
-    SIGTERM and SIGINT end the process at once, except where ``main`` handles them. A process of torchrun is killed if torchrun
-    is, because torchrun's successor would write to the same directory.
+    SIGTERM and SIGINT end the process at once, except where ``main`` handles them. Under torchrun, the process is killed when
+    torchrun dies: a restarted run would write to the same directory.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_at_once)
@@ -42,7 +42,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         in_training = signal.getsignal(signal.SIGTERM) is not stop_at_once
         fail(str(error), show=_is_first_with(str(error)), others_may_go_on=in_training)
     except RuntimeError as error:
-        if not (reason := _why_alone(error)):
+        if not (reason := _explain_failure(error)):
             raise
         fail(reason, others_may_go_on=True)
     except OSError as error:
@@ -75,8 +75,8 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _why_alone(error: RuntimeError) -> str | None:
-    """Say which process is missing, if that is the reason for an error."""
+def _explain_failure(error: RuntimeError) -> str | None:
+    """Return a message if another process or a data worker caused the error, otherwise None."""
     text = re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0])  # without the place in gloo's code
     if "DataLoader worker" in text:
         return f"a data worker died ({text}), usually for lack of memory: use fewer --dataloader_num_workers"

@@ -53,7 +53,10 @@ def build_trainer(
     evaluate: Callable[[nn.Module, Phi3VProcessor, Rows, argparse.Namespace], Evaluation],
     source: str,
 ) -> FinetuningTrainer:
-    """Plan the batches, set up the Trainer, write ``run.json``, and print the summary.
+    """Prepare the Trainer of a run and print its summary. Must be called on all processes.
+
+    Checks that the weights are finite and, on resume, that data and steps are those of the checkpoint; deletes earlier outputs
+    with ``--overwrite_output_dir``; plans the batches; writes ``run.json``; reviews the data; chooses the recomputation.
 
     Parameters
     ----------
@@ -61,19 +64,28 @@ def build_trainer(
         The script's flags.
     setup : Setup
         The settings that :func:`common.training.start.start` determined from them.
-    model, processor
-    train_rows, eval_rows
+    model : torch.nn.Module
+    processor : Phi3VProcessor
+    train_rows : Rows or Stream
+    eval_rows : Rows
     to_conversation : callable
         Converts a row to a conversation; random choices use the given generator.
     evaluate : callable
         Evaluates a model on rows. The predictions are in the order of the rows.
     source : str
         Origin of the data: Hub ids separated by spaces, or a directory.
+
+    Raises
+    ------
+    InputError
+        If a weight is not finite, a row is longer than the model's context, or the data is not the checkpoint's.
     """
+    # The data is ready: from now on, a process that does not respond ends the run.
     set_timeout(args.ddp_timeout)
     if name := find_nonfinite(model):
         raise InputError(f"{name} is not finite: copy the files again", f"--model_name_or_path {args.model_name_or_path}")
     if setup.zero_stage == 3:
+        # ZeRO-3 gathers weights in every forward pass, so all processes must run the same modules.
         base_model(model).run_same_modules_always()
     train_data: TrainingData | StreamedData
     if isinstance(train_rows, Stream):
@@ -113,7 +125,7 @@ def build_trainer(
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
 
     say("Estimating memory and time")
-    trial = estimate()
+    trial = estimate()  # cached if plan_batches needed it
     recomputation = args.gradient_checkpointing
     if recomputation == "auto":
         recomputation = least_recomputation(trial, *batches.largest(lengths))
@@ -148,7 +160,7 @@ def _settings(
     logging_steps: int,
     longest: int,
 ) -> dict[str, Any]:
-    """Return all flags as ``run.json`` has them: with what was settled on where a flag leaves it open."""
+    """Return the flags for ``run.json``, with automatic values replaced by those chosen."""
     max_tokens = batches.max_tokens if isinstance(batches, PlannedBatches) else None
     return {name: value for name, value in vars(args).items() if name not in NOT_FLAGS} | {
         "packing": setup.packing,

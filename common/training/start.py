@@ -68,7 +68,7 @@ def start(args: argparse.Namespace) -> Setup:
     precision = training_precision(args.bf16, device)
     if args.eval_only:
         on_main_process(lambda: lock(args.output_dir))
-        return Setup(device, precision, attention="sdpa")
+        return Setup(device, precision, attention="sdpa")  # evaluate_only chooses its own
     adapter = adapter_to_continue(args)
     base, revision = find_base(adapter) if adapter else (args.model_name_or_path, None)
     revision = first_on_each_machine(lambda: fetch_checkpoint(base, revision=revision))
@@ -95,16 +95,16 @@ def start(args: argparse.Namespace) -> Setup:
         on_main_process(lambda: check_unused(args.output_dir, args.overwrite_output_dir, auto))
     set_seed(args.seed)
     return Setup(
-        device,
-        precision,
-        attention,
-        reason,
-        packing,
-        deepspeed,
-        stage,
-        samples,
-        max_tokens,
-        revision,
+        device=device,
+        precision=precision,
+        attention=attention,
+        attention_reason=reason,
+        packing=packing,
+        deepspeed=deepspeed,
+        zero_stage=stage,
+        batch_size_per_gpu=samples,
+        max_tokens_per_batch=max_tokens,
+        revision=revision,
         base=base if adapter else None,
         adapter=adapter,
         checkpoint=checkpoint,
@@ -186,7 +186,7 @@ def _limit_micro_batches(args: argparse.Namespace, packs_on_gpu: bool, stage: in
     """Return ``--batch_size_per_gpu`` and ``--max_tokens_per_batch``, or their defaults on this machine."""
     samples, max_tokens = args.batch_size_per_gpu, args.max_tokens_per_batch
     if max_tokens == "auto" and stage == 3:
-        raise InputError("no trial of the memory is possible under ZeRO-3: set a number", "--max_tokens_per_batch auto")
+        raise InputError("memory cannot be measured under ZeRO-3: pass a number of tokens", "--max_tokens_per_batch auto")
     if max_tokens is None and samples is None and packs_on_gpu and stage != 3 and not args.streaming:
         max_tokens = "auto"
     return samples or 1, max_tokens
