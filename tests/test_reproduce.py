@@ -8,14 +8,13 @@ import shlex
 import signal
 import subprocess
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from forked import be_process, run_script
+from forked import run_script
 from report_runs import write_json
 
 from common.arguments import check_arguments, uses_adapters
@@ -191,8 +190,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
     def run_forked(command, **_):
         assert command[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]
         words = [*command[4:], "--dataloader_num_workers", "0"]
-        target = partial(be_process, whole="--max_steps" not in words)
-        assert run_script(words, log, script=command[3], target=target) == [0, 0], log.read_text()
+        assert run_script(words, log, script=command[3]) == [0, 0], log.read_text()
         return runs.Usage(1.0, 1.0)
 
     monkeypatch.setattr(embedded, "run_command", run_forked)
@@ -217,8 +215,6 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
     assert page.count("not measured |") == len(ROWS) + 1 and "embedded-nlvr2-frozen-smoke.json" in page
     assert not list(output_dir.glob("checkpoint-*"))
     assert "already exists" in run_main(reproduce, monkeypatch, capsys, *row)
-    report = (output_dir / "report.html").read_text(encoding="utf-8")
-    assert "Accuracy" in report and report.count("<article") > 0 and report.count("data:image/jpeg") > 0
 
 
 def test_the_settings_of_a_task_fit_every_method(monkeypatch, tmp_path):
