@@ -36,8 +36,8 @@ all-tests quick faults: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(BIN)/python -m tools.embedded $(TASK)
 
-# A file's tests share runs, so they stay on one worker; long files come first (tests/conftest.py).
-PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# The tests of a file share runs, so they stay on one worker.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Types are checked beside the tests: that takes a minute of one core.
 test: style

@@ -23,12 +23,6 @@ needs_golden = pytest.mark.skipif(
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data (../shared/data) is not here")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that in the end no worker waits long for another."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def pytest_collection_finish() -> None:
     gc.freeze()  # collections during tests do not visit what has been imported
 
