@@ -16,9 +16,9 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 # Two test workers share the cores, so more threads per worker would only compete.
-test quick faults: export OMP_NUM_THREADS = 1
+all-tests quick faults: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test quick faults audit lint format serving-test lmms-test matrix bench-table
+.PHONY: demo test all-tests quick faults audit lint style types format serving-test lmms-test matrix bench-table
 
 # torch is installed first, because DeepSpeed's setup imports it. DS_IGNORE_CUDA_DETECTION keeps that setup from requiring the
 # CUDA compiler. An environment that exists is installed into.
@@ -36,11 +36,18 @@ test quick faults: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(BIN)/python -m tools.embedded $(TASK)
 
-test: lint
-	$(BIN)/python -m pytest -q -rs --durations=25 -n 2 --dist loadfile
+# The tests of a file share runs, so they stay on one worker.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# Types are checked beside the tests: that takes a minute of one core.
+test: style
+	$(MAKE) --jobs 2 types all-tests
+
+all-tests: .venv/installed-for-tests
+	$(PYTEST) -rs --durations=25
 
 quick: .venv/installed-for-tests
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
+	$(PYTEST) -m "not slow"
 
 faults: .venv/installed-for-tests
 	PYTHONPATH=tests $(BIN)/python -m faults.run
@@ -53,11 +60,15 @@ audit: .venv/installed-for-tests
 	$(BIN)/pip install --quiet pip-audit==2.10.1
 	$(BIN)/pip-audit --no-deps --disable-pip --requirement requirements.txt
 
-lint: .venv/installed-for-tests
+lint: style types
+
+style: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/codespell
 	$(BIN)/hadolint Dockerfile
+
+types: .venv/installed-for-tests
 	$(BIN)/mypy
 
 format: .venv/installed-for-tests

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from conftest import TINY
-from forked import finetune_forked
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from runs import weights
 from transformers import AutoModelForCausalLM
 
 from common.arguments import Setup, check_arguments, training_parser
@@ -19,7 +16,6 @@ from common.model.checkpoint import fetch_checkpoint, load_processor
 from common.model.loading import load_model
 from common.model.lora import fuse_lora
 from common.phi3v.parts import lora_targets
-from tools.merge_lora import merge
 
 
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
@@ -74,17 +70,3 @@ def logits(model: torch.nn.Module, processor, receipts: list[Path]) -> torch.Ten
     images = [Image.open(path) for path in receipts[:2]]
     inputs = processor("<|user|>\n<|image_1|><|image_2|>\nWhat is the total?<|end|>\n<|assistant|>\n", images)
     return model(**inputs).logits
-
-
-def assert_adapter_trains_resumes_and_merges(script: str, method: str, data: Path, model: Path, directory: Path) -> None:
-    """Train an adapter for two steps on two processes, resume from the first one, merge it, and load the result."""
-    options = {"script": script, "model_name_or_path": model, method: True, "lora_rank": 4}
-    options |= {"batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    log = finetune_forked(data, directory / "straight", **options)
-    shutil.copytree(directory / "straight/checkpoint-1", directory / "resumed/checkpoint-1")
-    assert finetune_forked(data, directory / "resumed", resume_from_checkpoint="auto", **options) == log
-    straight, resumed = weights(directory / "straight"), weights(directory / "resumed")
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    merge(str(directory / "straight"), directory / "merged")
-    merged, base = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (directory / "merged", model))
-    assert any(not torch.equal(merged[name], base[name]) for name in base)

@@ -1,7 +1,6 @@
 """A headless Chromium, and accessibility checks."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -92,14 +91,6 @@ def watched(browser: Browser, width: int, scheme: str = "light", allowed: str = 
     yield page
     page.close()
     assert complaints == []
-
-
-def wait_until(page: Page, expression: str, seconds: float = 30) -> None:
-    """Wait until a JavaScript expression holds. Unlike `page.wait_for_function` this uses no `eval`, which a report forbids."""
-    deadline = time.monotonic() + seconds
-    while not page.evaluate(expression):
-        assert time.monotonic() < deadline, f"still not so after {seconds} s: {expression}"
-        page.wait_for_timeout(50)
 
 
 def overflow(page: Page) -> int:

@@ -1,5 +1,6 @@
 """Paths, fixtures and helpers that tests share."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -20,6 +21,10 @@ needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason="the published code's reference numbers (../shared/golden) are not here"
 )
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data (../shared/data) is not here")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collections during tests do not visit what has been imported
 
 
 def torchrun(*command: object, processes: int = 2, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:

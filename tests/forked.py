@@ -1,12 +1,16 @@
-"""Runs without torchrun: processes forked from one that has already imported everything.
+"""Programs without starting Python: processes forked from one that has already imported everything.
 
-Starting Python and importing the libraries takes ten times as long as a run of five steps. test_training.py, test_multi_node.py
-and the tests of the tasks use torchrun itself.
+Starting Python and importing the libraries takes ten times as long as a run of five steps. test_bad_input.py,
+test_multi_node.py and `make demo` in test_readme.py use torchrun itself.
 """
 
+import atexit
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,14 +27,12 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
 }
-PRELOAD = ["finetune_hf_trainer_docvqa", "deepspeed", "transformers.integrations.deepspeed", "forked"]
-PRELOAD += ["common.report.page", "common.report.model_card"]
 
 
 @cache
 def server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["preloaded"])
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
     try:
@@ -61,20 +63,72 @@ def run_processes(target: Callable, arguments: Sequence[tuple], timeout: float =
     return codes
 
 
-def be_process(
-    rank: int, processes: int, port: int, words: list[str], log: Path, script: str = SCRIPT, report: bool = False
-) -> None:
-    """One process of a run, as torchrun would start it. The HTML report, which takes seconds, is left out by default."""
-    import common.report.page
-    from common.training.start import _leave_process_group
+def member_of_group(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment variables with which torchrun starts a process on a single machine."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    return {name: str(value) for name, value in (group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items()}
 
-    if not report:
-        common.report.page.report_run = lambda *_: None
+
+def print_to(log: Path) -> None:
+    """Let this process print to a file, to which others may print too."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stdout.reconfigure(line_buffering=True)
+
+
+def be_program(words: Sequence[str], folder: Path, log: Path, variables: dict[str, str]) -> None:
+    """Be ``python script.py …`` or ``python -m module …`` in a folder."""
+    print_to(log)
+    atexit._clear()  # what belongs to the process that this one was forked from
+    multiprocessing.set_start_method("fork", force=True)  # the default of a program
+    os.environ.update(variables)
+    os.chdir(folder)
+    module, sys.argv = (words[1], words[1:]) if words[0] == "-m" else (Path(words[0]).stem, words)
+    sys.path.insert(0, str(folder if words[0] == "-m" else (folder / words[0]).parent))
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+def run_program(
+    *words: object, folder: Path = ROOT, variables: Sequence[dict[str, str]] = ({},)
+) -> subprocess.CompletedProcess:
+    """Run ``script.py …`` or ``-m module …`` in a process per set of environment variables. A failure raises no exception."""
+    file, log = tempfile.mkstemp(suffix=".log")
+    os.close(file)
+    codes = run_processes(be_program, [(list(map(str, words)), folder, Path(log), own) for own in variables])
+    output = Path(log).read_text()
+    os.remove(log)
+    return subprocess.CompletedProcess(words, int(any(code != 0 for code in codes)), output)
+
+
+def torchrun(*command: object, processes: int = 2, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script on CPU processes, as torchrun would. A failure raises no exception."""
+    port = free_port()
+    variables = [member_of_group(rank, processes, port) | environment for rank in range(processes)]
+    return run_program(*command, folder=folder, variables=variables)
+
+
+def be_process(
+    rank: int, processes: int, port: int, words: list[str], log: Path, script: str = SCRIPT, whole: bool = False
+) -> None:
+    """One process of a run, as torchrun would start it.
+
+    By default without what takes seconds: the HTML report, and the trial of the memory, instead of which it is ample.
+    """
+    import common.report.page
+    from common.training import memory
+    from common.training.start import _leave_process_group
+
+    if not whole:
+        common.report.page.report_run = lambda *_: None
+        footprints = [memory.Footprint(0, 1, 1)] * 3
+        ample = memory.Trial(*footprints, num_layers=3, states=0, step=0, free=1e12, flops_per_second=1e9, launching=1e-3)
+        memory._measure = lambda *_: ample
+    print_to(log)
+    os.environ.update(member_of_group(rank, processes, port))
     os.chdir(ROOT)
     sys.argv = [script, *words]
     module = import_module(script.removesuffix(".py"))

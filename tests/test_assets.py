@@ -1,22 +1,21 @@
 """The embedded checkpoint and the sample data: layouts, sizes, held-out answers, and reproducibility."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
-from PIL import Image
+import torch
+from conftest import TINY
+from forked import run_processes
 from safetensors.torch import load_file
 
+from assets import pretrain_tiny
 from assets.draw_samples import draw_samples
 from assets.pretraining import documents, shapes
 from assets.samples.docvqa import VALUE_KINDS, draw_value, is_held_out
 from assets.samples.page import LINES
-from assets.samples.ucf101 import CLASSES, FRAMES
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -47,16 +46,13 @@ def test_tiny_tokenizer_has_the_special_tokens_and_all_printable_characters():
     assert chat == "<|user|>\nHi<|end|>\n<|assistant|>\n"
 
 
-def test_docvqa_sample_has_the_official_layout_and_held_out_answers(tmp_path):
+def test_answers_about_documents_are_held_out(tmp_path):
+    """The scripts read the layouts of all sample data in test_readme.py."""
     draw_samples("docvqa", tmp_path, train=12, val=6)
     answers = {}
     for split, count in (("train", 12), ("val", 6)):
-        content = json.loads((tmp_path / f"{split}_v1.0_withQT.json").read_text(encoding="utf-8"))
-        rows = content["data"]
+        rows = json.loads((tmp_path / f"{split}_v1.0_withQT.json").read_text(encoding="utf-8"))["data"]
         assert len(rows) == 4 * count
-        assert [row["questionId"] for row in rows] == list(range(len(rows)))
-        for row in rows:
-            assert Image.open(tmp_path / row["image"]).size == (336, 336)
         answers[split] = {answer for row in rows for answer in row["answers"]}
     assert all(map(is_held_out, answers["val"]))
     assert not any(map(is_held_out, answers["train"]))
@@ -72,13 +68,15 @@ def test_values_are_varied(kind):
 
 
 @pytest.mark.slow
-def test_pretraining_writes_a_checkpoint_like_the_embedded_one(tmp_path):
+def test_pretraining_writes_a_checkpoint_like_the_embedded_one(tmp_path, monkeypatch):
+    def spawn(target, arguments, nprocs):
+        assert run_processes(target, [(rank, *arguments) for rank in range(nprocs)]) == [0] * nprocs
+
     stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
     steps = [argument for stage in stages for argument in (f"--{stage}_steps", "1")]
-    command = [sys.executable, "-m", "assets.pretrain_tiny", "--output_dir", tmp_path, *steps]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert [line.rsplit(" ", 1)[1] for line in result.stdout.splitlines() if line.startswith("Wrote")] == list(stages)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    monkeypatch.setattr(sys, "argv", ["pretrain_tiny", "--output_dir", str(tmp_path), *steps])
+    pretrain_tiny.main()
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in TINY.iterdir()}
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         assert (tmp_path / name).read_text() == (TINY / name).read_text()
@@ -110,40 +108,19 @@ def test_half_of_the_statements_in_pretraining_are_true(pictures):
     assert all(len(turn.facts) == len(shapes.FACTS) for turn in asked)
 
 
-def test_memes_sample_has_the_official_layout(tmp_path):
+def test_labels_are_balanced(tmp_path):
+    """Of memes in each split, and of NLVR2 for each sentence, so that neither texts nor frequencies give them away."""
     draw_samples("hateful_memes", tmp_path, train=10, val=6)
-    train, dev = read_json_lines(tmp_path / "train.jsonl"), read_json_lines(tmp_path / "dev_seen.jsonl")
-    assert len(train) == 10 and len(dev) == 6
-    assert sum(row["label"] for row in train) == 5 and sum(row["label"] for row in dev) == 3
-    assert len({row["id"] for row in train + dev}) == 16
-    for row in train + dev:
-        assert row["img"] == f"img/{row['id']:05d}.png" and row["text"]
-        assert Image.open(tmp_path / row["img"]).size == (336, 336)
-
-
-def test_nlvr2_sample_has_the_official_layout(tmp_path):
+    for name, half in (("train", 5), ("dev_seen", 3)):
+        labels = [row["label"] for row in read_json_lines(tmp_path / f"{name}.jsonl")]
+        assert sum(labels) == half and len(labels) == 2 * half
     draw_samples("nlvr2", tmp_path, train=3, val=2)
-    for split, sentences in (("train", 3), ("dev", 2)):
-        rows = read_json_lines(tmp_path / f"{split}.json")
-        assert len(rows) == 4 * sentences
-        for row in rows:
-            assert row["label"] in ("True", "False")
-            fields = row["identifier"].split("-")
-            assert len(fields) == 4 and fields[0] == split
-            folder = tmp_path / "images" / split / (row["directory"] if split == "train" else "")
-            for side in (0, 1):
-                assert (folder / f"{'-'.join(fields[:3])}-img{side}.png").is_file()
-        labels = {row["sentence"]: [r["label"] for r in rows if r["sentence"] == row["sentence"]] for row in rows}
+    for name, sentences in (("train", 3), ("dev", 2)):
+        labels = {}
+        for row in read_json_lines(tmp_path / f"{name}.json"):
+            labels.setdefault(row["sentence"], []).append(row["label"])
+        assert len(labels) <= sentences and sum(map(len, labels.values())) == 4 * sentences
         assert all(label.count("True") == len(label) / 2 for label in labels.values())
-
-
-def test_ucf101_sample_has_clips_that_decode(tmp_path):
-    draw_samples("ucf101", tmp_path, train=1, val=1)
-    for split in ("train", "val", "test"):
-        clips = sorted((tmp_path / "UCF101_subset" / split).glob("*/v_*.avi"))
-        assert [clip.parent.name for clip in clips] == sorted(CLASSES)
-        with av.open(str(clips[0])) as container:
-            assert sum(1 for _ in container.decode(video=0)) == FRAMES
 
 
 @pytest.mark.parametrize("task", ["docvqa", "hateful_memes", "nlvr2"])

@@ -7,23 +7,22 @@ import os
 import pty
 import re
 import resource
-import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, TINY
+from forked import be_program, server
 from PIL import Image
 from transformers import AutoProcessor
 
 import common.phi3v  # noqa: F401  registers the processor
 from common.data.conversations import encode_conversation
 from tools.check_data import main
-
-COMMAND = [sys.executable, "-m", "tools.check_data", "--model_name_or_path", str(TINY)]
 
 
 @pytest.fixture
@@ -260,42 +259,45 @@ def test_unusable_flags(folder, monkeypatch, capsys, check):
 
 
 @pytest.mark.parametrize("flags, bar", [((), True), (("--no-tqdm",), False)])
-def test_progress_bar_on_a_terminal(folder, flags, bar):
+def test_progress_bar_on_a_terminal(folder, flags, bar, check, monkeypatch):
     data = write(folder / "data.jsonl", GOOD_ROWS)
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 100))
-    command = [*COMMAND, "--data_file", str(data), *flags]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=its_end, text=True, cwd=ROOT)
-    os.write(its_end, b"end")
-    shown = os.read(terminal, 65536).decode()
+    with open(its_end, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        code, printed = check("--data_file", data, *flags)
+        print("end", file=stderr, flush=True)
+        shown = os.read(terminal, 65536).decode()
     os.close(terminal)
-    os.close(its_end)
+    assert code == 0 and "Checking" not in printed
     assert ("bytes/s" in shown) == bar
     assert ("Checking data: 100%, " in shown) != bar
-    assert "Checking" not in result.stdout
 
 
 def test_workers_end_with_a_killed_check(folder):
     data = write(folder / "data.jsonl", [row(["wide.jpg"], (f"Question {number}", "Yes.")) for number in range(20_000)])
-    process = subprocess.Popen([*COMMAND, "--data_file", str(data)], stdout=subprocess.DEVNULL, cwd=ROOT)
+    words = ["-m", "tools.check_data", "--model_name_or_path", str(TINY), "--data_file", str(data)]
+    process = server().Process(target=be_program, args=(words, ROOT, Path(os.devnull), {}))
+    process.start()
     while not (workers := psutil.Process(process.pid).children()):
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 @pytest.mark.slow
-def test_many_rows_in_seconds(folder):
+def test_many_rows_in_seconds(folder, check):
     for number in range(2000):
         os.link(folder / "wide.jpg", folder / f"{number}.jpg")
     rows = [row([f"{number % 2000}.jpg"], (f"What is to be seen in picture {number}?", "Noise.")) for number in range(20_000)]
     data = write(folder / "data.jsonl", rows)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(
-        [*COMMAND, "--data_file", str(data), "--quick"], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+
+    def seconds():
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+    before = seconds()
+    code, said = check("--data_file", data, "--quick")
+    assert code == 0, said
     # A minute per 100,000 rows for two cores that do nothing else, however busy this machine is.
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime < 2 * 12
+    assert seconds() - before < 2 * 12

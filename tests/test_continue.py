@@ -9,23 +9,13 @@ from adapters import save_adapter
 from conftest import TINY
 from forked import finetune_forked
 from peft import LoraConfig
-from runs import message, weights, write_docvqa, write_random_model
+from runs import message, weights
 from safetensors.torch import load_file, save_file
 
 from common.arguments import check_arguments, training_parser
 from common.model.adapters import adapter_to_continue
 from common.runtime.process import InputError
 from tools.merge_lora import merge
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_docvqa(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("model") / "model")
 
 
 def parse(*words):
@@ -56,20 +46,21 @@ def test_an_adapter_sets_the_defaults_and_a_conflict_is_refused(lora, qlora, tmp
         adapter_to_continue(parse("--model_name_or_path", qlora, "--use_lora"))
 
 
-def test_another_base_and_other_modules_are_refused(data, model, monkeypatch, tmp_path):
-    base = shutil.copytree(model, tmp_path / "base")
+def test_another_base_and_other_modules_are_refused(docvqa_data, random_model, monkeypatch, tmp_path):
+    base = shutil.copytree(random_model, tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", "--use_lora", base=base)
     options = {"model_name_or_path": adapter, "use_lora": True}
     config = LoraConfig.from_pretrained(adapter)
     config.target_modules = {"qkv_proj"}
     other = shutil.copytree(adapter, tmp_path / "other")
     config.save_pretrained(other)
-    said = message(monkeypatch, data, tmp_path / "out", **options | {"model_name_or_path": other, "freeze_vision_model": True})
+    others = {"model_name_or_path": other, "use_lora": True, "freeze_vision_model": True}
+    said = message(monkeypatch, docvqa_data, tmp_path / "out", **others)
     assert said.startswith(f"--model_name_or_path {other}: the adapter was trained with other code, and changes other modules")
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    said = message(monkeypatch, data, tmp_path / "out", **options)
+    said = message(monkeypatch, docvqa_data, tmp_path / "out", **options)
     assert f"adapter {adapter} was trained on {base}, but {base} has different weights" in said
 
 
@@ -79,12 +70,12 @@ def test_another_base_and_other_modules_are_refused(data, model, monkeypatch, tm
     [{"use_lora": True}, {"use_lora": True, "train_fully": "projector,vision", "projector_learning_rate": 1e-2}],
     ids=["lora", "train_fully"],
 )
-def test_an_adapter_is_trained_further_resumed_and_merged(flags, data, model, tmp_path):
+def test_an_adapter_is_trained_further_resumed_and_merged(flags, docvqa_data, random_model, tmp_path):
     """The second run begins with the answers that the first one ended with, and leaves one adapter of the same shape."""
     options = {"batch_size_per_gpu": 1, "max_steps": 2, "max_new_tokens": 8} | flags
-    finetune_forked(data, tmp_path / "first", model_name_or_path=model, lora_rank=4, **options)
+    finetune_forked(docvqa_data, tmp_path / "first", model_name_or_path=random_model, lora_rank=4, **options)
     options |= {"model_name_or_path": tmp_path / "first", "save_strategy": "steps", "save_steps": 1}
-    log = finetune_forked(data, tmp_path / "second", **options)
+    log = finetune_forked(docvqa_data, tmp_path / "second", **options)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert {name: tensor.shape for name, tensor in first.items()} == {name: tensor.shape for name, tensor in second.items()}
     assert not any(torch.equal(first[name], second[name]) for name in first if name.endswith("lora_B.weight"))
@@ -94,15 +85,15 @@ def test_an_adapter_is_trained_further_resumed_and_merged(flags, data, model, tm
     )
     assert ended == began
     run = json.loads((tmp_path / "second/run.json").read_text())
-    assert (run["base_model"], run["hyperparameters"]["lora_rank"]) == (str(model), 4)
+    assert (run["base_model"], run["hyperparameters"]["lora_rank"]) == (str(random_model), 4)
 
     shutil.copytree(tmp_path / "second/checkpoint-1", tmp_path / "resumed/checkpoint-1")
-    assert finetune_forked(data, tmp_path / "resumed", resume_from_checkpoint="auto", **options) == log
+    assert finetune_forked(docvqa_data, tmp_path / "resumed", resume_from_checkpoint="auto", **options) == log
     resumed = weights(tmp_path / "resumed")
     assert all(torch.equal(second[name], resumed[name]) for name in second)
 
     merge(str(tmp_path / "second"), tmp_path / "merged")
-    merged, base = (load_file(directory / "model.safetensors") for directory in (tmp_path / "merged", model))
+    merged, base = (load_file(directory / "model.safetensors") for directory in (tmp_path / "merged", random_model))
     assert merged.keys() == base.keys()
     changed = {name for name in base if not torch.equal(merged[name], base[name])}
     assert not any("encoder.layers.2." in name or "post_layernorm" in name or "_GN" in name for name in changed)

@@ -30,7 +30,7 @@ def rows(tmp_path_factory):
         names.append(str(folder / f"{number}.png"))
         Image.new("RGB", (100 + 300 * number, 700 - 130 * number)).save(names[-1])
     rows = []
-    for number in range(150):
+    for number in range(80):
         own = [names[(number + index) % 5] for index in range(number % 4)]
         turns = [{"images": own, "user": "What is it? " * (number % 7 + 1), "assistant": f"Number {number}."}]
         if number % 3 == 0:

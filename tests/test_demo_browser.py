@@ -1,12 +1,11 @@
 """The demo page: what it loads, its answers, and its use in a browser without the internet."""
 
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import pytest
 import torch
 from adapters import logits, save_adapter
 from browser import chromium, low_contrast, overflow, watched
+from forked import be_program, server
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from playwright.sync_api import expect
@@ -112,25 +112,20 @@ def internet():
 @contextmanager
 def running(uploads: Path, proxy: str, *flags: str):
     """Run the demo and yield the address that it prints."""
-    command = [sys.executable, "-u", "-m", "tools.demo", *flags, "--max_new_tokens", str(NEW_TOKENS)]
+    words = ["-m", "tools.demo", *flags, "--max_new_tokens", str(NEW_TOKENS)]
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy)
     no_proxy = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
-    environment = os.environ | proxies | no_proxy | {"GRADIO_TEMP_DIR": str(uploads)}
-    server = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    environment, log = proxies | no_proxy | {"GRADIO_TEMP_DIR": str(uploads)}, uploads / "log"
+    demo = server().Process(target=be_program, args=(words, REPOSITORY, log, environment))
+    demo.start()
     try:
-        lines = []
-        for line in server.stdout:
-            lines.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                break
-        else:
-            pytest.fail("".join(lines))
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")):
+            assert demo.is_alive(), log.read_text()
+            time.sleep(0.1)
         yield found[0]
     finally:
-        server.terminate()
-        server.communicate()
+        demo.terminate()
+        demo.join()
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +148,7 @@ def ask(page, question: str, pictures: list[str]) -> None:
     page.get_by_label("Question").fill(question)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1400, "dark")])
 def test_the_page_is_readable(browser, address, documents, width, scheme):
     with watched(browser, width, scheme, allowed=address) as page:
         page.goto(address)

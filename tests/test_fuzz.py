@@ -23,7 +23,6 @@ from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from runs import write_random_model
 
 import convert_ucf101
 import finetune_hf_trainer_docvqa as docvqa
@@ -116,13 +115,8 @@ def broken(draw, content, keys=()):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_random_model(tmp_path_factory.mktemp("fuzz") / "model")
-
-
-@pytest.fixture(scope="module")
-def answering(model):
-    return load_full(str(model), "cpu")
+def answering(random_model):
+    return load_full(str(random_model), "cpu")
 
 
 def answer(model, processor):
@@ -145,8 +139,8 @@ KEYS = ["rope_parameters", "head_dim", "quantization_config", "return_dict", "to
         ("processor_config.json", 0.02),
     ],
 )
-def test_a_file_of_a_checkpoint(name, share, model, tmp_path):
-    directory = shutil.copytree(model, tmp_path / "model")
+def test_a_file_of_a_checkpoint(name, share, random_model, tmp_path):
+    directory = shutil.copytree(random_model, tmp_path / "model")
     content = json.loads((directory / name).read_text(encoding="utf-8"))
 
     @inputs(share)
@@ -159,8 +153,8 @@ def test_a_file_of_a_checkpoint(name, share, model, tmp_path):
     check()
 
 
-def test_weights(model, tmp_path):
-    directory = shutil.copytree(model, tmp_path / "model")
+def test_weights(random_model, tmp_path):
+    directory = shutil.copytree(random_model, tmp_path / "model")
     whole = (directory / "model.safetensors").read_bytes()
     head = whole[: 8 + int.from_bytes(whole[:8], "little")]
 
@@ -174,8 +168,8 @@ def test_weights(model, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "share"), [("adapter_config.json", 0.08), ("base_model.json", 0.03)])
-def test_a_file_of_an_adapter(name, share, model, answering, tmp_path):
-    directory = save_adapter(tmp_path / "adapter", "--use_lora", base=model)
+def test_a_file_of_an_adapter(name, share, random_model, answering, tmp_path):
+    directory = save_adapter(tmp_path / "adapter", "--use_lora", base=random_model)
     content = json.loads((directory / name).read_text(encoding="utf-8"))
 
     @inputs(share)
@@ -183,7 +177,7 @@ def test_a_file_of_an_adapter(name, share, model, answering, tmp_path):
     def check(text):
         (directory / name).write_bytes(text)
         if name == "base_model.json":
-            read(lambda: load_base(directory, "cpu", base=str(model)))
+            read(lambda: load_base(directory, "cpu", base=str(random_model)))
         elif adapter := read(lambda: find_adapter(directory)):
             read(lambda: find_base(adapter))
             read(lambda: attach_adapter(copy.deepcopy(answering), adapter))
@@ -319,12 +313,12 @@ def test_an_archive(tmp_path):
 @pytest.mark.parametrize(
     "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
 )
-def test_what_is_not_a_regular_file_is_refused_at_once(make, model, tmp_path):
+def test_what_is_not_a_regular_file_is_refused_at_once(make, random_model, tmp_path):
     make(tmp_path / "a.png")
     assert read(lambda: check_picture(tmp_path / "a.png")) is None
     assert read(lambda: docvqa.read_json(tmp_path / "a.png", "put a file there")) is None
     assert read(lambda: load_conversations(tmp_path / "a.png", tmp_path)) is None
-    directory = shutil.copytree(model, tmp_path / "model")
+    directory = shutil.copytree(random_model, tmp_path / "model")
     for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json", "chat_template.jinja"):
         (directory / name).rename(tmp_path / "kept")
         make(directory / name)
@@ -347,8 +341,8 @@ def test_no_program_is_run_for_a_picture(tmp_path):
         check_picture(tmp_path / "a.eps")
 
 
-def test_pickles_are_refused_by_name(model, tmp_path):
-    directory = shutil.copytree(model, tmp_path / "model")
+def test_pickles_are_refused_by_name(random_model, tmp_path):
+    directory = shutil.copytree(random_model, tmp_path / "model")
     torch.save({}, directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"pytorch_model\.bin is not read: a pickle can run code"):

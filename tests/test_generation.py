@@ -3,12 +3,14 @@
 import argparse
 import io
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
+from forked import run_processes
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -99,9 +101,8 @@ def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_
 def test_finished_answers_leave_the_batch(conversations, processor, monkeypatch):
     model, rows = load(), []
     stops = [3, 11, 20, 51]  # after 1, 4, 4, 6, 9, 12 and 1 tokens of what the model says to these prompts
-    monkeypatch.setattr(sys.modules[__name__], "stop_token_ids", lambda _: stops)
     monkeypatch.setattr(generation, "stop_token_ids", lambda _: stops)
-    expected = [alone(model, processor, conversation)[0] for conversation in conversations]
+    expected = generate_answers(model, processor, conversations, flags(1))
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     for share_left, sizes in ((0.5, [7, 3, 1]), (1.0, [7, 5, 3, 2, 1])):
         rows.clear()
@@ -122,35 +123,29 @@ def test_prompts_with_the_same_prefix_come_together():
     assert order == [3, 0, 1, 4, 2]
 
 
-GROUP_IS_TOLD_TO_END = """
-import argparse, os, signal
-os.setsid()
-import common.phi3v
-from transformers import AutoModelForCausalLM, AutoProcessor
-from common.evaluation.generation import generate_answers
+def be_told_to_end(answers):
+    """A process that answers while its worker sends SIGTERM to the group of both."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the worker, the default of a program
+    received, reader = [], os.getpid()
+    signal.signal(signal.SIGTERM, lambda *_: received.append(os.getpid()))
 
-received, reader = [], os.getpid()
-signal.signal(signal.SIGTERM, lambda *_: received.append(os.getpid()))
+    class Conversations(list):
+        def __getitem__(self, index):
+            if os.getpid() != reader:
+                os.killpg(reader, signal.SIGTERM)
+            return super().__getitem__(index)
 
-class Conversations(list):
-    def __getitem__(self, index):
-        if os.getpid() != reader:
-            os.killpg(reader, signal.SIGTERM)
-        return super().__getitem__(index)
-
-model = AutoModelForCausalLM.from_pretrained("assets/tiny_phi3v").eval()
-processor = AutoProcessor.from_pretrained("assets/tiny_phi3v")
-flags = argparse.Namespace(eval_batch_size=1, max_new_tokens=2, dataloader_num_workers=1, bf16=False, tqdm=False)
-conversations = Conversations({"conversations": [{"user": f"Say {number}."}]} for number in range(4))
-print(len(generate_answers(model, processor, conversations, flags)), set(received) == {reader})
-"""
+    conversations = Conversations({"conversations": [{"user": f"Say {number}."}]} for number in range(4))
+    args = argparse.Namespace(**vars(flags(1)) | {"max_new_tokens": 2, "dataloader_num_workers": 1})
+    found = generate_answers(load(), AutoProcessor.from_pretrained(TINY), conversations, args)
+    answers.write_text(f"{len(found)} {set(received) == {reader}}")
 
 
-def test_workers_ignore_sigterm_to_their_process_group():
+def test_workers_ignore_sigterm_to_their_process_group(tmp_path):
     """torchrun and Slurm send it so; the process itself saves at the end of its step, for which it needs its workers."""
-    command = [sys.executable, "-c", GROUP_IS_TOLD_TO_END]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.stdout.split() == ["4", "True"], result.stderr
+    assert run_processes(be_told_to_end, [(tmp_path / "answers",)], timeout=120) == [0]
+    assert (tmp_path / "answers").read_text() == "4 True"
 
 
 def test_generation_does_not_use_flash_attention(monkeypatch):

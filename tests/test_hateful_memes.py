@@ -2,21 +2,24 @@
 
 import argparse
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from adapters import assert_adapter_trains_resumes_and_merges
-from conftest import TINY, torchrun
+from conftest import TINY
 from datasets import Dataset, Features, Image, List, Value
+from forked import finetune_forked, torchrun
 from PIL import Image as PillowImage
 from runs import flags as run_flags
+from runs import weights
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_hateful_memes as script
 from common.evaluation import generation
+from tools.merge_lora import merge
 
 FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
 
@@ -198,7 +201,14 @@ def test_two_processes_evaluate_as_one(release, random_model, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_an_adapter_trains_resumes_and_merges(release, random_model, tmp_path):
-    assert_adapter_trains_resumes_and_merges(
-        "finetune_hf_trainer_hateful_memes.py", "use_qlora", release, random_model, tmp_path
-    )
+def test_a_qlora_adapter_trains_resumes_and_merges(release, random_model, tmp_path):
+    options = {"script": "finetune_hf_trainer_hateful_memes.py", "model_name_or_path": random_model, "use_qlora": True}
+    options |= {"batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    log = finetune_forked(release, tmp_path / "straight", lora_rank=4, **options)
+    shutil.copytree(tmp_path / "straight/checkpoint-1", tmp_path / "resumed/checkpoint-1")
+    assert finetune_forked(release, tmp_path / "resumed", lora_rank=4, resume_from_checkpoint="auto", **options) == log
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "resumed")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    merge(str(tmp_path / "straight"), tmp_path / "merged")
+    merged, base = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "merged", random_model))
+    assert any(not torch.equal(merged[name], base[name]) for name in base)

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, torchrun
+from conftest import TINY
 from forked import finetune_forked
 from PIL import Image
 from runs import weights, write_random_model
@@ -297,20 +297,3 @@ def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
         AssertionError, match=r"data is 9 rows, \w+, --train_weights 1 1, but the checkpoint's run had 9 rows, \w+, "
     ):
         finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **other)
-
-
-@pytest.mark.slow
-def test_two_processes_learn_three_colours(folder):
-    write(
-        folder / "train.jsonl", [row(f"{number}.png", assistant=name) for number, name in enumerate(("Red", "Green", "Blue"))]
-    )
-    flags = ["--model_name_or_path", TINY, "--data_dir", folder, "--output_dir", folder / "out", "--num_crops", 1, "--no-tqdm"]
-    result = torchrun(
-        "finetune_hf_trainer_jsonl.py", *flags, "--eval_file", "train.jsonl", "--batch_size", 4, "--max_steps", 25,
-        "--learning_rate", 2e-3, "--warmup_steps", 2, "--max_new_tokens", 12, "--dataloader_num_workers", 0,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
-    assert "warning:     3 of 3 evaluation rows are also training rows, for example" in result.stdout
-    assert "warning:     3 of 3 evaluation images are also training images, for example image" in result.stdout
-    before, after = (json.loads((folder / f"out/eval_{when}.json").read_text()) for when in ("before", "after"))
-    assert before["exact"] < 0.5 and after["exact"] == 1

@@ -47,7 +47,7 @@ def finished(train, tmp_path_factory):
     def run(method):
         if method not in made:
             output = tmp_path_factory.mktemp(method) / "run"
-            target = partial(be_process, report=True)
+            target = partial(be_process, whole=True)
             made[method] = (output, train(output, target=target, **METHODS[method]))
         return made[method]
 

@@ -72,6 +72,10 @@ MISTAKES = [
     ("--hub_model_id me/mine", "--hub_model_id requires --push_to_hub"),
     ("--accept_changes seed", "--accept_changes requires --resume_from_checkpoint"),
     ("--load_best_model_at_end", "--load_best_model_at_end requires"),
+    (
+        "--load_best_model_at_end --eval_strategy steps --eval_steps 100 --save_strategy steps --save_steps 200",
+        "set --save_steps (200) to --eval_steps (100)",
+    ),
     ("--early_stopping_patience 2", "--early_stopping_patience requires --load_best_model_at_end"),
     ("--eval_only --use_lora --learning_rate=1e-4", "--eval_only does not train: remove --use_lora, --learning_rate"),
 ]

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from accelerate import PartialState
 from conftest import ROOT
-from forked import finetune_forked, run_processes
+from forked import be_program, finetune_forked, member_of_group, run_processes
 from runs import SCRIPT, flags, free_port, steps, weights
 
 from common.data.sources import load_conversations
@@ -21,24 +21,26 @@ from common.data.sources import load_conversations
 pytestmark = pytest.mark.slow
 
 
-def published_form(node: int, port: int) -> list[str]:
-    return f"--master_addr=127.0.0.1 --master_port={port} --node_rank={node}".split()
-
-
-def rendezvous_form(node: int, port: int) -> list[str]:
-    return f"--rdzv_backend=c10d --rdzv_endpoint=localhost:{port} --rdzv_id=test".split()
-
-
-def run_nodes(form, words: list[str], directory: Path) -> list[str]:
-    """Run the script with torchrun on each of two machines, with one process each, and return what they printed.
+def run_nodes(words: list[str], directory: Path) -> None:
+    """Run the script on two machines, with one process each.
 
     Node i works in directory/node{i}, so that relative paths are on a "disk" of its own.
     """
+    port, arguments = free_port(), []
+    for node in range(2):
+        (directory / f"node{node}").mkdir(parents=True, exist_ok=True)
+        variables = member_of_group(node, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        arguments.append(([str(ROOT / SCRIPT), *words], directory / f"node{node}", directory / "log", variables))
+    assert run_processes(be_program, arguments) == [0, 0], (directory / "log").read_text()[-5000:]
+
+
+def run_nodes_with_torchrun(words: list[str], directory: Path) -> list[str]:
+    """The same, started by torchrun, which assigns the ranks; return what the machines printed."""
     port, running, logs = free_port(), [], [directory / f"node{node}.log" for node in range(2)]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    launcher += [f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test"]
     for node, log in enumerate(logs):
-        (directory / f"node{node}").mkdir(parents=True, exist_ok=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *form(node, port)]
         with log.open("w") as output:
             options = {"cwd": directory / f"node{node}", "env": os.environ | environment, "stdout": output, "stderr": output}
             running.append(subprocess.Popen([*launcher, str(ROOT / SCRIPT), *words], **options))
@@ -76,18 +78,18 @@ def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
         assert entry == pytest.approx(other, rel=1e-4)
 
 
-def test_published_form_on_a_shared_disk(options, one_node, tmp_path):
+def test_a_shared_disk(options, one_node, tmp_path):
     words = flags(options["data_dir"], tmp_path / "run", deepspeed="none", **options)
-    run_nodes(published_form, words, tmp_path)
+    run_nodes(words, tmp_path)
     assert_same_steps(steps(tmp_path / "run"), one_node)
     for name in ("model.safetensors", "eval_after.json", "README.md", "checkpoint-4/complete.json"):
         assert (tmp_path / "run" / name).is_file(), name
 
 
-def test_rendezvous_form_with_a_disk_each(options, one_node, tmp_path):
+def test_a_disk_each(options, one_node, tmp_path):
     """With ZeRO-2, whose state is sharded over the machines: the run resumes exactly from what each of them saved."""
     words = flags(options["data_dir"], "run", save_on_each_node=True, resume_from_checkpoint="auto", **options)
-    run_nodes(rendezvous_form, words, tmp_path / "straight")
+    run_nodes(words, tmp_path / "straight")
     outputs = [tmp_path / "straight" / f"node{node}" / "run" for node in range(2)]
     log = steps(outputs[0])
     assert_same_steps(log, one_node)
@@ -99,7 +101,7 @@ def test_rendezvous_form_with_a_disk_each(options, one_node, tmp_path):
             shutil.copytree(output / name, tmp_path / "resumed" / f"node{node}" / "run" / name)
     # One machine failed just before it marked its part of the last checkpoint as complete.
     (tmp_path / "resumed" / "node1" / "run" / "checkpoint-4" / "complete.json").unlink()
-    printed = run_nodes(rendezvous_form, words, tmp_path / "resumed")
+    printed = run_nodes_with_torchrun(words, tmp_path / "resumed")
     # Printed once, by process 0, which may be on either machine.
     assert "skipping checkpoint-4 (saving was interrupted)\nresuming from run/checkpoint-2" in "".join(printed)
     resumed = tmp_path / "resumed" / "node0" / "run"

@@ -6,9 +6,9 @@ from collections import defaultdict
 
 import pytest
 import torch
-from adapters import assert_adapter_trains_resumes_and_merges
-from conftest import SHARED, TINY, needs_data, torchrun
+from conftest import SHARED, TINY, needs_data
 from datasets import Dataset, Features, Image, List, Value
+from forked import torchrun
 from PIL import Image as PillowImage
 from runs import flags as run_flags
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -165,8 +165,3 @@ def test_two_processes_finetune_and_evaluate(release, random_model, tmp_path):
     assert {"accuracy", "consistency"} <= set(after)
     expected = [f"dev-7-{pair}-{sentence}" for pair in range(3) for sentence in range(2)]
     assert [entry["id"] for entry in after["predictions"]] == expected
-
-
-@pytest.mark.slow
-def test_an_adapter_trains_resumes_and_merges(release, random_model, tmp_path):
-    assert_adapter_trains_resumes_and_merges("finetune_hf_trainer_nlvr2.py", "use_lora", release, random_model, tmp_path)

@@ -2,11 +2,14 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import torchrun
+from conftest import ROOT
 from runs import SCRIPT, flags
 
 
@@ -63,8 +66,10 @@ def test_push_to_hub(hub, random_model, docvqa_data, tmp_path):
     (tmp_path / "gallery/of an earlier run.jpg").write_bytes(b"")
     words = flags(docvqa_data, tmp_path, **options, dataloader_num_workers=0)
     # huggingface_hub reads these variables when it is imported.
-    run = torchrun(SCRIPT, *words, processes=1, HF_HUB_OFFLINE="0", HF_ENDPOINT=hub.address, HF_TOKEN="hf_none")
-    assert run.returncode == 0, run.stdout[-4000:]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, SCRIPT, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
     assert [(repository["name"], repository["visibility"]) for repository in hub.created] == [("tiny", "private")]
     pushed = hub.commits[-1]
     expected = {

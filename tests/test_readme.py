@@ -9,18 +9,15 @@ import argparse
 import importlib
 import inspect
 import json
-import os
 import re
-import runpy
 import shlex
 import string
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -28,7 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
-from forked import run_processes, server
+from forked import be_program, member_of_group, run_program, server
 from PIL import Image
 from runs import free_port, write_random_model
 from torch.distributed.run import get_args_parser
@@ -102,26 +99,11 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def be_program(words: list[str], checkout: Path, log: Path, variables: dict[str, str]) -> None:
-    """Run ``python script.py …`` or ``python -m module …`` in a process that has already imported the libraries."""
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ.update(variables)
-    os.chdir(checkout)
-    sys.path.insert(0, str(checkout))
-    module = words[1] if words[0] == "-m" else Path(words[0]).stem
-    sys.argv = words[words[0] == "-m" :]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def call(words: list[str], checkout: Path, variables: tuple[dict[str, str], ...] = ({},)) -> str:
-    """Run a Python command, which must succeed, in one process per set of environment variables; return its output."""
-    logs = [Path(tempfile.mkstemp(dir=checkout, suffix=".log")[1]) for _ in variables]
-    arguments = [(words[1:], checkout, log, own) for log, own in zip(logs, variables, strict=True)]
-    codes = run_processes(be_program, arguments, SECONDS)
-    output = "".join(log.read_text() for log in logs)
-    assert codes == [0] * len(codes), f"{shlex.join(words)}\n{output[-6000:]}"
-    return output
+def call(command: str, checkout: Path, **options: Sequence[dict[str, str]]) -> str:
+    """Run a Python command, which must succeed, and return its output."""
+    result = run_program(*shlex.split(command)[1:], folder=checkout, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-6000:]}"
+    return result.stdout
 
 
 def train(command: str, checkout: Path) -> None:
@@ -132,39 +114,34 @@ def train(command: str, checkout: Path) -> None:
     own_data = [] if re.search("--(data_dir|train_file)", command) else ["--data_dir", f"drawn/{task}"]
     flags = [word for word in launch.training_script_args if word not in OMITTED]
     flags += ["--model_name_or_path", "random", *own_data, *LIMITS]
-    nodes, port = int(launch.nnodes.split(":")[0]), str(free_port())
-    group = {
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": str(nodes),
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    call(["python", launch.training_script, *flags], checkout, tuple({"RANK": str(node)} | group for node in range(nodes)))
+    nodes, port = int(launch.nnodes.split(":")[0]), free_port()
+    one_each = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    variables = [member_of_group(node, nodes, port) | one_each for node in range(nodes)]
+    call(shlex.join(["python", launch.training_script, *flags]), checkout, variables=variables)
     output = checkout / re.search(r"--output_dir (\S+)", command)[1]
     assert json.loads((output / "eval_after.json").read_text())["samples"] > 0
     assert (output / "report.html").is_file()
 
 
 def convert(command: str, checkout: Path) -> None:
-    call([*shlex.split(command), "--source", "drawn/ucf101/UCF101_subset"], checkout)
+    call(f"{command} --source drawn/ucf101/UCF101_subset", checkout)
 
 
 def check_data(command: str, checkout: Path) -> None:
-    assert "No problems." in call([*shlex.split(command), "--model_name_or_path", "random", "--num_crops", "1"], checkout)
+    assert "No problems." in call(f"{command} --model_name_or_path random --num_crops 1", checkout)
 
 
 def reproduce(command: str, checkout: Path) -> None:
     """Only print the command of the row: test_reproduce.py runs one."""
-    assert "torchrun " in call([*shlex.split(command), "--dry_run"], checkout)
+    assert "torchrun " in call(f"{command} --dry_run", checkout)
 
 
 def as_it_stands(command: str, checkout: Path) -> None:
-    assert call(shlex.split(command), checkout).strip()
+    assert call(command, checkout).strip()
 
 
 def merge(command: str, checkout: Path) -> None:
-    call(shlex.split(command), checkout)
+    call(command, checkout)
     assert (checkout / re.search(r"--output_dir (\S+)", command)[1] / "model.safetensors").is_file()
 
 
@@ -197,7 +174,7 @@ def make(command: str, checkout: Path) -> None:
     assert lines
     for line in lines:
         if line == "python -m tools.embedded docvqa":
-            assert "Results were written to output/demo-docvqa" in call([*shlex.split(line), "--smoke"], checkout)
+            assert "Results were written to output/demo-docvqa" in call(f"{line} --smoke", checkout)
         elif line.startswith(("python -m tools", "python -m benchmarks")):
             parse(shlex.split(line))
 

@@ -32,8 +32,7 @@ BROKEN = """() => [...document.querySelectorAll("h1, h2, th, td, dt, label")].fi
 }).map((element) => element.textContent)"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1400, "dark")])
 @pytest.mark.parametrize("name", ["UCF-101", "comparison", *OWN])
 def test_a_report_is_readable(browser, reports, name, width, scheme):
     with watched(browser, width, scheme) as page:

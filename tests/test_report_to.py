@@ -4,7 +4,7 @@ import json
 import sqlite3
 
 import pytest
-from conftest import torchrun
+from forked import torchrun
 from runs import SCRIPT, flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,7 +21,6 @@ def run(docvqa_data, random_model, tmp_path_factory):
     options = {"model_name_or_path": random_model, "max_steps": 2, "deepspeed": "none"}
     options |= {"report_to": ["tensorboard", "trackio"]}
     words = flags(docvqa_data, output, **options, dataloader_num_workers=0)
-    # Trackio sends its last values when Python exits, which a forked process leaves out.
     run = torchrun(SCRIPT, *words, processes=1, TRACKIO_DIR=str(folder / "trackio"))
     assert run.returncode == 0, run.stdout[-4000:]
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]

@@ -8,14 +8,13 @@ import shlex
 import signal
 import subprocess
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from forked import be_process, run_script
+from forked import run_script
 from report_runs import write_json
 
 from common.arguments import check_arguments, uses_adapters
@@ -191,14 +190,14 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
     def run_forked(command, **_):
         assert command[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]
         words = [*command[4:], "--dataloader_num_workers", "0"]
-        assert run_script(words, log, script=command[3], target=partial(be_process, report=True)) == [0, 0], log.read_text()
+        assert run_script(words, log, script=command[3]) == [0, 0], log.read_text()
         return runs.Usage(1.0, 1.0)
 
     monkeypatch.setattr(embedded, "run_command", run_forked)
     flags = shlex.split(run_main(reproduce, monkeypatch, capsys, *row, "--dry_run"))
     flags = flags[flags.index("--freeze_vision_model") : flags.index("--num_crops")]
     with monkeypatch.context() as patch:
-        patch.setitem(embedded.SMOKE_SETTINGS, "max_steps", 2)
+        patch.setitem(embedded.SMOKE_SETTINGS, "max_steps", 1)
         patch.setitem(embedded.SMOKE_SETTINGS, "save_steps", 1)
         embedded.run_embedded("nlvr2", "frozen", output_dir, flags, smoke=True)
     (output_dir / "eval_after.json").unlink()
@@ -206,7 +205,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
 
     run_main(reproduce, monkeypatch, capsys, *row)
     printed = log.read_text()
-    assert f"resuming from {output_dir}/checkpoint-2" in printed and "before finetuning" not in printed
+    assert f"resuming from {output_dir}/checkpoint-1" in printed and "before finetuning" not in printed
     found = json.loads((tmp_path / "results" / "embedded-nlvr2-frozen-smoke.json").read_text())
     assert found["embedded"] and "published_upstream" not in found
     assert found["base_model"] == embedded.MODEL and found["samples"] == 8 and found["metric"] == "accuracy"
@@ -216,8 +215,6 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
     assert page.count("not measured |") == len(ROWS) + 1 and "embedded-nlvr2-frozen-smoke.json" in page
     assert not list(output_dir.glob("checkpoint-*"))
     assert "already exists" in run_main(reproduce, monkeypatch, capsys, *row)
-    report = (output_dir / "report.html").read_text(encoding="utf-8")
-    assert "Accuracy" in report and report.count("<article") > 0 and report.count("data:image/jpeg") > 0
 
 
 def test_the_settings_of_a_task_fit_every_method(monkeypatch, tmp_path):

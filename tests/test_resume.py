@@ -1,39 +1,22 @@
-"""Runs that are stopped and resumed give the result of an uninterrupted one; which checkpoints a run resumes from."""
+"""Runs that are stopped and resumed give the result of an uninterrupted one."""
 
 import json
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 import transformers.trainer
-from conftest import ROOT, TINY
 from forked import be_process, finetune_forked, run_script
-from runs import flags, message, steps, weights
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from transformers import TrainerCallback, TrainerState
+from runs import flags, steps, weights
+from transformers import TrainerCallback
 
-from common.arguments import check_arguments, training_parser
-from common.data.rows import Rows
-from common.data.samples import TrainingData
-from common.training.checkpoints import (
-    check_plan,
-    check_resumable,
-    data_fingerprint,
-    find_checkpoint,
-    run_identity,
-    saving,
-    why_incomplete,
-    write_manifest,
-)
-from common.training.deepspeed import zero_stage
-from common.training.output import check_unused, lock, remove_outputs
+from common.training.checkpoints import why_incomplete
+from common.training.output import remove_outputs
+
+pytestmark = pytest.mark.slow
 
 
 class Interrupt(TrainerCallback):
@@ -103,7 +86,6 @@ def straight(options, tmp_path_factory):
     return output, finetune_forked(options["data_dir"], output, **options), options
 
 
-@pytest.mark.slow
 def test_a_stopped_run_gives_the_result_of_an_uninterrupted_one(straight, tmp_path):
     """Its log entries are means over as many steps, and its training time is that of the whole run."""
     expected, log, options = straight
@@ -118,7 +100,6 @@ def test_a_stopped_run_gives_the_result_of_an_uninterrupted_one(straight, tmp_pa
     assert read(output, "train_results")["train_runtime"] > trained
 
 
-@pytest.mark.slow
 def test_a_run_stopped_after_training_is_only_evaluated(straight, tmp_path):
     expected, log, options = straight
     output = tmp_path / "run"
@@ -133,13 +114,12 @@ def test_a_run_stopped_after_training_is_only_evaluated(straight, tmp_path):
     assert read(output, "eval_after") == read(expected, "eval_after")
 
 
-@pytest.mark.slow
 def test_patience_counts_across_a_stop(options, tmp_path):
-    """DDP is stopped when an evaluation is due: the resumed run does it, and it counts.
+    """LoRA is stopped when an evaluation is due: the resumed run does it, and it counts. The result is the best model.
 
     The last checkpoint is kept beside the best one, although only one is kept in the end.
     """
-    options = options | {"max_steps": 8, "learning_rate": 1e-9, "deepspeed": "none", "save_strategy": "steps", "save_steps": 1}
+    options = options | {"max_steps": 8, "learning_rate": 1e-9, "use_lora": True, "save_strategy": "steps", "save_steps": 1}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1, "save_total_limit": 1}
     options |= {"load_best_model_at_end": True, "early_stopping_patience": 3}
     finetune_forked(options["data_dir"], tmp_path / "straight", **options)
@@ -151,31 +131,23 @@ def test_patience_counts_across_a_stop(options, tmp_path):
     assert evaluations(output) == evaluations(tmp_path / "straight")
     assert_same_result(output, tmp_path / "straight")
     assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1"}
+    best = weights(output / "checkpoint-1")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in weights(output).items())
 
 
-@pytest.mark.parametrize("save_steps", ["200", "50"])
-def test_the_best_model_requires_a_checkpoint_per_evaluation(save_steps, capsys):
-    words = ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "100", "--save_strategy", "steps"]
-    with pytest.raises(SystemExit):
-        training_parser("", task="test", metric="none").parse_args([*words, "--save_steps", save_steps])
-    assert f"set --save_steps ({save_steps}) to --eval_steps (100)" in capsys.readouterr().err
-
-
-@pytest.mark.slow
 def test_the_evaluation_of_an_epoch_whose_last_step_was_stopped_is_done_on_resume(options, tmp_path):
     options = options | {"num_train_epochs": 2, "max_steps": None, "save_strategy": "epoch", "eval_strategy": "epoch"}
-    options |= {"load_best_model_at_end": True, "deepspeed": "none"}
+    options |= {"load_best_model_at_end": True, "deepspeed": "none", "max_train_samples": 8}
     log = finetune_forked(options["data_dir"], tmp_path / "straight", **options)
     output = tmp_path / "run"
-    assert "evaluation loss" not in interrupt(4, output, **options)
-    assert why_incomplete(output / "checkpoint-4") is None and not evaluations(output / "checkpoint-4")
+    assert "evaluation loss" not in interrupt(2, output, **options)
+    assert why_incomplete(output / "checkpoint-2") is None and not evaluations(output / "checkpoint-2")
     assert resume(output, **options) == log
-    assert [entry["step"] for entry in evaluations(output)] == [4, 8]
+    assert [entry["step"] for entry in evaluations(output)] == [2, 4]
     assert evaluations(output) == evaluations(tmp_path / "straight")
     assert_same_result(output, tmp_path / "straight")
 
 
-@pytest.mark.slow
 def test_an_extended_run_is_the_longer_run(straight, tmp_path):
     """ZeRO-2; learning rate and weight decay change too, which had no effect in the first step, whose rate is 0."""
     expected, log, options = straight
@@ -188,7 +160,6 @@ def test_an_extended_run_is_the_longer_run(straight, tmp_path):
     assert [path.name for path in output.iterdir()] == ["_lock"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "kept", "words"),
     [
@@ -205,7 +176,6 @@ def test_nonfinite_numbers_end_a_run(changes, kept, words, options, tmp_path):
     assert [path.parent.name for path in (tmp_path / "run").rglob("complete.json")] == kept
 
 
-@pytest.mark.slow
 def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
     """The flags count, not the checkpoint's; --overwrite_output_dir removes another run's files."""
     expected, _, options = straight
@@ -218,228 +188,3 @@ def test_a_named_checkpoint_and_other_intervals(straight, tmp_path):
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-10"}
     assert (expected / "checkpoint-8").exists() and not (tmp_path / "run/adapter_model.safetensors").exists()
     assert all(torch.equal(tensor, weights(expected)[name]) for name, tensor in weights(tmp_path / "run").items())
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    directory = tmp_path / "checkpoint-3"
-    directory.mkdir()
-    (directory / "model.safetensors").write_bytes(bytes(100))
-    (directory / "totals.json").write_text('{"settings": {}}')
-    write_manifest(directory)
-    assert why_incomplete(directory) is None
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("complete.json", None, "saving was interrupted"),
-        ("complete.json", b'{"model', "complete.json is corrupted"),
-        ("complete.json", b"\xff{}", "complete.json is corrupted"),
-        ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "complete.json is corrupted"),
-        ("complete.json", b"[" * 100_000, "complete.json is corrupted"),
-        ("complete.json", b"[1]", "complete.json is corrupted"),
-        ("complete.json", b'{"model.safetensors": 100}', "by an earlier version, without checksums, so that .* be verified"),
-        ("model.safetensors", None, "model.safetensors is missing"),
-        ("model.safetensors", bytes(99), "model.safetensors has 99 bytes, expected 100"),
-        ("model.safetensors", bytes(50) + b"\1" + bytes(49), "model.safetensors is damaged"),
-    ],
-)
-def test_an_incomplete_checkpoint_is_recognized(name, content, reason, checkpoint):
-    assert find_checkpoint("auto", checkpoint.parent, {}, []) == find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
-    (checkpoint / name).unlink()
-    if content is not None:
-        (checkpoint / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .*{reason}.; use auto"):
-        find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
-    assert find_checkpoint("auto", checkpoint.parent, {}, []) == (None, [f"checkpoint-3 ({why_incomplete(checkpoint)})"])
-
-
-def test_a_missing_checkpoint_and_one_whose_manifest_is_a_fifo(checkpoint):
-    (checkpoint / "complete.json").unlink()
-    os.mkfifo(checkpoint / "complete.json")
-    assert why_incomplete(checkpoint) == "complete.json is corrupted"
-    shutil.rmtree(checkpoint)
-    assert why_incomplete(checkpoint) == "no such directory"
-
-
-def test_the_last_complete_checkpoint_is_found(tmp_path):
-    for step in (9, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/totals.json").write_text('{"settings": {}}')
-        write_manifest(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-11" / "complete.json").unlink()
-    (tmp_path / "checkpoint-best").mkdir()
-    assert find_checkpoint("auto", tmp_path, {}, []) == (
-        tmp_path / "checkpoint-10",
-        ["checkpoint-11 (saving was interrupted)"],
-    )
-    assert find_checkpoint(None, tmp_path, {}, []) == (None, [])
-
-
-def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
-    for step, seed in ((5, 1), (6, 2)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/totals.json").write_text(json.dumps({"settings": {"--seed": seed}}))
-        write_manifest(tmp_path / f"checkpoint-{step}")
-    found, [skipped] = find_checkpoint("auto", tmp_path, {"--seed": 1}, [])
-    assert found == tmp_path / "checkpoint-5" and "another run" in skipped and "--seed is 1, but the" in skipped
-    with pytest.raises(ValueError, match="--seed is 3, but .* had 2.*, or accept .* --accept_changes seed"):
-        find_checkpoint("auto", tmp_path, {"--seed": 3}, [])
-    assert find_checkpoint("auto", tmp_path, {"--seed": 3}, ["seed"]) == (tmp_path / "checkpoint-6", [])
-
-
-def test_the_number_of_steps_may_grow(tmp_path):
-    checkpoint = tmp_path / "copy"
-    checkpoint.mkdir()
-    TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
-    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"data": "4 rows", "steps": 6}}))
-    assert check_plan(checkpoint, {"data": "4 rows", "steps": 6}, []) is None
-    assert "as in a run of 8 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 8}, [])
-    assert "as in a run of 5 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 5}, ["steps"])
-    for plan, words in (
-        ({"data": "4 rows", "steps": 5}, "steps is 5, but .* --accept_changes steps"),
-        ({"data": "4 rows", "steps": 3}, "it has made 4 steps, more than the 3"),
-        ({"data": "5 rows", "steps": 8}, "data is 5 rows, but .* --accept_changes data"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            check_plan(checkpoint, plan, [])
-
-
-def test_an_output_directory_holds_one_result(tmp_path):
-    for name in ("adapter_model.safetensors", "README.md", "notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="holds adapter_model.safetensors of another run: .*--overwrite_output_dir"):
-        check_unused(tmp_path, overwrite=False, resuming=True)
-    check_unused(tmp_path, overwrite=True, resuming=False)
-    remove_outputs(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    (tmp_path / "checkpoint-3").mkdir()
-    check_unused(tmp_path, overwrite=False, resuming=True)  # an incomplete one
-    with pytest.raises(ValueError, match="holds checkpoint-3"):
-        check_unused(tmp_path, overwrite=False, resuming=False)
-
-
-def test_a_directory_in_use_is_refused_before_data_is_read(tmp_path, monkeypatch):
-    (tmp_path / "adapter_model.safetensors").touch()
-    said = message(monkeypatch, tmp_path / "no data", tmp_path)
-    assert said.startswith(f"--output_dir {tmp_path}: holds adapter_model.safetensors of another run: choose another")
-
-
-def test_an_output_directory_is_locked(tmp_path):
-    """Until its process ends."""
-    holder = "import sys, time; from pathlib import Path; from common.training.output import lock; lock(Path(sys.argv[1]))"
-    command = [sys.executable, "-c", f"{holder}; print('locked', flush=True); time.sleep(600)", tmp_path]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "locked\n"
-    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run .process {process.pid} on .* is writing to it"):
-        lock(tmp_path)
-    process.kill()
-    process.wait()
-    lock(tmp_path)
-    with pytest.raises(ValueError, match="cannot be written to"):
-        lock(tmp_path / "_lock" / "below")
-
-
-def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):
-    args = training_parser("", task="test", metric="anls").parse_args(["--model_name_or_path", str(TINY), *words])
-    check_arguments(args)
-    return run_identity(args, zero_stage(deepspeed), processes, precision, None)
-
-
-@pytest.mark.parametrize(
-    ("words", "changes", "name"),
-    [
-        (("--use_lora",), {"deepspeed": None}, "method"),
-        (("--freeze_vision_model",), {}, "method"),
-        (("--optim", "adafactor"), {}, "--optim"),
-        ((), {"deepspeed": None}, r"sharding \(--deepspeed\)"),
-        ((), {"deepspeed": "common/deepspeed/zero3_offload.json"}, r"sharding \(--deepspeed\)"),
-        ((), {"processes": 4}, "number of processes"),
-        ((), {"precision": "bf16"}, r"precision \(--bf16\)"),
-        (("--batch_size", "32"), {}, "--batch_size"),
-        (("--wd", "0.1"), {}, "--wd"),
-        (("--seed", "7"), {}, "--seed"),
-        (("--num_crops", "4"), {}, "--num_crops"),
-        (("--learning_rate", "1"), {}, "--learning_rate"),
-        (("--projector_learning_rate", "1"), {}, "--projector_learning_rate"),
-        (("--lr_scheduler_type", "cosine"), {}, "--lr_scheduler_type"),
-        (("--warmup_steps", "7"), {}, "--warmup_steps"),
-        (("--streaming",), {}, "--streaming"),
-    ],
-)
-def test_a_run_resumes_only_with_the_same_settings(words, changes, name, tmp_path):
-    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
-    check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"), [])
-    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, but the checkpoint's run had"):
-        check_resumable(tmp_path, settings_of(*words, **changes), [])
-
-
-def test_settings_that_do_not_change_the_result_may_change(tmp_path):
-    """Under DDP also the number of processes, except with streaming."""
-    (other := tmp_path / "other").mkdir()
-    save_file({"weight": torch.zeros(2, 2)}, other / "model.safetensors")
-    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
-    check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4), [])
-    streaming = ("--use_lora", "--streaming")
-    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
-    with pytest.raises(ValueError, match="number of processes is 4, but the checkpoint's run had 2"):
-        check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4), [])
-    for words, name in (
-        (("--lora_rank", "8"), "--lora_rank is 8, but the checkpoint's run had 64"),
-        (("--use_rslora",), "--use_rslora is True, but"),
-        (("--use_dora",), "--use_dora is True, but"),
-        (("--model_name_or_path", str(other)), r"base model \(--model_name_or_path\) is"),
-    ):
-        with pytest.raises(ValueError, match=f"checkpoint {tmp_path}: {name}"):
-            check_resumable(tmp_path, settings_of(*streaming, *words, deepspeed=None), [])
-
-
-@pytest.mark.parametrize("content", [None, "{}", '{"settings": 7}', "[" * 100_000, "a pipe"])
-def test_a_checkpoint_without_settings_is_refused(content, tmp_path):
-    if content == "a pipe":
-        os.mkfifo(tmp_path / "totals.json")
-    elif content:
-        (tmp_path / "totals.json").write_text(content)
-    with pytest.raises(ValueError, match="totals.json.*: use an earlier checkpoint"):
-        check_resumable(tmp_path, {"--seed": 1}, [])
-
-
-def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
-    def fingerprint(*rows):
-        rows = [{"conversations": [{"images": [image], "user": user, "assistant": "Yes."}]} for image, user in rows]
-        return data_fingerprint(TrainingData(Rows(rows, str), lambda row, rng: row, None, 0))
-
-    first = fingerprint(("a/1.png", "What?"), ("2.png", "Who?"))
-    assert first == fingerprint(("b/1.png", "What?"), ("2.png", "Who?")) and first.startswith("2 rows, ")
-    for others in ((("1.png", "What?"), ("3.png", "Who?")), (("1.png", "What?"), ("2.png", "Why?")), (("1.png", "What?"),)):
-        assert fingerprint(*others) != first
-
-
-WRITERS = {
-    "Python": lambda path: path.write_bytes(bytes(9000)),
-    "torch": lambda path: torch.save(torch.zeros(9000), path),
-    "DeepSpeed": lambda path: torch.save(torch.zeros(9000), path, _use_new_zipfile_serialization=False),
-    "safetensors": lambda path: save_file({"weight": torch.zeros(9000)}, path),
-    "tokenizers": lambda path: Tokenizer.from_file(str(TINY / "tokenizer.json")).save(str(path)),
-}
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_is_reported_whatever_writes(writer, tmp_path):
-    """A limit on file sizes stands in for a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    try:
-        with pytest.raises(ValueError, match="saving failed .*free disk space"), saving():
-            WRITERS[writer](tmp_path / "file")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_other_errors_while_saving_are_not_attributed_to_the_disk():
-    for error in (RuntimeError("Connection closed by peer"), FileNotFoundError(2, "No such file or directory")):
-        with pytest.raises(type(error)), saving():
-            raise error

@@ -117,16 +117,9 @@ def test_heavy_libraries_are_imported_late(name):
             assert not any(module.split(".")[0] == name for module in found), path
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("common.phi3v", ["matplotlib", "sklearn", "bitsandbytes"]),
-        # PEFT, which transformers' Trainer imports, loads bitsandbytes itself.
-        ("finetune_hf_trainer_hateful_memes", ["matplotlib", "sklearn"]),
-    ],
-)
-def test_training_starts_without_the_libraries_of_reports(module, absent):
-    code = f"import sys, {module}; assert 'Phi3VConfig' in str(sys.modules['common.phi3v'].__all__)\n"
-    code += f"print([name for name in {absent} if name in sys.modules])"
+def test_training_starts_without_the_libraries_of_reports():
+    """And the model without bitsandbytes, which PEFT imports."""
+    code = "import sys, common.phi3v\nassert 'bitsandbytes' not in sys.modules\n"
+    code += "import finetune_hf_trainer_hateful_memes\nassert not {'matplotlib', 'sklearn'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr

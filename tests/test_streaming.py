@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY
-from forked import finetune_forked, run_script
+from forked import finetune_forked
 from PIL import Image
-from runs import flags, message, weights
+from runs import message, weights
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor
 
@@ -321,17 +321,6 @@ def test_fillers_do_not_change_loss_and_gradient(data, random_model, tmp_path):
     for one, other in zip(apart, together, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_an_invalid_row_ends_all_processes(random_model, tmp_path):
-    (tmp_path / "train.jsonl").write_text("".join(map(line, range(70))) + "{}\n")
-    (tmp_path / "val.jsonl").write_text(line(0))
-    options = OPTIONS | {"model_name_or_path": random_model, "train_file": "train.jsonl", "dataloader_num_workers": 0}
-    codes = run_script(flags(tmp_path, tmp_path / "out", **options), tmp_path / "log", script=SCRIPT)
-    printed = (tmp_path / "log").read_text()
-    assert f'error: {tmp_path}/train.jsonl, line 71: "conversations" must be a list' in printed, printed[-3000:]
-    assert codes == [1, 1] and not (tmp_path / "out/trainer_state.json").exists()
 
 
 def test_flags_that_contradict_streaming(monkeypatch, tmp_path):

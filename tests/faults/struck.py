@@ -78,7 +78,7 @@ def be_struck(strike: Strike | None, output: Path, data: Path, rank: int, *argum
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as under torchrun
     if strike and rank in strike.ranks:
         arm(strike, output, data)
-    be_process(rank, *arguments, report=strike is not None)
+    be_process(rank, *arguments, whole=strike is not None)
 
 
 def send(number: int, times: int, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""The fastest faults, and parts of what they meet; `make faults` runs all."""
+"""A few faults, and parts of what they meet; `make faults` runs all."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,263 @@
+"""Which checkpoints a run resumes from, and what an output directory holds."""
+
+import json
+import os
+import resource
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import TINY
+from forked import server
+from runs import message
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import TrainerState
+
+from common.arguments import check_arguments, training_parser
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.training.checkpoints import (
+    check_plan,
+    check_resumable,
+    data_fingerprint,
+    find_checkpoint,
+    run_identity,
+    saving,
+    why_incomplete,
+    write_manifest,
+)
+from common.training.deepspeed import zero_stage
+from common.training.output import check_unused, lock, remove_outputs
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    directory = tmp_path / "checkpoint-3"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(bytes(100))
+    (directory / "totals.json").write_text('{"settings": {}}')
+    write_manifest(directory)
+    assert why_incomplete(directory) is None
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("complete.json", None, "saving was interrupted"),
+        ("complete.json", b'{"model', "complete.json is corrupted"),
+        ("complete.json", b"\xff{}", "complete.json is corrupted"),
+        ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "complete.json is corrupted"),
+        ("complete.json", b"[" * 100_000, "complete.json is corrupted"),
+        ("complete.json", b"[1]", "complete.json is corrupted"),
+        ("complete.json", b'{"model.safetensors": 100}', "by an earlier version, without checksums, so that .* be verified"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", bytes(99), "model.safetensors has 99 bytes, expected 100"),
+        ("model.safetensors", bytes(50) + b"\1" + bytes(49), "model.safetensors is damaged"),
+    ],
+)
+def test_an_incomplete_checkpoint_is_recognized(name, content, reason, checkpoint):
+    assert find_checkpoint("auto", checkpoint.parent, {}, []) == find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
+    (checkpoint / name).unlink()
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {checkpoint} is not complete .*{reason}.; use auto"):
+        find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
+    assert find_checkpoint("auto", checkpoint.parent, {}, []) == (None, [f"checkpoint-3 ({why_incomplete(checkpoint)})"])
+
+
+def test_a_missing_checkpoint_and_one_whose_manifest_is_a_fifo(checkpoint):
+    (checkpoint / "complete.json").unlink()
+    os.mkfifo(checkpoint / "complete.json")
+    assert why_incomplete(checkpoint) == "complete.json is corrupted"
+    shutil.rmtree(checkpoint)
+    assert why_incomplete(checkpoint) == "no such directory"
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path):
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/totals.json").write_text('{"settings": {}}')
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11" / "complete.json").unlink()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert find_checkpoint("auto", tmp_path, {}, []) == (
+        tmp_path / "checkpoint-10",
+        ["checkpoint-11 (saving was interrupted)"],
+    )
+    assert find_checkpoint(None, tmp_path, {}, []) == (None, [])
+
+
+def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
+    for step, seed in ((5, 1), (6, 2)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/totals.json").write_text(json.dumps({"settings": {"--seed": seed}}))
+        write_manifest(tmp_path / f"checkpoint-{step}")
+    found, [skipped] = find_checkpoint("auto", tmp_path, {"--seed": 1}, [])
+    assert found == tmp_path / "checkpoint-5" and "another run" in skipped and "--seed is 1, but the" in skipped
+    with pytest.raises(ValueError, match="--seed is 3, but .* had 2.*, or accept .* --accept_changes seed"):
+        find_checkpoint("auto", tmp_path, {"--seed": 3}, [])
+    assert find_checkpoint("auto", tmp_path, {"--seed": 3}, ["seed"]) == (tmp_path / "checkpoint-6", [])
+
+
+def test_the_number_of_steps_may_grow(tmp_path):
+    checkpoint = tmp_path / "copy"
+    checkpoint.mkdir()
+    TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
+    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"data": "4 rows", "steps": 6}}))
+    assert check_plan(checkpoint, {"data": "4 rows", "steps": 6}, []) is None
+    assert "as in a run of 8 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 8}, [])
+    assert "as in a run of 5 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 5}, ["steps"])
+    for plan, words in (
+        ({"data": "4 rows", "steps": 5}, "steps is 5, but .* --accept_changes steps"),
+        ({"data": "4 rows", "steps": 3}, "it has made 4 steps, more than the 3"),
+        ({"data": "5 rows", "steps": 8}, "data is 5 rows, but .* --accept_changes data"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_plan(checkpoint, plan, [])
+
+
+def test_an_output_directory_holds_one_result(tmp_path):
+    for name in ("adapter_model.safetensors", "README.md", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="holds adapter_model.safetensors of another run: .*--overwrite_output_dir"):
+        check_unused(tmp_path, overwrite=False, resuming=True)
+    check_unused(tmp_path, overwrite=True, resuming=False)
+    remove_outputs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "checkpoint-3").mkdir()
+    check_unused(tmp_path, overwrite=False, resuming=True)  # an incomplete one
+    with pytest.raises(ValueError, match="holds checkpoint-3"):
+        check_unused(tmp_path, overwrite=False, resuming=False)
+
+
+def test_a_directory_in_use_is_refused_before_data_is_read(tmp_path, monkeypatch):
+    (tmp_path / "adapter_model.safetensors").touch()
+    said = message(monkeypatch, tmp_path / "no data", tmp_path)
+    assert said.startswith(f"--output_dir {tmp_path}: holds adapter_model.safetensors of another run: choose another")
+
+
+def hold_lock(output):
+    lock(output)
+    (output / "locked").touch()
+    time.sleep(600)
+
+
+def test_an_output_directory_is_locked(tmp_path):
+    """Until its process ends."""
+    process = server().Process(target=hold_lock, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.05)
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run .process {process.pid} on .* is writing to it"):
+        lock(tmp_path)
+    process.kill()
+    process.join()
+    lock(tmp_path)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        lock(tmp_path / "_lock" / "below")
+
+
+def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):
+    args = training_parser("", task="test", metric="anls").parse_args(["--model_name_or_path", str(TINY), *words])
+    check_arguments(args)
+    return run_identity(args, zero_stage(deepspeed), processes, precision, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "name"),
+    [
+        (("--use_lora",), {"deepspeed": None}, "method"),
+        (("--freeze_vision_model",), {}, "method"),
+        (("--optim", "adafactor"), {}, "--optim"),
+        ((), {"deepspeed": None}, r"sharding \(--deepspeed\)"),
+        ((), {"deepspeed": "common/deepspeed/zero3_offload.json"}, r"sharding \(--deepspeed\)"),
+        ((), {"processes": 4}, "number of processes"),
+        ((), {"precision": "bf16"}, r"precision \(--bf16\)"),
+        (("--batch_size", "32"), {}, "--batch_size"),
+        (("--wd", "0.1"), {}, "--wd"),
+        (("--seed", "7"), {}, "--seed"),
+        (("--num_crops", "4"), {}, "--num_crops"),
+        (("--learning_rate", "1"), {}, "--learning_rate"),
+        (("--projector_learning_rate", "1"), {}, "--projector_learning_rate"),
+        (("--lr_scheduler_type", "cosine"), {}, "--lr_scheduler_type"),
+        (("--warmup_steps", "7"), {}, "--warmup_steps"),
+        (("--streaming",), {}, "--streaming"),
+    ],
+)
+def test_a_run_resumes_only_with_the_same_settings(words, changes, name, tmp_path):
+    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
+    check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"), [])
+    with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, but the checkpoint's run had"):
+        check_resumable(tmp_path, settings_of(*words, **changes), [])
+
+
+def test_settings_that_do_not_change_the_result_may_change(tmp_path):
+    """Under DDP also the number of processes, except with streaming."""
+    (other := tmp_path / "other").mkdir()
+    save_file({"weight": torch.zeros(2, 2)}, other / "model.safetensors")
+    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
+    check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4), [])
+    streaming = ("--use_lora", "--streaming")
+    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
+    with pytest.raises(ValueError, match="number of processes is 4, but the checkpoint's run had 2"):
+        check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4), [])
+    for words, name in (
+        (("--lora_rank", "8"), "--lora_rank is 8, but the checkpoint's run had 64"),
+        (("--use_rslora",), "--use_rslora is True, but"),
+        (("--use_dora",), "--use_dora is True, but"),
+        (("--model_name_or_path", str(other)), r"base model \(--model_name_or_path\) is"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint {tmp_path}: {name}"):
+            check_resumable(tmp_path, settings_of(*streaming, *words, deepspeed=None), [])
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"settings": 7}', "[" * 100_000, "a pipe"])
+def test_a_checkpoint_without_settings_is_refused(content, tmp_path):
+    if content == "a pipe":
+        os.mkfifo(tmp_path / "totals.json")
+    elif content:
+        (tmp_path / "totals.json").write_text(content)
+    with pytest.raises(ValueError, match="totals.json.*: use an earlier checkpoint"):
+        check_resumable(tmp_path, {"--seed": 1}, [])
+
+
+def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
+    def fingerprint(*rows):
+        rows = [{"conversations": [{"images": [image], "user": user, "assistant": "Yes."}]} for image, user in rows]
+        return data_fingerprint(TrainingData(Rows(rows, str), lambda row, rng: row, None, 0))
+
+    first = fingerprint(("a/1.png", "What?"), ("2.png", "Who?"))
+    assert first == fingerprint(("b/1.png", "What?"), ("2.png", "Who?")) and first.startswith("2 rows, ")
+    for others in ((("1.png", "What?"), ("3.png", "Who?")), (("1.png", "What?"), ("2.png", "Why?")), (("1.png", "What?"),)):
+        assert fingerprint(*others) != first
+
+
+WRITERS = {
+    "Python": lambda path: path.write_bytes(bytes(9000)),
+    "torch": lambda path: torch.save(torch.zeros(9000), path),
+    "DeepSpeed": lambda path: torch.save(torch.zeros(9000), path, _use_new_zipfile_serialization=False),
+    "safetensors": lambda path: save_file({"weight": torch.zeros(9000)}, path),
+    "tokenizers": lambda path: Tokenizer.from_file(str(TINY / "tokenizer.json")).save(str(path)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_is_reported_whatever_writes(writer, tmp_path):
+    """A limit on file sizes stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(ValueError, match="saving failed .*free disk space"), saving():
+            WRITERS[writer](tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_other_errors_while_saving_are_not_attributed_to_the_disk():
+    for error in (RuntimeError("Connection closed by peer"), FileNotFoundError(2, "No such file or directory")):
+        with pytest.raises(type(error)), saving():
+            raise error
