@@ -134,17 +134,28 @@ class Trial:
         return max(computing, micro_batches * (1 + REPEATED[mode] + BACKWARD_LAUNCHES) * self.launching)
 
 
-def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
-    """The mode with the least recomputation that fits into the free memory, which is the fastest; "full" without an estimate.
+def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
+    """The modes of ``--gradient_checkpointing`` from which a run chooses, or the one that is set."""
+    if args.gradient_checkpointing != "auto":
+        return (args.gradient_checkpointing,)
+    # Layers of transformers have no operations to recompute, and torch.compile decides itself what to recompute in a layer.
+    elementwise = args.fused_layers and not args.torch_compile
+    return tuple(mode for mode in MODES if mode != "elementwise" or elementwise)
+
+
+def least_recomputation(trial: Trial | None, tokens: int, views: int, modes: tuple[str, ...] = MODES) -> str:
+    """The mode with the least recomputation that fits into the free memory, which is the fastest; the last one if none does.
 
     Parameters
     ----------
     trial : Trial, optional
     tokens, views : int
         Of the largest batch.
+    modes : tuple of str
+        In the order of ``MODES``.
     """
-    fitting = [mode for mode in MODES if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
-    return fitting[0] if fitting else MODES[-1]
+    fitting = [mode for mode in modes if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
+    return fitting[0] if fitting else modes[-1]
 
 
 def fastest_budget(

@@ -56,7 +56,8 @@ from common.runtime import (
 
 from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, check_plan, data_fingerprint, saving, write_manifest
-from .memory import estimate_memory, least_recomputation
+from .masters import MasterWeights
+from .memory import estimate_memory, least_recomputation, recomputation_modes
 from .output import BAD_SAMPLES, SAVING, holds, note_bad_sample, remove_outputs
 from .plan import plan_batches, training_arguments
 from .progress import TrainingProgress
@@ -134,9 +135,7 @@ def build_trainer(
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
     say("Estimating memory and time")
     trial = estimate()
-    recomputation = args.gradient_checkpointing
-    if recomputation == "auto":
-        recomputation = least_recomputation(trial, *batches.largest(lengths))
+    recomputation = least_recomputation(trial, *batches.largest(lengths), recomputation_modes(args))
     set_gradient_checkpointing(model, recomputation)
     if args.torch_compile:
         compile_layers(model)
