@@ -205,14 +205,16 @@ def test_states_by_optimizer_and_sharding(tmp_path):
     bucket = min(model.config.hidden_size**2, count)
     assert state_bytes(model, "adamw_torch_fused", sharded) == (2 + 4 + 8) * count + 2 * 2 * bucket
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
-    assert step_bytes(model, settled(bf16=True)) == step_bytes(model, settled(deepspeed=str(zero))) == 0
+    assert step_bytes(model, settled()) == step_bytes(model, settled(deepspeed=str(zero))) == 0
+    model.bfloat16()  # DDP: gradient, master weight, two moments, and a copy of the gradient in fp32
+    assert state_bytes(model, "adamw_torch_fused", settled(bf16=True)) == (2 + 4 + 8) * count
+    assert step_bytes(model, settled(bf16=True)) == 4 * count
 
 
 def published_model(args):
     """The published model on the meta device, as one GPU trains it in bf16 without DeepSpeed, and the bytes of its weights."""
     with torch.device("meta"):
-        dtype = torch.bfloat16 if args.use_lora else torch.float32
-        model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=torch.bfloat16)
         model = add_lora(model, args, None) if args.use_lora else model
     loaded = 0
     for name, parameter in model.named_parameters():

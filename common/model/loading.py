@@ -132,8 +132,8 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     Returns
     -------
     torch.nn.Module
-        A ``Phi3VForCausalLM``, or a ``PeftModel`` that wraps one. Trainable weights are fp32 unless DeepSpeed keeps fp32 master
-        weights; the base model of adapters is in the training precision.
+        A ``Phi3VForCausalLM``, or a ``PeftModel`` that wraps one, in the training precision. Adapters are fp32, and so are
+        weights that train in fp16 without DeepSpeed.
 
     Raises
     ------
@@ -144,16 +144,16 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     device, compute_dtype = setup.device, DTYPES[setup.precision]
     if args.use_liger_kernel:
         use_liger_kernel(device)
-    base_is_frozen = uses_adapters(args)
-    # DeepSpeed casts the weights to the training precision and creates its own fp32 master weights.
-    deepspeed_has_masters = setup.deepspeed is not None
+    # Under DeepSpeed and in bf16, fp32 master weights are kept beside weights in the training precision. The scaler of fp16
+    # requires gradients in fp32.
+    scales_gradients = setup.precision == "fp16" and setup.deepspeed is None and not uses_adapters(args)
     base = setup.base or args.model_name_or_path
     model = load_weights(
         base,
         processor,
         setup.revision,
         "--model_name_or_path",
-        dtype=compute_dtype if base_is_frozen or deepspeed_has_masters else torch.float32,
+        dtype=torch.float32 if scales_gradients else compute_dtype,
         attn_implementation=setup.attention,
         quantization_config=_quantization(args, setup) if args.use_qlora else None,
         # Load weights directly onto the GPU: going through CPU memory, each process would need a full copy there.
