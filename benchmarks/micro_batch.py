@@ -18,42 +18,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from common.arguments import training_parser
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
-from common.model.loading import add_lora, base_model, freeze, set_gradient_checkpointing
-from common.model.lora import FusedLoraLinear
+from common.model.loading import add_lora, base_model, compile_layers, freeze, set_gradient_checkpointing
 from common.phi3v.flops import TrainingFlops, peak_flops
-from common.phi3v.layers import FusedDecoderLayer, FusedEncoderLayer
+from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import PARTS
 
 from .measure import RESULTS, write_result
 from .pages import draw_pages
 from .train import METHOD_FLAGS, TOKENIZER, draw_rows, random_config
 
-PLAIN_LAYERS = {
-    FusedDecoderLayer: Phi3DecoderLayer,
-    FusedEncoderLayer: CLIPEncoderLayer,
-}
 METHODS = ("lora", "full", "frozen")
 
 
-def use_plain_layers(model):
-    """Replace the fused layers by those of transformers and PEFT, with the same weights."""
-    for module in model.modules():
-        module.__class__ = PLAIN_LAYERS.get(type(module), type(module))
-        if isinstance(module, FusedLoraLinear):
-            module.adapter = lambda: None  # no adapter for it to run: PEFT's layer runs
-
-
-def build_model(method, config, device, dtype=torch.bfloat16):
+def build_model(method, config, device, dtype=torch.bfloat16, layers="fused"):
     """A model with random weights, of which those of the method train; adapters are fp32."""
-    flags = training_parser(__doc__, task="benchmark", metric="none").parse_args(METHOD_FLAGS[method])
+    words = METHOD_FLAGS[method] + (["--no-fused_layers"] if layers == "plain" else [])
+    flags = training_parser(__doc__, task="benchmark", metric="none").parse_args(words)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="varlen")
+    if layers == "plain":
+        use_plain_layers(model)
     freeze(model, ("decoder",) if method == "frozen" else PARTS)
     if method == "lora":
         model = add_lora(model, flags, None).to(device)
@@ -141,19 +129,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         pages = draw_pages(Path(folder), max(args.samples))
-        for method in args.methods:
-            model = build_model(method, random_config(args.config), device)
+        for method, layers in itertools.product(args.methods, args.layers):
+            model = build_model(method, random_config(args.config), device, layers=layers)
             if args.torch_compile:
-                base = base_model(model).model
-                for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]):
-                    layer.compile(dynamic=True)
-            fused = {module: type(module) for module in model.modules()}
-            for samples, layers, recompute in itertools.product(args.samples, args.layers, args.recompute):
-                for module, kind in fused.items():
-                    module.__class__ = kind
-                    vars(module).pop("adapter", None)
-                if layers == "plain":
-                    use_plain_layers(model)
+                compile_layers(model)
+            for samples, recompute in itertools.product(args.samples, args.recompute):
                 set_gradient_checkpointing(model, recompute)
                 row = {"method": method, "samples": samples, "layers": layers, "recompute": recompute}
                 try:
@@ -164,7 +144,7 @@ def main() -> None:
                 print(describe(rows[-1]), flush=True)
                 model.zero_grad(set_to_none=True)
                 gc.collect()
-            del model, fused
+            del model
             gc.collect()
     write_result(args.out, {"benchmark": "micro_batch", "config": args.config, "compiled": args.torch_compile, "rows": rows})
 

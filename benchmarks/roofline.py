@@ -88,9 +88,9 @@ def as_on_a_gpu(meter: Meter) -> Iterator[None]:
         yield
 
 
-def fake_model(method: str, config: Phi3VConfig, dtype: torch.dtype, mode: FakeTensorMode) -> nn.Module:
+def fake_model(method: str, config: Phi3VConfig, dtype: torch.dtype, mode: FakeTensorMode, layers: str) -> nn.Module:
     """The model of a method on fake CPU tensors; a CPU-only PyTorch has no backward pass on fake CUDA tensors."""
-    model = build_model("lora" if method == "qlora" else method, config, torch.device("meta"), dtype)
+    model = build_model("lora" if method == "qlora" else method, config, torch.device("meta"), dtype, layers)
     if method == "qlora":
         kept = tuple(unquantized_modules(config, vision=True))
         for name, module in base_model(model).named_modules():
@@ -186,15 +186,15 @@ class Predictor:
     """Predicts micro-batches of one method, for a number of GPUs.
 
     Full training, also with a frozen vision tower, runs with DeepSpeed ZeRO-2, on one GPU with 8-bit optimizer states; LoRA and
-    QLoRA of rank 32 run with DDP.
+    QLoRA of rank 32 run with DDP. ``layers`` are ``"fused"``, or ``"plain"`` as with ``--no-fused_layers``.
     """
 
-    def __init__(self, method: str, gpus: int = 1, config: Phi3VConfig | None = None) -> None:
+    def __init__(self, method: str, gpus: int = 1, config: Phi3VConfig | None = None, layers: str = "fused") -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         adapters = method in ("lora", "qlora")
         deepspeed = None if adapters else str(DIRECTORY / "zero2.json")
         self.autocast = not deepspeed  # DeepSpeed has bf16 weights, and runs without autocast
-        self.model = fake_model(method, config or random_config("real"), torch.bfloat16, self.mode)
+        self.model = fake_model(method, config or random_config("real"), torch.bfloat16, self.mode, layers)
         setup = Setup(torch.device("cpu"), "bf16", "varlen", "", True, deepspeed, 2 if deepspeed else None)
         optim = "adamw_torch_fused" if adapters or gpus > 1 else "adamw_bnb_8bit"
         with patch.object(memory, "world_size", lambda: gpus):
@@ -273,6 +273,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="full training on several GPUs uses ZeRO-2 (default: 1)")
     parser.add_argument("--method", choices=METHOD_FLAGS, default="lora", help="adapters have rank 32 (default: lora)")
     parser.add_argument("--gradient_checkpointing", choices=memory.MODES, default="none", help="default: none")
+    parser.add_argument(
+        "--layers", choices=("fused", "plain"), default="fused", help="plain: --no-fused_layers (default: fused)"
+    )
     parser.add_argument("--samples_at_once", type=int, default=4, help="pages in a micro-batch (default: 4)")
     parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per page (default: 16)")
     parser.add_argument("--launch_us", type=float, default=110, help="of a kernel, by the CPU (default: %(default)s)")
@@ -284,7 +287,8 @@ def main() -> None:
         rows = [row for row in rows if (row["method"], row["gpus"]) != mine] + best_rows(*mine)
         write_result(RESULT, {"benchmark": "roofline", "rows": rows})
         return
-    found = Predictor(args.method, args.gpus).predict(args.gradient_checkpointing, args.samples_at_once, args.num_crops)
+    predictor = Predictor(args.method, args.gpus, layers=args.layers)
+    found = predictor.predict(args.gradient_checkpointing, args.samples_at_once, args.num_crops)
     print(report(found, GPUS[args.gpu]._replace(to_launch=args.launch_us / 1e6), args.gpus))
 
 

@@ -301,6 +301,12 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         help="recompute in the backward pass: all layers, every second layer, norms and activations only, or nothing "
         "(default: as little as memory allows)",
     )
+    group.add_argument(
+        "--fused_layers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run layers and adapters in fewer passes over memory than those of transformers and PEFT (default: on)",
+    )
     group.add_argument("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requires liger-kernel)")
     group.add_argument("--torch_compile", action="store_true", help="compile the layers of the decoder and the tower")
     group.add_argument(
@@ -513,6 +519,11 @@ def _check_dependent_flags(args: argparse.Namespace) -> None:
         raise InputError("--use_qlora already trains LoRA adapters, on a quantized model: remove it or --use_lora")
     if args.max_steps > 0 and args.num_train_epochs != NUM_TRAIN_EPOCHS:
         raise InputError("--max_steps and --num_train_epochs both set the length of the run: remove one of them")
+    if args.gradient_checkpointing == "elementwise" and (args.torch_compile or not args.fused_layers):
+        raise InputError(
+            "--gradient_checkpointing elementwise is a part of the fused layers, and torch.compile decides itself what to "
+            f"recompute in a layer: remove it or {'--torch_compile' if args.torch_compile else '--no-fused_layers'}"
+        )
     # With --eval_strategy, it is still the batch size of the evaluation loss.
     if args.max_tokens_per_batch and args.batch_size_per_gpu is not None and args.eval_strategy == "no":
         raise InputError("--batch_size_per_gpu has no effect with --max_tokens_per_batch: remove one of them")

@@ -1,46 +1,56 @@
 """Fused layers compute what those of transformers and PEFT do: loss and gradients, packed and padded, recomputed or kept."""
 
+import itertools
+import os
+
 import pytest
 import torch
 from conftest import TINY
+from forked import run_processes
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from runs import free_port
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
 from common.model.loading import avoid_avx512_kernel, set_gradient_checkpointing
 from common.model.lora import FusedLoraLinear, FusedLoraLinear4bit, fuse_lora
 from common.phi3v import Phi3VConfig, fused
-from common.phi3v.layers import FusedDecoderLayer, FusedEncoderLayer
+from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets, unquantized_modules
+from common.training.deepspeed import do_without_compiler
 
-PLAIN = {FusedDecoderLayer: Phi3DecoderLayer, FusedEncoderLayer: CLIPEncoderLayer}
 METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
 
 
-@pytest.fixture(scope="module")
-def batches():
-    processor = AutoProcessor.from_pretrained(TINY, num_crops=2)
+def make_batches(path=TINY, num_crops=2, rows=slice(None)):
+    """Samples with and without images, packed and padded."""
+    processor = AutoProcessor.from_pretrained(path, num_crops=num_crops)
     noise = [Image.effect_noise(size, 80).convert("RGB") for size in ((300, 200), (90, 300), (90, 90))]
     samples = [
         encode_conversation({"conversations": [{"images": images, "user": "What is it?", "assistant": answer}]}, processor)
         for images, answer in (([], "Text."), (noise[:1], "Noise."), (noise[1:], "Two images."))
     ]
-    return {packing: Collator(processor, packing=packing)(samples) for packing in (True, False)}
+    return {packing: Collator(processor, packing=packing)(samples[rows]) for packing in (True, False)}
 
 
-def build(method, plain=False):
+@pytest.fixture(scope="module")
+def batches():
+    return make_batches()
+
+
+def build(method, plain=False, path=TINY):
     torch.manual_seed(0)
     options = {"dtype": torch.float32, "attn_implementation": "varlen"}
     if method == "QLoRA":
-        kept = unquantized_modules(Phi3VConfig.from_pretrained(TINY), vision=True)
+        kept = unquantized_modules(Phi3VConfig.from_pretrained(path), vision=True)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=kept
         )
-    model = AutoModelForCausalLM.from_pretrained(TINY, **options).train()
+    model = AutoModelForCausalLM.from_pretrained(path, **options).train()
     avoid_avx512_kernel(model)
     if "frozen vision" in method:
         model.model.vision_embed_tokens.requires_grad_(False)
@@ -50,8 +60,7 @@ def build(method, plain=False):
         if not plain:
             fuse_lora(model)
     if plain:
-        for module in model.modules():
-            module.__class__ = PLAIN.get(type(module), type(module))
+        use_plain_layers(model)
     return model
 
 
@@ -63,22 +72,70 @@ def run(model, batch, recompute="none"):
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(scope="module")
+def small_batches(random_model):
+    return make_batches(random_model)
+
+
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_layers_compute_the_same(batches, method, packing):
-    expected_loss, expected = run(build(method, plain=True), batches[packing])
-    for recompute in ("none", "elementwise", "selective", "full") if packing else ("none", "full"):
-        model = build(method)
+def test_fused_layers_compute_the_same(random_model, small_batches, method, packing):
+    batch = small_batches[packing]
+    expected_loss, expected = run(build(method, True, random_model), batch)
+    for recompute in ("none", "elementwise", "selective", "full"):
+        model = build(method, path=random_model)
         assert any(isinstance(module, FusedLoraLinear4bit) for module in model.modules()) == (method == "QLoRA")
-        loss, gradients = run(model, batches[packing], recompute)
+        loss, gradients = run(model, batch, recompute)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert gradients.keys() == expected.keys()
-        differences = {name: (gradient - expected[name]).norm() for name, gradient in gradients.items()}
-        norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-        assert torch.stack(list(differences.values())).norm() <= 1e-5 * norm
-        for name, difference in differences.items():
-            # The floor is for a key's bias, which shifts all scores alike: its gradient is zero but for rounding.
-            assert difference <= 1e-4 * expected[name].norm() + 1e-6, name
+        assert_equal(gradients, expected)
+
+
+def assert_equal(gradients, expected):
+    assert gradients.keys() == expected.keys()
+    differences = {name: (gradient - expected[name]).norm() for name, gradient in gradients.items()}
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert torch.stack(list(differences.values())).norm() <= 1e-5 * norm
+    for name, difference in differences.items():
+        # The floor is for a key's bias, which shifts all scores alike: its gradient is zero but for rounding.
+        assert difference <= 1e-4 * expected[name].norm() + 1e-6, name
+
+
+def run_distributed(model, batch, recompute, sharded):
+    """Loss of this process, and gradients that two processes reduce, by name."""
+    set_gradient_checkpointing(model, recompute)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not sharded:
+        loss = DistributedDataParallel(model)(**batch).loss
+        loss.backward()
+        return loss.item(), {name: parameter.grad for name, parameter in trained.items()}
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    optimizer = torch.optim.SGD(trained.values())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    return loss.item(), {name: safe_get_full_grad(parameter) for name, parameter in trained.items()}
+
+
+def compare_in_two_processes(path, rank, port):
+    do_without_compiler()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    distributed.init_process_group("gloo")
+    batch = make_batches(path, 1, slice(rank, rank + 2))[True]  # both have an image
+    for sharded, method in itertools.product((False, True), ("full", "frozen vision", "LoRA", "QLoRA")):
+        expected_loss, expected = run_distributed(build(method, True, path), batch, "none", sharded)
+        loss, gradients = run_distributed(build(method, path=path), batch, "elementwise", sharded)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert_equal(gradients, expected)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_fused_layers_compute_the_same_under_ddp_and_zero2(random_model):
+    port = free_port()
+    assert run_processes(compare_in_two_processes, [(random_model, rank, port) for rank in range(2)]) == [0, 0]
 
 
 @pytest.mark.parametrize("function", ["swiglu", "quick_gelu", "RMSNorm", "LayerNorm"])

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.process import InputError
 from conftest import ROOT, TINY, torchrun
 from PIL import Image
 from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
 from test_memory import flags as trial_flags
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoProcessor
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from common.arguments import Setup
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
+from common.model.loading import choose_attention
 from common.phi3v.attention import varlen_attention_forward
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.layers import LeanLayerNorm, LeanRMSNorm
@@ -85,11 +89,38 @@ def samples():
 
 @needs_flash
 @HALVES
-def test_packed_with_flash_equals_padded_with_sdpa(dtype, samples):
+def test_cudnns_attention_equals_sdpa(dtype):
+    """Output and gradients of one sample at the decoder's head size, which documents list for measurement."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    states = [torch.randn(1, 4, 300, 96, device="cuda", generator=generator) for _ in range(4)]
+    found = []
+    for kernel, each in ((SDPBackend.MATH, torch.float32), (SDPBackend.CUDNN_ATTENTION, dtype)):
+        query, key, value, gradient = (tensor.to(each, copy=True) for tensor in states)
+        inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+        with sdpa_kernel(kernel):
+            try:
+                output = scaled_dot_product_attention(*inputs, is_causal=True)
+            except RuntimeError as error:
+                pytest.skip(f"cuDNN's attention does not run here: {error}")
+            output.backward(gradient)
+        found.append([output, *(tensor.grad for tensor in inputs)])
+    for exact, half in zip(*found, strict=True):
+        assert half.dtype == dtype
+        torch.testing.assert_close(half.float(), exact, rtol=0, atol=3e-2)
+
+
+@needs_flash
+@HALVES
+@pytest.mark.parametrize("flash", ["varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4"])
+def test_packed_with_flash_equals_padded_with_sdpa(flash, dtype, samples):
     """Loss and gradients, under autocast with fp32 weights, against those in fp32."""
+    try:
+        choose_attention(flash, False, torch.device("cuda"))
+    except InputError as error:
+        pytest.skip(str(error))
     processor, rows = samples
     found = {}
-    for attention, packing, enabled in (("sdpa", False, False), ("varlen", True, True)):
+    for attention, packing, enabled in (("sdpa", False, False), (flash, True, True)):
         model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation=attention).cuda().train()
         batch = {
             name: value.cuda() if torch.is_tensor(value) else value
@@ -99,7 +130,7 @@ def test_packed_with_flash_equals_padded_with_sdpa(dtype, samples):
             loss = model(**batch).loss
         (1024 * loss).backward()
         found[attention] = loss.item(), {name: p.grad / 1024 for name, p in model.named_parameters() if p.grad is not None}
-    (exact, expected), (half, gradients) = found["sdpa"], found["varlen"]
+    (exact, expected), (half, gradients) = found["sdpa"], found[flash]
     assert half == pytest.approx(exact, rel=2e-2)
     assert gradients.keys() == expected.keys()
     difference = sum((gradients[name] - expected[name]).square().sum() for name in expected).sqrt()

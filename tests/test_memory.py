@@ -28,6 +28,7 @@ from common.training.memory import (
     fastest_budget,
     kept_bytes,
     least_recomputation,
+    recomputation_modes,
     state_bytes,
     step_bytes,
 )
@@ -44,6 +45,7 @@ def flags(**changes):
     values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None, "train_fully": ()}
     values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
     values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
+    values |= {"fused_layers": True}
     values |= {"model_name_or_path": str(MODEL), "max_tokens_per_batch": None}
     values |= {"warmup_steps": 2, "lr_scheduler_type": "linear"}
     values |= {"batch_size": 8, "batch_size_per_gpu": 2, "max_steps": -1, "num_train_epochs": 3}
@@ -137,6 +139,11 @@ def test_the_least_recomputation_that_fits_is_chosen():
     assert least_recomputation(TRIAL, 100, 10) == "full"
     assert least_recomputation(dataclasses.replace(TRIAL, free=10**9), 100, 10) == "none"
     assert least_recomputation(None, 100, 10) == "full"
+    modes = recomputation_modes(flags(torch_compile=True))
+    assert modes == recomputation_modes(flags(fused_layers=False)) == ("none", "selective", "full")
+    assert recomputation_modes(flags()) == MODES
+    assert recomputation_modes(flags(gradient_checkpointing="elementwise")) == ("elementwise",)
+    assert least_recomputation(dataclasses.replace(TRIAL, free=needed[1] / 0.85 + 1), 100, 10, modes) == "selective"
     # At the optimizer step, the activations have been freed.
     assert [dataclasses.replace(TRIAL, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 4
 
@@ -198,14 +205,16 @@ def test_states_by_optimizer_and_sharding(tmp_path):
     bucket = min(model.config.hidden_size**2, count)
     assert state_bytes(model, "adamw_torch_fused", sharded) == (2 + 4 + 8) * count + 2 * 2 * bucket
     zero.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 10}}')
-    assert step_bytes(model, settled(bf16=True)) == step_bytes(model, settled(deepspeed=str(zero))) == 0
+    assert step_bytes(model, settled()) == step_bytes(model, settled(deepspeed=str(zero))) == 0
+    model.bfloat16()  # DDP: gradient, master weight, two moments, and a copy of the gradient in fp32
+    assert state_bytes(model, "adamw_torch_fused", settled(bf16=True)) == (2 + 4 + 8) * count
+    assert step_bytes(model, settled(bf16=True)) == 4 * count
 
 
 def published_model(args):
     """The published model on the meta device, as one GPU trains it in bf16 without DeepSpeed, and the bytes of its weights."""
     with torch.device("meta"):
-        dtype = torch.bfloat16 if args.use_lora else torch.float32
-        model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(Phi3VConfig(), dtype=torch.bfloat16)
         model = add_lora(model, args, None) if args.use_lora else model
     loaded = 0
     for name, parameter in model.named_parameters():

@@ -83,6 +83,17 @@ def test_loss_follows_the_saved_curve(method, finished):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layers_of_transformers_and_peft_follow_the_saved_curve(method, train, tmp_path):
+    log = train(tmp_path, **METHODS[method], **{"no-fused_layers": True})
+    curve = json.loads(CURVES.read_text())[method]
+    for key in ("loss", "grad_norm"):
+        assert [entry[key] for entry in log] == pytest.approx(curve[key], rel=CURVE_TOLERANCE), key
+    assert "per process, layers of transformers and PEFT" in tmp_path.with_name(f"{tmp_path.name}.log").read_text()
+    assert json.loads((tmp_path / "run.json").read_text())["hyperparameters"]["fused_layers"] is False
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_learns_and_writes_its_files(method, finished):
     output, log = finished(method)

@@ -66,6 +66,8 @@ MISTAKES = [
     ("--use_flash_attention --attn_implementation eager", "are incompatible"),
     ("--max_steps 5 --num_train_epochs 2", "--max_steps and --num_train_epochs both set the length of the run"),
     ("--max_tokens_per_batch 9000 --batch_size_per_gpu 2", "has no effect with --max_tokens_per_batch: remove one of them"),
+    ("--gradient_checkpointing elementwise --torch_compile", "remove it or --torch_compile"),
+    ("--gradient_checkpointing elementwise --no-fused_layers", "remove it or --no-fused_layers"),
     ("--save_steps 2", "--save_steps requires --save_strategy steps"),
     ("--save_total_limit 2", "--save_total_limit requires --save_strategy steps or epoch"),
     ("--eval_steps 2", "--eval_steps requires --eval_strategy steps"),

@@ -156,6 +156,8 @@ def plan_of(trial=None, setup=SETUP, **changes):
         "num_train_epochs": 2,
         "max_steps": -1,
         "gradient_checkpointing": "auto",
+        "fused_layers": True,
+        "torch_compile": False,
     }
     flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
     flags |= {"freeze_vision_model": False, "train_only": None, "train_fully": (), "on_bad_sample": "raise"}

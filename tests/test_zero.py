@@ -115,18 +115,26 @@ def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypat
     assert next(entry["eval_loss"] for entry in history if "eval_loss" in entry) == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("deepspeed", ["none", "auto"])
-def test_bf16_keeps_fp32_master_weights(deepspeed, train, tmp_path):
-    """A weight of 1.0 changes at a learning rate of 1e-5, which bf16 could not represent."""
-    train(tmp_path, bf16=True, learning_rate=1e-5, deepspeed=deepspeed, save_strategy="steps", save_steps=3, max_steps=3)
-    if deepspeed == "none":
-        masters = weights(tmp_path / "checkpoint-3")
-        states = torch.load(tmp_path / "checkpoint-3/optimizer.pt", weights_only=False)["state"].values()
-        assert {tensor.dtype for state in states for tensor in state.values()} == {torch.float32}
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def test_bf16_keeps_fp32_master_weights(train, tmp_path):
+    """Under DDP and ZeRO-2 alike: a weight of 1.0 changes at a learning rate of 1e-5, which bf16 could not represent."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        masters = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "checkpoint-3")
-    changes = masters[NORM].detach() - 1
-    assert masters[NORM].dtype == torch.float32
-    assert changes.all() and changes.abs().max() < 1e-4
+    options = {"bf16": True, "learning_rate": 1e-5, "batch_size_per_gpu": 1, "max_steps": 3}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    ddp = options | {"deepspeed": "none"}
+    log, sharded_log = train(tmp_path / "ddp", **ddp), train(tmp_path / "zero2", **options)
+    for entry, expected in zip(log, sharded_log, strict=True):
+        assert entry == pytest.approx(expected, rel=1e-3)
+    masters = weights(tmp_path / "ddp" / "checkpoint-3")
+    for found in (masters, get_fp32_state_dict_from_zero_checkpoint(tmp_path / "zero2" / "checkpoint-3")):
+        changes = found[NORM].detach() - 1
+        assert found[NORM].dtype == torch.float32
+        assert changes.all() and changes.abs().max() < 1e-4
+    assert torch.equal(weights(tmp_path / "ddp")[NORM], masters[NORM].bfloat16().float())
+    states = torch.load(tmp_path / "ddp/checkpoint-3/optimizer.pt", weights_only=False)["state"].values()
+    assert {tensor.dtype for state in states for tensor in state.values()} == {torch.float32}
+
+    shutil.copytree(tmp_path / "ddp" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert train(tmp_path / "resumed", resume_from_checkpoint="auto", **ddp) == log
+    resumed = weights(tmp_path / "resumed" / "checkpoint-3")
+    assert resumed.keys() == masters.keys() and all(torch.equal(resumed[name], masters[name]) for name in masters)

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_
 from common.arguments import Setup, trained_parts, uses_adapters
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
+from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import PARTS, fully_trained_modules, lora_targets, part_of, unquantized_modules
 from common.runtime.process import InputError, say
 
@@ -131,8 +132,8 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     Returns
     -------
     torch.nn.Module
-        A ``Phi3VForCausalLM``, or a ``PeftModel`` that wraps one. Trainable weights are fp32 unless DeepSpeed keeps fp32 master
-        weights; the base model of adapters is in the training precision.
+        A ``Phi3VForCausalLM``, or a ``PeftModel`` that wraps one, in the training precision. Adapters are fp32, and so are
+        weights that train in fp16 without DeepSpeed.
 
     Raises
     ------
@@ -143,22 +144,24 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     device, compute_dtype = setup.device, DTYPES[setup.precision]
     if args.use_liger_kernel:
         use_liger_kernel(device)
-    base_is_frozen = uses_adapters(args)
-    # DeepSpeed casts the weights to the training precision and creates its own fp32 master weights.
-    deepspeed_has_masters = setup.deepspeed is not None
+    # Under DeepSpeed and in bf16, fp32 master weights are kept beside weights in the training precision. The scaler of fp16
+    # requires gradients in fp32.
+    scales_gradients = setup.precision == "fp16" and setup.deepspeed is None and not uses_adapters(args)
     base = setup.base or args.model_name_or_path
     model = load_weights(
         base,
         processor,
         setup.revision,
         "--model_name_or_path",
-        dtype=compute_dtype if base_is_frozen or deepspeed_has_masters else torch.float32,
+        dtype=torch.float32 if scales_gradients else compute_dtype,
         attn_implementation=setup.attention,
         quantization_config=_quantization(args, setup) if args.use_qlora else None,
         # Load weights directly onto the GPU: going through CPU memory, each process would need a full copy there.
         device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
     )
     avoid_avx512_kernel(model)
+    if not args.fused_layers:
+        use_plain_layers(model)
     if args.use_liger_kernel:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -255,8 +258,8 @@ def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | 
     ----------
     model : Phi3VForCausalLM
     args : argparse.Namespace
-        The flags of the script that begin with ``lora_`` or ``use_``, ``init_lora_weights``, ``train_fully`` and
-        ``freeze_vision_model``.
+        The flags of the script that begin with ``lora_`` or ``use_``, ``init_lora_weights``, ``train_fully``,
+        ``freeze_vision_model`` and ``fused_layers``.
     revision : str, optional
         Commit of a Hub model, for the adapter's configuration.
 
@@ -282,7 +285,7 @@ def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | 
         peft_model = get_peft_model(model, config)
     except (ValueError, ImportError) as error:
         raise InputError(f"rejected by PEFT ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
-    return _prepare(peft_model)
+    return _prepare(peft_model, args.fused_layers)
 
 
 def continue_lora(model: Phi3VForCausalLM, args: argparse.Namespace, adapter: Path) -> PeftModel:
@@ -303,7 +306,7 @@ def continue_lora(model: Phi3VForCausalLM, args: argparse.Namespace, adapter: Pa
         If the adapter does not fit the base model, or has other target modules than these recipes.
     """
     check_targets(adapter, model.config, args)
-    peft_model = _prepare(attach_adapter(model, adapter, trainable=True))
+    peft_model = _prepare(attach_adapter(model, adapter, trainable=True), args.fused_layers)
     # The name may be relative to the directory where the adapter was trained.
     peft_model.peft_config["default"].base_model_name_or_path = model.name_or_path
     # Again, now that fully trained modules are fp32.
@@ -311,14 +314,15 @@ def continue_lora(model: Phi3VForCausalLM, args: argparse.Namespace, adapter: Pa
     return peft_model
 
 
-def _prepare(model: PeftModel) -> PeftModel:
+def _prepare(model: PeftModel, fuse: bool) -> PeftModel:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             # Adapters are fp32: PEFT would cast their inputs to fp32, and autocast would cast them back.
             module.cast_input_dtype_enabled = False
         elif isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
-    fuse_lora(model)
+    if fuse:
+        fuse_lora(model)
     return model
 
 

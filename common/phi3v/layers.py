@@ -83,11 +83,18 @@ class FusedEncoderLayer(CLIPEncoderLayer):
         return residual + self.mlp.fc2(quick_gelu(self.mlp.fc1(normed)))
 
 
-LEAN = {Phi3RMSNorm: LeanRMSNorm, nn.LayerNorm: LeanLayerNorm}
-LEAN |= {Phi3DecoderLayer: FusedDecoderLayer, CLIPEncoderLayer: FusedEncoderLayer}
+FUSED = {Phi3DecoderLayer: FusedDecoderLayer, CLIPEncoderLayer: FusedEncoderLayer}
+LEAN = {Phi3RMSNorm: LeanRMSNorm, nn.LayerNorm: LeanLayerNorm} | FUSED
 
 
 def use_lean_layers(model: nn.Module) -> None:
     """Replace a model's norms and layers with those of this module; others, such as Liger's, stay as they are."""
     for module in model.modules():
         module.__class__ = LEAN.get(type(module), type(module))
+
+
+def use_plain_layers(model: nn.Module) -> None:
+    """Replace the fused layers with those of transformers. The norms stay, because they also set the dtype between layers."""
+    plain = {fused: layer for layer, fused in FUSED.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))

@@ -33,7 +33,7 @@ from common.runtime.process import InputError, counted, is_main_process, say
 
 from .callbacks import find_nonfinite
 from .checkpoints import check_plan, data_fingerprint
-from .memory import estimate_memory, least_recomputation
+from .memory import estimate_memory, least_recomputation, recomputation_modes
 from .output import holds, remove_outputs
 from .plan import plan_batches, training_arguments
 from .summary import number_of_steps, summarize
@@ -126,9 +126,7 @@ def build_trainer(
 
     say("Estimating memory and time")
     trial = estimate()  # cached if plan_batches needed it
-    recomputation = args.gradient_checkpointing
-    if recomputation == "auto":
-        recomputation = least_recomputation(trial, *batches.largest(lengths))
+    recomputation = least_recomputation(trial, *batches.largest(lengths), recomputation_modes(args))
     set_gradient_checkpointing(model, recomputation)
     if args.torch_compile:
         compile_layers(model)

@@ -134,17 +134,28 @@ class Trial:
         return max(computing, micro_batches * (1 + REPEATED[mode] + BACKWARD_LAUNCHES) * self.launching)
 
 
-def least_recomputation(trial: Trial | None, tokens: int, views: int) -> str:
-    """The mode with the least recomputation that fits into the free memory, which is the fastest; "full" without an estimate.
+def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
+    """The modes of ``--gradient_checkpointing`` from which a run chooses, or the one that is set."""
+    if args.gradient_checkpointing != "auto":
+        return (args.gradient_checkpointing,)
+    # Layers of transformers have no operations to recompute, and torch.compile decides itself what to recompute in a layer.
+    elementwise = args.fused_layers and not args.torch_compile
+    return tuple(mode for mode in MODES if mode != "elementwise" or elementwise)
+
+
+def least_recomputation(trial: Trial | None, tokens: int, views: int, modes: tuple[str, ...] = MODES) -> str:
+    """The mode with the least recomputation that fits into the free memory, which is the fastest; the last one if none does.
 
     Parameters
     ----------
     trial : Trial, optional
     tokens, views : int
         Of the largest batch.
+    modes : tuple of str
+        In the order of ``MODES``.
     """
-    fitting = [mode for mode in MODES if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
-    return fitting[0] if fitting else MODES[-1]
+    fitting = [mode for mode in modes if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
+    return fitting[0] if fitting else modes[-1]
 
 
 def fastest_budget(
@@ -293,7 +304,8 @@ def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
     moments = 2 if "8bit" in optim else 0 if optim in ("adafactor", "sgd") else 8
     if setup.deepspeed is None:
         gradients = sum(parameter.nbytes for parameter in trained)
-        return gradients + (0 if "paged" in optim else moments * count)
+        masters = 4 * _count_bf16(trained)
+        return gradients + masters + (0 if "paged" in optim else moments * count)
     zero, halves = zero_settings(setup.deepspeed), setup.precision != "fp32"
     if "paged" in optim:
         moments = 0
@@ -309,14 +321,20 @@ def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
 
 
 def step_bytes(model: nn.Module, setup: Setup) -> float:
-    """Temporary bytes of an optimizer step: DeepSpeed's fp32 copy of the gradients that a process owns."""
-    if setup.deepspeed is None or setup.precision == "fp32":
+    """Temporary bytes of an optimizer step: the fp32 copy of the gradients for which a process has master weights."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if setup.deepspeed is None:
+        return 4 * _count_bf16(trained)
+    if setup.precision == "fp32":
         return 0
     zero = zero_settings(setup.deepspeed)
     if zero.get("stage", 0) not in (1, 2) or "offload_optimizer" in zero:
         return 0
-    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return 4 * count / world_size()
+    return 4 * sum(parameter.numel() for parameter in trained) / world_size()
+
+
+def _count_bf16(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.dtype == torch.bfloat16)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -22,7 +22,7 @@ from common.runtime.files import read_json
 from common.runtime.process import InputError, rank, world_size
 
 from .checkpoints import TOTALS
-from .memory import MODES, Trial, fastest_budget, mean_flops
+from .memory import Trial, fastest_budget, mean_flops, recomputation_modes
 
 
 def plan_batches(
@@ -93,7 +93,7 @@ def _choose_budget(
     """Tokens per micro-batch: those of the checkpoint if they fit, else the fastest; None for one sample at a time."""
     if trial is None:
         return None
-    modes = MODES if args.gradient_checkpointing == "auto" else (args.gradient_checkpointing,)
+    modes = recomputation_modes(args)
     if setup.checkpoint:
         settings = read_json(setup.checkpoint / TOTALS, "use an earlier checkpoint")["settings"]
         saved = settings.get("max_tokens_per_batch")

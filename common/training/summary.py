@@ -69,6 +69,7 @@ def summarize(
     rates = [f"learning rate {args.learning_rate:g}"]
     rates += [f"{part} {rate:g}" for part in PARTS[1:] if (rate := getattr(args, f"{part}_learning_rate"))]
     kernels = [name for name, used in (("Liger", args.use_liger_kernel), ("torch.compile", args.torch_compile)) if used]
+    kernels += [] if args.fused_layers else ["layers of transformers and PEFT"]
     wrapper = f"DeepSpeed {Path(setup.deepspeed).name}" if setup.deepspeed else "DDP" if processes > 1 else "single process"
     lines = {
         "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",

@@ -42,6 +42,7 @@ from common.runtime.progress import Progress
 
 from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, saving, write_manifest
+from .masters import MasterWeights
 from .output import BAD_SAMPLES, SAVING, note_bad_sample
 from .progress import TrainingProgress
 
@@ -75,6 +76,7 @@ class FinetuningTrainer(Trainer):
     model: nn.Module
     step_loss: torch.Tensor | float = 0.0  # of all micro-batches of a step
     grad_norm: Any = 0.0
+    masters: MasterWeights | None = None
     processing_class: Phi3VProcessor
     train_dataset: TrainingData | StreamedData
     eval_dataset: TrainingData
@@ -161,6 +163,14 @@ class FinetuningTrainer(Trainer):
                 for some in split_parameters(members, GROUP_ELEMENTS):
                     groups.append({**group, "params": some, "lr": rates.get(name) or group["lr"]})
         optimizer.param_groups[:] = groups
+        weights = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16
+        }
+        if weights and not self.is_deepspeed_enabled:
+            saved = read_tensors(self.setup.checkpoint, list(weights)) if self.setup.checkpoint else None
+            self.masters = MasterWeights(optimizer, weights, saved)
         self._settings_of_groups = [(group["lr"], group["weight_decay"]) for group in groups]
         return optimizer
 
@@ -312,9 +322,12 @@ class FinetuningTrainer(Trainer):
                 raise InputError(f"all samples of step {step} are unusable: see {self.flags.output_dir / BAD_SAMPLES}")
         return batches, tokens
 
-    # Overridden because callbacks do not get the gradient norm of a step.
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        self.grad_norm = super()._get_grad_norm(*args, **kwargs)
+    # Overridden because callbacks do not get the gradient norm of a step, and to clip the gradients of the fp32 masters.
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.masters is None:
+            self.grad_norm = super()._clip_grad_norm(model)
+        else:
+            self.grad_norm = self.accelerator.clip_grad_norm_(self.masters.take_gradients(), self.args.max_grad_norm)
         return self.grad_norm
 
     # Overridden because no public method is called between on_train_begin and the first batch, where a run that is already
@@ -448,6 +461,8 @@ class FinetuningTrainer(Trainer):
             # DeepSpeed also casts frozen weights, and fp16 cannot represent all bf16 values: save the original frozen weights.
             frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
             state_dict |= read_tensors(base, frozen)
+        elif self.masters:
+            state_dict = (state_dict or model.state_dict()) | self.masters.fp32
         # transformers would write only on the first process of all nodes. should_save above has already decided.
         model.should_save_on_this_rank = lambda is_main_process: is_main_process
         model.save_pretrained(directory, state_dict=state_dict, **options)
