@@ -15,7 +15,6 @@ to --output_dir.
 
 import argparse
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -116,12 +115,13 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
     return row  # rows are already in the conversation format
 
 
-def score(rows: Sequence, answers: list[str], metrics: list[str]) -> list[Prediction]:
+def score(rows: Rows, answers: list[str], metrics: list[str]) -> list[Prediction]:
     """Compare the answer to each row's last turn with the expected one. The first metric is the score."""
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         # Rows may have no ids, or use the name of an image as the id of several questions.
-        identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
+        place = Path(rows.place(number)).name  # "receipts.csv, line 15"
+        identifier = place if not row["id"] else row["id"] if row["id"] not in seen else f"{row['id']} ({place})"
         seen.add(identifier)
         turn = row["conversations"][-1]
         expected = [turn["assistant"]]
