@@ -113,7 +113,8 @@ def score_all(rows: Rows, answers: list[str], metrics: list[str]) -> list[Predic
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         # Rows may have no ids, or use the name of an image as the id of several questions.
-        identifier = row["id"] if row["id"] and row["id"] not in seen else f"{row['id'] or ''}#{number}".removeprefix("#")
+        place = Path(rows.place(number)).name  # "receipts.csv, line 15"
+        identifier = place if not row["id"] else row["id"] if row["id"] not in seen else f"{row['id']} ({place})"
         seen.add(identifier)
         turn = row["conversations"][-1]
         scores = {name: METRICS[name](answer, [turn["assistant"]]) for name in metrics}

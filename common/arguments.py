@@ -208,7 +208,8 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         type=lambda names: tuple(sorted(names.split(","))),
         default=(),
         metavar="PARTS",
-        help="with adapters on the decoder only, train all weights of these parts, comma-separated: vision, projector",
+        help="with adapters on the decoder only, train all weights of these parts, comma-separated: vision, projector (without "
+        "its two separators, which stay as they are: PEFT saves modules, and they are in none of their own)",
     )
     group.add_argument("--lora_rank", type=int, help="LoRA rank (default: %(default)s)")
     group.add_argument("--lora_alpha_ratio", type=float, help="LoRA alpha divided by the rank (default: %(default)s)")

@@ -1,5 +1,6 @@
 """Evaluation without training: `--eval_only` of the scripts, and `tools.evaluate`."""
 
+import csv
 import json
 import sys
 from statistics import fmean
@@ -25,19 +26,17 @@ def run(monkeypatch, capsys):
 
 
 def test_both_ways_give_the_same_answers(lora, run, tmp_path):
-    """An adapter on DocVQA's rows, and on the same questions in a file."""
+    """An adapter on DocVQA's rows, and on the same questions in a table."""
     data = write_docvqa(tmp_path / "data", train=0, val=3)
     entries = json.loads((data / "val_v1.0_withQT.json").read_text())["data"]
-    turns = [
-        {"images": [entry["image"]], "user": f"{entry['question']}\nAnswer briefly.", "assistant": entry["answers"][0]}
-        for entry in entries
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"conversations": [turn]}) + "\n" for turn in turns))
+    rows = [(entry["image"], f"{entry['question']}\nAnswer briefly.", entry["answers"][0]) for entry in entries]
+    with (data / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "question", "answer"), *rows])
     shared = ["--num_crops", 1, "--max_new_tokens", 6, "--no-tqdm"]
     said = run(docvqa, "--eval_only", "--model_name_or_path", lora, "--data_dir", data, "--output_dir", tmp_path, *shared)
     by_script = json.loads((tmp_path / "evaluation.json").read_text())
     assert f"anls {by_script['anls']:.4f}" in said and "on 3 samples" in said
-    flags = ["--model", lora, "--data_file", tmp_path / "data.jsonl", "--image_dir", data, "--metric", "anls", "exact"]
+    flags = ["--model", lora, "--data_file", data / "data.csv", "--metric", "anls", "exact"]
     said = run(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json", *shared)
     by_tool = json.loads((tmp_path / "scores.json").read_text())
     answers = [entry["prediction"] for entry in by_tool["predictions"]]
@@ -53,4 +52,4 @@ def test_a_question_without_an_answer_is_named(lora, run, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"conversations": [{"user": "Why?"}]}\n')
     with pytest.raises(SystemExit):
         run(tools.evaluate, "--model", lora, "--data_file", tmp_path / "data.jsonl")
-    assert "data.jsonl, line 1: the last turn has no answer" in capsys.readouterr().err
+    assert "data.jsonl, line 1: the row has no answer" in capsys.readouterr().err

@@ -41,8 +41,8 @@ def test_folder_names_are_the_answers(clips, tmp_path, monkeypatch, capsys):
     (out / "images/mine.txt").write_text("kept")
     capsys.readouterr()
     frames(monkeypatch, "--clips", clips, "--out_dir", out, "--table", tmp_path / "table.csv", "--num_frames", 4)
-    assert "1 of 3 clips have 2 questions" in (said := capsys.readouterr().out)
-    assert "2 rows, 4 images of 1 clips (0 converted, 1 up to date)" in said
+    assert "2 questions about 1 of 3 clips" in (said := capsys.readouterr().out)
+    assert "2 rows, 4 images of 1 clip (0 converted, 1 up to date)" in said
     turns = [row["conversations"][0] for row in rows(out)]
     assert [(turn["images"], turn["user"], turn["assistant"]) for turn in turns] == [
         (images, "Who?", "She, or he"),
@@ -58,7 +58,7 @@ def test_folder_names_are_the_answers(clips, tmp_path, monkeypatch, capsys):
         ("clip,question\n", "table.csv: expected the columns clip, question and answer in the first line"),
         ("clip,question,answer\nrun/a.avi,Who?\n", "table.csv, line 2: expected clip, question and answer"),
         ("clip,question,answer\nrun/z.avi,Who?,She\n", "table.csv, line 2: there is no clip run/z.avi among --clips"),
-        ("clip,question,answer\nbroken.avi,Who?,She\n", "1 of 1 clips cannot be decoded"),
+        ("clip,question,answer\nbroken.avi,Who?,She\n", "1 of 1 clip cannot be decoded"),
         ("clip,question,answer\n", "table.csv: no rows"),
     ],
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.process import InputError
 from conftest import ROOT, TINY, torchrun
 from PIL import Image
 from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
@@ -25,6 +24,7 @@ from common.model.loading import choose_attention
 from common.phi3v.attention import varlen_attention_forward
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.layers import LeanLayerNorm, LeanRMSNorm
+from common.runtime.process import InputError
 from common.training.memory import estimate_memory, least_recomputation
 
 ON_GPU = torch.cuda.is_available()

@@ -21,6 +21,7 @@ from common.arguments import SCHEDULES
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.formats import read_lines
 from common.data.mixing import Mixture
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.sources import load_conversations
 from common.runtime.process import InputError, Parser
@@ -245,8 +246,9 @@ def test_steps_of_a_mixture_take_its_rows_on_all_processes():
 
 def test_predictions_have_ids_of_their_own_and_every_score():
     rows = [row(user="What?", assistant="1,250", id=name) for name in ("a", "a", None, "b")]
+    rows = Rows(rows, "data/val.jsonl, line {}".format)
     predictions = script.score_all(rows, ["$1,250", " 1,250. ", "It is 1,250 now", "1300"], ["relaxed", "exact", "contains"])
-    assert [entry.id for entry in predictions] == ["a", "a#1", "2", "b"]
+    assert [entry.id for entry in predictions] == ["a", "a (val.jsonl, line 1)", "val.jsonl, line 2", "b"]
     assert [entry.score for entry in predictions] == [1, 1, 0, 1]
     assert [entry.more for entry in predictions] == [
         {"exact": exact, "contains": contains} for exact, contains in ((0, 1), (1, 1), (0, 1), (0, 0))

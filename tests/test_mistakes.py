@@ -136,7 +136,8 @@ def test_what_only_the_run_can_know(options, expected, monkeypatch, tmp_path):
 
 
 PROGRAMS = [path.name for path in sorted(ROOT.glob("finetune_hf_trainer_*.py"))]
-PROGRAMS += [f"tools/{name}.py" for name in ("demo", "evaluate", "merge_lora", "predict")]
+PROGRAMS += [f"tools/{name}.py" for name in ("check_data", "demo", "evaluate", "merge_lora", "predict")]
+PROGRAMS += [f"tools/{name}.py" for name in ("quantize", "report", "reproduce")]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

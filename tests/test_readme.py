@@ -267,7 +267,8 @@ OTHER_FLAGS = {
     "lmms-eval": "--tasks --include_path --batch_size --model_args",
     "pip": "--no-build-isolation --no-deps",
     "Slurm": "--nodes --signal",
-    "vLLM": "--trust-remote-code --max-model-len --limit-mm-per-prompt --mm-processor-kwargs --chat-template --enable-lora",
+    "vLLM": "--trust-remote-code --max-model-len --limit-mm-per-prompt --mm-processor-kwargs --chat-template --enable-lora "
+    "--structured-outputs-config",
 }
 
 
@@ -328,15 +329,13 @@ def test_flags_in_the_documents_exist_and_the_readme_lists_all_of_the_scripts():
 @pytest.mark.parametrize("page", PAGES)
 def test_links_have_targets(page):
     folder = ROOT if (ROOT / page).exists() else ROOT / "docs"
-    anchors = {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", PAGES[page], re.MULTILINE)
-    }
     for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", PAGES[page]):
-        target = "".join(target)
-        if target.startswith("#"):
-            assert target[1:] in anchors
-        elif not target.startswith("https://"):
-            assert (folder / target.partition("#")[0]).exists(), target
+        target, _, anchor = "".join(target).partition("#")
+        if not target.startswith("https://"):
+            path = folder / (target or page)
+            assert path.exists(), target
+            titles = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, anchor
 
 
 def test_measured_values_in_the_readme_are_those_of_the_results():

@@ -101,19 +101,19 @@ def test_what_a_run_refuses_is_a_problem(bad, message, folder, monkeypatch, proc
     ("train", "evaluation", "of_run", "of_check"),
     [
         (GOOD, [row("eval.png")], [], []),
-        ([row(None)], [row("eval.png")], ["no image in the training rows looked at"], ["train.jsonl: no row has an image"]),
-        (GOOD, [row(None)], ["no image in the evaluation rows looked at"], ["val.jsonl: no row has an image"]),
+        ([row(None)], [row("eval.png")], ["no image in 1 training row looked at"], ["train.jsonl: no row has an image"]),
+        (GOOD, [row(None)], ["no image in 1 evaluation row looked at"], ["val.jsonl: no row has an image"]),
         ([*GOOD, row("tiny.png")], [row("eval.png")], ["tiny.png is only 1 × 1 pixels"], ["tiny.png is only 1 × 1 pixels"]),
         (
             GOOD,
             [row("eval.png"), row("copy.png", "Other?")],
-            ["1 of 2 evaluation images are also training images, for example image"],
+            ["1 of 2 evaluation images is also a training image, for example image"],
             ["1 image of"],
         ),
         (
             GOOD,
             [row("eval.png"), GOOD[1] | {"id": "other"}],
-            ["1 of 2 evaluation rows are also training rows, for example {}/val.jsonl, line 2", "1 of 2 evaluation images"],
+            ["1 of 2 evaluation rows is also a training row: {}/val.jsonl, line 2", "1 of 2 evaluation images"],
             ["{}/val.jsonl, line 2: same images and texts as {}/train.jsonl, line 2", "1 image of"],
         ),
     ],
@@ -133,7 +133,7 @@ def test_images_stored_in_the_dataset_are_compared_by_content(folder, monkeypatc
         rows = [{"img": f"images/{name}.png", "label": label} for label, name in enumerate(names)]
         write(folder / f"{split}.jsonl", rows)
     [warning] = review(hateful_memes, monkeypatch, processor, "--data_dir", folder)
-    assert warning.startswith("1 of 2 evaluation images are also training images")
+    assert warning.startswith("1 of 2 evaluation images is also a training image")
     table = [
         {"images": [{"bytes": (folder / f"images/{name}.png").read_bytes(), "path": None}], "texts": [{"assistant": answer}]}
         for name, answer in (("0", "No."), ("1", "Yes."), ("copy", "No."), ("2", "Yes."))
@@ -143,8 +143,8 @@ def test_images_stored_in_the_dataset_are_compared_by_content(folder, monkeypatc
     monkeypatch.setattr(hateful_memes, "HUB", (str(folder / "hub"),))
     monkeypatch.setattr(hateful_memes, "HUB_EVAL_ROWS", 2)
     assert review(hateful_memes, monkeypatch, processor) == [
-        f"1 of 2 evaluation rows are also training rows, for example {folder}/hub, train, row 0",
-        "1 of 2 evaluation images are also training images",
+        f"1 of 2 evaluation rows is also a training row: {folder}/hub, train, row 0",
+        "1 of 2 evaluation images is also a training image",
     ]
 
 

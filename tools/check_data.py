@@ -14,71 +14,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from common.arguments import DEFAULT_MODEL
-from common.data.formats import describe_format
-from common.model.checkpoint import check_checkpoint
-from common.phi3v import Phi3VProcessor
-from common.phi3v.image_processing import CROP_SIZE, MAX_CROPS
-from common.runtime.process import InputError, counted, excerpt
-from common.runtime.progress import limit_library_bars
-
-from .check_rows import CheckedImage, CheckedRow, Checker, check_in_parallel
-from .contact_sheet import write_contact_sheet
-from .similar_images import similar_pairs
-
-HISTOGRAM_BINS, HISTOGRAM_WIDTH = 10, 40
-ELONGATED = 4  # sides of an image
-MAX_COMPARED = 20_000  # images that are compared by their looks, which takes time that grows with the square
-
-
-@dataclass
-class Report:
-    """The result of checking all files.
-
-    Attributes
-    ----------
-    num_rows, num_images : Counter
-        Number of rows and of their images by file.
-    images_per_row : Counter
-        Number of rows by the number of their images.
-    images : dict
-        Name, facts, file and first row of each distinct image, by its identity.
-    answers : Counter
-        Number of rows by the answer to their last turn.
-    longest : tuple of (int, str)
-        Tokens of the longest answer, and the place of its row.
-    tokens : list of int
-        Number of tokens of each row without problems.
-    alike : list of (str or bytes, str or bytes)
-        Identities of images that look alike.
-    problems, warnings : list of (str, str)
-        Kind and message of each problem or warning.
-    """
-
-    num_rows: Counter[Path] = field(default_factory=Counter)
-    num_images: Counter[Path] = field(default_factory=Counter)
-    images_per_row: Counter[int] = field(default_factory=Counter)
-    images: dict[str | bytes, tuple[str, CheckedImage, Path, CheckedRow]] = field(default_factory=dict)
-    answers: Counter[str] = field(default_factory=Counter)
-    longest: tuple[int, str] = (0, "")
-    tokens: list[int] = field(default_factory=list)
-    alike: list[tuple[str | bytes, str | bytes]] = field(default_factory=list)
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    warnings: list[tuple[str, str]] = field(default_factory=list)
+from common.arguments import DEFAULT_MODEL, MAX_CROPS
+from common.runtime.process import InputError, Parser, counted, excerpt, fail, say
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
+    parser = Parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data_file", type=Path, nargs="+", required=True, metavar="FILE", help="JSON Lines files, JSON arrays or CSV tables"
@@ -119,6 +62,66 @@ def parse_args() -> argparse.Namespace:
     if len({path.resolve() for path in args.data_file}) < len(args.data_file):
         parser.error("--data_file contains the same file twice")
     return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.data.formats import describe_format
+from common.model.checkpoint import check_checkpoint
+from common.phi3v import Phi3VProcessor
+from common.phi3v.image_processing import CROP_SIZE
+from common.runtime.progress import limit_library_bars
+from tools.check_rows import CheckedImage, CheckedRow, Checker, check_in_parallel
+from tools.contact_sheet import write_contact_sheet
+from tools.similar_images import similar_pairs
+
+HISTOGRAM_BINS, HISTOGRAM_WIDTH = 10, 40
+ELONGATED = 4  # sides of an image
+MAX_COMPARED = 20_000  # images that are compared by their looks, which takes time that grows with the square
+
+
+@dataclass
+class Report:
+    """The result of checking all files.
+
+    Attributes
+    ----------
+    num_rows, num_images : Counter
+        Number of rows and of their images by file.
+    images_per_row : Counter
+        Number of rows by the number of their images.
+    images : dict
+        Name, facts, file and first row of each distinct image, by its identity.
+    answers : Counter
+        Number of rows by the answer to their last turn.
+    longest : tuple of (int, str)
+        Tokens of the longest answer, and the place of its row.
+    tokens : list of int
+        Number of tokens of each row without problems.
+    alike : list of (str or bytes, str or bytes)
+        Identities of images that look alike.
+    problems, warnings : list of (str, str)
+        Kind and message of each problem or warning.
+    """
+
+    num_rows: Counter[Path] = field(default_factory=Counter)
+    num_images: Counter[Path] = field(default_factory=Counter)
+    images_per_row: Counter[int] = field(default_factory=Counter)
+    images: dict[str | bytes, tuple[str, CheckedImage, Path, CheckedRow]] = field(default_factory=dict)
+    answers: Counter[str] = field(default_factory=Counter)
+    longest: tuple[int, str] = (0, "")
+    tokens: list[int] = field(default_factory=list)
+    alike: list[tuple[str | bytes, str | bytes]] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
 
 
 def check_files(
@@ -252,13 +255,12 @@ def print_tokens(tokens: np.ndarray) -> None:
         print(f"  {edge:>9,} to {edge + width - 1:>9,}  {bar:{HISTOGRAM_WIDTH}}  {number:,}")
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     for path in args.data_file:
         if not path.is_file():
-            sys.exit(f"error: --data_file {path}: no such file")
+            fail(f"--data_file {path}: no such file")
     if args.image_dir and not args.image_dir.is_dir():
-        sys.exit(f"error: --image_dir {args.image_dir}: no such folder")
+        fail(f"--image_dir {args.image_dir}: no such folder")
     limit_library_bars(args.tqdm)
     try:
         check_checkpoint(args.model_name_or_path, "--model_name_or_path")
@@ -271,11 +273,11 @@ def main() -> None:
             write_contact_sheet(args.contact_sheet, images, args.num_crops)
             print(f"Wrote {args.contact_sheet}")
     except (OSError, InputError) as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
     sys.exit(1 if report.problems else 0)
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

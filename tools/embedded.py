@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from assets.draw_samples import draw_samples
+from common.runtime.process import say
 
 from .runs import METHOD_FLAGS, TASKS, RunFailed, Usage, read_results, run_command, torchrun_command
 
@@ -45,6 +46,7 @@ SMOKE_COUNTS = {"docvqa": (4, 2), "hateful_memes": (12, 8), "nlvr2": (3, 2), "uc
 def run_embedded(task: str, method: str, output_dir: Path, flags: list[str], smoke: bool = False) -> Usage:
     """Generate a task's sample data in a folder next to ``output_dir``, and run :func:`embedded_command` on it."""
     drawn = output_dir.with_name(f"{output_dir.name}-data")
+    say(f"Drawing the sample data in {drawn}")
     shutil.rmtree(drawn, ignore_errors=True)
     draw_samples(task, drawn, *(SMOKE_COUNTS[task] if smoke else ()))
     if task == "ucf101":

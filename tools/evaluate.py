@@ -3,9 +3,8 @@
 python -m tools.evaluate --model output/receipts --data_file val.jsonl --image_dir images --metric anls
 python -m tools.evaluate --model output/receipts --data_file val.jsonl --metric anls exact --output_file scores.json
 
-The file contains conversations in the general format. The last turn of each conversation is answered, and compared with the
-answer in the file. --output_file is written like eval_after.json of a training run: the metrics, and every answer with its
-score.
+The file has any of the formats that training reads. The last turn of each row is answered, and compared with the answer in the
+file. --output_file is written like eval_after.json of a training run: the metrics, and every answer with its score.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.runtime.process import InputError, say
+from common.runtime.process import say
 from tools.flags import check_positive, prediction_parser
 
 
@@ -40,9 +39,7 @@ from tools.predict import answer, read_questions, run_tool
 
 def evaluate(args: argparse.Namespace) -> None:
     """Answer the questions of the data file, print the scores, and write them with ``--output_file``."""
-    questions = read_questions(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
-    if missing := next((question.place for question in questions if not question.expected), None):
-        raise InputError('the last turn has no answer ("assistant"): add it, or use tools.predict', missing)
+    questions = read_questions(args.data_file, args.image_dir, args.tqdm, answered=True)
     answers = answer([question.conversation for question in questions], args)
     predictions = []
     for question, prediction in zip(questions, answers, strict=True):

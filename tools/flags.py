@@ -26,9 +26,12 @@ def prediction_parser(description: str | None) -> Parser:
     )
 
     group = parser.add_argument_group("data file")
-    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file in the general format")
+    group.add_argument("--data_file", type=Path, metavar="FILE", help="JSON Lines, JSON or CSV file, as for training")
     group.add_argument(
-        "--image_dir", type=Path, metavar="DIR", help="root folder of the image paths (default: the data file's)"
+        "--image_dir",
+        type=Path,
+        metavar="DIR",
+        help="root folder of the image paths (default: the file's or, if its first image is not there, images/ in it)",
     )
     group.add_argument(
         "--metric", nargs="+", choices=METRICS, default=["exact"], help="how answers are scored (default: exact)"

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from common.runtime.process import counted
 from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
@@ -121,7 +122,7 @@ def convert(args: argparse.Namespace) -> None:
     files = find_clips(args.clips)
     questions = questions_of(files, args)
     clips = dict.fromkeys(clip for clip, _, _ in questions)
-    print(f"{len(clips)} of {len(files)} clips have {len(questions)} questions", flush=True)
+    print(f"{counted(len(questions), 'question')} about {len(clips):,} of {counted(len(files), 'clip')}", flush=True)
 
     # Images may change from here on, so the file that lists them is removed until they are complete.
     (args.out_dir / "images").mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,8 @@ def convert(args: argparse.Namespace) -> None:
     written, broken = convert_clips(readers, paths, args.num_workers, args.tqdm and sys.stderr.isatty())
     if broken and (len(broken) == len(clips) or not args.skip_broken):
         raise SourceError(
-            f"{len(broken)} of {len(clips)} clips cannot be decoded (listed above); replace them, or pass --skip_broken"
+            f"{len(broken):,} of {counted(len(clips), 'clip')} cannot be decoded (listed above): replace them, or pass "
+            "--skip_broken"
         )
     rows = [
         {"id": str(clip), "conversations": [{"images": names[clip], "user": question, "assistant": answer}]}
@@ -143,11 +145,11 @@ def convert(args: argparse.Namespace) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(args.out_dir / "clips.jsonl", lines.encode("utf-8"))
     if broken:
-        print(f"Skipped {len(broken)} broken clips (listed above).")
+        print(f"Skipped {counted(len(broken), 'broken clip')} (listed above).")
     whole = len(clips) - len(broken)
     print(
-        f"{args.out_dir}/clips.jsonl: {len(rows)} rows, {whole * args.num_frames} images of {whole} clips ({written} converted,"
-        f" {whole - written} up to date)"
+        f"{args.out_dir}/clips.jsonl: {counted(len(rows), 'row')}, {counted(whole * args.num_frames, 'image')} of "
+        f"{counted(whole, 'clip')} ({written:,} converted, {whole - written:,} up to date)"
     )
 
 

@@ -4,8 +4,8 @@ python -m tools.predict --model output/docvqa --images page.png --prompt "What i
 python -m tools.predict --model output/nlvr2 --images left.jpg right.jpg --prompt "Do both show a dog?"
 python -m tools.predict --model output/mine --data_file val.jsonl --image_dir images --output_file answers.jsonl
 
-A data file contains conversations in the general format. The last turn of each conversation is answered. Each row is written
-to the output with the model's answer as "prediction" and, if the row has an answer, its "scores".
+A data file has any of the formats that training reads. The last turn of each row is answered. Each row is written to the
+output, as JSON, with the model's answer as "prediction" and, if the row has an answer, its "scores".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ import torch
 
 from common.data.conversations import Conversation, check_conversation, pictures, read_conversation
 from common.data.pictures import check_picture, picture_path
-from common.data.sources import file_faults, parse_object, read_json_lines
+from common.data.sources import file_faults, find_image_dir, parse_object, read_json_lines
 from common.evaluation.generation import generate_answers
 from common.model.inference import load_for_inference
 from common.model.loading import base_model
@@ -79,20 +79,34 @@ class Question(NamedTuple):
     expected: str | None
 
 
-def read_questions(path: Path, image_dir: Path, bar: bool) -> list[Question]:
+def read_questions(path: Path, image_dir: Path | None, bar: bool, answered: bool = False) -> list[Question]:
     """Read the rows of a data file, and check them and their images.
+
+    Parameters
+    ----------
+    path : Path
+        In any of the formats that :func:`common.data.conversations.read_conversation` reads, or a CSV table.
+    image_dir : Path, optional
+        Root folder of the image paths; by default :func:`common.data.sources.find_image_dir`, as in training.
+    bar : bool
+        False with ``--no-tqdm``.
+    answered : bool
+        Whether every row must have an answer.
 
     Raises
     ------
     InputError
         With file and line.
     """
+    image_dir = image_dir or find_image_dir(path)
     questions = []
     for place, line in read_json_lines(path):
         row = parse_object(line, place)
         conversation = read_conversation(row, place)
         turns = conversation["conversations"]
         expected = turns[-1].get("assistant")
+        if answered and not expected:
+            raise InputError("the row has no answer to its last question: add it, or use tools.predict", place)
         turns[-1]["assistant"] = expected or "?"
         for error in file_faults(conversation, place):
             raise error
@@ -145,7 +159,7 @@ def predict(args: argparse.Namespace) -> None:
         check_images(conversation, "--images")
         print(answer([conversation], args)[0])
         return
-    questions = read_questions(args.data_file, args.image_dir or args.data_file.parent, args.tqdm)
+    questions = read_questions(args.data_file, args.image_dir, args.tqdm)
     lines, scores = [], []
     answers = answer([question.conversation for question in questions], args)
     for question, prediction in zip(questions, answers, strict=True):

@@ -4,20 +4,40 @@ python -m tools.quantize --model output/docvqa --scheme nf4 --output_dir output/
 python -m tools.quantize --model output/docvqa --scheme fp8 --output_dir output/docvqa-fp8 --data_file val.jsonl
 
 nf4 and int8 are the formats of bitsandbytes, fp8 is the fine-grained format of transformers, in blocks of 128 × 128 weights,
-which needs no calibration. The vision tower, the projector and the head keep their precision. With --data_file, a JSONL file
-in the general format, both models answer its questions, and their ANLS is printed.
+which needs no calibration. The vision tower, the projector and the head keep their precision. With --data_file, in any of the
+formats that training reads, both models answer its questions, and their ANLS is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from common.runtime.process import InputError, Parser, counted, fail, say
+
+SCHEMES = ("nf4", "int8", "fp8")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a full model")
+    parser.add_argument("--scheme", required=True, choices=SCHEMES, help="format of the quantized weights")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory")
+    parser.add_argument("--data_file", type=Path, metavar="FILE", help="file of questions with answers to score on")
+    parser.add_argument("--image_dir", type=Path, metavar="DIR", help="root folder of its images (default: as in training)")
+    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
 import math
 import os
 import shutil
-import sys
 import tempfile
 import warnings
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -31,10 +51,8 @@ from common.model.loading import avoid_avx512_kernel
 from common.phi3v import Phi3VForCausalLM
 from common.phi3v.parts import unquantized_modules
 from common.report.model_card import write_model_card
-from common.runtime.process import InputError, say
 from common.runtime.progress import limit_library_bars
-
-from .predict import Question, read_questions
+from tools.predict import Question, read_questions
 
 BITSANDBYTES: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -42,19 +60,6 @@ BITSANDBYTES: dict[str, dict[str, Any]] = {
 }
 FP8 = torch.float8_e4m3fn
 FP8_BLOCK = 128
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--model", required=True, metavar="DIR", help="directory or Hub id of a full model")
-    parser.add_argument("--scheme", required=True, choices=(*BITSANDBYTES, "fp8"), help="format of the quantized weights")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="new or empty directory")
-    parser.add_argument("--data_file", type=Path, metavar="FILE", help="JSONL file with questions and answers to score on")
-    parser.add_argument("--image_dir", type=Path, metavar="DIR", help="root folder of its images (default: the file's)")
-    parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
-    return parser.parse_args()
 
 
 def quantize(name: str, scheme: str, output_dir: Path) -> None:
@@ -130,22 +135,20 @@ def score(name: str, questions: list[Question], bar: bool) -> float:
     return fmean(anls(answer, [question.expected or ""]) for answer, question in zip(answers, questions, strict=True))
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
     limit_library_bars(args.tqdm)
     # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        images = args.image_dir or (args.data_file and args.data_file.parent)
-        questions = read_questions(args.data_file, images, args.tqdm) if args.data_file else []
+        questions = read_questions(args.data_file, args.image_dir, args.tqdm, answered=True) if args.data_file else []
         quantize(args.model, args.scheme, args.output_dir)
         print(f"Wrote {args.output_dir}: {gigabytes(args.model)} -> {gigabytes(args.output_dir)} GB")
         if questions:
             before, after = (score(str(name), questions, args.tqdm) for name in (args.model, args.output_dir))
-            print(f"ANLS of {len(questions)} answers: {before:.4f} -> {after:.4f}")
+            print(f"ANLS of {counted(len(questions), 'answer')}: {before:.4f} -> {after:.4f}")
     except (OSError, InputError) as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
 
 
 def gigabytes(name: str | Path) -> str:
@@ -153,4 +156,4 @@ def gigabytes(name: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

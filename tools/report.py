@@ -5,15 +5,13 @@ python -m tools.report output/full output/lora output/qlora --output comparison.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from common.report.page import write_comparison, write_report
-from common.runtime.process import InputError
+from common.runtime.process import InputError, Parser, fail, say
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="--output_dir of a run")
     parser.add_argument(
         "--output",
@@ -21,16 +19,26 @@ def main() -> None:
         metavar="FILE",
         help="HTML file to write (default: DIR/report.html, or ./comparison.html for several runs)",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Reading the results")
+
+from common.report.page import write_comparison, write_report
+
+
+def main(args: argparse.Namespace) -> None:
     try:
         if len(args.directories) == 1:
             path = write_report(args.directories[0], args.output)
         else:
             path = write_comparison(args.directories, args.output or Path("comparison.html"))
     except (OSError, InputError) as error:
-        sys.exit(f"error: {error}")
+        fail(str(error))
     print(f"Wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -15,17 +15,12 @@ import argparse
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from common.runtime.files import read_json, write_file
-from common.runtime.process import InputError
-
-from .embedded import PROCESSES, add_run_flags, embedded_command, run_embedded
-from .runs import (
+from common.runtime.process import InputError, Parser, counted, fail, say
+from tools.embedded import PROCESSES, add_run_flags, embedded_command, run_embedded
+from tools.runs import (
     METHOD_FLAGS,
     METHOD_TITLES,
     RunFailed,
@@ -49,10 +44,9 @@ the tiny checkpoint, on generated sample data, **say nothing about the real mode
 """
 
 
-def parse_args(published: dict[str, Any]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse_args() -> argparse.Namespace:
+    published = load_published()["accuracy"]
+    parser = Parser(__doc__)
     parser.add_argument("task", nargs="?", choices=published, help="task of the table")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--row", help="row of the table; --list prints all rows")
@@ -77,6 +71,15 @@ def parse_args(published: dict[str, Any]) -> argparse.Namespace:
     return args
 
 
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch")
+
+import torch
+
+from common.runtime.files import read_json, write_file
+
+
 def count_processes(wanted: int | None, batch_size: int, dry_run: bool) -> int:
     """Return the number of processes: ``wanted``, or the most available GPUs that divide the batch size.
 
@@ -93,7 +96,7 @@ def count_processes(wanted: int | None, batch_size: int, dry_run: bool) -> int:
     if processes > gpus and not dry_run:
         remedy = "--dry_run prints the command, --embedded runs the same steps with the tiny checkpoint on a CPU"
         raise InputError(f"{processes} processes need as many GPUs, but {gpus} are available: {remedy}", "--nproc_per_node")
-    print(f"# {processes} processes, one per GPU; {gpus} GPUs are available")
+    print(f"# {counted(processes, 'process', 'processes')}, one per GPU; available: {counted(gpus, 'GPU')}")
     return processes
 
 
@@ -216,9 +219,8 @@ def scientific(rate: float) -> str:
     return f"{rate:.0e}".replace("e-0", "e-")
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     tables = load_published()["accuracy"]
-    args = parse_args(tables)
     if args.list:
         print(accuracy_tables({args.task: tables[args.task]} if args.task else tables, {}))
         return
@@ -231,13 +233,13 @@ def main() -> None:
         try:
             run_row(args.task, name, table, args)
         except RunFailed as error:
-            print(f"error: {args.task} {name}: {error}", file=sys.stderr, flush=True)
+            say(f"error: {args.task} {name}: {error}")
             failed.append(name)
         except InputError as error:
-            sys.exit(f"error: {error}")
+            fail(str(error))
     if failed:
-        sys.exit(f"error: {args.task}: {', '.join(failed)} failed; run the same command again to resume")
+        fail(f"{args.task}: {', '.join(failed)} failed; run the same command again to resume")
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

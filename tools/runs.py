@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -11,8 +12,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from common.runtime.files import read_json, write_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TASKS = {"docvqa": "DocVQA", "hateful_memes": "Hateful Memes", "nlvr2": "NLVR2", "ucf101": "UCF-101"}
@@ -86,6 +85,8 @@ def read_results(output_dir: Path) -> dict[str, Any]:
         ``metric`` is the name of the main metric; ``before`` and ``after`` contain all metrics; ``samples`` is the
         number of evaluated samples; also ``train_seconds``, model, revision, data, command, date, hardware and versions.
     """
+    from common.runtime.files import read_json
+
     names = ("run", "eval_before", "eval_after", "train_results")
     run, before, after, training = (read_json(output_dir / f"{name}.json", "run it again") for name in names)
     metrics = [{key: value for key, value in found.items() if isinstance(value, float)} for found in (before, after)]
@@ -101,7 +102,7 @@ def read_results(output_dir: Path) -> dict[str, Any]:
 
 def load_published() -> dict[str, Any]:
     """Load the published tables from ``results/published.json``."""
-    return read_json(RESULTS / "published.json", "restore it")
+    return json.loads((RESULTS / "published.json").read_text(encoding="utf-8"))
 
 
 def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -112,6 +113,8 @@ def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[object]]) -> 
 
 def write_page(results_dir: Path, name: str, tables: str) -> None:
     """Write a page of ``results/``, with ``tables`` between its markers, to ``results_dir``."""
+    from common.runtime.files import write_file
+
     head, _, rest = (RESULTS / name).read_text(encoding="utf-8").partition("<!-- generated: begin -->\n")
     _, _, tail = rest.partition("<!-- generated: end -->\n")
     write_file(results_dir / name, f"{head}<!-- generated: begin -->\n{tables}\n<!-- generated: end -->\n{tail}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
 from common.runtime.collectives import gather
-from common.runtime.process import rank, world_size
+from common.runtime.process import counted, rank, world_size
 
 from .batches import Lengths
 from .conversations import longest_answer
@@ -58,15 +58,14 @@ def review_data(
     warnings = []
     for name, measured in (("training", lengths), ("evaluation", evaluation.sample_lengths())):
         if not measured.views.any():
-            count = len(measured.views)
-            warnings.append(f"no image in {'the' if count == 1 else f'{count:,}'} {name} rows looked at: these are text only")
+            warnings.append(f"no image in {counted(len(measured.views), f'{name} row')} looked at: text only")
     before, after = _contents(train), _contents(evaluation)
     if before and after:
         warnings += _overlap(before, after, evaluation)
     doubts = list(chain.from_iterable(gather([*(before.doubts if before else ()), *(after.doubts if after else ())])))
     warnings += doubts[:MAX_REPORTED]
     if len(doubts) > MAX_REPORTED:
-        warnings.append(f"{len(doubts) - MAX_REPORTED:,} further images like these")
+        warnings.append(f"{counted(len(doubts) - MAX_REPORTED, 'further image')} like these")
     if max_new_tokens and max_new_tokens < longest:
         warnings.append(
             f"--max_new_tokens {max_new_tokens} is less than the longest evaluation answer, {longest:,} tokens, which "
@@ -99,8 +98,8 @@ def _overlap(train: Contents, evaluation: Contents, data: TrainingData) -> Itera
     rows = np.concatenate(gather(evaluation.rows))
     same = rows[np.any(gather(np.isin(rows[:, 1], train.rows[:, 1])), axis=0), 0]
     if len(same):
-        first = data.place(int(same.min()))
-        yield f"{len(same):,} of {len(rows):,} evaluation rows are also training rows, for example {first}"
+        what = "is also a training row:" if len(same) == 1 else "are also training rows, for example"
+        yield f"{len(same):,} of {counted(len(rows), 'evaluation row')} {what} {data.place(int(same.min()))}"
     pictures = set(chain.from_iterable(gather(list(evaluation.pictures))))
     found = pictures & set(train.pictures)
     files = (picture for picture in train.pictures if isinstance(picture, str) and picture not in found)
@@ -108,8 +107,9 @@ def _overlap(train: Contents, evaluation: Contents, data: TrainingData) -> Itera
     shared = set().union(*gather(found))
     if shared:
         names = sorted(picture for picture in shared if isinstance(picture, str))
+        what = "is also a training image" if len(shared) == 1 else "are also training images"
         example = f", for example {describe_picture(names[0])}" if names else ""
-        yield f"{len(shared):,} of {len(pictures):,} evaluation images are also training images{example}"
+        yield f"{len(shared):,} of {counted(len(pictures), 'evaluation image')} {what}{example}"
 
 
 def _copies(files: Iterable[str], wanted: set[str]) -> set[str]:

@@ -401,7 +401,7 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
 def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
     """Convert a file of conversations to an Arrow file in the cache, if it is not there yet."""
     if not path.is_file():
-        raise InputError(f"{path} is missing: put the file there , or name another file")
+        raise InputError(f"{path} is missing: put the file there, or name another file")
     state = path.stat()
     version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}"
     name = hashlib.sha256(version.encode()).hexdigest()[:32]

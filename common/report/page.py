@@ -173,8 +173,11 @@ def _settings(run: Run) -> dict[str, dict[str, str]]:
     groups: dict[str, dict[str, str]] = {name: {} for name in names}
     for key, value in run.settings.items():
         for name, setting in (value if isinstance(value, dict) else {key: value}).items():
-            hyperparameters = "Set on the command line" if name in given else "Other hyperparameters"
+            named = name in given or name.removesuffix("s") in given  # --metric sets metrics
+            hyperparameters = "Set on the command line" if named else "Other hyperparameters"
             group = {"hyperparameters": hyperparameters, "versions": "Versions"}.get(key, "Run")
-            if setting is not None and key not in ("command", "date"):
-                groups[group][name] = setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
+            if setting not in (None, []) and key not in ("command", "date"):
+                words = setting if isinstance(setting, list) else [setting]
+                texts = (word if isinstance(word, str) else json.dumps(word, ensure_ascii=False) for word in words)
+                groups[group][name] = ", ".join(texts)
     return {name: group for name, group in groups.items() if group}

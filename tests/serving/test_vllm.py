@@ -173,6 +173,8 @@ def test_the_server_answers_an_openai_client(artefacts, conversations, expected,
     ]
     command += ["--dtype", "float32", "--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--max-num-seqs", "2"]
     command += ["--enforce-eager", "--skip-mm-profiling", "--limit-mm-per-prompt", '{"image": 2}']
+    # A random model would fill the answer with the white space that JSON allows.
+    command += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
             command, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
