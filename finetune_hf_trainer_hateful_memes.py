@@ -40,7 +40,7 @@ from common.data.rows import Rows
 from common.data.shards import open_hub
 from common.data.sources import check_rows, read_rows
 from common.data.streaming import Stream
-from common.evaluation.generation import generate_and_compare
+from common.evaluation.generation import generate_with_log_probabilities
 from common.evaluation.metrics import accuracy, auroc
 from common.evaluation.predictions import Evaluation, exact_match
 from common.model.checkpoint import load_processor
@@ -113,7 +113,7 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     """Compute AUROC from P(yes) / (P(yes) + P(no)), and the accuracy of the generated (or more likely) answer."""
     conversations = [to_conversation(row) for row in rows]
     generate = not args.eval_by_likelihood
-    answers, log_probabilities = generate_and_compare(model, processor, conversations, ANSWERS, args, generate)
+    answers, log_probabilities = generate_with_log_probabilities(model, processor, conversations, ANSWERS, args, generate)
     log_p_no, log_p_yes = log_probabilities.T
     p_yes = 1 / (1 + np.exp(log_p_no - log_p_yes))
     if not generate:

@@ -5,7 +5,7 @@ import math
 
 from PIL import Image
 
-from common.evaluation.metrics import auroc, consistency, normalise_answer
+from common.evaluation.metrics import auroc, consistency, normalize_answer
 
 
 def nlvr2_images(doc):
@@ -15,7 +15,7 @@ def nlvr2_images(doc):
 
 def nlvr2_results(doc, results):
     expected = {"True": "yes", "False": "no"}[str(doc["label"])]
-    correct = float(normalise_answer(results[0]) == expected)
+    correct = float(normalize_answer(results[0]) == expected)
     return {"accuracy": correct, "consistency": (doc["identifier"], correct)}
 
 

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
-from common.evaluation.generation import generate_and_compare
+from common.evaluation.generation import generate_with_log_probabilities
 from common.phi3v import fused
 from common.phi3v.flops import TrainingFlops
 from common.training import memory
@@ -123,9 +123,9 @@ def test_generation_and_answer_probabilities(method):
     asked += asked[1:]
     args = SimpleNamespace(eval_batch_size=3, max_new_tokens=6, dataloader_num_workers=0, bf16=False, tqdm=False)
     model = adapters.build(method).requires_grad_(False)
-    expected, expected_scores = generate_and_compare(model, processor, asked, ("Noise.", "A"), args)
+    expected, expected_scores = generate_with_log_probabilities(model, processor, asked, ("Noise.", "A"), args)
     with pretend_cuda():
-        answers, scores = generate_and_compare(to_cuda(model), processor, asked, ("Noise.", "A"), args)
+        answers, scores = generate_with_log_probabilities(to_cuda(model), processor, asked, ("Noise.", "A"), args)
     assert len(answers) == len(asked) and scores.shape == expected_scores.shape
     # On a GPU, it generates in fp16. Answers about noise are not compared: several tokens are almost equally likely.
     assert answers[0] == expected[0]
@@ -139,7 +139,7 @@ def test_the_evaluation_loss(build, batches, packing):
     trainer = SimpleNamespace(
         flags=SimpleNamespace(bf16=True, tqdm=False, eval_metric_steps=None),
         setup=SimpleNamespace(batch_size_per_gpu=1),
-        _eval_batches=2,
+        _num_eval_batches=2,
         eval_dataset=[1],
         state=None,
     )

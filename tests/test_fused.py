@@ -21,7 +21,7 @@ from common.model.lora import FusedLoraLinear, FusedLoraLinear4bit, fuse_lora
 from common.phi3v import Phi3VConfig, fused
 from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets, unquantized_modules
-from common.training.deepspeed import do_without_compiler
+from common.training.deepspeed import disable_shm_op
 
 METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
 
@@ -120,7 +120,7 @@ def run_distributed(model, batch, recompute, sharded):
 
 
 def compare_in_two_processes(path, rank, port):
-    do_without_compiler()
+    disable_shm_op()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo")
     batch = make_batches(path, 1, slice(rank, rank + 2))[True]  # both have an image

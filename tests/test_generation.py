@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.data.conversations import pictures, prompt_text
 from common.evaluation import generation
-from common.evaluation.generation import generate_and_compare, generate_answers, share_by_length
+from common.evaluation.generation import batches_by_length, generate_answers, generate_with_log_probabilities
 from common.phi3v import Phi3VConfig, cache
 from common.phi3v.processing import stop_token_ids
 
@@ -93,7 +93,7 @@ def alone_at_a_limit(conversations, processor):
 def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, room, alone_at_a_limit, monkeypatch):
     monkeypatch.setattr(cache, "PREALLOCATED_TOKENS", room)
     model, expected = alone_at_a_limit
-    answers, found = generate_and_compare(model, processor, conversations, ANSWERS, flags(batch_size))
+    answers, found = generate_with_log_probabilities(model, processor, conversations, ANSWERS, flags(batch_size))
     assert answers == [answer for answer, _ in expected]
     torch.testing.assert_close(torch.tensor(found), torch.tensor([row for _, row in expected]).double(), rtol=1e-5, atol=5e-5)
 
@@ -106,7 +106,7 @@ def test_finished_answers_leave_the_batch(conversations, processor, monkeypatch)
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     for share_left, sizes in ((0.5, [7, 3, 1]), (1.0, [7, 5, 3, 2, 1])):
         rows.clear()
-        monkeypatch.setattr(generation, "SHARE_LEFT", share_left)
+        monkeypatch.setattr(generation, "COMPACT_BELOW", share_left)
         assert generate_answers(model, processor, conversations, flags(8)) == expected
         assert list(dict.fromkeys(rows[1:])) == sizes
 
@@ -119,7 +119,7 @@ def test_images_that_prompts_share_are_encoded_once(conversations, processor):
 
 
 def test_prompts_with_the_same_prefix_come_together():
-    order = [index for batch in share_by_length([5, 9, 7, 9, 6], 2, 0, 1, prefixes=list("abcab")) for index in batch]
+    order = [index for batch in batches_by_length([5, 9, 7, 9, 6], 2, 0, 1, prefixes=list("abcab")) for index in batch]
     assert order == [3, 0, 1, 4, 2]
 
 

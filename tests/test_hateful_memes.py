@@ -127,7 +127,7 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
     assert labels == [1, 0, 0, 1, 1]
     assert [entry.id for entry in predictions] == ["1000", "1001", "1002", "1003", "1004"]
     conversations = [script.to_conversation(row) for row in rows]
-    _, log_probabilities = generation.generate_and_compare(
+    _, log_probabilities = generation.generate_with_log_probabilities(
         model, processor, conversations, ("No.", "Yes."), FLAGS, generate=False
     )
     p_answers = np.exp(log_probabilities)

@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.evaluation.metrics import METRICS, accuracy, accuracy_per_class, anls, auroc, consistency, normalise_answer
+from common.evaluation.metrics import METRICS, accuracy, accuracy_per_class, anls, auroc, consistency, normalize_answer
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from common.evaluation.metrics import METRICS, accuracy, accuracy_per_class, anl
     [(" Yes.\n", True, "yes"), ("Yes . ", True, "yes"), ("U.S.A.", False, "U.S.A"), ("...", True, ""), ("1.5", True, "1.5")],
 )
 def test_answers_are_normalized(text, lower, plain):
-    assert normalise_answer(text, lower) == plain
+    assert normalize_answer(text, lower) == plain
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from common.data import loader as loader_module
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget, best_fit, epoch_steps, fill_bins
 from common.data.samples import TrainingData
 from common.data.streaming import Span, Stream, StreamedBatches
-from common.evaluation.generation import share_by_length
+from common.evaluation.generation import batches_by_length
 from common.training.memory import USABLE_SHARE, Footprint, Trial, least_recomputation
 from common.training.plan import plan_batches
 from common.training.start import _limit_micro_batches
@@ -252,8 +252,8 @@ def test_a_sample_over_the_budget_is_alone():
 def test_shares_of_an_evaluation_are_complete():
     sizes = np.random.default_rng(1).integers(10, 500, 53)
     for world_size in (1, 2, 3):
-        shares = [share_by_length(sizes, 8, rank, world_size) for rank in range(world_size)]
+        shares = [batches_by_length(sizes, 8, rank, world_size) for rank in range(world_size)]
         taken = [index for share in shares for batch in share for index in batch]
         assert sorted(taken) == list(range(53))
-    shares = [share_by_length(sizes, 8, rank, 4, same_number=True) for rank in range(4)]
+    shares = [batches_by_length(sizes, 8, rank, 4, same_number=True) for rank in range(4)]
     assert len({len(share) for share in shares}) == 1

@@ -33,7 +33,7 @@ T = TypeVar("T")
 MIN_ANSWER_LIMIT = 64  # without --max_new_tokens
 
 # Finished answers are removed from a batch when at most this share is unfinished. Removing them copies the cache.
-SHARE_LEFT = 0.5
+COMPACT_BELOW = 0.5
 
 
 class _Prompts(Dataset):
@@ -64,18 +64,18 @@ class _PromptCollator:
 
     Parameters
     ----------
-    limit : int
+    max_shared_length : int
         Length in tokens of the longest prompt whose prefix may be computed separately: LongRoPE rotates longer prompts
         differently. 0 turns sharing off.
     """
 
-    def __init__(self, processor: Phi3VProcessor, limit: int) -> None:
+    def __init__(self, processor: Phi3VProcessor, max_shared_length: int) -> None:
         self.num_crops = processor.image_processor.num_crops
         self.pad_token_id = processor.tokenizer.pad_token_id
-        self.limit = limit
+        self.max_shared_length = max_shared_length
 
     def __call__(self, prompts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        if max(len(prompt["input_ids"]) for prompt in prompts) > self.limit:
+        if max(len(prompt["input_ids"]) for prompt in prompts) > self.max_shared_length:
             return self._pad([prompt["input_ids"] for prompt in prompts]) | self._images(prompts)
         distinct = {prompt["prefix"]: prompt for prompt in prompts}
         numbers = {prefix: number for number, prefix in enumerate(distinct)}
@@ -97,7 +97,7 @@ class _PromptCollator:
         return dict(zip(("pixel_values", "image_sizes"), load_crops(images, self.num_crops, places), strict=True))
 
 
-def share_by_length(
+def batches_by_length(
     lengths: Sequence[int],
     batch_size: int,
     rank: int,
@@ -133,9 +133,9 @@ def share_by_length(
     return batches[rank::world_size]
 
 
-def answer_limit(conversations: Iterable[Conversation], processor: Phi3VProcessor) -> int:
-    """Return the default of ``--max_new_tokens``: enough for every reference answer, and at least 64."""
-    return max(MIN_ANSWER_LIMIT, longest_answer(conversations, processor))
+def answer_limit(longest: int) -> int:
+    """Return the default of ``--max_new_tokens`` for reference answers of at most ``longest`` tokens."""
+    return max(MIN_ANSWER_LIMIT, longest)
 
 
 @torch.no_grad()
@@ -162,12 +162,12 @@ def generate_answers(
     list of str
         Answers without control tokens, in the order of ``conversations``, on every process.
     """
-    answers, _ = generate_and_compare(model, processor, conversations, (), args)
+    answers, _ = generate_with_log_probabilities(model, processor, conversations, (), args)
     return answers
 
 
 @torch.no_grad()
-def generate_and_compare(
+def generate_with_log_probabilities(
     model: nn.Module,
     processor: Phi3VProcessor,
     conversations: Sequence[Conversation],
@@ -199,11 +199,11 @@ def generate_and_compare(
     candidate_ids = [
         torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
     ]
-    limit = args.max_new_tokens or answer_limit(conversations, processor)
+    limit = args.max_new_tokens or answer_limit(longest_answer(conversations, processor))
     max_tokens = max([limit if generate else 0, *map(len, candidate_ids)])
     base = base_model(model)
     results: dict[int, tuple[str, list[float]]] = {}
-    with _evaluating(model, args):
+    with _evaluating(model, args.bf16):
         for indices, batch in _prompt_batches(model, processor, conversations, args, max_tokens):
             prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
@@ -258,7 +258,7 @@ def _continue_answers(
                 left += [row] * (token not in stops)
         if not left:
             break
-        if len(left) <= SHARE_LEFT * len(unfinished):
+        if len(left) <= COMPACT_BELOW * len(unfinished):
             rows = torch.tensor(left, device=new.device)
             past_key_values.batch_select_indices(rows)
             new, attention_mask, unfinished = new[rows], attention_mask[rows], [unfinished[row] for row in left]
@@ -309,7 +309,7 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
+def _evaluating(model: nn.Module, bf16: bool) -> Iterator[None]:
     base, was_training = base_model(model), model.training
     attention = base.config._attn_implementation
     # For every token, flash attention would remove the padding from the whole cache of each layer.
@@ -317,12 +317,14 @@ def _evaluating(model: nn.Module, args: argparse.Namespace) -> Iterator[None]:
     model.eval()
     if switch:
         base.set_attn_implementation({"": "sdpa"})
-    # Compiled layers would be recompiled as the cache grows.
-    with autocast(model, args.bf16), torch.compiler.set_stance("force_eager"):
-        yield
-    if switch:
-        base.set_attn_implementation({"": attention})
-    model.train(was_training)
+    try:
+        # Compiled layers would be recompiled as the cache grows.
+        with autocast(model, bf16), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if switch:
+            base.set_attn_implementation({"": attention})
+        model.train(was_training)
 
 
 def _prompt_batches(
@@ -339,12 +341,12 @@ def _prompt_batches(
     lengths, prefixes = zip(*encoded, strict=True)
     # ZeRO-3 gathers the weights of each layer collectively, so all processes need the same number of batches.
     same_number = is_deepspeed_zero3_enabled()
-    batches = share_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, prefixes)
-    limit = 0 if same_number else base_model(model).model.rotary_emb.limit - max_new_tokens
+    batches = batches_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, prefixes)
+    max_shared_length = 0 if same_number else base_model(model).model.rotary_emb.limit - max_new_tokens
     loader = WorkerLoader(
         prompts,
         batch_sampler=batches,
-        collate_fn=_PromptCollator(processor, limit),
+        collate_fn=_PromptCollator(processor, max_shared_length),
         num_workers=min(args.dataloader_num_workers, len(batches)),
     )
     device = base_model(model).device

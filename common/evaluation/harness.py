@@ -19,7 +19,7 @@ from common.model.inference import load_for_inference
 from common.model.loading import base_model
 from common.runtime.process import InputError, world_size
 
-from .generation import generate_and_compare
+from .generation import generate_with_log_probabilities
 
 MANIFEST = ModelManifest("phi3v_native", simple_class_path=f"{__name__}.Phi3VNative")
 DEFAULT_TOKENS = 1024
@@ -98,7 +98,7 @@ class Phi3VNative(lmms):
         options = {"eval_batch_size": self.batch_size, "max_new_tokens": limit, "dataloader_num_workers": 0, "tqdm": True}
         options["bf16"] = base_model(self.model).dtype == torch.bfloat16
         conversations = _Conversations(requests, self.task_dict)
-        return generate_and_compare(
+        return generate_with_log_probabilities(
             self.model, self.processor, conversations, candidates, argparse.Namespace(**options), generate=not candidates
         )
 

@@ -14,7 +14,7 @@ ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
 
 
-def normalise_answer(text: str, lower: bool = True) -> str:
+def normalize_answer(text: str, lower: bool = True) -> str:
     """Strip whitespace and periods from both ends of an answer, and lowercase it, as the published evaluation does."""
     text = text.strip().strip(".").strip()
     return text.lower() if lower else text
@@ -40,7 +40,7 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
     """
 
     def compared(text: str) -> str:
-        return normalise_answer(text, lower=False) if case_sensitive else " ".join(text.split()).lower()
+        return normalize_answer(text, lower=False) if case_sensitive else " ".join(text.split()).lower()
 
     best = 0.0
     for answer in answers:
@@ -52,7 +52,7 @@ def anls(prediction: str, answers: Sequence[str], case_sensitive: bool = False) 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
     """1 if a prediction equals a reference answer, ignoring case, and whitespace and periods at both ends; otherwise 0."""
-    return float(normalise_answer(prediction) in map(normalise_answer, answers))
+    return float(normalize_answer(prediction) in map(normalize_answer, answers))
 
 
 def relaxed(prediction: str, answers: Sequence[str]) -> float:
@@ -71,7 +71,7 @@ def relaxed(prediction: str, answers: Sequence[str]) -> float:
 def contains(prediction: str, answers: Sequence[str]) -> float:
     """1 if a prediction contains a reference answer as whole words, ignoring case and whitespace; otherwise 0."""
     text = " ".join(prediction.casefold().split())
-    words = (" ".join(normalise_answer(answer).casefold().split()) for answer in answers)
+    words = (" ".join(normalize_answer(answer).casefold().split()) for answer in answers)
     return float(any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) for answer in words))
 
 
@@ -91,7 +91,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 def _number(text: str) -> float | None:
     """Read a number such as ``$1,234.50`` or ``12 %``; None if the text is none."""
-    text = re.sub(r"[\s$€£¥%]|,(?=\d{3}(\D|$))", "", normalise_answer(text))
+    text = re.sub(r"[\s$€£¥%]|,(?=\d{3}(\D|$))", "", normalize_answer(text))
     return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text) else None
 
 

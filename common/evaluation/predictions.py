@@ -9,7 +9,7 @@ from typing import Any
 from common.runtime.files import write_file
 from common.runtime.process import counted, is_main_process
 
-from .metrics import normalise_answer
+from .metrics import normalize_answer
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Prediction:
 
 def exact_match(id: str, question: str, answer: str, expected: str, **more: Any) -> Prediction:
     """Compare an answer with the expected one, ignoring case, and whitespace and periods at both ends."""
-    prediction = normalise_answer(answer)
-    return Prediction(id, question, prediction, [expected], float(prediction == normalise_answer(expected)), more)
+    prediction = normalize_answer(answer)
+    return Prediction(id, question, prediction, [expected], float(prediction == normalize_answer(expected)), more)
 
 
 @dataclass(frozen=True)

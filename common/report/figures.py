@@ -5,7 +5,7 @@ from collections import Counter
 from statistics import median
 from typing import Any
 
-from common.evaluation.metrics import normalise_answer
+from common.evaluation.metrics import normalize_answer
 
 from .charts import Chart, confusion_chart, number, roc_chart, series
 from .run import Run
@@ -104,10 +104,10 @@ def _metric_value(key: str, value: float) -> str:
 def _classes(run: Run) -> dict[str, str]:
     """Return the classes that occur as reference answers, as they are written there, by their normalized form."""
     answers = [row["answers"][0] for rows in run.predictions.values() for row in rows]
-    return {normalise_answer(answer): normalise_answer(answer, lower=False) for answer in answers}
+    return {normalize_answer(answer): normalize_answer(answer, lower=False) for answer in answers}
 
 
 def _truth_and_predicted(run: Run, rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     classes = _classes(run)
-    truth = [classes[normalise_answer(row["answers"][0])] for row in rows]
-    return truth, [classes.get(normalise_answer(row["prediction"]), OTHER) for row in rows]
+    truth = [classes[normalize_answer(row["answers"][0])] for row in rows]
+    return truth, [classes.get(normalize_answer(row["prediction"]), OTHER) for row in rows]

@@ -21,7 +21,7 @@ from common.data.review import longest_evaluation_answer, review_data
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import Stream, StreamedBatches, StreamedData
-from common.evaluation.generation import MIN_ANSWER_LIMIT
+from common.evaluation.generation import answer_limit
 from common.evaluation.predictions import Evaluation
 from common.model.loading import base_model, compile_layers, set_gradient_checkpointing
 from common.phi3v import Phi3VProcessor
@@ -171,5 +171,5 @@ def _settings(
         "max_tokens_per_batch": max_tokens,
         "batch_size_per_gpu": None if max_tokens else setup.batch_size_per_gpu,
         "dataloader_num_workers": min(args.dataloader_num_workers, cores_per_process()),
-        "max_new_tokens": args.max_new_tokens or max(MIN_ANSWER_LIMIT, longest),
+        "max_new_tokens": args.max_new_tokens or answer_limit(longest),
     }

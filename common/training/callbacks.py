@@ -161,7 +161,7 @@ def find_nonfinite(model: nn.Module, optimizer: Any = None) -> str | None:
     return next(filter(None, gather(found)), None)
 
 
-class RestoreCounters(TrainerCallback):
+class PrepareFirstStep(TrainerCallback):
     """Restores the counters of a resumed run, and stops a run that is already complete."""
 
     def __init__(self, trainer: FinetuningTrainer) -> None:
@@ -170,7 +170,7 @@ class RestoreCounters(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.trainer.continue_counting()
+        self.trainer.prepare_first_step()
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
 

@@ -50,7 +50,7 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     return str(path)
 
 
-def allow_states() -> None:
+def allow_deepspeed_states() -> None:
     """Let ``torch.load(weights_only=True)`` read DeepSpeed's checkpoints, which contain these plain classes."""
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -60,7 +60,7 @@ def allow_states() -> None:
     torch.serialization.add_safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
 
 
-def do_without_compiler() -> None:
+def disable_shm_op() -> None:
     """Prevent DeepSpeed from compiling its CPU communication op."""
     # The op exchanges tensors between processes on one node, which gloo also does without a compiler.
     import deepspeed

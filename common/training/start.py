@@ -29,7 +29,7 @@ from common.runtime.process import InputError, counted, local_world_size, say, w
 from common.runtime.progress import limit_library_bars
 
 from .checkpoints import find_checkpoint, run_identity
-from .deepspeed import allow_states, choose_deepspeed, do_without_compiler, zero_stage
+from .deepspeed import allow_deepspeed_states, choose_deepspeed, disable_shm_op, zero_stage
 from .output import check_unused, holds, lock
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -80,9 +80,9 @@ def start(args: argparse.Namespace) -> Setup:
     stage = zero_stage(deepspeed)
     samples, max_tokens = _limit_micro_batches(args, on_gpu and packing, stage)
     if deepspeed:
-        allow_states()
+        allow_deepspeed_states()
     if deepspeed and not on_gpu:
-        do_without_compiler()
+        disable_shm_op()
     identity = run_identity(args, stage, world_size(), precision, revision, base, adapter)
     on_main_process(lambda: lock(args.output_dir))
     checkpoint, skipped = find_checkpoint(args.resume_from_checkpoint, args.output_dir, identity, args.accept_changes)

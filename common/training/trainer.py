@@ -40,7 +40,7 @@ from common.runtime.files import read_json, replacing, write_file
 from common.runtime.process import InputError, counted, is_main_process, rank, say, world_size
 from common.runtime.progress import Progress
 
-from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, RestoreCounters, StopOnSignal, find_nonfinite
+from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, PrepareFirstStep, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, saving, write_manifest
 from .masters import MasterWeights
 from .output import BAD_SAMPLES, SAVING, note_bad_sample
@@ -74,12 +74,13 @@ class FinetuningTrainer(Trainer):
 
     # What transformers declares as possibly None, or as a choice of types that the recipes do not make.
     model: nn.Module
-    step_loss: torch.Tensor | float = 0.0  # of all micro-batches of a step
-    grad_norm: Any = 0.0
-    masters: MasterWeights | None = None
     processing_class: Phi3VProcessor
     train_dataset: TrainingData | StreamedData
     eval_dataset: TrainingData
+    masters: MasterWeights | None = None  # of bf16 weights without DeepSpeed
+    # Of the current step, read and reset by CheckNumbers.
+    step_loss: torch.Tensor | float = 0.0
+    grad_norm: Any = 0.0
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class FinetuningTrainer(Trainer):
             # Saves memory: gradients are views into DDP's buckets instead of copies.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.start_time = 0.0  # of training, moved back by the training time before a resume
-        self.add_callback(RestoreCounters(self))  # last, because it may evaluate and stop
+        self.add_callback(PrepareFirstStep(self))  # last, because it may evaluate and stop
         self._processed = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log entry
         self._measuring_since: float | None = None
 
@@ -132,7 +133,7 @@ class FinetuningTrainer(Trainer):
         size = self.setup.batch_size_per_gpu
         rows = [(0, row) for row in range(len(self.eval_dataset))]
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        self._eval_batches = len(batches[rank() :: world_size()])
+        self._num_eval_batches = len(batches[rank() :: world_size()])
         if self.setup.zero_stage == 3:
             # ZeRO-3 gathers the weights of each layer collectively, so all processes need the same number of batches.
             batches += [batches[-1]] * (-len(batches) % world_size())
@@ -194,10 +195,7 @@ class FinetuningTrainer(Trainer):
                 f"--resume_from_checkpoint {self.setup.checkpoint}",
             ) from error
         if self.stop_on_signal.stopped:
-            number = self.stop_on_signal.end()
-            name = signal.Signals(number).name
-            say(f"stopped by {name} after step {self.state.global_step}; resume with --resume_from_checkpoint auto", sys.stdout)
-            sys.exit(128 + number)
+            self._exit_if_stopped(f"after step {self.state.global_step}; resume with --resume_from_checkpoint auto")
         return self.result
 
     def save_result(self) -> None:
@@ -210,12 +208,12 @@ class FinetuningTrainer(Trainer):
                 write_file(self.flags.output_dir / "train_results.json", self.result.metrics)
                 with replacing(self.flags.output_dir / TRAINER_STATE_NAME) as temporary:
                     self.state.save_to_json(str(temporary))
+        self._exit_if_stopped(f"after training; the model is saved in {self.flags.output_dir}, but not evaluated")
+
+    def _exit_if_stopped(self, when: str) -> None:
+        """Exit if any process has received SIGTERM or SIGINT. Called on all processes."""
         if number := self.stop_on_signal.end():
-            name = signal.Signals(number).name
-            say(
-                f"stopped by {name} after training; the model is saved in {self.flags.output_dir}, but not evaluated",
-                sys.stdout,
-            )
+            say(f"stopped by {signal.Signals(number).name} {when}", sys.stdout)
             sys.exit(128 + number)
 
     def evaluate_after(self) -> None:
@@ -245,8 +243,8 @@ class FinetuningTrainer(Trainer):
             if is_main_process():
                 report_run(output_dir, lambda row: self.eval_dataset.conversation(0, row))
 
-    def _write_counters(self, directory: Path) -> None:
-        """Save the counters that the Trainer would reset on resume. Called on all processes."""
+    def _write_totals(self, directory: Path) -> None:
+        """Save the counters that the Trainer would reset on resume, and the run's identity. Called on all processes."""
         running_loss = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
         totals = {
             "loss": self._total_loss_scalar,
@@ -279,7 +277,7 @@ class FinetuningTrainer(Trainer):
         return f" ({', '.join(names)}{more})"
 
     def _apply_flags(self) -> None:
-        """Set learning rates and weight decay by the flags, at this step of the schedule, after resuming restored old ones."""
+        """Reapply the flags' learning rates and weight decay at this step of the schedule: resuming restored the old ones."""
         scheduler: Any = self.lr_scheduler
         optimizer: Any = self.optimizer
         scheduler.base_lrs = [rate for rate, _ in self._settings_of_groups]
@@ -290,8 +288,8 @@ class FinetuningTrainer(Trainer):
         ):
             group |= {"lr": rate, "initial_lr": base, "weight_decay": decay}
 
-    def continue_counting(self) -> None:
-        """Restore the checkpoint's counters, so that results cover the whole run; do an evaluation that SIGTERM prevented."""
+    def prepare_first_step(self) -> None:
+        """Start the clock; on resume, restore counters, reapply flags, and do an evaluation that SIGTERM prevented."""
         self.start_time = time.time()
         # On resume, the Trainer would use the intervals saved in the checkpoint instead of the current flags.
         self.state.compute_steps(self.args, self.state.max_steps)
@@ -385,8 +383,9 @@ class FinetuningTrainer(Trainer):
             with Progress("Evaluating the loss", "batches", total, self.flags.tqdm, shared=True) as progress:
                 for number, inputs in enumerate(dataloader):
                     inputs = self._prepare_inputs(inputs)
+                    # num_items_in_batch=1: the sum over the supervised tokens, not their mean.
                     loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
-                    if number < self._eval_batches:
+                    if number < self._num_eval_batches:
                         totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
                     progress.update()
         totals = sum_over_processes(totals.float().to(self.args.device))
@@ -424,7 +423,7 @@ class FinetuningTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         with saving():
             super()._save_checkpoint(*args, **kwargs)
-            self._write_counters(directory)
+            self._write_totals(directory)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.is_deepspeed_enabled and not (directory / "latest").exists():
@@ -443,7 +442,7 @@ class FinetuningTrainer(Trainer):
         directory = Path(output_dir or self.flags.output_dir)
         is_result = directory == self.flags.output_dir
         if is_result:
-            # A checkpoint is complete once its manifest is written. The files of the result replace earlier ones when all are.
+            # The result is written to a temporary directory first, and replaces earlier files once it is complete.
             directory = directory / SAVING
             shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
         directory.mkdir(parents=True, exist_ok=True)

@@ -44,12 +44,12 @@ KILLED = [
     Fault("one process killed in a step", GONE, ("ZeRO-3",), **strike(STEP, struck.kill, 4, (1,)), codes=(1, -9)),
     Fault("the main process killed in a step", GONE, **strike(STEP, struck.kill, 4, (0,)), codes=(-9, 1)),
     Fault("all killed in a step", "resuming|step 3 of 6", BOTH, **strike(STEP, struck.kill, 4), codes=(-9, -9)),
-    Fault("killed while saving", GONE, BOTH, **strike(f"{TRAINER}._write_counters", struck.kill, 2, (1,)), codes=(1, -9)),
+    Fault("killed while saving", GONE, BOTH, **strike(f"{TRAINER}._write_totals", struck.kill, 2, (1,)), codes=(1, -9)),
     Fault(
         "all killed before the manifest",
         "step 4 of 6",
         BOTH,
-        **strike(f"{TRAINER}._write_counters", struck.kill, 2),
+        **strike(f"{TRAINER}._write_totals", struck.kill, 2),
         check=has_checkpoints(2),
     ),
     Fault("killed in the evaluation loss", GONE, BOTH, **strike(f"{TRAINER}.evaluation_loop", struck.kill, 1, (1,))),
@@ -107,7 +107,7 @@ SIGNALS = [
     Fault(
         "SIGTERM while saving",
         STOPPED.format("SIGTERM", 5),
-        **strike(f"{TRAINER}._write_counters", struck.term, 2),
+        **strike(f"{TRAINER}._write_totals", struck.term, 2),
         codes=(143, 143),
     ),
     Fault(
@@ -131,7 +131,7 @@ HUNG = r"error: process 1 did not respond within --ddp_timeout.*"
 HANGS = {"options": {"ddp_timeout": 5}, "frozen": True}
 HANGING = [
     Fault("a process hangs in a step", HUNG, BOTH, **strike(STEP, struck.stop, 4, (1,)), **HANGS),
-    Fault("a process hangs while saving", HUNG, BOTH, **strike(f"{TRAINER}._write_counters", struck.stop, 2, (1,)), **HANGS),
+    Fault("a process hangs while saving", HUNG, BOTH, **strike(f"{TRAINER}._write_totals", struck.stop, 2, (1,)), **HANGS),
     Fault("a process hangs in an evaluation", HUNG, **strike(f"{TRAINER}.evaluation_loop", struck.stop, 1, (1,)), **HANGS),
     Fault(
         "the main process hangs in a step",
@@ -178,7 +178,7 @@ def put_stale_lock(output: Path):
 
 
 DISK = [
-    Fault("disk full while saving a checkpoint", FULL, BOTH, **strike(f"{TRAINER}._write_counters", struck.fill_disk, 1)),
+    Fault("disk full while saving a checkpoint", FULL, BOTH, **strike(f"{TRAINER}._write_totals", struck.fill_disk, 1)),
     Fault(
         "disk full while saving the weights",
         FULL,
@@ -212,7 +212,7 @@ DISK = [
     Fault(
         "file system turns read-only",
         f"{WRITING}Read-only file system.*check the disk",
-        **strike(f"{TRAINER}._write_counters", partial(struck.fail, errno.EROFS), 2, (0,)),
+        **strike(f"{TRAINER}._write_totals", partial(struck.fail, errno.EROFS), 2, (0,)),
     ),
     Fault(
         "output directory removed in a step",
