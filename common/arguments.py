@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.runtime.process import InputError, Parser, counted, world_size
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, counted, world_size
 
 if TYPE_CHECKING:
     import torch

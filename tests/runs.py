@@ -18,7 +18,8 @@ from common.data.collator import Collator
 from common.data.samples import TrainingData
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
-from common.runtime.process import InputError, Parser
+from common.runtime.parser import Parser
+from common.runtime.process import InputError
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
 METHODS = {

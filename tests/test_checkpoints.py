@@ -29,7 +29,7 @@ from common.training.checkpoints import (
     write_manifest,
 )
 from common.training.deepspeed import zero_stage
-from common.training.output import check_unused, lock, remove_outputs
+from common.training.output import check_output_dir_unused, lock_output_dir, remove_outputs
 
 
 @pytest.fixture
@@ -124,14 +124,14 @@ def test_an_output_directory_holds_one_result(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="holds adapter_model.safetensors of another run: .*--overwrite_output_dir"):
-        check_unused(tmp_path, overwrite=False, resuming=True)
-    check_unused(tmp_path, overwrite=True, resuming=False)
+        check_output_dir_unused(tmp_path, overwrite=False, resuming=True)
+    check_output_dir_unused(tmp_path, overwrite=True, resuming=False)
     remove_outputs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "checkpoint-3").mkdir()
-    check_unused(tmp_path, overwrite=False, resuming=True)  # an incomplete one
+    check_output_dir_unused(tmp_path, overwrite=False, resuming=True)  # an incomplete one
     with pytest.raises(ValueError, match="holds checkpoint-3"):
-        check_unused(tmp_path, overwrite=False, resuming=False)
+        check_output_dir_unused(tmp_path, overwrite=False, resuming=False)
 
 
 def test_a_directory_in_use_is_refused_before_data_is_read(tmp_path, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_directory_in_use_is_refused_before_data_is_read(tmp_path, monkeypatch
 
 
 def hold_lock(output):
-    lock(output)
+    lock_output_dir(output)
     (output / "locked").touch()
     time.sleep(600)
 
@@ -153,12 +153,12 @@ def test_an_output_directory_is_locked(tmp_path):
     while not (tmp_path / "locked").exists():
         time.sleep(0.05)
     with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: another run .process {process.pid} on .* is writing to it"):
-        lock(tmp_path)
+        lock_output_dir(tmp_path)
     process.kill()
     process.join()
-    lock(tmp_path)
+    lock_output_dir(tmp_path)
     with pytest.raises(ValueError, match="cannot be written to"):
-        lock(tmp_path / "_lock" / "below")
+        lock_output_dir(tmp_path / "_lock" / "below")
 
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):

@@ -24,7 +24,8 @@ from common.data.mixing import Mixture
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.sources import load_conversations
-from common.runtime.process import InputError, Parser
+from common.runtime.parser import Parser
+from common.runtime.process import InputError
 
 QUESTIONS = {"0.png": "What is it, then?", "1.png": 'Say "red"', "2.png": "Über\nzwei Zeilen?"}
 

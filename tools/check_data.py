@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 from common.arguments import DEFAULT_MODEL, MAX_CROPS
-from common.runtime.process import InputError, Parser, counted, excerpt, fail, say
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, counted, excerpt, fail, say
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,7 +13,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from common.runtime.process import InputError, Parser, say
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, say
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.arguments import MAX_CROPS
 from common.evaluation.metrics import METRICS
-from common.runtime.process import Parser
+from common.runtime.parser import Parser
 
 
 def prediction_parser(description: str | None) -> Parser:

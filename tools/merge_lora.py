@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.runtime.process import InputError, Parser, fail, say
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, fail, say
 
 DTYPES = ("float32", "bfloat16", "float16")
 

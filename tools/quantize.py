@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.runtime.process import InputError, Parser, counted, fail, say
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, counted, fail, say
 
 SCHEMES = ("nf4", "int8", "fp8")
 

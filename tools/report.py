@@ -7,7 +7,8 @@ python -m tools.report output/full output/lora output/qlora --output comparison.
 import argparse
 from pathlib import Path
 
-from common.runtime.process import InputError, Parser, fail, say
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, fail, say
 
 
 def parse_args() -> argparse.Namespace:

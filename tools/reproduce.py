@@ -18,7 +18,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common.runtime.process import InputError, Parser, counted, fail, say
+from common.runtime.parser import Parser
+from common.runtime.process import InputError, counted, fail, say
 from tools.embedded import PROCESSES, add_run_flags, embedded_command, run_embedded
 from tools.runs import (
     METHOD_FLAGS,

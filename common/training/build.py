@@ -34,7 +34,7 @@ from common.runtime.process import InputError, counted, is_main_process, say
 from .callbacks import find_nonfinite
 from .checkpoints import check_plan, data_fingerprint
 from .memory import estimate_memory, least_recomputation, recomputation_modes
-from .output import holds, remove_outputs
+from .output import is_checkpoint_of, remove_outputs
 from .plan import plan_batches, training_arguments
 from .summary import number_of_steps, summarize
 from .trainer import FinetuningTrainer
@@ -105,7 +105,7 @@ def build_trainer(
     plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": steps}
     if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
         say(change, sys.stdout)
-    if args.overwrite_output_dir and not holds(args.output_dir, setup.checkpoint):
+    if args.overwrite_output_dir and not is_checkpoint_of(args.output_dir, setup.checkpoint):
         on_main_process(lambda: remove_outputs(args.output_dir))
     settings = _settings(args, setup, batches, logging_steps, longest)
     write_run(

@@ -25,7 +25,7 @@ OTHER_FILES = (
 _held: list[TextIO] = []  # a lock lasts as long as its file is open
 
 
-def lock(directory: Path) -> None:
+def lock_output_dir(directory: Path) -> None:
     """Create an output directory, and lock it until this process ends. The operating system drops the lock of a dead process.
 
     Raises
@@ -62,12 +62,12 @@ def note_bad_sample(directory: Path, step: int, message: str) -> None:
         file.write(json.dumps({"step": step, "error": message}) + "\n")
 
 
-def holds(directory: Path, checkpoint: Path | None) -> bool:
+def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:
     """Whether a checkpoint is in an output directory, so that a run which resumes from it goes on there."""
     return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()
 
 
-def check_unused(directory: Path, overwrite: bool, resuming: bool) -> None:
+def check_output_dir_unused(directory: Path, overwrite: bool, resuming: bool) -> None:
     """Refuse a new run in a directory that holds the result or the checkpoints of another one.
 
     Parameters

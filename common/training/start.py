@@ -30,7 +30,7 @@ from common.runtime.progress import limit_library_bars
 
 from .checkpoints import find_checkpoint, run_identity
 from .deepspeed import allow_deepspeed_states, choose_deepspeed, disable_shm_op, zero_stage
-from .output import check_unused, holds, lock
+from .output import check_output_dir_unused, is_checkpoint_of, lock_output_dir
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
@@ -67,7 +67,7 @@ def start(args: argparse.Namespace) -> Setup:
     _check_integrations(args, on_cpu=not on_gpu)
     precision = training_precision(args.bf16, device)
     if args.eval_only:
-        on_main_process(lambda: lock(args.output_dir))
+        on_main_process(lambda: lock_output_dir(args.output_dir))
         return Setup(device, precision, attention="sdpa")  # evaluate_only chooses its own
     adapter = adapter_to_continue(args)
     base, revision = find_base(adapter) if adapter else (args.model_name_or_path, None)
@@ -84,15 +84,15 @@ def start(args: argparse.Namespace) -> Setup:
     if deepspeed and not on_gpu:
         disable_shm_op()
     identity = run_identity(args, stage, world_size(), precision, revision, base, adapter)
-    on_main_process(lambda: lock(args.output_dir))
+    on_main_process(lambda: lock_output_dir(args.output_dir))
     checkpoint, skipped = find_checkpoint(args.resume_from_checkpoint, args.output_dir, identity, args.accept_changes)
     for name in skipped:
         say(f"skipping {name}", sys.stdout)
     if checkpoint:
         say(f"resuming from {checkpoint}", sys.stdout)
-    if not holds(args.output_dir, checkpoint):
+    if not is_checkpoint_of(args.output_dir, checkpoint):
         auto = args.resume_from_checkpoint == "auto"
-        on_main_process(lambda: check_unused(args.output_dir, args.overwrite_output_dir, auto))
+        on_main_process(lambda: check_output_dir_unused(args.output_dir, args.overwrite_output_dir, auto))
     set_seed(args.seed)
     return Setup(
         device=device,

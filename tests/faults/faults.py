@@ -207,7 +207,7 @@ DISK = [
     Fault(
         "output directory read-only",
         "error: --output_dir .*: cannot be written to .*Read-only file system",
-        **strike("common.training.start.lock", struck.refuse_directories, 1, (0,)),
+        **strike("common.training.start.lock_output_dir", struck.refuse_directories, 1, (0,)),
     ),
     Fault(
         "file system turns read-only",
