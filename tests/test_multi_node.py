@@ -5,15 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
+import forked
 import pyarrow as pa
 import pytest
 import torch.distributed as dist
 from accelerate import PartialState
 from conftest import ROOT
-from forked import be_program, finetune_forked, member_of_group, run_processes
+from forked import be_process, finetune_forked, member_of_group, run_processes, run_script
 from runs import SCRIPT, flags, free_port, steps, weights
 
 from common.data.sources import load_conversations
@@ -21,17 +23,20 @@ from common.data.sources import load_conversations
 pytestmark = pytest.mark.slow
 
 
-def run_nodes(words: list[str], directory: Path) -> None:
-    """Run the script on two machines, with one process each.
+def be_node(directory: Path, rank: int, *arguments: object) -> None:
+    """The process of a machine. It works in directory/node{i}, so that relative paths are on a "disk" of its own."""
+    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    forked.member_of_group = lambda *group: member_of_group(*group) | alone
+    forked.ROOT = directory / f"node{rank}"
+    forked.ROOT.mkdir(parents=True, exist_ok=True)
+    be_process(rank, *arguments)
 
-    Node i works in directory/node{i}, so that relative paths are on a "disk" of its own.
-    """
-    port, arguments = free_port(), []
-    for node in range(2):
-        (directory / f"node{node}").mkdir(parents=True, exist_ok=True)
-        variables = member_of_group(node, 2, port) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        arguments.append(([str(ROOT / SCRIPT), *words], directory / f"node{node}", directory / "log", variables))
-    assert run_processes(be_program, arguments) == [0, 0], (directory / "log").read_text()[-5000:]
+
+def run_nodes(words: list[str], directory: Path) -> None:
+    """Run the script on two machines, with one process each."""
+    directory.mkdir(exist_ok=True)
+    codes = run_script(words, directory / "log", target=partial(be_node, directory))
+    assert codes == [0, 0], (directory / "log").read_text()[-5000:]
 
 
 def run_nodes_with_torchrun(words: list[str], directory: Path) -> list[str]:
