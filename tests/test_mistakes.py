@@ -142,7 +142,7 @@ PROGRAMS += [f"tools/{name}.py" for name in ("quantize", "report", "reproduce")]
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_flags_are_read_before_torch_is_imported(program):
-    code = "import runpy, sys\ntry:\n runpy.run_path(sys.argv[1], run_name='__main__')\n"
+    code = "import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n runpy.run_path(sys.argv[0], run_name='__main__')\n"
     code += "finally:\n assert 'torch' not in sys.modules"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for flag, status in (("--help", 0), ("--no_such_flag", 1)):

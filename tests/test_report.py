@@ -256,6 +256,7 @@ def test_runs_are_compared(tmp_path, monkeypatch, capsys):
         settings = json.loads((run / "run.json").read_text())
         settings["versions"]["deepspeed"] = version
         settings["hyperparameters"]["deepspeed"] = "zero2.json"
+        settings["command"] += " --deepspeed zero2.json" if run == second else ""
         write_json(run / "run.json", settings)
     monkeypatch.setattr(sys, "argv", ["report", str(first), str(second), "--output", str(tmp_path / "both.html")])
     tools.report.main(tools.report.parse_args())

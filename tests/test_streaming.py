@@ -265,6 +265,13 @@ def test_an_unreachable_hub():
         stream_hub("nobody/nothing", columns=["images"])
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.csv", "image,question,answer\n"), ("a.json", " [{}]")])
+def test_files_that_are_not_streamed(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: .* not streamed: use JSON Lines or Parquet, or remove --streaming"):
+        stream_conversations(tmp_path / name, tmp_path)
+
+
 def test_a_dataset_without_parquet(tmp_path):
     (tmp_path / "train.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has no Parquet files to stream"):

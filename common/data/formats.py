@@ -36,7 +36,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
     """
     if is_table(path):
         yield from read_table(path)
-    elif _is_array(path):
+    elif is_array(path):
         try:
             entries = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
@@ -101,7 +101,7 @@ def describe_format(path: Path) -> str:
     """Name the layout of a file and the format of its first row, for the summary."""
     if is_table(path):
         return "CSV"
-    layout = "a JSON array" if _is_array(path) else "one JSON object per line"
+    layout = "a JSON array" if is_array(path) else "one JSON object per line"
     try:
         _, line = next(read_lines(path))
         return f"{format_name(parse_json(line, ''))}, {layout}"
@@ -114,6 +114,7 @@ def is_table(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv")
 
 
-def _is_array(path: Path) -> bool:
+def is_array(path: Path) -> bool:
+    """Whether a file is a JSON array, by its first character."""
     with path.open("rb") as file:
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

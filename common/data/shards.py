@@ -25,7 +25,7 @@ from common.runtime.process import InputError
 from common.runtime.progress import track
 
 from .conversations import Conversation, check_conversation, read_conversation
-from .formats import is_table
+from .formats import is_array, is_table
 from .pictures import Picture, picture_path
 from .rows import Rows
 from .sources import load_hub, parse_conversation
@@ -72,8 +72,10 @@ def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit
             if not (found := sorted(glob.glob(str(pattern)))):
                 raise InputError(f"{pattern} is missing: put the shards there, or name other ones")
             shards += found
-        if tables := [shard for shard in shards if is_table(Path(shard))]:
-            raise InputError("CSV is not streamed: use JSON Lines or Parquet, or remove --streaming", tables[0])
+        for shard in shards:
+            if is_table(Path(shard)) or (not shard.endswith(".parquet") and is_array(Path(shard))):
+                what = "CSV is" if is_table(Path(shard)) else "JSON arrays are"
+                raise InputError(f"{what} not streamed: use JSON Lines or Parquet, or remove --streaming", shard)
         return _index(shards, lambda shard: _index_row_groups(shard) if shard.endswith(".parquet") else _index_lines(shard))
 
     return Stream(on_main_process(index), read).select(0, limit)

@@ -350,7 +350,7 @@ def _prompt_batches(
         num_workers=min(args.dataloader_num_workers, len(batches)),
     )
     device = base_model(model).device
-    with Progress("Evaluating", "samples", len(lengths), args.tqdm, shared=True) as progress:
+    with Progress("Answering", "samples", len(lengths), args.tqdm, shared=True) as progress:
         for indices, batch in zip(batches, loader, strict=True):
             yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
             progress.update(len(indices))

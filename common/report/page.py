@@ -125,8 +125,10 @@ def write_comparison(directories: Sequence[str | os.PathLike[str]], path: str | 
     named = {os.path.relpath(place, parent): run for place, run in zip(places, runs, strict=True)}
     answers = {name: run.predictions["after"] for name, run in named.items() if "after" in run.predictions}
     with_images = {key for run in runs for keys in select_gallery(list(run.predictions.values())).values() for key in keys}
+    # One run may set on the command line what another leaves at its default.
     settings = [
-        {(group, key): value for group, values in _settings(run).items() for key, value in values.items()} for run in runs
+        {(group == "Versions", key): value for group, values in _settings(run).items() for key, value in values.items()}
+        for run in runs
     ]
     keys = dict.fromkeys(key for of_run in settings for key in of_run)
     rows = {key: [of_run.get(key, "—") for of_run in settings] for key in keys}
