@@ -138,8 +138,8 @@ class Meter(TorchDispatchMode):
         self.live -= size
         del self._storages[key]
 
-    def whole(self, function: Callable, group: str, launches: int = 1, product: bool = False) -> Callable:
-        """Make a function count as so many kernels, which read its arguments and write its output once."""
+    def whole(self, function: Callable, group: str, product: bool = False) -> Callable:
+        """Make a function count as one kernel, which reads its arguments and writes its output once."""
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
@@ -148,8 +148,6 @@ class Meter(TorchDispatchMode):
             flops = 2.0 * args[0].numel() * args[1].shape[1] if product else 0.0
             moved = float(sum(map(nbytes, tensors((args, output)))))
             self.phases[-1][Kernel(group, "products", flops, moved)] += 1
-            if launches > 1:
-                self.phases[-1][Kernel(group, "products", 0.0, 0.0)] += launches - 1
             self.allocate(output)
             return output
 

@@ -50,13 +50,26 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        # Half a byte per weight, one byte per 64 weights for their scale, and the scale of 256 scales.
-        size = round(linear.weight.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)))
+        # Half a byte per weight, and four bytes per 64 weights for their scale.
+        size = round(linear.weight.numel() * (1 / 2 + 4 / 64))
         self.weight = nn.Parameter(linear.weight.new_empty(size, dtype=torch.uint8), requires_grad=False)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """The plain product with the dequantized weight."""
-        return nn.functional.linear(states, dequantize(self.weight, self.out_features, self.in_features), self.bias)
+        return _QuantizedProduct.apply(states, self.weight, self.bias, self.out_features)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    ) -> torch.Tensor:
+        ctx.weight, ctx.shape = weight, (out_features, states.shape[-1])
+        return nn.functional.linear(states, dequantize(weight, *ctx.shape), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+        return gradient @ dequantize(ctx.weight, *ctx.shape), None, None, None
 
 
 def dequantize(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -84,7 +97,7 @@ def as_on_a_gpu(meter: Meter) -> Iterator[None]:
         stack.enter_context(patch.object(layers, "_leave_dtype", lambda norm, states: states.dtype == norm.weight.dtype))
         stack.enter_context(patch.object(lora, "_product", meter.whole(lora._product, "matrix products", product=True)))
         stack.enter_context(patch.object(lora, "_weight", weight))
-        stack.enter_context(patch.dict(own, dequantize=meter.whole(dequantize, "dequantization", launches=3)))
+        stack.enter_context(patch.dict(own, dequantize=meter.whole(dequantize, "dequantization")))
         yield
 
 

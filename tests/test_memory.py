@@ -218,9 +218,9 @@ def published_model(args):
         model = add_lora(model, args, None) if args.use_lora else model
     loaded = 0
     for name, parameter in model.named_parameters():
-        # All but head and projector: half a byte per weight, a byte of scale per 64 weights, and four bytes per 256 scales.
+        # All but head and projector: half a byte per weight, and four bytes of scale per 64 weights.
         quantized = args.use_qlora and ".base_layer.weight" in name and not re.search("lm_head|img_projection", name)
-        loaded += parameter.numel() * (1 / 2 + 1 / 64 + 4 / (64 * 256)) if quantized else parameter.nbytes
+        loaded += parameter.numel() * (1 / 2 + 4 / 64) if quantized else parameter.nbytes
     return model, loaded
 
 

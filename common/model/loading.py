@@ -160,6 +160,8 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
         device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
     )
     avoid_avx512_kernel(model)
+    if args.use_qlora:
+        dequantize_scales(model)
     if not args.fused_layers:
         use_plain_layers(model)
     if args.use_liger_kernel:
@@ -209,6 +211,20 @@ def avoid_avx512_kernel(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":  # checked by name: bitsandbytes is imported only if weights are quantized
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # not a parameter or module
+
+
+def dequantize_scales(model: nn.Module) -> None:
+    """Keep the scales of 4-bit weights in fp32, which are quantized themselves (double quantization) when a model is loaded.
+
+    Each use of a weight would dequantize them again, to the same values, in two kernels more. It takes 0.05 bytes per weight.
+    """
+    from bitsandbytes.functional import dequantize_blockwise  # only QLoRA needs it, and it is slow to import
+
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.nested:
+            state.absmax = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
+            state.nested, state.state2, state.offset = False, None, None
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
