@@ -30,6 +30,7 @@ from common.data.batches import PlannedBatches, epoch_steps
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
 from common.data.review import longest_evaluation_answer, review_data
+from common.data.rows import Rows
 from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.generation import MIN_ANSWER_LIMIT
@@ -125,6 +126,9 @@ def build_trainer(
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
+    for rows in (train_data.rows, eval_data.rows):
+        if isinstance(rows, Rows):
+            rows.contents = None  # only for the review; of a million rows, it would count as memory of every worker
     say("Estimating memory and time")
     trial = estimate()
     recomputation = args.gradient_checkpointing
