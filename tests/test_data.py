@@ -1,18 +1,24 @@
 """Training samples: their lengths, measured once, are those of the encoded samples."""
 
 import io
+import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
 from conftest import TINY
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 
+from common.data.batches import PlannedBatches, epoch_steps
 from common.data.collator import Collator, load_crops
+from common.data.loader import WorkerLoader
 from common.data.rows import Rows
 from common.data.samples import TrainingData
+from common.data.sources import load_conversations
 from common.data.streaming import Row, StreamedData
 
 
@@ -93,6 +99,48 @@ def test_rows_without_random_choices_are_measured_once(rows, processor):
     asked.clear()
     data.lengths(1)
     assert asked == [row for row in rows if len(row["conversations"][0]["assistant"]) % 2]
+
+
+def test_lengths_are_kept_until_an_image_changes(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.new("RGB", (100, 90)).save(tmp_path / "a.png")
+    row = {"conversations": [{"images": ["a.png"], "user": "What?", "assistant": "That."}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    asked = []
+
+    def to_conversation(row, rng):
+        asked.append(row["id"])
+        return row
+
+    def measured():
+        asked.clear()
+        return TrainingData(load_conversations(tmp_path / "data.jsonl", tmp_path), to_conversation, processor, 0).lengths(0)
+
+    first, again = measured(), measured()
+    assert first.tokens == again.tokens and not asked
+    processor.image_processor.num_crops = 2
+    measured()
+    assert asked
+    processor.image_processor.num_crops = 4
+    Image.new("RGB", (900, 90)).save(tmp_path / "a.png")
+    assert measured().tokens != first.tokens and asked
+
+
+def test_a_resumed_epoch_reads_only_what_is_left(rows, processor):
+    read = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    data = TrainingData(Counted(rows), as_it_is, processor, seed=3)
+    batches = PlannedBatches(len(rows), 8, seed=3, rank=0, world_size=1, accumulation=2, measure=data.measure)
+    batches.begin_at(10)
+    loader = skip_first_batches(WorkerLoader(data, Collator(processor, packing=True), batch_sampler=batches), 20)
+    assert len(list(loader)) == len(batches) - 20
+    left = epoch_steps(len(rows), 8, seed=3, epoch=0)[10:].flatten().tolist()
+    assert sorted(read) == sorted(2 * left)  # measured and encoded
 
 
 def test_an_invalid_row_is_named(rows, processor, tmp_path):

@@ -142,7 +142,7 @@ class Texts(TrainingData):
     def __init__(self, rows):
         super().__init__(range(rows), None, None, seed=0)
 
-    def _measure(self, epoch, rows, count_done=None):
+    def _measure(self, epoch, rows):
         tokens = np.where(rows == 1, 1000, 100 + rows % 7) + epoch
         return np.stack([tokens, np.ones_like(tokens)], axis=1), np.ones(len(rows), dtype=bool)
 
@@ -246,7 +246,20 @@ def test_a_sample_over_the_budget_is_alone():
     tokens = np.array([9000, 100, 100, 100, 100])
     bins = fill_bins(tokens, tokens.astype(float), 2, budget=1000)
     assert [0] in bins and sorted(sum(bins, [])) == [0, 1, 2, 3, 4]
-    assert best_fit(np.array([9000, 100, 100]), 1000) == [[0], [1, 2]]
+    assert best_fit(np.array([[9000, 100, 100], [600, 300, 500]]), 1000).tolist() == [[0, 1, 1], [0, 0, 1]]
+
+
+def test_a_sample_goes_where_it_leaves_the_least_room():
+    tokens = lengths(800).tokens.reshape(50, 16)
+    for found, sizes in zip(best_fit(tokens, 3500), tokens, strict=True):
+        free = []
+        for sample in np.argsort(-sizes, kind="stable"):
+            fitting = [index for index, room in enumerate(free) if room >= sizes[sample]]
+            if not fitting:
+                fitting = [len(free)]
+                free.append(3500)
+            assert found[sample] == min(fitting, key=free.__getitem__)
+            free[found[sample]] -= sizes[sample]
 
 
 def test_shares_of_an_evaluation_are_complete():

@@ -138,7 +138,7 @@ class Checker:
     def _count_tokens(self, usable: list[tuple[CheckedRow, Conversation]]) -> None:
         rows, conversations = zip(*usable, strict=True)
         image_tokens = [[image.num_tokens for _, image in row.images] for row in rows]
-        counts = count_tokens(conversations, image_tokens, (row.place for row in rows), self.processor)
+        counts = count_tokens(conversations, image_tokens, lambda index: rows[index].place, self.processor)
         lengths = answer_lengths(conversations, self.processor)
         for row, conversation, count, length in zip(rows, conversations, counts, lengths, strict=True):
             turn = conversation["conversations"][-1]

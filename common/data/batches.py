@@ -45,33 +45,33 @@ def epoch_steps(num_rows: int | Mixture, batch_size: int, seed: int, epoch: int)
     return np.resize(order, steps * batch_size).reshape(steps, batch_size)
 
 
-def best_fit(tokens: np.ndarray, budget: int) -> list[list[int]]:
-    """Pack samples into bins within a token budget by best-fit decreasing, which keeps the number of bins low.
+def best_fit(tokens: np.ndarray, budget: int) -> np.ndarray:
+    """Pack the samples of each step into bins within a token budget by best-fit decreasing, which keeps the number of bins low.
 
     Parameters
     ----------
     tokens : numpy.ndarray
-        Number of tokens of each sample, (samples,).
+        Number of tokens of each sample, (steps, samples).
     budget : int
         Maximum number of tokens per bin. A sample that exceeds it gets its own bin.
 
     Returns
     -------
-    list of list of int
-        Indices of the samples in each bin.
+    numpy.ndarray
+        Bin of each sample, int64 (steps, samples).
     """
-    bins: list[list[int]] = []
-    free: list[int] = []
-    for sample in np.argsort(-tokens, kind="stable").tolist():
-        size = int(tokens[sample])
-        fitting = [index for index, room in enumerate(free) if room >= size]
-        if fitting:
-            index = min(fitting, key=free.__getitem__)
-            bins[index].append(sample)
-            free[index] -= size
-        else:
-            bins.append([sample])
-            free.append(budget - size)
+    steps = np.arange(len(tokens))
+    bins, free = np.zeros_like(tokens), np.full(tokens.shape, budget)
+    used = np.zeros(len(tokens), dtype=np.int64)
+    for samples in np.argsort(-tokens, axis=1, kind="stable").T:
+        size = tokens[steps, samples]
+        room = free[:, : used.max() + 1]
+        # An unused bin has the most room, so that it is taken only if no other one fits.
+        chosen = np.where(room >= size[:, None], room, budget + 1).argmin(axis=1)
+        chosen = np.where(size > budget, used, chosen)
+        bins[steps, samples] = chosen
+        free[steps, chosen] -= size
+        used = np.maximum(used, chosen + 1)
     return bins
 
 
@@ -102,13 +102,21 @@ def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int |
         elif budget is not None:
             candidates = candidates[(bin_tokens + tokens[sample] <= budget) | (bin_tokens == 0)]
             if not len(candidates):
-                bins = _split(best_fit(tokens, budget), work, num_bins)
+                bins = _split(_by_best_fit(tokens, budget), work, num_bins)
                 break
         target = candidates[np.argmin(bin_work[candidates])]
         bins[target].append(int(sample))
         bin_tokens[target] += tokens[sample]
         bin_work[target] += work[sample]
     return sorted(bins, key=lambda members: -work[members].sum())
+
+
+def _by_best_fit(tokens: np.ndarray, budget: int) -> list[list[int]]:
+    [bin_of] = best_fit(tokens[None], budget)
+    bins: list[list[int]] = [[] for _ in range(bin_of.max() + 1)]
+    for sample in np.argsort(-tokens, kind="stable"):
+        bins[bin_of[sample]].append(int(sample))
+    return bins
 
 
 def _split(bins: list[list[int]], work: np.ndarray, num_bins: int) -> list[list[int]]:
@@ -220,6 +228,6 @@ def accumulation_for_budget(
     """
     max_bins = 1
     for epoch, lengths in enumerate(epochs):
-        for rows in epoch_steps(mixture or len(lengths.tokens), batch_size, seed, epoch):
-            max_bins = max(max_bins, len(best_fit(lengths.tokens[rows], max_tokens)))
+        steps = epoch_steps(mixture or len(lengths.tokens), batch_size, seed, epoch)
+        max_bins = max(max_bins, 1 + int(best_fit(lengths.tokens[steps], max_tokens).max()))
     return -(-max_bins // world_size)

@@ -1,17 +1,24 @@
-"""DataLoader whose workers start safely, ignore SIGTERM to the process group, and pass on input errors or skip the sample."""
+"""Worker processes: a DataLoader for batches, and a function called in parallel.
+
+Workers start safely, ignore SIGTERM to the process group, and pass on input errors or skip the sample.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError
 from common.runtime.script import die_with_parent
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 class WorkerLoader(DataLoader):
@@ -103,6 +110,40 @@ class _ErrorReturningCollator:
             return sample
         except InputError as error:
             return filler | {"skipped": str(error)}
+
+
+def in_parallel(work: Callable[[T], U], chunks: Iterable[T], num_workers: int) -> Iterator[U]:
+    """Call a function on chunks of items in forked processes, and yield the results in order.
+
+    An :class:`InputError` of the function is raised here. With 0 workers, it is called in this process.
+    """
+    if num_workers:
+        wait_until_quiet()
+    results = DataLoader(
+        _Work(work),
+        batch_sampler=chunks,  # type: ignore[arg-type]  # declared to yield lists
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # the random numbers of training must not depend on this
+    )
+    return raise_input_errors(iter(results))
+
+
+class _Work(Dataset):
+    def __init__(self, work: Callable[[Any], Any]) -> None:
+        self.work = work
+
+    def __getitems__(self, chunk: Any) -> Any:
+        try:
+            return self.work(chunk)
+        except InputError as error:
+            return error
+
+
+def _as_it_is(result: U) -> U:
+    return result
 
 
 def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,32 +58,36 @@ class Rows(Sequence[Any]):
         Known if the rows have been checked.
     mixture : Mixture, optional
         Selects the rows of an epoch. By default, every row occurs once.
+    fingerprint : str, optional
+        Changes with the rows and their images, if that is known; what is computed from them is then kept in the cache.
     """
 
     def __init__(
         self,
         source: Sequence[Any],
         place: Callable[[int], str],
-        numbers: Sequence[int] | None = None,
-        entries: Sequence[int] | None = None,
+        numbers: Sequence[int] | np.ndarray | None = None,
+        entries: Sequence[int] | np.ndarray | None = None,
         each: str | None = None,
         convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
         contents: Contents | None = None,
         mixture: Mixture | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         self.source, self.each, self.convert, self.contents, self.mixture = source, each, convert, contents, mixture
-        self._place = place
-        self.numbers = range(len(source)) if numbers is None else numbers
-        self.entries = entries
+        self._place, self.fingerprint = place, fingerprint
+        # No lists, since every worker would soon have its own copy of millions of Python's numbers.
+        self.numbers = range(len(source)) if numbers is None else numbers if isinstance(numbers, range) else np.asarray(numbers)
+        self.entries = None if entries is None else np.asarray(entries)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._read(index, self.source[self.numbers[index]])
+        return self._read(index, self.source[int(self.numbers[index])])
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        numbers = [self.numbers[index] for index in indices]
+        numbers = [int(self.numbers[index]) for index in indices]
         # Reading many rows of a datasets.Dataset at once takes as long as reading a single row.
         fetch = getattr(self.source, "__getitems__", None)
         contents = fetch(numbers) if fetch else [self.source[number] for number in numbers]
@@ -90,7 +95,7 @@ class Rows(Sequence[Any]):
 
     def place(self, index: int) -> str:
         """Location of a row, for messages."""
-        return self._place(self.numbers[index])
+        return self._place(int(self.numbers[index]))
 
     def map(self, convert: Callable[[dict[str, Any], str], dict[str, Any]]) -> Rows:
         """Return the same rows with another conversion of source row and identifier."""
@@ -99,7 +104,7 @@ class Rows(Sequence[Any]):
     def select(self, begin: int, limit: int | None = None) -> Rows:
         """Return at most ``limit`` rows, starting at ``begin``."""
         part = slice(begin, None if limit is None else begin + limit)
-        entries = self.entries and self.entries[part]
+        entries = None if self.entries is None else self.entries[part]
         return Rows(self.source, self._place, self.numbers[part], entries, self.each, self.convert)
 
     def head(self, count: int) -> Rows:
@@ -108,24 +113,29 @@ class Rows(Sequence[Any]):
 
     def checked(self, bad: set[int], contents: Contents) -> Rows:
         """Return all rows except those with the given indices, with what is known about their contents."""
-        return self.take([index for index in range(len(self)) if index not in bad] if bad else range(len(self)), contents)
+        return self.take(np.delete(np.arange(len(self)), list(bad)) if bad else range(len(self)), contents)
 
-    def take(self, indices: Sequence[int], contents: Contents) -> Rows:
-        """Return the rows with the given indices, with what is known about their contents."""
-        numbers = self.numbers if len(indices) == len(self) else [self.numbers[index] for index in indices]
-        entries = self.entries and [self.entries[index] for index in indices]
-        return Rows(self.source, self._place, numbers, entries, self.each, self.convert, contents)
+    def take(self, indices: Sequence[int] | np.ndarray, contents: Contents) -> Rows:
+        """Return the rows with the given indices, in ascending order, with what is known about their contents."""
+        numbers, entries, fingerprint = self.numbers, self.entries, self.fingerprint
+        if len(indices) < len(self):
+            indices = np.asarray(indices, dtype=np.int64)
+            numbers, entries = np.asarray(numbers)[indices], None if entries is None else entries[indices]
+            fingerprint = fingerprint and f"{fingerprint} {hashlib.sha256(indices.tobytes()).hexdigest()}"
+        return Rows(self.source, self._place, numbers, entries, self.each, self.convert, contents, fingerprint=fingerprint)
 
     def _read(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
         identifier = str(self.numbers[index])
-        if self.each and self.entries:
-            entry = self.entries[index]
+        if self.each and self.entries is not None:
+            entry = int(self.entries[index])
             content, identifier = content | {self.each: [content[self.each][entry]]}, f"{identifier}-{entry}"
         return self.convert(content, identifier) if self.convert else content
 
 
 def join_rows(files: Sequence[Rows], weights: Sequence[float] | None = None, seed: int = 0) -> Rows:
     """Join the checked rows of several files; with ``weights``, see :class:`~.mixing.Mixture`, one for each file."""
+    if len(files) == 1 and not weights:
+        return files[0]
     ends = np.cumsum([len(rows) for rows in files])
 
     def place(index: int) -> str:
@@ -144,7 +154,9 @@ def join_rows(files: Sequence[Rows], weights: Sequence[float] | None = None, see
         counts = " + ".join(f"{count:,}" for count in mixture.per_epoch)
         say(f"{'data:':13}{counts} rows per epoch (--train_weights)", sys.stdout)
     source: Any = ConcatDataset(files)  # type: ignore[arg-type]  # it only takes their lengths and items
-    return Rows(source, place, contents=contents, mixture=mixture)
+    prints = [rows.fingerprint for rows in files]
+    fingerprint = " ".join(map(str, prints)) if all(prints) else None
+    return Rows(source, place, contents=contents, mixture=mixture, fingerprint=fingerprint)
 
 
 class BadRows:

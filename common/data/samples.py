@@ -5,23 +5,45 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
 from common.runtime.collectives import gather
-from common.runtime.process import InputError, rank, world_size
+from common.runtime.machine import cores_per_process
+from common.runtime.process import InputError, local_rank, rank, world_size
 from common.runtime.progress import Progress
 
 from .batches import Lengths
 from .conversations import Conversation, check_context, count_tokens, encode_conversation, pictures
-from .pictures import check_unchanged, picture_size
+from .loader import in_parallel
+from .pictures import Picture, check_unchanged, picture_size
+from .prepared import cache_file, load_array, save_array
 from .rows import Rows
 
 ROWS_AT_ONCE = 64  # limits how many images stored in the dataset are in memory
+ROWS_OF_WORKER = 512
+FEW_CHUNKS = 8  # which this process measures before worker processes have started
+IMAGES_REMEMBERED = 10_000
+LENGTHS_VERSION = 1  # of what is in the cache; to be raised when rows are encoded differently
+
+
+class _Generator:
+    """A ``random.Random`` that is seeded when it is first used, since most rows draw nothing, and seeding is slow."""
+
+    def __init__(self, seed: str) -> None:
+        self.seed = seed
+        self.seeded: random.Random | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        self.seeded = self.seeded or random.Random(self.seed)
+        return getattr(self.seeded, name)
 
 
 class TrainingData(Dataset):
@@ -51,7 +73,7 @@ class TrainingData(Dataset):
         self.seed = seed
         self.place = rows.place if isinstance(rows, Rows) else "row {}".format
         self._checked_at = time.time()
-        self._image_sizes: dict[int, list[tuple[int, int]]] = {}
+        self._image_sizes: dict[str, tuple[int, int]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
         # Whether a row's conversation changes with the epoch. This is assumed until the row is measured; most never change.
         self._varies = np.ones(len(rows), dtype=bool)
@@ -63,8 +85,8 @@ class TrainingData(Dataset):
         """Return the conversation of a row in an epoch."""
         return self.to_conversation(self.rows[row], self._generator(epoch, row))
 
-    def _generator(self, epoch: int, row: int) -> random.Random:
-        return random.Random(f"{self.seed}/{epoch}/{row}")
+    def _generator(self, epoch: int, row: int) -> Any:
+        return _Generator(f"{self.seed}/{epoch}/{row}")
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, row = key
@@ -131,22 +153,47 @@ class TrainingData(Dataset):
         """
         rows = np.flatnonzero(self._varies)
         if len(rows):
-            share = rows[rank() :: world_size()]
-            with Progress("Planning batches", "rows", len(rows), bar, shared=True) as progress:
-                own = self._measure(epoch, share, progress.update)
-            for index, (measured, varies) in enumerate(gather(own)):
-                self._measured[rows[index :: world_size()]] = measured
-                self._varies[rows[index :: world_size()]] = varies
+            file = self._cache_file()
+            saved = load_array(file, self._measured.shape) if file else None
+            if all(gather(saved is not None)):
+                assert saved is not None
+                self._measured, self._varies = saved, np.zeros(len(self), dtype=bool)
+            else:
+                self._measure_all(epoch, rows, bar)
+                if file and not self._varies.any() and local_rank() == 0:
+                    save_array(file, self._measured)
         tokens, views = self._measured.T.copy()
         return Lengths(tokens=tokens, views=views)
+
+    def _cache_file(self) -> Path | None:
+        """Where the lengths of all rows are kept, if it is known when they change."""
+        if not isinstance(self.rows, Rows) or self.rows.fingerprint is None:
+            return None
+        tokenizer = self.processor.tokenizer
+        settings = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.model_max_length
+        task = Hasher.hash(self.to_conversation), self.processor.image_processor.num_crops
+        return cache_file(f"{LENGTHS_VERSION} {self.rows.fingerprint} {task} {settings}", "npy")
+
+    def _measure_all(self, epoch: int, rows: np.ndarray, bar: bool) -> None:
+        """Measure rows, each process its share, with workers of its own."""
+        share = rows[rank() :: world_size()]
+        chunks = np.split(share, range(ROWS_OF_WORKER, len(share), ROWS_OF_WORKER))
+        num_workers = cores_per_process() if len(chunks) > FEW_CHUNKS else 0
+        found = []
+        with Progress("Planning batches", "rows", len(rows), bar, shared=True) as progress:
+            for chunk, part in zip(chunks, in_parallel(partial(self._measure, epoch), chunks, num_workers), strict=True):
+                found.append(part)
+                progress.update(len(chunk))
+        own = tuple(map(np.concatenate, zip(*found, strict=True)))
+        for index, (measured, varies) in enumerate(gather(own)):
+            self._measured[rows[index :: world_size()]] = measured
+            self._varies[rows[index :: world_size()]] = varies
 
     def sample_lengths(self, count: int = 256) -> Lengths:
         """Measure up to ``count`` rows, evenly spaced over the dataset."""
         return self.measure(0, np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)))
 
-    def _measure(
-        self, epoch: int, rows: np.ndarray, count_done: Callable[[int], None] | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _measure(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and views of rows, int64 (rows, 2), and whether they change with the epoch, bool (rows,)."""
         measured, varies = np.empty((len(rows), 2), dtype=np.int64), np.empty(len(rows), dtype=bool)
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -154,22 +201,22 @@ class TrainingData(Dataset):
             conversations, image_tokens = [], []
             for position, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
                 generator = self._generator(epoch, row)
-                initial_state = generator.getstate()
                 conversations.append(self.to_conversation(content, generator))
-                varies[position] = generator.getstate() != initial_state
-                sizes = self._sizes(row, conversations[-1], keep=varies[position])
+                varies[position] = generator.seeded is not None
+                sizes = self._sizes(row, conversations[-1])
                 image_tokens.append([num_image_tokens(*size) for size in sizes])
                 measured[position, 1] = sum(num_views(*size) for size in sizes)
-            names = [self.place(row) for row in chosen]
-            tokens = count_tokens(conversations, image_tokens, names, self.processor)
-            for count, name in zip(tokens, names, strict=True):
+
+            def place(index: int, rows: list[int] = chosen) -> str:
+                return self.place(rows[index])
+
+            tokens = count_tokens(conversations, image_tokens, place, self.processor)
+            for row, count in zip(chosen, tokens, strict=True):
                 try:
                     check_context(count, self.processor)
                 except InputError as error:
-                    raise error.at(name) from None
+                    raise error.at(self.place(row)) from None
             measured[start : start + len(chosen), 0] = tokens
-            if count_done:
-                count_done(len(chosen))
         return measured, varies
 
     def _rows(self, chosen: list[int]) -> Sequence[Any]:
@@ -177,18 +224,22 @@ class TrainingData(Dataset):
             return self.rows.__getitems__(chosen)
         return [self.rows[row] for row in chosen]
 
-    def _sizes(self, row: int, conversation: Conversation, keep: bool) -> list[tuple[int, int]]:
+    def _sizes(self, row: int, conversation: Conversation) -> list[tuple[int, int]]:
         """Height and width of each image after resizing and padding."""
-        if row in self._image_sizes:
-            return self._image_sizes[row]
-        num_crops = self.processor.image_processor.num_crops
+        if len(self._image_sizes) > IMAGES_REMEMBERED:
+            self._image_sizes.clear()
         try:
-            sizes = [crop_grid_size(*picture_size(image), num_crops) for image in pictures(conversation)]
+            return [self._size(image) for image in pictures(conversation)]
         except InputError as error:
             raise error.at(self.place(row)) from None
-        if keep:
-            self._image_sizes[row] = sizes
-        return sizes
+
+    def _size(self, image: Picture) -> tuple[int, int]:
+        if isinstance(image, str) and image in self._image_sizes:  # rows may share images
+            return self._image_sizes[image]
+        size = crop_grid_size(*picture_size(image), self.processor.image_processor.num_crops)
+        if isinstance(image, str):
+            self._image_sizes[image] = size
+        return size
 
 
 def filler(processor: Phi3VProcessor) -> dict[str, Any]:

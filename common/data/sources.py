@@ -14,15 +14,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
 
 from common.runtime.collectives import first_on_each_machine, gather
-from common.runtime.files import parse_json, read_json, replacing
-from common.runtime.process import InputError, counted, rank, say, world_size
+from common.runtime.files import parse_json, read_json
+from common.runtime.machine import cores_per_process
+from common.runtime.process import InputError, counted, local_world_size, rank, say, world_size
 from common.runtime.progress import Progress
 
 from .conversations import (
@@ -35,10 +35,13 @@ from .conversations import (
     text_size,
 )
 from .formats import describe_format, read_lines
+from .loader import in_parallel
 from .pictures import check_picture, picture_content, picture_path
+from .prepared import PreparedRows, cache_file, write_rows
 from .rows import BadRows, Contents, Rows
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
 SCHEMA = pa.schema(
@@ -47,6 +50,9 @@ SCHEMA = pa.schema(
 )
 MAX_LINE = 16 * 2**20  # bytes
 LINES_AT_ONCE = 1000
+ITEMS_AT_ONCE = 64
+SMALL_FILE = 4 * 2**20  # bytes that this process converts before worker processes have started
+FEW_IMAGES = 2000  # that it checks in this time
 
 
 def load_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Rows:
@@ -196,8 +202,8 @@ def listed_images(conversation: Conversation) -> list[Any]:
 def load_conversations(path: Path, image_dir: Path, limit: int | None = None, bar: bool = True, skip_bad: bool = False) -> Rows:
     """Load a file of conversations; :func:`~.conversations.read_conversation` lists the formats.
 
-    The file is converted to Arrow once, in the cache of ``datasets``, and memory-mapped. Later runs therefore load a million
-    rows in seconds and without copying them to memory. All rows and images are checked.
+    The file is checked and converted to Arrow once, in the cache of ``datasets``, from which rows are read one by one. Later
+    runs therefore load a million rows in seconds and without copying them to memory. All images are checked in every run.
 
     Parameters
     ----------
@@ -222,21 +228,21 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     InputError
         If the file, a row or an image is invalid; the message names the file and line, or the image.
     """
-    table = Dataset.from_file(str(first_on_each_machine(lambda: _to_arrow(path, skip_bad))))
-    if skip_bad and (count := sum(1 for _ in read_json_lines(path)) - len(table)):
+    source = PreparedRows(first_on_each_machine(lambda: _prepare(path, skip_bad)), limit)
+    if skip_bad and limit is None and (count := sum(1 for _ in read_json_lines(path)) - len(source)):
         say(f"{path}: {counted(count, 'invalid row')} skipped (--on_bad_sample skip)")
-    table = table.select(range(min(limit or len(table), len(table))))
-    turns = [chunk.flatten() for chunk in table.data.column("conversations").chunks]
-    names = pa.chunked_array([pc.struct_field(chunk, "images").flatten() for chunk in turns]).unique()
-    doubts: list[str] = []
+    turns = pc.list_flatten(source.column("conversations"))
+    names = pc.list_flatten(pc.struct_field(turns, "images")).unique()
 
-    def check(name: str) -> None:
-        if doubt := check_picture(picture_path(image_dir, name)):
-            doubts.append(doubt)
+    def check(name: str) -> tuple[str | None, int]:
+        file = picture_path(image_dir, name)
+        doubt, state = check_picture(file), os.stat(file)
+        return doubt, _hash(f"{name} {state.st_size} {state.st_mtime_ns}")
 
-    bad_files = check_all("images", (name.as_py() for name in names), check, len(names), bar, skip_bad)
+    num_workers = cores_per_process() if len(names) > world_size() * FEW_IMAGES else 0
+    bad_files, found = check_all("images", (name.as_py() for name in names), check, len(names), bar, skip_bad, num_workers)
     unusable = {names[index].as_py() for index in bad_files}
-    bad = {index for index, row in enumerate(table if unusable else []) if not unusable.isdisjoint(pictures(row))}
+    bad = {index for index, row in enumerate(source if unusable else []) if not unusable.isdisjoint(pictures(row))}
 
     def with_paths(row: dict[str, Any], _: str) -> dict[str, Any]:
         turns = [
@@ -244,12 +250,18 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
         ]
         return {"id": row["id"], "system": row["system"], "conversations": turns}
 
-    columns = [table.data.column(name).to_numpy() for name in ("hash", "size", "num_images")]
-    known = np.stack([np.arange(len(table)), *columns], axis=1)
     share = slice(rank(), None, world_size())
-    files = [os.path.join(image_dir, name.as_py()) for name in names[rank() :: world_size()] if name.as_py() not in unusable]
-    rows = Rows(table, lambda index: f"{path}, {table.data.column('place')[index]}", convert=with_paths)
-    rows = rows.checked(bad, _share(known[share], bad, files, doubts))
+    columns = [source.column(name).to_numpy()[share] for name in ("hash", "size", "num_images")]
+    known = np.stack([np.arange(len(source))[share], *columns], axis=1)
+    files = [os.path.join(image_dir, name.as_py()) for name in names[share] if name.as_py() not in unusable]
+    images = sum(gather(sum(state for _, state in found)))
+    rows = Rows(
+        source,
+        lambda index: f"{path}, {source[index]['place']}",
+        convert=with_paths,
+        fingerprint=f"{source.path.stem} {image_dir} {len(source)} {images}",
+    )
+    rows = rows.checked(bad, _share(known, bad, files, [doubt for doubt, _ in found if doubt]))
     if not len(rows):
         raise InputError("no rows are left", str(path))
     counts = f"{len(rows):,} row{'s' * (len(rows) > 1)} with {len(names):,} image{'s' * (len(names) != 1)}"
@@ -334,7 +346,7 @@ def check_rows(
                 raise result.at(place)
         known.append((index, content_hash(variants, keys), max(map(text_size, variants)), len(keys)))
 
-    bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad))
+    bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)[0])
     doubts = [result for result in found.values() if isinstance(result, str)]
     rows = rows.checked(bad, _share(np.array(known, dtype=np.int64).reshape(-1, 4), bad, list(found), doubts))
     if not len(rows):
@@ -348,7 +360,11 @@ def content_hash(conversations: list[Conversation], images: Sequence[str | bytes
         (conversation.get("system"), [(turn["user"], turn["assistant"]) for turn in conversation["conversations"]])
         for conversation in conversations
     ]
-    digest = hashlib.blake2b(repr((texts, images)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return _hash(repr((texts, images)))
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
@@ -361,28 +377,50 @@ def _share(known: np.ndarray, bad: set[int], files: Sequence[str | bytes], doubt
 
 
 def check_all(
-    what: str, items: Iterable[T], check: Callable[[T], Any], count: int, bar: bool, skip_bad: bool = False
-) -> list[int]:
-    """Check items, each process its share. All processes raise the first error, or return the indices of invalid items.
+    what: str,
+    items: Iterable[T],
+    check: Callable[[T], U],
+    count: int,
+    bar: bool,
+    skip_bad: bool = False,
+    num_workers: int = 0,
+) -> tuple[list[int], list[U]]:
+    """Check items, each process its share, with workers of its own.
 
-    ``check`` raises an :class:`InputError` for an invalid item; ``what`` names the items in messages.
+    ``check`` raises an :class:`~common.runtime.process.InputError` for an invalid item; ``what`` names the items in messages.
+    All processes raise the first error, or return the indices of all invalid items, and the results of their own valid ones.
     """
-    found: list[tuple[int, InputError]] = []
-    with Progress(f"Checking {what}", what, count, bar, shared=True) as progress:
-        for index, item in islice(enumerate(items), rank(), None, world_size()):
+
+    def check_some(chunk: list[tuple[int, T]]) -> list[tuple[int, U | InputError]]:
+        found: list[tuple[int, U | InputError]] = []
+        for index, item in chunk:
             try:
-                check(item)
+                found.append((index, check(item)))
             except InputError as failure:
                 found.append((index, failure))
                 if not skip_bad:
                     break
-            progress.update()
-    all_found = sorted(chain.from_iterable(gather(found)), key=lambda bad: bad[0])
+        return found
+
+    own = islice(enumerate(items), rank(), None, world_size())
+    results: list[U] = []
+    failures: list[tuple[int, InputError]] = []
+    with Progress(f"Checking {what}", what, count, bar, shared=True) as progress:
+        for found in in_parallel(check_some, iter(lambda: list(islice(own, ITEMS_AT_ONCE)), []), num_workers):
+            for index, result in found:
+                if isinstance(result, InputError):
+                    failures.append((index, result))
+                else:
+                    results.append(result)
+            progress.update(len(found))
+            if failures and not skip_bad:
+                break
+    all_failures = sorted(chain.from_iterable(gather(failures)), key=lambda failure: failure[0])
     bad = BadRows(skip_bad)
-    for _, error in all_found:
+    for _, error in all_failures:
         bad.add(error)
     bad.report(what)
-    return [index for index, _ in all_found]
+    return [index for index, _ in all_failures], results
 
 
 def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
@@ -398,32 +436,42 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
     return parse_json(line, "write one object per line, in UTF-8", place)
 
 
-def _to_arrow(path: Path, skip_bad: bool = False) -> Path:
+def _prepare(path: Path, skip_bad: bool = False) -> Path:
     """Convert a file of conversations to an Arrow file in the cache, if it is not there yet."""
     if not path.is_file():
         raise InputError(f"{path} is missing: put the file there, or name another file")
     state = path.stat()
     version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}"
-    name = hashlib.sha256(version.encode()).hexdigest()[:32]
-    arrow = Path(datasets.config.HF_DATASETS_CACHE) / "conversations" / f"{name}.arrow"
-    if arrow.exists():
-        return arrow
-    bad, entries = BadRows(skip_bad), read_json_lines(path)
-    with replacing(arrow) as temporary, pa.ipc.new_stream(str(temporary), SCHEMA) as writer:
-        while lines := list(islice(entries, LINES_AT_ONCE)):
-            rows = []
-            for place, line in lines:
-                try:
-                    row = parse_conversation(line, place)
-                except InputError as error:
+    prepared = cache_file(version, "arrow")
+    if not prepared.exists():
+        bad, lines = BadRows(skip_bad), read_json_lines(path)
+        num_workers = cores_per_process() * local_world_size() if state.st_size > SMALL_FILE else 0
+        chunks = iter(lambda: list(islice(lines, LINES_AT_ONCE)), [])
+
+        def tables() -> Iterator[pa.Table]:
+            for table, errors in in_parallel(partial(_convert, path), chunks, num_workers):
+                for error in errors:
                     bad.add(error)
-                    continue
-                images = pictures(row)
-                known = {
-                    "hash": content_hash([row], [str(image) for image in images]),
-                    "size": text_size(row),
-                    "num_images": len(images),
-                }
-                rows.append(row | known | {"place": place.removeprefix(f"{path}, ")})
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, SCHEMA))
-    return arrow
+                yield table
+
+        write_rows(prepared, SCHEMA, tables())
+    return prepared
+
+
+def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list[InputError]]:
+    """Convert lines of a file to a table of the valid rows, and return the errors of the others."""
+    rows, errors = [], []
+    for place, line in lines:
+        try:
+            row = parse_conversation(line, place)
+        except InputError as error:
+            errors.append(error)
+            continue
+        images = pictures(row)
+        known = {
+            "hash": content_hash([row], [str(image) for image in images]),
+            "size": text_size(row),
+            "num_images": len(images),
+        }
+        rows.append(row | known | {"place": place.removeprefix(f"{path}, ")})
+    return pa.Table.from_pylist(rows, SCHEMA), errors

@@ -58,8 +58,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict[str, Any]:
     """Parse a JSON object; ``place`` is its location, for messages, and otherwise as :func:`read_json`."""
     try:
-        content = json.loads(text, object_pairs_hook=_reject_duplicate_keys)
-        json.dumps(content, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        content = _DECODER.decode(text)
+        if not text.isascii() or "\\" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # fails for lone surrogates, which escapes can produce
     except (ValueError, RecursionError) as error:
         raise InputError(f"invalid JSON ({error}): {remedy}", place) from None
     if not isinstance(content, dict):
@@ -72,3 +75,6 @@ def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in fields]
         raise InputError(f'duplicate key "{excerpt(max(names, key=names.count))}"')
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys)

@@ -123,6 +123,9 @@ def build_trainer(
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
+    for rows in (train_rows, eval_rows):
+        if isinstance(rows, Rows):
+            rows.contents = None  # only for the review; of a million rows, it would count as memory of every worker
 
     say("Estimating memory and time")
     trial = estimate()  # cached if plan_batches needed it

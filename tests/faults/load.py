@@ -1,8 +1,10 @@
 """Load: a data set of a million rows, and a run of ten thousand steps: python -m faults.load {rows,steps} [COUNT]."""
 
 import json
+import multiprocessing
 import os
-import re
+import random
+import shutil
 import sys
 import tempfile
 import time
@@ -11,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import numpy as np
 import psutil
 from forked import be_process, server
 from PIL import Image
@@ -19,7 +20,7 @@ from runs import flags, free_port, write_docvqa, write_random_model
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from common.data.batches import PlannedBatches
+from common.data.batches import PlannedBatches, accumulation_for_budget
 from common.data.collator import Collator
 from common.data.loader import WorkerLoader
 from common.data.samples import TrainingData
@@ -28,15 +29,20 @@ from common.model.checkpoint import load_processor
 
 MEGABYTE = 1e6
 PICTURES = 1000
-PLANNED = 20_000
+BATCH, TOKENS = 64, 8192
 BATCHES = 300  # read before the memory of the worker is measured
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    begin = time.monotonic()
+    begin, used = time.monotonic(), cpu_seconds()
     yield
-    print(f"{what}: {time.monotonic() - begin:.1f} s", flush=True)
+    print(f"{what}: {time.monotonic() - begin:.1f} s, {cpu_seconds() - used:.1f} s of CPU", flush=True)
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -54,39 +60,48 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def measure_rows(count: int) -> None:
-    """Times of a start, a plan and a resume, and the memory of a worker."""
+    """A first and a later run with this many rows, in processes of their own."""
     folder = Path(tempfile.mkdtemp())
     model, path = write_random_model(folder / "model"), write_rows(folder, count)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    for run in ("first", "later"):
+        process = multiprocessing.get_context("fork").Process(
+            target=measure_start, args=(f"{count:,} rows, {run} run", model, path)
+        )
+        process.start()
+        process.join()
+    shutil.rmtree(folder)
+
+
+def measure_start(name: str, model: Path, path: Path) -> None:
+    """Times of a start, of an epoch's plan and of a resume, and the memory of a data worker."""
     processor = load_processor(str(model), num_crops=1)
-    with timed(f"{count:,} rows, first start"):
-        load_conversations(path, folder, bar=False)
-    with timed(f"{count:,} rows, later start"):
-        data = TrainingData(load_conversations(path, folder, bar=False), lambda row, rng: row, processor, seed=0)
-        data.sample_lengths()
-    half = count // 8 // 2
-
-    def batches(begin_at: int = 0) -> PlannedBatches:
-        planned = PlannedBatches(count, 8, 0, 0, 1, 1, measure=data.measure, max_tokens=4096)
-        planned.begin_at(begin_at)
-        return planned
-
-    with timed(f"{count:,} rows, resumed in the middle of an epoch, until the first batch"):
-        next(batch for batch in batches(half) if batch)
-    loader = WorkerLoader(data, Collator(processor, packing=True), num_workers=1, batch_sampler=batches())
-    for number, _ in enumerate(iter(loader)):
-        if number == min(BATCHES, half):
+    with timed(f"{name}: start"):
+        rows = load_conversations(path, path.parent, bar=False)
+    rows.contents = None  # as build_trainer leaves it
+    data = TrainingData(rows, as_it_is, processor, seed=0)
+    with timed(f"{name}: lengths"):
+        lengths = data.lengths(0, bar=False)
+    with timed(f"{name}: plan within a token budget"):
+        accumulation = accumulation_for_budget([lengths], BATCH, 0, 1, TOKENS)
+    del lengths
+    batches = PlannedBatches(len(rows), BATCH, 0, 0, 1, accumulation, measure=data.measure, max_tokens=TOKENS)
+    batches.begin_at(len(batches) // accumulation // 2)
+    with timed(f"{name}: resumed in the middle of an epoch, until the first batch"):
+        next(batch for batch in batches if batch)
+    batches.begin_at(0)
+    loader = WorkerLoader(data, Collator(processor, packing=True), num_workers=1, batch_sampler=batches)
+    for number, _ in enumerate(iter(loader), start=1):
+        if number == min(BATCHES, len(batches)):
             [worker] = psutil.Process().children()
-            memory = dict(re.findall(r"(\w+): +(\d+) kB", Path(f"/proc/{worker.pid}/smaps_rollup").read_text()))
-            own, private = int(memory["Pss_Anon"]), int(memory["Private_Dirty"])
-            print(f"{count:,} rows, worker: {own / 1e3:.0f} MB without pages of files, {private / 1e3:.0f} MB of them its own")
+            memory = worker.memory_full_info()
+            shares = f"{memory.pss / MEGABYTE:.0f} MB (PSS, files included), {memory.uss / MEGABYTE:.0f} MB of it not shared"
+            print(f"{name}: a worker after {number} batches: {shares}", flush=True)
             break
-    begin, measured = time.process_time(), min(PLANNED, count)
-    data.measure(0, np.arange(measured))
-    print(f"{count:,} rows, plan with a token budget: {(time.process_time() - begin) / measured * 1e6:.0f} µs per row and core")
-    with timed(f"{count:,} rows, plan without one"):
-        for _ in PlannedBatches(count, 8, 0, 0, 1, 1):
-            pass
+
+
+def as_it_is(row: dict, rng: random.Random) -> dict:
+    return row
 
 
 class Watch(TrainerCallback):
@@ -101,6 +116,7 @@ class Watch(TrainerCallback):
 
 
 def be_watched(rank: int, *arguments) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as under torchrun
     if rank == 0:
         DEFAULT_CALLBACKS.append(Watch)
     be_process(rank, *arguments)
@@ -109,7 +125,14 @@ def be_watched(rank: int, *arguments) -> None:
 def measure_steps(count: int) -> None:
     """A run on two processes, with checkpoints and evaluations."""
     folder = Path(tempfile.mkdtemp())
-    options = {"max_steps": count, "logging_steps": 50, "save_strategy": "steps", "save_steps": max(100, count // 10)}
+    options = {
+        "max_steps": count,
+        "batch_size": 2,
+        "batch_size_per_gpu": 1,
+        "logging_steps": 50,
+        "save_strategy": "steps",
+        "save_steps": max(100, count // 10),
+    }
     options |= {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 100, "max_new_tokens": 2}
     options |= {"model_name_or_path": write_random_model(folder / "model")}
     words = flags(write_docvqa(folder / "data"), folder / "run", **options)
