@@ -188,8 +188,17 @@ def adapter_to_continue(args: argparse.Namespace) -> Path | None:
     return directory
 
 
-def check_targets(directory: Path, config: Phi3VConfig, args: argparse.Namespace) -> None:
+def check_targets(directory: Path, config: Phi3VConfig, vision: bool, train_fully: tuple[str, ...]) -> None:
     """Check that an adapter that is to be trained further changes the same modules as a new one would.
+
+    Parameters
+    ----------
+    directory : Path
+    config : Phi3VConfig
+    vision : bool
+        Whether a new one would change the vision tower and the projector.
+    train_fully : tuple of str
+        ``--train_fully``
 
     Raises
     ------
@@ -197,9 +206,9 @@ def check_targets(directory: Path, config: Phi3VConfig, args: argparse.Namespace
         If it does not, because it was trained with other code.
     """
     adapter = read_json(directory / "adapter_config.json", COPY_AGAIN)
-    targets = lora_targets(config, vision=not (args.freeze_vision_model or args.train_fully))
+    targets = lora_targets(config, vision)
     found = (adapter["target_modules"], set(adapter.get("modules_to_save") or ()))
-    if found != (targets, set(fully_trained_modules(config, args.train_fully))):
+    if found != (targets, set(fully_trained_modules(config, train_fully))):
         raise InputError(
             "the adapter was trained with other code, and changes other modules: merge it, and train a new adapter",
             f"--model_name_or_path {directory}",

@@ -321,7 +321,7 @@ def continue_lora(model: Phi3VForCausalLM, args: argparse.Namespace, adapter: Pa
     InputError
         If the adapter does not fit the base model, or has other target modules than these recipes.
     """
-    check_targets(adapter, model.config, args)
+    check_targets(adapter, model.config, not (args.freeze_vision_model or args.train_fully), args.train_fully)
     peft_model = _prepare(attach_adapter(model, adapter, trainable=True), args.fused_layers)
     # The name may be relative to the directory where the adapter was trained.
     peft_model.peft_config["default"].base_model_name_or_path = model.name_or_path

@@ -97,7 +97,7 @@ def build_trainer(
     flops = TrainingFlops(base_model(model))
     estimate = functools.cache(lambda: estimate_memory(model, args, setup, flops))
     batches, lengths = plan_batches(args, setup, train_data, flops, estimate)
-    steps = number_of_steps(args, batches)
+    steps = number_of_steps(args.max_steps, args.num_train_epochs, batches)
     # By default, at least 20 entries, so that a short run also has curves.
     logging_steps = args.logging_steps or max(1, min(LOGGING_STEPS, steps // 20))
     longest = longest_evaluation_answer(eval_data)

@@ -64,7 +64,7 @@ def start(args: argparse.Namespace) -> Setup:
     device = PartialState(cpu=not on_gpu, timeout=TIMEOUT).device
     atexit.register(_leave_process_group)
     _silence_libraries(args.tqdm)
-    _check_integrations(args, on_cpu=not on_gpu)
+    _check_integrations(args.optim, args.report_to, on_cpu=not on_gpu)
     precision = training_precision(args.bf16, device)
     if args.eval_only:
         on_main_process(lambda: lock_output_dir(args.output_dir))
@@ -155,20 +155,20 @@ def _silence_libraries(bars: bool) -> None:
     limit_library_bars(bars)
 
 
-def _check_integrations(args: argparse.Namespace, on_cpu: bool) -> None:
+def _check_integrations(optim: str, report_to: list[str], on_cpu: bool) -> None:
     names = [name.value for name in OptimizerNames]
-    if args.optim not in names:
-        raise InputError(f"invalid optimizer; expected one of {', '.join(names)}", f"--optim {args.optim}")
+    if optim not in names:
+        raise InputError(f"invalid optimizer; expected one of {', '.join(names)}", f"--optim {optim}")
     try:
         # Some optimizers require packages that are not installed, or settings that the recipes do not have.
-        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(args.output_dir, optim=args.optim, use_cpu=on_cpu))
+        Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim=optim, use_cpu=on_cpu))
     except (ValueError, ImportError) as error:
-        raise InputError(f"{error}", f"--optim {args.optim}") from None
+        raise InputError(f"{error}", f"--optim {optim}") from None
     try:
-        for callback in get_reporting_integration_callbacks([] if args.report_to == ["none"] else args.report_to):
+        for callback in get_reporting_integration_callbacks([] if report_to == ["none"] else report_to):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"{error}", f"--report_to {' '.join(args.report_to)}") from None
+        raise InputError(f"{error}", f"--report_to {' '.join(report_to)}") from None
 
 
 def _choose_packing(requested: bool | None, max_tokens: int | None, attention: str) -> bool:

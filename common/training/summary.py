@@ -60,7 +60,7 @@ def summarize(
         One line per entry, as ``name: value``.
     """
     processes = world_size()
-    steps = number_of_steps(args, batches)
+    steps = number_of_steps(args.max_steps, args.num_train_epochs, batches)
     low, mean, high = lengths.tokens.min(), lengths.tokens.mean(), lengths.tokens.max()
     views = lengths.views.mean()
     counts = count_parameters(model)
@@ -78,8 +78,8 @@ def summarize(
         "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
         "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),
-        "batch": _batch(args, setup, processes, batches),
-        "steps": f"{steps:,} on {counted(num_rows, 'row')}, {_schedule(args, steps)}",
+        "batch": _batch(args.batch_size, setup, processes, batches),
+        "steps": f"{steps:,} on {counted(num_rows, 'row')}, {_schedule(args.lr_scheduler_type, args.warmup_steps, steps)}",
         "samples": f"{low:,} to {high:,} tokens (mean {mean:,.0f}), {views:.1f} crops and global views on average",
         "recompute": RECOMPUTATION[recomputation] + (" (auto)" if args.gradient_checkpointing == "auto" else ""),
     }
@@ -103,10 +103,10 @@ def summarize(
     return "\n".join(f"{name + ':':13}{text}" for name, text in lines.items())
 
 
-def number_of_steps(args: argparse.Namespace, batches: PlannedBatches | StreamedBatches) -> int:
+def number_of_steps(max_steps: int, num_train_epochs: float, batches: PlannedBatches | StreamedBatches) -> int:
     """Return the number of optimizer steps of a run."""
     steps_per_epoch = len(batches) // batches.accumulation
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)  # as transformers
+    return max_steps if max_steps > 0 else math.ceil(num_train_epochs * steps_per_epoch)  # as transformers
 
 
 def approximate_duration(seconds: float) -> str:
@@ -116,22 +116,22 @@ def approximate_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _schedule(args: argparse.Namespace, steps: int) -> str:
-    if args.lr_scheduler_type == "constant":
+def _schedule(name: str, warmup_steps: float, steps: int) -> str:
+    if name == "constant":
         return "constant learning rate, without warmup"
-    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * steps)  # as TrainingArguments
+    warmup = int(warmup_steps) if warmup_steps >= 1 else math.ceil(warmup_steps * steps)  # as TrainingArguments
     if warmup < steps:
-        return f"learning rate warmup for {warmup:,}, then {args.lr_scheduler_type.replace('_', ' ')}"
-    return f"all of them warmup (--warmup_steps {args.warmup_steps:g}): the learning rate never reaches its peak"
+        return f"learning rate warmup for {warmup:,}, then {name.replace('_', ' ')}"
+    return f"all of them warmup (--warmup_steps {warmup_steps:g}): the learning rate never reaches its peak"
 
 
-def _batch(args: argparse.Namespace, setup: Setup, count: int, batches: PlannedBatches | StreamedBatches) -> str:
+def _batch(batch_size: int, setup: Setup, count: int, batches: PlannedBatches | StreamedBatches) -> str:
     if isinstance(batches, PlannedBatches) and batches.max_tokens:
         share = f"{counted(batches.accumulation, 'micro-batch', 'micro-batches')} of up to {batches.max_tokens:,} tokens"
         share += " (auto)" if setup.max_tokens_per_batch == "auto" else ""
     else:
         share = f"{setup.batch_size_per_gpu} per micro-batch × {batches.accumulation} accumulation"
-    return f"{counted(args.batch_size, 'sample')} per step = {counted(count, 'process', 'processes')} × {share}"
+    return f"{counted(batch_size, 'sample')} per step = {counted(count, 'process', 'processes')} × {share}"
 
 
 def _device_name(device: torch.device) -> str:
