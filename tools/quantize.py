@@ -34,6 +34,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
     say("Loading PyTorch and transformers")
 
+import logging
 import math
 import os
 import shutil
@@ -138,6 +139,7 @@ def score(name: str, questions: list[Question], bar: bool) -> float:
 
 def main(args: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning for every int8 product
     limit_library_bars(args.tqdm)
     # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
