@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
 
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
-from common.model.loading import avoid_avx512_kernel, set_gradient_checkpointing
+from common.model.loading import avoid_avx512_kernel, base_model, compile_layers, set_gradient_checkpointing
 from common.model.lora import FusedLoraLinear, FusedLoraLinear4bit, fuse_lora
-from common.phi3v import Phi3VConfig, fused
+from common.phi3v import Phi3VConfig, attention, fused
 from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets, unquantized_modules
 from common.training.deepspeed import disable_shm_op
@@ -171,6 +171,38 @@ def test_adapters_follow_their_weights(batches):
             if "lora_" in name:
                 parameter.data.mul_(1.5)  # moves no version counter
     assert run(model, batches[True])[0] == pytest.approx(run(plain, batches[True])[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # which the scripts leave out too
+@pytest.mark.parametrize("method", ["full", "LoRA"])
+def test_layers_are_compiled_for_all_batches_at_once(method, random_model, monkeypatch):
+    """The tower's layers and the decoder's, each kind once for its first batch and once more for all others."""
+    graphs = []
+    compile = torch.nn.Module.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def attend(query, key, value, ends, longest, scaling):
+        return (query * key).sum(-1, keepdim=True) * value
+
+    # One operation on packed samples, as on a GPU. On a CPU, attention runs sample by sample.
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda device: True)
+    monkeypatch.setattr(attention, "flash_attention", attend)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compile(layer, backend=count, **options))
+    torch._dynamo.reset()
+    model = build(method, path=random_model)
+    compile_layers(model)
+    base = base_model(model).model
+    assert all(layer._compiled_call_impl for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]))
+    counts = []
+    for rows in (slice(1, 2), slice(0, 3), slice(1, 3), slice(0, 2)):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**make_batches(random_model, rows=rows)[True]).loss.backward()
+        counts.append(len(graphs))
+    assert counts[0] >= 2 and counts[1:] == [counts[1]] * 3 and counts[1] <= 6
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "DoRA"])
