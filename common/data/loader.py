@@ -165,8 +165,8 @@ def wait_until_quiet() -> None:
 def release_memory() -> None:
     """Prepare the memory of this process for workers that share it: release what is not used, and keep the rest as it is.
 
-    Collecting garbage writes to every object, so that the pages of older objects would be copied. They are left out from now on,
-    until the next call.
+    Collecting garbage writes to every object, which would copy their pages. The objects of this time are left out of it until
+    the next call.
     """
     gc.unfreeze()
     gc.collect()
