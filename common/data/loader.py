@@ -5,11 +5,14 @@ Workers start safely, ignore SIGTERM to the process group, and pass on input err
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -157,6 +160,20 @@ def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:
 def wait_until_quiet() -> None:
     """Wait until communication threads have released their Python objects, so that workers can be forked safely."""
     time.sleep(0.05)
+
+
+def release_memory() -> None:
+    """Prepare the memory of this process for workers that share it: release what is not used, and keep the rest as it is.
+
+    Collecting garbage writes to every object, which would copy their pages. The objects of this time are left out of it until
+    the next call.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    pa.default_memory_pool().release_unused()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
+        trim(0)
 
 
 def _start_worker(_: int) -> None:

@@ -55,7 +55,8 @@ class PreparedRows(Sequence[dict[str, Any]]):
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of all rows; the others are not read."""
         options = pa.ipc.IpcReadOptions(included_fields=[self._file.schema.get_field_index(name)])
-        return pa.ipc.open_file(str(self.path), options=options).read_all()[name].slice(0, self._rows)
+        # Mapped only for as long as the column is used.
+        return pa.ipc.open_file(pa.memory_map(str(self.path)), options=options).read_all()[name].slice(0, self._rows)
 
 
 def write_rows(path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:

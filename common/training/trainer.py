@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_check
 
 from common.arguments import Setup
 from common.data.batches import PlannedBatches, epoch_steps
-from common.data.loader import WorkerLoader, raise_input_errors, wait_until_quiet
+from common.data.loader import WorkerLoader, raise_input_errors, release_memory, wait_until_quiet
 from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.predictions import Evaluation, write_evaluation
@@ -122,6 +122,7 @@ class FinetuningTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         # The Trainer fetches all micro-batches of a step before it runs the first one.
         skip = self.flags.on_bad_sample == "skip"
+        release_memory()  # before workers are forked for the whole training
         return self._loader(
             self.train_dataset,
             self.batches,

@@ -1,5 +1,6 @@
 """Load: a data set of a million rows, and a run of ten thousand steps: python -m faults.load {rows,steps} [COUNT]."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from common.data.batches import PlannedBatches, accumulation_for_budget
 from common.data.collator import Collator
-from common.data.loader import WorkerLoader
+from common.data.loader import WorkerLoader, release_memory
 from common.data.samples import TrainingData
 from common.data.sources import load_conversations
 from common.model.checkpoint import load_processor
@@ -30,7 +31,7 @@ from common.model.checkpoint import load_processor
 MEGABYTE = 1e6
 PICTURES = 1000
 BATCH, TOKENS = 64, 8192
-BATCHES = 300  # read before the memory of the worker is measured
+BATCHES = 100  # read before the memory of the worker is measured
 
 
 def cpu_seconds() -> float:
@@ -90,14 +91,27 @@ def measure_start(name: str, model: Path, path: Path) -> None:
     with timed(f"{name}: resumed in the middle of an epoch, until the first batch"):
         next(batch for batch in batches if batch)
     batches.begin_at(0)
-    loader = WorkerLoader(data, Collator(processor, packing=True), num_workers=1, batch_sampler=batches)
-    for number, _ in enumerate(iter(loader), start=1):
-        if number == min(BATCHES, len(batches)):
-            [worker] = psutil.Process().children()
-            memory = worker.memory_full_info()
-            shares = f"{memory.pss / MEGABYTE:.0f} MB (PSS, files included), {memory.uss / MEGABYTE:.0f} MB of it not shared"
-            print(f"{name}: a worker after {number} batches: {shares}", flush=True)
-            break
+    measure_worker(name, data, batches)
+
+
+def measure_worker(name: str, data: TrainingData, batches: PlannedBatches) -> None:
+    """Memory of a data worker after the same number of batches, however many rows there are."""
+    release_memory()  # as the trainer does
+    collator = Collator(data.processor, packing=True)
+    loader = WorkerLoader(data, collator, num_workers=1, batch_sampler=batches, persistent_workers=True)
+    read = 0
+    for epoch in itertools.count():
+        batches.set_epoch(epoch)
+        for _ in iter(loader):
+            read += 1
+            if read == BATCHES:
+                [worker] = psutil.Process().children()
+                memory = worker.memory_full_info()
+                shares = (
+                    f"{memory.pss / MEGABYTE:.0f} MB (PSS, files included), {memory.uss / MEGABYTE:.0f} MB of it not shared"
+                )
+                print(f"{name}: a worker after {read} batches: {shares}", flush=True)
+                return
 
 
 def as_it_is(row: dict, rng: random.Random) -> dict:
