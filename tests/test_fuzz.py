@@ -153,6 +153,24 @@ def test_a_file_of_a_checkpoint(name, share, random_model, tmp_path):
     check()
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "refused"),
+    [
+        ("config.json", {"auto_map": {"AutoModelForCausalLM": None}}, False),
+        # tokenizers panics when it encodes a text, with an exception that is no Exception.
+        ("tokenizer.json", {"post_processor": {"type": "TemplateProcessing", "special_tokens": {}}}, True),
+    ],
+)
+def test_what_fuzzing_has_found(name, change, refused, random_model, tmp_path):
+    directory = shutil.copytree(random_model, tmp_path / "model")
+    content = json.loads((directory / name).read_text(encoding="utf-8")) | change
+    if name == "tokenizer.json":
+        undefined = {"SpecialToken": {"id": "<undefined>", "type_id": 0}}
+        content["post_processor"] |= {"single": [undefined, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [undefined]}
+    (directory / name).write_text(json.dumps(content))
+    assert (read(lambda: load_full(str(directory), "cpu")) is None) == refused
+
+
 def test_weights(random_model, tmp_path):
     directory = shutil.copytree(random_model, tmp_path / "model")
     whole = (directory / "model.safetensors").read_bytes()

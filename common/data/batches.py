@@ -16,8 +16,8 @@ from .mixing import Mixture
 
 # Cost of one view in the published vision tower, in tokens of the published decoder: 577 tokens through 23 layers of 12.6 M
 # parameters, compared with one token through 3.7 G parameters. A frozen tower saves the backward pass, two thirds of the cost.
-TOKENS_PER_VIEW_OF_WORK = 45
-TOKENS_PER_VIEW_OF_FROZEN_WORK = 15
+VIEW_WORK = 45
+FROZEN_VIEW_WORK = 15
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Lengths:
 
     def work(self, vision_trains: bool = True) -> np.ndarray:
         """Estimated cost of each sample in decoder tokens, (rows,)."""
-        return self.tokens + (TOKENS_PER_VIEW_OF_WORK if vision_trains else TOKENS_PER_VIEW_OF_FROZEN_WORK) * self.views
+        return self.tokens + (VIEW_WORK if vision_trains else FROZEN_VIEW_WORK) * self.views
 
 
-def epoch_steps(num_rows: int | Mixture, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_steps(rows: int | Mixture, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Shuffle the rows of an epoch, all rows or those of a mixture, and split them into optimizer steps.
 
     Returns
@@ -40,7 +40,7 @@ def epoch_steps(num_rows: int | Mixture, batch_size: int, seed: int, epoch: int)
     numpy.ndarray
         int64 (steps, batch_size). The last step is completed with the first rows of the epoch.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(num_rows if isinstance(num_rows, int) else num_rows.rows(epoch))
+    order = np.random.default_rng([seed, epoch]).permutation(rows if isinstance(rows, int) else rows.rows(epoch))
     steps = -(-len(order) // batch_size)
     return np.resize(order, steps * batch_size).reshape(steps, batch_size)
 
@@ -84,7 +84,8 @@ def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int |
         Number of tokens and cost of each sample, (samples,); at least ``num_bins`` samples.
     num_bins : int
     budget : int, optional
-        Maximum number of tokens per bin. A sample that exceeds it gets its own bin.
+        Maximum number of tokens per bin. A sample that exceeds it gets its own bin. Best-fit decreasing must need at most
+        ``num_bins`` bins, see :func:`accumulation_for_budget`.
 
     Returns
     -------
@@ -102,6 +103,7 @@ def fill_bins(tokens: np.ndarray, work: np.ndarray, num_bins: int, budget: int |
         elif budget is not None:
             candidates = candidates[(bin_tokens + tokens[sample] <= budget) | (bin_tokens == 0)]
             if not len(candidates):
+                # Balancing has left no bin with enough free tokens: pack as tightly as possible, and balance by splitting.
                 bins = _split(_by_best_fit(tokens, budget), work, num_bins)
                 break
         target = candidates[np.argmin(bin_work[candidates])]

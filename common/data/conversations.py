@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ IMAGE_MARK = "<image>"
 NOTES = ("id", "source", "metadata")  # fields of a row that are not trained on
 TURN_FIELDS = ("images", "user", "assistant")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Further bytes of a turn that :func:`text_size` counts for the chat template's tokens.
+# Further bytes of a turn that :func:`max_text_tokens` counts for the chat template's tokens.
 BYTES_PER_TURN = 64
 
 
@@ -178,19 +178,19 @@ def _place_images(turns: list[dict[str, Any]], images: Any, place: str) -> None:
         counts = f"{counted(len(images), 'image')} and {counted(sum(marks), f'{IMAGE_MARK} mark')}"
         raise InputError(f"the row has {counts}: use one mark per image, or none", place)
     marks = marks if any(marks) else [len(images)]
-    ends = [sum(marks[:number]) for number in range(len(marks) + 1)]
+    ends = [0, *accumulate(marks)]
     for turn, (begin, end) in zip(turns, pairwise(ends), strict=False):
         turn["images"] = images[begin:end]
 
 
-def check_conversation(conversation: Any, name: str) -> None:
+def check_conversation(conversation: Any, place: str) -> None:
     """Check the texts and images of a conversation, and that its image tags match its images.
 
     Parameters
     ----------
     conversation : Any
         As returned by :func:`read_conversation`.
-    name : str
+    place : str
         Location for messages, for example ``data.jsonl, line 3``.
 
     Raises
@@ -198,19 +198,19 @@ def check_conversation(conversation: Any, name: str) -> None:
     InputError
         For the first error found; the message names the row and what is expected.
     """
-    for error in conversation_faults(conversation, name):
+    for error in conversation_faults(conversation, place):
         raise error
 
 
-def conversation_faults(conversation: Conversation, name: str) -> Iterator[InputError]:
+def conversation_faults(conversation: Conversation, place: str) -> Iterator[InputError]:
     """Yield all errors that :func:`check_conversation` looks for."""
     turns = conversation["conversations"]
     system = conversation.get("system")
     if _is_plain("-" if system is None else system) and all(map(_is_plain_turn, turns)):
         return
-    faults = [InputError(fault, name) for fault in _text_faults("system", "-" if system is None else system)]
+    faults = [InputError(fault, place) for fault in _text_faults("system", "-" if system is None else system)]
     for number, turn in enumerate(turns, start=1):
-        faults += [InputError(fault, f"{name}, turn {number}") for fault in _turn_faults(turn)]
+        faults += [InputError(fault, f"{place}, turn {number}") for fault in _turn_faults(turn)]
     yield from faults
     if faults:
         return
@@ -222,7 +222,7 @@ def conversation_faults(conversation: Conversation, name: str) -> Iterator[Input
         try:
             _check_tags(tags, num_images)
         except InputError as error:
-            yield error.at(f"{name}, turn {number}" if len(turns) > 1 else name)
+            yield error.at(f"{place}, turn {number}" if len(turns) > 1 else place)
             return
 
 
@@ -302,7 +302,7 @@ def encode_prompt(
     Returns
     -------
     dict
-        ``input_ids`` list of int (−k for image k), ``images`` list of images.
+        ``input_ids`` list of int (−k at each token of image k), ``images`` list of images.
     """
     images = pictures(conversation)
     for image in images:
@@ -330,13 +330,18 @@ def encode_conversation(
     Returns
     -------
     dict
-        ``input_ids`` list of int (−k for image k), ``labels`` list of int (−100 outside answers), ``images`` list of
-        images.
+        ``input_ids`` list of int (−k at each token of image k), ``labels`` list of int (−100 outside answers), ``images`` list
+        of images.
+
+    Raises
+    ------
+    InputError
+        If the image tags do not match the images, or the conversation exceeds the context of the model.
     """
     turns = conversation["conversations"]
     images = pictures(conversation)
     image_tokens = image_tokens or count_image_tokens(images, processor)
-    spans = []
+    spans = []  # of all answers but the last one
     for number in range(1, len(turns)):
         part = conversation | {"conversations": turns[:number]}
         history, used = prompt_text(part, processor), image_tokens[: len(pictures(part))]
@@ -356,7 +361,7 @@ def encode_conversation(
 def count_tokens(
     conversations: Sequence[Conversation],
     image_tokens: Sequence[list[int]],
-    name: Callable[[int], str],
+    place: Callable[[int], str],
     processor: Phi3VProcessor,
 ) -> list[int]:
     """Count the tokens that :func:`encode_conversation` would produce for each conversation, in one batch.
@@ -366,7 +371,7 @@ def count_tokens(
     conversations : sequence of Conversation
     image_tokens : sequence of list of int
         Number of tokens of each image of each conversation.
-    name : callable
+    place : callable
         Returns the location of a conversation, by its index, for messages.
     processor : Phi3VProcessor
 
@@ -383,7 +388,7 @@ def count_tokens(
         try:
             _check_tags(numbers, len(tokens))
         except InputError as error:
-            raise error.at(name(index)) from None
+            raise error.at(place(index)) from None
         split.append(pieces[::2])
         answers.append(_last_answer(conversation, processor))
         counts.append(sum(tokens[number - 1] for number in numbers))
@@ -400,7 +405,7 @@ def count_image_tokens(images: list[Picture], processor: Phi3VProcessor) -> list
     return [processor.image_processor.num_tokens(*picture_size(image)) for image in images]
 
 
-def text_size(conversation: Conversation) -> int:
+def max_text_tokens(conversation: Conversation) -> int:
     """Return an upper bound of the number of tokens of a conversation's texts: at most one per byte."""
     texts = [conversation.get("system") or ""]
     texts += [turn[field] for turn in conversation["conversations"] for field in ("user", "assistant")]
@@ -466,6 +471,7 @@ def _count_text_tokens(texts: list[str], processor: Phi3VProcessor, add_special_
 
 
 def _user_contents(conversation: Conversation) -> list[str]:
+    """Return the user's text of each turn, with image marks replaced by numbered tags, or the tags inserted before it."""
     contents, number = [], 0
     for turn in conversation["conversations"]:
         count = len(turn.get("images") or [])

@@ -30,9 +30,9 @@ from .conversations import (
     check_conversation,
     conversation_faults,
     is_picture,
+    max_text_tokens,
     pictures,
     read_conversation,
-    text_size,
 )
 from .formats import describe_format, read_lines
 from .loader import in_parallel
@@ -344,7 +344,7 @@ def check_rows(
                     found[keys[-1]] = error
             if isinstance(result := found[keys[-1]], InputError):
                 raise result.at(place)
-        known.append((index, content_hash(variants, keys), max(map(text_size, variants)), len(keys)))
+        known.append((index, content_hash(variants, keys), max(map(max_text_tokens, variants)), len(keys)))
 
     bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)[0])
     doubts = [result for result in found.values() if isinstance(result, str)]
@@ -470,7 +470,7 @@ def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list
         images = pictures(row)
         known = {
             "hash": content_hash([row], [str(image) for image in images]),
-            "size": text_size(row),
+            "size": max_text_tokens(row),
             "num_images": len(images),
         }
         rows.append(row | known | {"place": place.removeprefix(f"{path}, ")})

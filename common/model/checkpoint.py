@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.activations import ACT2FN
 
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
@@ -181,7 +181,9 @@ def load_processor(name_or_path: str, revision: str | None = None, num_crops: in
     try:
         processor = Phi3VProcessor.from_pretrained(name_or_path, revision=revision or "main", **options)
         _check_tokenizer(processor)
-    except Exception as error:  # tokenizers raises plain Exception, a chat template anything
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a chat template raises anything, and tokenizers BaseException if its code panics
         raise InputError(
             f"the tokenizer or image processor files cannot be read ({first_line(error)}): {COPY_AGAIN}",
             name_or_path,
@@ -220,7 +222,8 @@ def load_weights(
         bos_token_id=config.bos_token_id, eos_token_id=stop_token_ids(processor), pad_token_id=config.pad_token_id
     )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        # Not by AutoModelForCausalLM, which would look for code of the checkpoint.
+        model: Any = Phi3VForCausalLM.from_pretrained(
             name_or_path, revision=revision or "main", use_safetensors=True, generation_config=generation, **options
         )
     except (OSError, SafetensorError) as error:

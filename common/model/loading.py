@@ -28,14 +28,14 @@ from .lora import fuse_lora
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_attention(asked: str | None, insist_on_flash: bool, device: torch.device) -> tuple[str, str]:
+def choose_attention(requested: str | None, require_flash: bool, device: torch.device) -> tuple[str, str]:
     """Choose the attention implementation.
 
     Parameters
     ----------
-    asked : str, optional
+    requested : str, optional
         ``--attn_implementation``.
-    insist_on_flash : bool
+    require_flash : bool
         ``--use_flash_attention``.
     device : torch.device
 
@@ -60,13 +60,14 @@ def choose_attention(asked: str | None, insist_on_flash: bool, device: torch.dev
         )
         if generation in generations and available()
     ]
-    if asked and asked.startswith("flash_attention") and asked not in installed:
+    if requested and requested.startswith("flash_attention") and requested not in installed:
         raise InputError(
-            f"flash-attn {asked[-1]} is not installed, or does not support this device", f"--attn_implementation {asked}"
+            f"flash-attn {requested[-1]} is not installed, or does not support this device",
+            f"--attn_implementation {requested}",
         )
-    if asked and not (insist_on_flash and asked == "varlen" and not has_kernel):
-        return asked, "set by --attn_implementation"
-    if insist_on_flash:
+    if requested and not (require_flash and requested == "varlen" and not has_kernel):
+        return requested, "set by --attn_implementation"
+    if require_flash:
         if not has_kernel:
             where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
             raise InputError(
