@@ -111,7 +111,7 @@ def parse_args():
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
     parser.add_argument("--samples", nargs="+", type=int, default=[4], help="samples per micro-batch (default: 4)")
     parser.add_argument("--layers", nargs="+", choices=("fused", "plain"), default=["fused"], help="default: fused")
-    modes = ("none", "elementwise", "selective", "full")
+    modes = ("none", "elementwise", "vision", "selective", "full")
     parser.add_argument("--recompute", nargs="+", choices=modes, default=["elementwise"], help="default: elementwise")
     parser.add_argument("--torch_compile", action="store_true", help="compile the layers")
     parser.add_argument("--config", choices=("real", "tiny"), default="real", help="default: real, 4.1 B parameters")

@@ -268,7 +268,7 @@ def parse_args():
     group.add_argument("--methods", nargs="+", choices=METHOD_FLAGS, default=list(METHOD_FLAGS), help="default: all")
     group.add_argument("--attention", nargs="+", default=["auto"], help="by name, as the scripts take it (default: auto)")
     group.add_argument("--packing", nargs="+", choices=("on", "off"), default=["on"], help="default: on")
-    checkpointing = ("auto", "full", "selective", "elementwise", "none")
+    checkpointing = ("auto", "full", "selective", "vision", "elementwise", "none")
     recomputation = "default: auto, and full for LoRA and QLoRA, one sample at once"
     group.add_argument("--checkpointing", nargs="+", choices=checkpointing, help=recomputation)
     group.add_argument("--samples_at_once", nargs="+", type=int, default=[1, 4], help="of a micro-batch (default: 1 and 4)")

@@ -298,10 +298,10 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     )
     group.add_argument(
         "--gradient_checkpointing",
-        choices=("auto", "full", "selective", "elementwise", "none"),
+        choices=("auto", "full", "selective", "vision", "elementwise", "none"),
         default="auto",
-        help="recompute in the backward pass: all layers, every second layer, norms and activations only, or nothing "
-        "(default: as little as memory allows)",
+        help="recompute in the backward pass: all layers, every second layer, the vision tower, norms and activations "
+        "only, or nothing (default: as little as memory allows)",
     )
     group.add_argument(
         "--fused_layers",

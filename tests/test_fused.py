@@ -82,7 +82,7 @@ def small_batches(random_model):
 def test_fused_layers_compute_the_same(random_model, small_batches, method, packing):
     batch = small_batches[packing]
     expected_loss, expected = run(build(method, True, random_model), batch)
-    for recompute in ("none", "elementwise", "selective", "full"):
+    for recompute in ("none", "elementwise", "vision", "selective", "full"):
         model = build(method, path=random_model)
         assert any(isinstance(module, FusedLoraLinear4bit) for module in model.modules()) == (method == "QLoRA")
         loss, gradients = run(model, batch, recompute)

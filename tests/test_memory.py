@@ -108,6 +108,7 @@ def test_the_trial_predicts_what_a_batch_stores(packing, bf16, frozen, random_mo
             assert footprint.bytes(sizes.tokens, sizes.views) == pytest.approx(kept[mode], rel=0.03)
         assert kept["full"] < kept["selective"] < kept["none"]
         assert kept["full"] < kept["elementwise"] < kept["none"]
+        assert kept["selective"] < kept["vision"] <= kept["none"]
     assert trial.recomputing.per_token < 0.2 * trial.keeping.per_token
     assert (trial.keeping.per_view < 10_000) == frozen  # a frozen tower stores nothing
     assert trial.flops_per_second > 0 and trial.launching > 0
@@ -127,7 +128,7 @@ def test_the_trial_uses_the_precision_of_training(deepspeed, by_autocast, random
     assert seen == {by_autocast}
 
 
-FOOTPRINTS = Footprint(0, 100, 10), Footprint(0, 60, 6), Footprint(0, 4, 1)
+FOOTPRINTS = Footprint(0, 100, 900), Footprint(0, 60, 800), Footprint(0, 4, 1)
 TRIAL = Trial(*FOOTPRINTS, num_layers=4, states=1000, step=50, free=0, flops_per_second=1, launching=0)
 
 
@@ -140,12 +141,13 @@ def test_the_least_recomputation_that_fits_is_chosen():
     assert least_recomputation(dataclasses.replace(TRIAL, free=10**9), 100, 10) == "none"
     assert least_recomputation(None, 100, 10) == "full"
     modes = recomputation_modes(flags(torch_compile=True))
-    assert modes == recomputation_modes(flags(fused_layers=False)) == ("none", "selective", "full")
+    assert modes == recomputation_modes(flags(fused_layers=False)) == ("none", "vision", "selective", "full")
+    assert recomputation_modes(flags(freeze_vision_model=True)) == ("none", "elementwise", "selective", "full")
     assert recomputation_modes(flags()) == MODES
     assert recomputation_modes(flags(gradient_checkpointing="elementwise")) == ("elementwise",)
-    assert least_recomputation(dataclasses.replace(TRIAL, free=needed[1] / 0.85 + 1), 100, 10, modes) == "selective"
+    assert least_recomputation(dataclasses.replace(TRIAL, free=needed[1] / 0.85 + 1), 100, 10, modes) == "vision"
     # At the optimizer step, the activations have been freed.
-    assert [dataclasses.replace(TRIAL, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 4
+    assert [dataclasses.replace(TRIAL, step=10**6).needed(mode, 100, 10) for mode in MODES] == [1000 + 10**6] * 5
 
 
 @pytest.mark.parametrize("free", [3000, 20_000, 10**6, 10**8])

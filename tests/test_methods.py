@@ -193,7 +193,7 @@ def test_qlora_quantizes_the_linear_layers(frozen, random_model, docvqa_data, tm
         assert linear.compute_dtype == (torch.bfloat16 if frozen else torch.float32)
 
 
-@pytest.mark.parametrize("recomputation", ["none", "elementwise", "selective", "full"])
+@pytest.mark.parametrize("recomputation", ["none", "elementwise", "vision", "selective", "full"])
 def test_a_frozen_vision_tower_builds_no_graph(recomputation, random_model, docvqa_data, tmp_path, monkeypatch):
     command = [SCRIPT, *flags(docvqa_data, tmp_path, model_name_or_path=random_model, freeze_vision_model=True)]
     monkeypatch.setattr(sys, "argv", command)

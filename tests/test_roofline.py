@@ -95,11 +95,12 @@ def test_a_kernel_takes_the_longest_of_its_times():
 def test_every_method_and_recomputation_is_predicted(method, gpus):
     predictor = Predictor(method, gpus, small())
     found = [predictor.predict(mode, 2, num_crops=2) for mode in roofline.memory.MODES]
-    none, elementwise, selective, full = (each.activations for each in found)
+    none, elementwise, vision, selective, full = (each.activations for each in found)
     assert none > elementwise > selective > full > 0
+    assert none >= vision > selective and (none == vision) == (method == "frozen")
     assert len({each.flops for each in found}) == 1
     launches = [sum(phase.total() for phase in each.phases) for each in found]
-    assert launches[0] < launches[1] and launches[0] < launches[2] < launches[3]
+    assert launches[0] < launches[1] and launches[0] <= launches[2] < launches[3] < launches[4]
     dequantizes = any(kernel.group == "dequantization" for phase in found[0].phases for kernel in phase)
     assert dequantizes == (method == "qlora")
     said = roofline.report(found[0], GPUS["H100"], gpus)

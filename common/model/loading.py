@@ -183,9 +183,9 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
 
     Parameters
     ----------
-    mode : {"full", "selective", "elementwise", "none"}
-        Recompute all layers of the decoder and the vision tower; every second decoder layer and all of the vision tower; norms
-        and activations only; nothing.
+    mode : {"full", "selective", "vision", "elementwise", "none"}
+        Recompute all layers of the decoder and the vision tower; every second decoder layer and all of the vision tower; the
+        vision tower; norms and activations only; nothing.
     """
     base = base_model(model)
     base.recompute_elementwise = mode == "elementwise"
@@ -195,8 +195,8 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
     attention = base.config.attention_dropout or base.config.tower.attention_dropout
     dropout = attention or any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
     base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": bool(dropout)})
-    if mode == "selective":
-        for layer in base.model.layers[::2]:
+    if mode in ("selective", "vision"):
+        for layer in base.model.layers[:: 2 if mode == "selective" else 1]:
             layer.gradient_checkpointing = False  # type: ignore[assignment]  # not a parameter or module
 
 

@@ -5,14 +5,10 @@ parts, what takes LoRA adapters, which tokens end a turn, and how many FLOPs a b
 :mod:`common.phi3v.modeling`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+
+# transformers 5.16 exports it only with torchvision, which this model does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration import Phi3VConfig
 from .image_processing import Phi3VImageProcessor

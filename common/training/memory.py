@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.arguments import Setup, uses_adapters
+from common.arguments import Setup, trained_parts, uses_adapters
 from common.data.batches import Lengths
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
 from common.phi3v.flops import BatchSizes, TrainingFlops
@@ -32,7 +32,7 @@ from common.runtime.process import local_world_size, world_size
 from .deepspeed import zero_settings
 
 # Recomputation, from the fastest to the one that needs the least memory, and the share of a forward pass that it repeats.
-REPEATED = {"none": 0.0, "elementwise": 0.1, "selective": 0.6, "full": 1.0}
+REPEATED = {"none": 0.0, "elementwise": 0.1, "vision": 0.3, "selective": 0.6, "full": 1.0}
 MODES = tuple(REPEATED)
 # Fraction of the free memory that is planned for; the rest is for temporary tensors, communication and fragmentation.
 USABLE_SHARE = 0.85
@@ -92,7 +92,7 @@ class Trial:
 
         Parameters
         ----------
-        mode : {"none", "elementwise", "selective", "full"}
+        mode : {"none", "elementwise", "vision", "selective", "full"}
             As :func:`common.model.loading.set_gradient_checkpointing` takes it.
         tokens, views : float
             Of the largest batch.
@@ -107,6 +107,7 @@ class Trial:
         return {
             "none": kept,
             "elementwise": self.elementwise.bytes(tokens, views) + one_layer,
+            "vision": kept - tower_kept + tower_kept / self.num_layers,
             "selective": (kept - tower_kept + recomputed) / 2 + one_layer,
             "full": recomputed + one_layer,
         }[mode]
@@ -123,7 +124,7 @@ class Trial:
 
         Parameters
         ----------
-        mode : {"none", "elementwise", "selective", "full"}
+        mode : {"none", "elementwise", "vision", "selective", "full"}
         flops : (float, float)
             Of the forward passes and of the backward passes of this process.
         micro_batches : int
@@ -139,8 +140,10 @@ def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
     if args.gradient_checkpointing != "auto":
         return (args.gradient_checkpointing,)
     # Layers of transformers have no operations to recompute, and torch.compile decides itself what to recompute in a layer.
-    elementwise = args.fused_layers and not args.torch_compile
-    return tuple(mode for mode in MODES if mode != "elementwise" or elementwise)
+    without = set() if args.fused_layers and not args.torch_compile else {"elementwise"}
+    if "vision" not in trained_parts(args):
+        without.add("vision")  # a frozen tower stores nothing
+    return tuple(mode for mode in MODES if mode not in without)
 
 
 def least_recomputation(trial: Trial | None, tokens: int, views: int, modes: tuple[str, ...] = MODES) -> str:

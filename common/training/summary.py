@@ -23,6 +23,7 @@ GIB = 2**30
 RECOMPUTATION = {
     "none": "none",
     "elementwise": "norms and activations",
+    "vision": "all vision layers",
     "selective": "every second decoder layer, all vision layers",
     "full": "all layers",
 }
@@ -49,7 +50,7 @@ def summarize(
         The settings determined from them at the start.
     lengths : Lengths
         Lengths of a sample of the rows, or of all rows.
-    recomputation : {"none", "elementwise", "selective", "full"}
+    recomputation : {"none", "elementwise", "vision", "selective", "full"}
         Which layers are recomputed in the backward pass.
     trial : Trial, optional
         The trial from which memory and time are estimated.

@@ -68,7 +68,7 @@ class FinetuningTrainer(Trainer):
         Scores a model on the task.
     flops : TrainingFlops
         Counts the FLOPs of a batch.
-    recomputation : {"none", "elementwise", "selective", "full"}
+    recomputation : {"none", "elementwise", "vision", "selective", "full"}
         The chosen mode, which the benchmark records.
     """
 
