@@ -33,6 +33,7 @@ from common.data.pictures import check_picture, decode_picture
 from common.data.sources import load_conversations, parse_conversation, read_rows
 from common.model.checkpoint import load_processor
 from common.model.inference import attach_adapter, find_adapter, find_base, load_base, load_full
+from common.runtime.files import read_json
 from common.runtime.process import InputError
 from common.training.deepspeed import choose_deepspeed, zero_stage
 
@@ -334,7 +335,7 @@ def test_an_archive(tmp_path):
 def test_what_is_not_a_regular_file_is_refused_at_once(make, random_model, tmp_path):
     make(tmp_path / "a.png")
     assert read(lambda: check_picture(tmp_path / "a.png")) is None
-    assert read(lambda: docvqa.read_json(tmp_path / "a.png", "put a file there")) is None
+    assert read(lambda: read_json(tmp_path / "a.png", "put a file there")) is None
     assert read(lambda: load_conversations(tmp_path / "a.png", tmp_path)) is None
     directory = shutil.copytree(random_model, tmp_path / "model")
     for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json", "chat_template.jinja"):

@@ -119,13 +119,13 @@ def prepare_data(rank, port, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     datasets.config.HF_DATASETS_CACHE = folder / f"cache{rank // 2}"
-    new_stream = pa.ipc.new_stream
+    new_file = pa.ipc.new_file
 
     def recorded(*args, **kwargs):
         (folder / f"converted by {rank}").touch()
-        return new_stream(*args, **kwargs)
+        return new_file(*args, **kwargs)
 
-    pa.ipc.new_stream = recorded
+    pa.ipc.new_file = recorded
     PartialState(cpu=True)
     assert len(load_conversations(folder / "data.jsonl", folder)) == 3
     dist.barrier()

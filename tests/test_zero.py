@@ -90,8 +90,8 @@ def test_zero3_gives_the_weights_of_zero2_and_resumes_exactly(train, tmp_path):
 
 def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypatch):
     """The processes have different numbers of prompts, and answers of different lengths."""
-    draw_samples("docvqa", tmp_path / "data", train=2, val=2)
-    options = {"model_name_or_path": TINY, "max_new_tokens": 16, "eval_batch_size": 2, "max_eval_samples": 5}
+    draw_samples("docvqa", tmp_path / "data", train=2, val=3)
+    options = {"model_name_or_path": TINY, "max_new_tokens": 16, "eval_batch_size": 2, "max_eval_samples": 9}
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(tmp_path / "data", tmp_path / "run", **options)])
     args = docvqa.parse_args()
     args.dataloader_num_workers = 0
@@ -101,7 +101,7 @@ def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypat
     expected = [entry.prediction for entry in docvqa.evaluate(model, processor, rows, args).predictions]
     assert len({len(answer) for answer in expected}) > 1
     with torch.no_grad():
-        loss = model(**validation_batch(tmp_path / "data", processor, limit=5)).loss.item()
+        loss = model(**validation_batch(tmp_path / "data", processor, limit=9)).loss.item()
 
     # The learning rate of the first step is 0.
     options |= {"data_dir": tmp_path / "data", "max_steps": 1, "deepspeed": config("zero3")}
