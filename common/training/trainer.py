@@ -281,13 +281,11 @@ class FinetuningTrainer(Trainer):
         """Reapply the flags' learning rates and weight decay at this step of the schedule: resuming restored the old ones."""
         scheduler: Any = self.lr_scheduler
         optimizer: Any = self.optimizer
-        scheduler.base_lrs = [rate for rate, _ in self._settings_of_groups]
-        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
-        for group, rate, (base, decay) in zip(
-            optimizer.param_groups, scheduler._last_lr, self._settings_of_groups, strict=True
-        ):
-            group |= {"lr": rate, "initial_lr": base, "weight_decay": decay}
+        base = [rate for rate, _ in self._settings_of_groups]
+        rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict(scheduler.state_dict() | {"base_lrs": base, "_last_lr": rates})
+        for group, rate, (initial, decay) in zip(optimizer.param_groups, rates, self._settings_of_groups, strict=True):
+            group |= {"lr": rate, "initial_lr": initial, "weight_decay": decay}
 
     def prepare_first_step(self) -> None:
         """Start the clock; on resume, restore counters, reapply flags, and do an evaluation that SIGTERM prevented."""
