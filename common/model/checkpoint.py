@@ -330,6 +330,8 @@ def _config_faults(config: Any) -> Iterator[str]:  # its values may have any typ
         yield f"rope_scaling.type must be su or longrope, got {rope['rope_type']!r}"
     if not is_positive(rope["rope_theta"]) or rope.get("partial_rotary_factor", 1) != 1:
         yield f"rope_theta must be above 0 and partial_rotary_factor 1, got {rope['rope_theta']!r}"
+    if rope["rope_type"] == "longrope" and config.original_max_position_embeddings == 1:
+        yield "original_max_position_embeddings must be above 1"  # its logarithm is a divisor
     for key in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
         factors = rope.get(key)
         if not isinstance(factors, list) or len(factors) != size or not all(map(is_positive, factors)):
