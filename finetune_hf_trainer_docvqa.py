@@ -35,7 +35,7 @@ if __name__ == "__main__":
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path
-from common.data.rows import Rows
+from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
 from common.data.sources import check_rows, load_hub, read_rows
 from common.data.streaming import Stream
@@ -62,7 +62,7 @@ def from_mini(row: dict, identifier: str) -> dict:
 
 def from_full(row: dict, identifier: str) -> dict:
     """Return a row with all questions about a page. It is used only for training."""
-    return {"id": identifier, "image": row["images"][0], "question": None, "answers": [], "texts": row["texts"]}
+    return {"id": identifier, "image": first_entry(row, "images"), "question": None, "answers": [], "texts": row["texts"]}
 
 
 def from_official(data_dir: Path, entry: dict) -> dict:

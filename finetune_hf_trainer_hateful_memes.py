@@ -36,7 +36,7 @@ if __name__ == "__main__":
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path
-from common.data.rows import Rows
+from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
 from common.data.sources import check_rows, read_rows
 from common.data.streaming import Stream
@@ -58,10 +58,10 @@ ANSWERS = ("No.", "Yes.")  # by label
 
 
 def from_hub(row: dict, identifier: str) -> dict:
-    answer = row["texts"][0]["assistant"]
+    answer = first_entry(row, "texts")["assistant"]
     if answer not in ANSWERS:
         raise InputError(f'expected the answer "{ANSWERS[0]}" or "{ANSWERS[1]}", got "{excerpt(answer)}": remove the row')
-    return {"id": identifier, "image": row["images"][0], "label": ANSWERS.index(answer)}
+    return {"id": identifier, "image": first_entry(row, "images"), "label": ANSWERS.index(answer)}
 
 
 def from_official(data_dir: Path, row: dict) -> dict:

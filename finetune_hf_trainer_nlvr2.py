@@ -32,7 +32,7 @@ if __name__ == "__main__":
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path
-from common.data.rows import Rows
+from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
 from common.data.sources import check_rows, read_rows
 from common.data.streaming import Stream
@@ -58,7 +58,7 @@ ANSWERS = {"True": "Yes.", "False": "No."}  # by label
 
 def from_hub(row: dict, identifier: str) -> dict:
     """Return the first question about an image pair; if each question is a row, this is the only one."""
-    text = row["texts"][0]
+    text = first_entry(row, "texts")
     identifier = identifier if "-" in identifier else f"{identifier}-0"
     return {"id": identifier, "images": row["images"], "question": text["user"], "answer": text["assistant"]}
 

@@ -1,7 +1,7 @@
 """Code shared by the task scripts. A module may only import modules further down in this list.
 
 training/     the steps of a run: the Trainer, checkpoints, the memory estimate
-report/       run.json, the model card and the HTML report; imported only when needed
+report/       run.json; the model card and the HTML report, which are imported only when needed
 evaluation/   batched generation, metrics, predictions
 model/        checking and loading checkpoints
 data/         from dataset rows to batches

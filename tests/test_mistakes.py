@@ -184,6 +184,6 @@ def test_torchruns_summary_ends_with_the_message(failing, tmp_path, monkeypatch,
 def test_a_message_in_training_is_printed_before_torchruns_summary(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit):
-        process.fail("no rows are left", others_may_go_on=True)
+        process.fail("no rows are left", others_may_continue=True)
     assert capsys.readouterr().err == "error: no rows are left\n"
     assert (tmp_path / "error.json").exists()

@@ -14,7 +14,7 @@ from common.data.collator import Collator
 from common.data.conversations import encode_conversation
 from common.model.loading import compile_layers, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from common.phi3v.image_processing import cut_crops, join_crops, normalise_with_global_view, to_crop_grid
+from common.phi3v.image_processing import cut_crops, join_crops, normalize_with_global_view, to_crop_grid
 
 
 def load(attention="varlen", dtype=torch.float32, **overrides):
@@ -167,7 +167,7 @@ def test_raw_crops_give_the_pixels_of_the_processor(processor, samples):
     vision = model.model.vision_embed_tokens
     assert torch.equal(vision.views(raw, sizes), vision.views(inputs["pixel_values"], sizes))
     assert torch.equal(join_crops(cut_crops(grids[0]), *sizes[0]), grids[0])
-    assert len(normalise_with_global_view(raw, sizes)) == len(raw) + 2
+    assert len(normalize_with_global_view(raw, sizes)) == len(raw) + 2
 
 
 def test_text_alone_gives_every_vision_parameter_a_zero_gradient(processor, samples):

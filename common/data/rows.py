@@ -132,6 +132,19 @@ class Rows(Sequence[Any]):
         return self.convert(content, identifier) if self.convert else content
 
 
+def first_entry(row: dict[str, Any], column: str) -> Any:
+    """Return the first entry of a column of lists.
+
+    Raises
+    ------
+    InputError
+        If the list is empty.
+    """
+    if not row[column]:
+        raise InputError(f'"{column}" is empty: remove the row')
+    return row[column][0]
+
+
 def join_rows(files: Sequence[Rows], weights: Sequence[float] | None = None, seed: int = 0) -> Rows:
     """Join the checked rows of several files; with ``weights``, see :class:`~.mixing.Mixture`, one for each file."""
     if len(files) == 1 and not weights:

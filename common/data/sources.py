@@ -328,8 +328,6 @@ def check_rows(
             variants = list(conversations(rows[index]))
             if not variants:
                 raise InputError("the row has no question: remove it")
-        except IndexError:
-            raise InputError("the row is missing an image or a text: remove it", place) from None
         except InputError as error:
             raise error.at(place) from None
         for conversation in variants:

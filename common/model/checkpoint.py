@@ -1,7 +1,7 @@
 """Find, download, check and load a checkpoint, on disk or on the Hub.
 
 A checkpoint can come from anyone, so only JSON and safetensors files are read, and code in it is never run. What transformers,
-PyTorch or PEFT would stumble over is checked first, so that a broken file is reported by its name and with a remedy.
+PyTorch or PEFT would fail on is checked first, so that a broken file is reported by its name and with a remedy.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def _check_tokenizer(processor: Phi3VProcessor) -> None:
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
     text = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False, add_generation_prompt=True)
     if text.count("What?") != 2 or text.count("This.") != 1:
-        raise ValueError("the chat template does not repeat what is said")
+        raise ValueError("the chat template does not repeat the messages")
     processor.tokenize(text, [])
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     _Base = object  # another base would change the memory layout, and Python would not assign ``__class__``
 
-PARTS = ("lora_A", "lora_B")
+MATRICES = ("lora_A", "lora_B")
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -127,7 +127,7 @@ def _cast_adapters(layers: list[_Fused]) -> None:
         module.casts = None
     names = [module.adapter() for module in layers]
     layers, names = [module for module, name in zip(layers, names, strict=True) if name], [name for name in names if name]
-    weights = [getattr(module, part)[name].weight for module, name in zip(layers, names, strict=True) for part in PARTS]
+    weights = [getattr(module, part)[name].weight for module, name in zip(layers, names, strict=True) for part in MATRICES]
     if not weights:
         return
     kind = weights[0].device.type
@@ -137,7 +137,7 @@ def _cast_adapters(layers: list[_Fused]) -> None:
     if plain is not weights:
         torch._foreach_copy_(plain, weights)
     torch._foreach_copy_(scaled, weights)
-    torch._foreach_mul_(scaled, [module.scaling[name] for module, name in zip(layers, names, strict=True) for _ in PARTS])
+    torch._foreach_mul_(scaled, [module.scaling[name] for module, name in zip(layers, names, strict=True) for _ in MATRICES])
     for number, module in enumerate(layers):
         places = (2 * number, 2 * number + 1)
         module.casts = tuple(cast.detach() for place in places for cast in (plain[place], scaled[place]))

@@ -4,7 +4,7 @@ Other images are converted to what an image viewer shows, see :func:`convert_pic
 orientation, composes transparency on black and clips deeper pixels.
 
 An image is resized and padded to a grid of 336 px crops (:func:`to_crop_grid`), normalized, and preceded by a global view
-(:func:`normalise_with_global_view`). The second step runs on any device, so that training only transfers uint8 crops.
+(:func:`normalize_with_global_view`). The second step runs on any device, so that training only transfers uint8 crops.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def join_crops(crops: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return grid.permute(2, 0, 3, 1, 4).reshape(crops.shape[1], height, width)
 
 
-def normalise_with_global_view(crops: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
+def normalize_with_global_view(crops: torch.Tensor, image_sizes: list[tuple[int, int]]) -> torch.Tensor:
     """Normalize uint8 crops and insert the global view of each image before its crops, on the device of the crops.
 
     Parameters
@@ -316,7 +316,7 @@ class Phi3VImageProcessor(BaseImageProcessor):
             grid = to_crop_grid(convert_picture(image), self.num_crops)
             size = grid.shape[:2]
             crops = grid_to_crops(grid)
-            output[: 1 + len(crops)] = normalise_with_global_view(crops, [size])
+            output[: 1 + len(crops)] = normalize_with_global_view(crops, [size])
             image_sizes.append(size)
         data = {"pixel_values": pixel_values, "image_sizes": torch.tensor(image_sizes)}
         return BatchFeature(data=data, tensor_type=return_tensors)

@@ -8,7 +8,7 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder, CLIPVisionEmbeddings
 
 from .configuration import Phi3VConfig
-from .image_processing import CROP_SIZE, normalise_with_global_view, num_image_tokens, num_views
+from .image_processing import CROP_SIZE, normalize_with_global_view, num_image_tokens, num_views
 
 
 class CLIPTower(nn.Module):
@@ -70,7 +70,7 @@ class Phi3VImageEmbedding(nn.Module):
             Height and width of each image.
         """
         if pixel_values.dtype == torch.uint8:
-            return normalise_with_global_view(pixel_values, image_sizes)
+            return normalize_with_global_view(pixel_values, image_sizes)
         views = [image_views[: num_views(*size)] for image_views, size in zip(pixel_values, image_sizes, strict=True)]
         return torch.cat(views)
 

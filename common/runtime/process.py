@@ -80,7 +80,7 @@ def stop_at_once(number: int, _: Any = None) -> None:
     os._exit(128 + number)
 
 
-def fail(message: str, show: bool = True, others_may_go_on: bool = False) -> NoReturn:
+def fail(message: str, show: bool = True, others_may_continue: bool = False) -> NoReturn:
     """Exit with code 1 and show ``error: message`` as the last lines, below all that torchrun prints about a failed process.
 
     Parameters
@@ -88,7 +88,7 @@ def fail(message: str, show: bool = True, others_may_go_on: bool = False) -> NoR
     message : str
     show : bool
         False if another process of this machine shows the same message.
-    others_may_go_on : bool
+    others_may_continue : bool
         torchrun shows the message only when all processes have ended. If that may take a while, it is printed now as well.
     """
     message = f"error: {message}"
@@ -97,6 +97,6 @@ def fail(message: str, show: bool = True, others_may_go_on: bool = False) -> NoR
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()) - 1)}}
             Path(file).write_text(json.dumps({"message": details}), encoding="utf-8")
-        if not file or others_may_go_on:
+        if not file or others_may_continue:
             print(message, file=sys.stderr, flush=True)
     sys.exit(1)

@@ -40,17 +40,17 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except InputError as error:
         # In training, processes that receive SIGTERM first complete the step, or wait for this one.
         in_training = signal.getsignal(signal.SIGTERM) is not stop_at_once
-        fail(str(error), show=_is_first_with(str(error)), others_may_go_on=in_training)
+        fail(str(error), show=_is_first_with(str(error)), others_may_continue=in_training)
     except RuntimeError as error:
         if not (reason := _explain_failure(error)):
             raise
-        fail(reason, others_may_go_on=True)
+        fail(reason, others_may_continue=True)
     except OSError as error:
         if error.errno not in (*DISK_FULL, errno.EROFS):
             raise
         remedy = "check the disk" if error.errno == errno.EROFS else "free disk space"
         message = f"writing failed ({error}): {remedy}, and restart with --resume_from_checkpoint auto"
-        fail(message, show=_is_first_with(message), others_may_go_on=True)
+        fail(message, show=_is_first_with(message), others_may_continue=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

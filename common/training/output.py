@@ -63,7 +63,7 @@ def note_bad_sample(directory: Path, step: int, message: str) -> None:
 
 
 def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:
-    """Whether a checkpoint is in an output directory, so that a run which resumes from it goes on there."""
+    """Whether a checkpoint is in an output directory, so that a run that resumes from it continues there."""
     return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()
 
 
@@ -76,7 +76,7 @@ def check_output_dir_unused(directory: Path, overwrite: bool, resuming: bool) ->
     overwrite : bool
         ``--overwrite_output_dir``
     resuming : bool
-        Whether ``--resume_from_checkpoint auto`` found no checkpoint that it can use; incomplete ones are not in the way.
+        Whether ``--resume_from_checkpoint auto`` found no checkpoint that it can use; incomplete ones are ignored.
 
     Raises
     ------
