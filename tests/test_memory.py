@@ -128,7 +128,7 @@ def test_the_trial_uses_the_precision_of_training(deepspeed, by_autocast, random
     assert seen == {by_autocast}
 
 
-FOOTPRINTS = Footprint(0, 100, 900), Footprint(0, 60, 800), Footprint(0, 4, 1)
+FOOTPRINTS = Footprint(0, 100, 60), Footprint(0, 75, 30), Footprint(0, 4, 1)
 TRIAL = Trial(*FOOTPRINTS, num_layers=4, states=1000, step=50, free=0, flops_per_second=1, launching=0)
 
 
