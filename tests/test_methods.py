@@ -193,6 +193,19 @@ def test_qlora_quantizes_the_linear_layers(frozen, random_model, docvqa_data, tm
         assert linear.compute_dtype == (torch.bfloat16 if frozen else torch.float32)
 
 
+@pytest.mark.parametrize("method", [{}, {"use_lora": True}])
+def test_no_fused_layers_are_left_if_they_are_switched_off(method, random_model, docvqa_data, tmp_path, monkeypatch):
+    processor = AutoProcessor.from_pretrained(random_model, num_crops=1)
+    fused = {}
+    for switch in ("fused_layers", "no-fused_layers"):
+        command = [SCRIPT, *flags(docvqa_data, tmp_path, model_name_or_path=random_model, **method, **{switch: True})]
+        monkeypatch.setattr(sys, "argv", command)
+        model = load_model(docvqa.parse_args(), Setup(torch.device("cpu"), "fp32", "varlen"), processor)
+        fused[switch] = {type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Fused")}
+    expected = {"FusedDecoderLayer", "FusedEncoderLayer"} | ({"FusedLoraLinear"} if method else set())
+    assert fused == {"fused_layers": expected, "no-fused_layers": set()}
+
+
 @pytest.mark.parametrize("recomputation", ["none", "elementwise", "vision", "selective", "full"])
 def test_a_frozen_vision_tower_builds_no_graph(recomputation, random_model, docvqa_data, tmp_path, monkeypatch):
     command = [SCRIPT, *flags(docvqa_data, tmp_path, model_name_or_path=random_model, freeze_vision_model=True)]
