@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from common.runtime.parser import Parser
 from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
@@ -31,7 +32,7 @@ SPLITS = ("train", "val", "test")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
 
     group = parser.add_argument_group("data")
     group.add_argument("--out_dir", type=Path, required=True, help="output folder for images/ and ucf101_*.jsonl")

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arguments import training_parser
+from common.runtime.parser import check_inputs
 from common.runtime.process import InputError, excerpt, say
 
 
@@ -33,6 +34,7 @@ def parse_args():
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 from common.data.pictures import picture_path

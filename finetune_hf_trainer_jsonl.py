@@ -17,6 +17,7 @@ from statistics import fmean
 
 from common.arguments import training_parser
 from common.evaluation.metrics import METRICS
+from common.runtime.parser import check_inputs
 from common.runtime.process import InputError, say
 
 
@@ -63,6 +64,7 @@ def parse_args():
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 from common.data.rows import Rows, join_rows

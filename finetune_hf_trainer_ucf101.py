@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 
 from common.arguments import training_parser
+from common.runtime.parser import check_inputs
 from common.runtime.process import say
 
 
@@ -34,6 +35,7 @@ def parse_args():
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds, so that --help and wrong flags are answered at once
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 from common.data.rows import Rows

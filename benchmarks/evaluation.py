@@ -4,11 +4,41 @@ python -m benchmarks.evaluation
 """
 
 import argparse
+from pathlib import Path
+
+from common.runtime.parser import Parser
+from common.runtime.process import say
+
+from . import RESULTS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--documents", type=int, default=55, help="documents with four questions each (default: 55, as in the demo)"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts per batch (default: 32)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=64, help="maximum answer length in tokens (default: 64, as in the scripts)"
+    )
+    parser.add_argument("--repetitions", type=int, default=3, help="measured repetitions, after one for warmup (default: 3)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS / "evaluation.json",
+        help="result file (default: benchmarks/results/evaluation.json)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
 import contextlib
 import io
 import random
 import tempfile
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -20,7 +50,7 @@ from common.evaluation.generation import generate_answers
 from common.phi3v.processing import stop_token_ids
 from finetune_hf_trainer_docvqa import load_official, to_conversation
 
-from .measure import RESULTS, display_path, interleave, ratios, summarise, write_result
+from .measure import display_path, interleave, ratios, summarise, write_result
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
 NUM_CROPS = 1
@@ -44,23 +74,7 @@ def answer_one_by_one(model, processor, conversations, max_new_tokens):
     return answers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--documents", type=int, default=55, help="documents with four questions each (default: 55, as in the demo)"
-    )
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts per batch (default: 32)")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=64, help="maximum answer length in tokens (default: 64, as in the scripts)"
-    )
-    parser.add_argument("--repetitions", type=int, default=3, help="measured repetitions, after one for warmup (default: 3)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=RESULTS / "evaluation.json",
-        help="result file (default: benchmarks/results/evaluation.json)",
-    )
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     processor = AutoProcessor.from_pretrained(MODEL, num_crops=NUM_CROPS)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa").eval()
     flags = argparse.Namespace(
@@ -108,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -7,10 +7,35 @@ CPU time is measured, so that other load on the machine does not count.
 """
 
 import argparse
+from pathlib import Path
+
+from common.runtime.parser import Parser, check_inputs
+from common.runtime.process import say
+
+from . import RESULTS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--image_dir", type=Path, help="folder of images (default: generated pages)")
+    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per image (default: 16)")
+    parser.add_argument("--num_images", type=int, default=24, help="number of images, spread over the folder (default: 24)")
+    parser.add_argument("--batch_size", type=int, default=1, help="images per batch (default: 1, as published)")
+    parser.add_argument("--repetitions", type=int, default=5, help="measured repetitions, after one for warmup (default: 5)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "inputs.json", help="result file (default: benchmarks/results/inputs.json)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
+    say("Loading PyTorch and transformers")
+
 import io
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +47,7 @@ from common.data.conversations import encode_conversation
 from common.phi3v.image_processing import CROP_SIZE, IMAGE_MEAN, IMAGE_STD, crop_grid_size
 from common.phi3v.processing import pad_rows
 
-from .measure import RESULTS, display_path, interleave, ratios, summarise, write_result
+from .measure import display_path, interleave, ratios, summarise, write_result
 from .pages import draw_pages, find_pages
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
@@ -108,17 +133,7 @@ def measure(pictures, processor, batch_size, repetitions):
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_dir", type=Path, help="folder of images (default: generated pages)")
-    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per image (default: 16)")
-    parser.add_argument("--num_images", type=int, default=24, help="number of images, spread over the folder (default: 24)")
-    parser.add_argument("--batch_size", type=int, default=1, help="images per batch (default: 1, as published)")
-    parser.add_argument("--repetitions", type=int, default=5, help="measured repetitions, after one for warmup (default: 5)")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "inputs.json", help="result file (default: benchmarks/results/inputs.json)"
-    )
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     processor = AutoProcessor.from_pretrained(MODEL, num_crops=args.num_crops)
     with tempfile.TemporaryDirectory() as directory:
@@ -141,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

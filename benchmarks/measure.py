@@ -17,8 +17,6 @@ from tqdm import tqdm
 from common.runtime.files import write_file
 from common.runtime.machine import cpu_name, versions
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def interleave(
     variants: dict[str, Callable[[], Any]],

@@ -9,17 +9,47 @@ as such. ``--layers plain`` runs the layers of transformers and PEFT instead of 
 """
 
 import argparse
+from pathlib import Path
+
+from common.arguments import training_parser
+from common.runtime.parser import Parser
+from common.runtime.process import say
+
+from . import METHOD_FLAGS, RESULTS
+
+METHODS = ("lora", "full", "frozen")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
+    parser.add_argument("--samples", nargs="+", type=int, default=[4], help="samples per micro-batch (default: 4)")
+    parser.add_argument("--layers", nargs="+", choices=("fused", "plain"), default=["fused"], help="default: fused")
+    modes = ("none", "elementwise", "vision", "selective", "full")
+    parser.add_argument("--recompute", nargs="+", choices=modes, default=["elementwise"], help="default: elementwise")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the layers")
+    parser.add_argument("--config", choices=("real", "tiny"), default="real", help="default: real, 4.1 B parameters")
+    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per image (default: 16)")
+    parser.add_argument("--repetitions", type=int, default=5, help="measured micro-batches (default: 5)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "micro_batch.json", help="default: benchmarks/results/micro_batch.json"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
 import gc
 import itertools
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from common.arguments import training_parser
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
 from common.model.loading import add_lora, base_model, compile_layers, freeze, set_gradient_checkpointing
@@ -27,11 +57,9 @@ from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import PARTS
 
-from .measure import RESULTS, write_result
+from .measure import write_result
 from .pages import draw_pages
-from .train import METHOD_FLAGS, TOKENIZER, draw_rows, random_config
-
-METHODS = ("lora", "full", "frozen")
+from .train import TOKENIZER, draw_rows, random_config
 
 
 def build_model(method, config, device, dtype=torch.bfloat16, layers="fused"):
@@ -106,25 +134,7 @@ def describe(row):
     return f"{name}: {time_taken}, {row['tflops']:.3g} TFLOP/s{mfu}"
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    parser.add_argument("--samples", nargs="+", type=int, default=[4], help="samples per micro-batch (default: 4)")
-    parser.add_argument("--layers", nargs="+", choices=("fused", "plain"), default=["fused"], help="default: fused")
-    modes = ("none", "elementwise", "vision", "selective", "full")
-    parser.add_argument("--recompute", nargs="+", choices=modes, default=["elementwise"], help="default: elementwise")
-    parser.add_argument("--torch_compile", action="store_true", help="compile the layers")
-    parser.add_argument("--config", choices=("real", "tiny"), default="real", help="default: real, 4.1 B parameters")
-    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per image (default: 16)")
-    parser.add_argument("--repetitions", type=int, default=5, help="measured micro-batches (default: 5)")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS / "micro_batch.json", help="default: benchmarks/results/micro_batch.json"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -150,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

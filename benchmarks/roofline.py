@@ -10,6 +10,37 @@ lifetimes of all tensors. Communication and data loading are not included.
 """
 
 import argparse
+
+from common.runtime.parser import Parser
+from common.runtime.process import say
+
+from . import METHOD_FLAGS, RESULTS
+
+# As in .meter and common.training.memory, which import PyTorch.
+GPU_NAMES = ("T4", "RTX 4090", "V100", "L40S", "A100", "H100", "H200")
+MODES = ("none", "elementwise", "vision", "selective", "full")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--gpu", choices=GPU_NAMES, default="H100", help="default: H100")
+    parser.add_argument("--gpus", type=int, default=1, help="full training on several GPUs uses ZeRO-2 (default: 1)")
+    parser.add_argument("--method", choices=METHOD_FLAGS, default="lora", help="adapters have rank 32 (default: lora)")
+    parser.add_argument("--gradient_checkpointing", choices=MODES, default="none", help="default: none")
+    parser.add_argument(
+        "--layers", choices=("fused", "plain"), default="fused", help="plain: --no-fused_layers (default: fused)"
+    )
+    parser.add_argument("--samples_at_once", type=int, default=4, help="pages in a micro-batch (default: 4)")
+    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per page (default: 16)")
+    parser.add_argument("--launch_us", type=float, default=110, help="of a kernel, by the CPU (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="the best settings of --method on every GPU, into the result file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    say("Loading PyTorch and transformers")
+
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -31,11 +62,11 @@ from common.phi3v.parts import unquantized_modules
 from common.training import memory
 from common.training.deepspeed import DIRECTORY
 
-from .measure import RESULTS, write_result
+from .measure import write_result
 from .meter import GPUS, Gpu, Kernel, Meter
 from .micro_batch import build_model
 from .pages import SHAPES
-from .train import METHOD_FLAGS, random_config
+from .train import random_config
 
 RESULT = RESULTS / "roofline.json"
 BATCH_SIZE = 64  # samples of a step
@@ -280,20 +311,7 @@ def report(found: MicroBatch, gpu: Gpu, gpus: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=GPUS, default="H100", help="default: H100")
-    parser.add_argument("--gpus", type=int, default=1, help="full training on several GPUs uses ZeRO-2 (default: 1)")
-    parser.add_argument("--method", choices=METHOD_FLAGS, default="lora", help="adapters have rank 32 (default: lora)")
-    parser.add_argument("--gradient_checkpointing", choices=memory.MODES, default="none", help="default: none")
-    parser.add_argument(
-        "--layers", choices=("fused", "plain"), default="fused", help="plain: --no-fused_layers (default: fused)"
-    )
-    parser.add_argument("--samples_at_once", type=int, default=4, help="pages in a micro-batch (default: 4)")
-    parser.add_argument("--num_crops", type=int, default=16, help="maximum number of crops per page (default: 16)")
-    parser.add_argument("--launch_us", type=float, default=110, help="of a kernel, by the CPU (default: %(default)s)")
-    parser.add_argument("--table", action="store_true", help="the best settings of --method on every GPU, into the result file")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     if args.table:
         rows = json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
         mine = (args.method, args.gpus)
@@ -306,4 +324,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

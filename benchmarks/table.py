@@ -15,7 +15,7 @@ from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOW
 from common.runtime.files import read_json, write_file
 from tools.runs import METHOD_TITLES, load_published, markdown_table
 
-from .measure import RESULTS
+from . import RESULTS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"

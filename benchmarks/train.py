@@ -11,6 +11,61 @@ runs in a process of its own, and one that fails (for memory, say) is reported a
 """
 
 import argparse
+from pathlib import Path
+
+from common.arguments import training_parser
+from common.runtime.parser import Parser, check_inputs
+from common.runtime.process import say
+
+from . import METHOD_FLAGS, RESULTS
+
+KERNEL_FLAGS = {
+    "plain": [],
+    "liger": ["--use_liger_kernel"],
+    "compile": ["--torch_compile"],
+    "both": ["--use_liger_kernel", "--torch_compile"],
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what to measure: every combination")
+    group.add_argument("--methods", nargs="+", choices=METHOD_FLAGS, default=list(METHOD_FLAGS), help="default: all")
+    group.add_argument("--attention", nargs="+", default=["auto"], help="by name, as the scripts take it (default: auto)")
+    group.add_argument("--packing", nargs="+", choices=("on", "off"), default=["on"], help="default: on")
+    checkpointing = ("auto", "full", "selective", "vision", "elementwise", "none")
+    recomputation = "default: auto, and full for LoRA and QLoRA, one sample at once"
+    group.add_argument("--checkpointing", nargs="+", choices=checkpointing, help=recomputation)
+    group.add_argument("--samples_at_once", nargs="+", type=int, default=[1, 4], help="of a micro-batch (default: 1 and 4)")
+    kernels = "Liger's, compiled layers, or both (default: plain)"
+    group.add_argument("--kernels", nargs="+", choices=KERNEL_FLAGS, default=["plain"], help=kernels)
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model_name_or_path", help="checkpoint; or --random_weights")
+    group.add_argument("--random_weights", action="store_true", help="of --config, drawn on the device")
+    group.add_argument("--config", choices=("real", "tiny"), default="real", help="default: real, 4.1 G parameters")
+    group.add_argument("--bf16", action="store_true", help="as the scripts take it")
+    group.add_argument("--image_dir", type=Path, help="folder of pages (default: drawn ones)")
+    group.add_argument("--num_images", type=int, default=48, help="pages to draw (default: 48)")
+    group.add_argument("--num_crops", type=int, default=16, help="most crops of a page (default: 16)")
+    group = parser.add_argument_group("how")
+    group.add_argument("--batch_size", type=int, default=64, help="samples a step (default: 64, as published)")
+    group.add_argument("--warmup", type=int, default=1, help="steps before measuring (default: 1)")
+    group.add_argument("--steps", type=int, default=3, help="measured steps (default: 3)")
+    group.add_argument("--optim", help="default: 8-bit AdamW on a GPU if decoder weights train, so that one GPU holds them")
+    group.add_argument("--dataloader_num_workers", type=int, default=8, help="default: 8, at most the cores")
+    group.add_argument("--seed", type=int, default=0, help="draws weights and questions")
+    group.add_argument("--out", type=Path, default=RESULTS / "train.json", help="where the result goes (default: %(default)s)")
+    args = parser.parse_args()
+    if (args.model_name_or_path is None) != args.random_weights:
+        parser.error("give either --model_name_or_path or --random_weights")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
+    say("Loading PyTorch and transformers")
+
 import itertools
 import re
 import subprocess
@@ -18,14 +73,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from assets.samples.docvqa import FIELDS, draw_value
-from common.arguments import training_parser
 from common.model.checkpoint import load_processor
 from common.model.loading import base_model, load_model
 from common.phi3v import Phi3VConfig
@@ -34,16 +87,10 @@ from common.runtime.files import read_json
 from common.training.build import build_trainer
 from common.training.start import start
 
-from .measure import RESULTS, write_result
+from .measure import write_result
 from .pages import draw_pages, find_pages
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
-METHOD_FLAGS = {
-    "full": [],
-    "frozen": ["--freeze_vision_model"],
-    "lora": ["--use_lora", "--lora_rank", "32"],
-    "qlora": ["--use_qlora", "--lora_rank", "32"],
-}
 TINY = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -52,12 +99,6 @@ TINY = {
     "intermediate_size": 128,
     "vision_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     | {"image_size": 336, "patch_size": 14},
-}
-KERNEL_FLAGS = {
-    "plain": [],
-    "liger": ["--use_liger_kernel"],
-    "compile": ["--torch_compile"],
-    "both": ["--use_liger_kernel", "--torch_compile"],
 }
 DIMENSIONS = ("methods", "attention", "packing", "checkpointing", "samples_at_once", "kernels")
 
@@ -262,42 +303,7 @@ def measure_apart(args, values, checkpoint, out):
     return read_json(out, "measure it again")["rows"][0]
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("what to measure: every combination")
-    group.add_argument("--methods", nargs="+", choices=METHOD_FLAGS, default=list(METHOD_FLAGS), help="default: all")
-    group.add_argument("--attention", nargs="+", default=["auto"], help="by name, as the scripts take it (default: auto)")
-    group.add_argument("--packing", nargs="+", choices=("on", "off"), default=["on"], help="default: on")
-    checkpointing = ("auto", "full", "selective", "vision", "elementwise", "none")
-    recomputation = "default: auto, and full for LoRA and QLoRA, one sample at once"
-    group.add_argument("--checkpointing", nargs="+", choices=checkpointing, help=recomputation)
-    group.add_argument("--samples_at_once", nargs="+", type=int, default=[1, 4], help="of a micro-batch (default: 1 and 4)")
-    kernels = "Liger's, compiled layers, or both (default: plain)"
-    group.add_argument("--kernels", nargs="+", choices=KERNEL_FLAGS, default=["plain"], help=kernels)
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--model_name_or_path", help="checkpoint; or --random_weights")
-    group.add_argument("--random_weights", action="store_true", help="of --config, drawn on the device")
-    group.add_argument("--config", choices=("real", "tiny"), default="real", help="default: real, 4.1 G parameters")
-    group.add_argument("--bf16", action="store_true", help="as the scripts take it")
-    group.add_argument("--image_dir", type=Path, help="folder of pages (default: drawn ones)")
-    group.add_argument("--num_images", type=int, default=48, help="pages to draw (default: 48)")
-    group.add_argument("--num_crops", type=int, default=16, help="most crops of a page (default: 16)")
-    group = parser.add_argument_group("how")
-    group.add_argument("--batch_size", type=int, default=64, help="samples a step (default: 64, as published)")
-    group.add_argument("--warmup", type=int, default=1, help="steps before measuring (default: 1)")
-    group.add_argument("--steps", type=int, default=3, help="measured steps (default: 3)")
-    group.add_argument("--optim", help="default: 8-bit AdamW on a GPU if decoder weights train, so that one GPU holds them")
-    group.add_argument("--dataloader_num_workers", type=int, default=8, help="default: 8, at most the cores")
-    group.add_argument("--seed", type=int, default=0, help="draws weights and questions")
-    group.add_argument("--out", type=Path, default=RESULTS / "train.json", help="where the result goes (default: %(default)s)")
-    args = parser.parse_args()
-    if (args.model_name_or_path is None) != args.random_weights:
-        parser.error("give either --model_name_or_path or --random_weights")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
     wanted = combinations(args)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -343,4 +349,4 @@ def describe(row):
 
 
 if __name__ == "__main__":
-    main()
+    main(args)

@@ -25,7 +25,7 @@ def run(monkeypatch, tmp_path):
         name, out = module.__name__.removeprefix("benchmarks."), tmp_path / "result.json"
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags), "--out", str(out)])
         monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-        module.main()
+        module.main(module.parse_args())
         result = json.loads(out.read_text())
         assert result["benchmark"] == name
         assert result["command"].startswith(f"python -m benchmarks.{name} --")
@@ -101,7 +101,7 @@ def test_a_small_folder_gives_each_image_once(tmp_path, monkeypatch):
         Image.new("L", (30, 40)).save(tmp_path / f"{number}.png")
     for wanted, expected in (("24", "012"), ("2", "01")):
         monkeypatch.setattr(sys, "argv", ["inputs", "--image_dir", str(tmp_path), "--num_images", wanted])
-        inputs.main()
+        inputs.main(inputs.parse_args())
         assert "".join(path.stem for path in taken[-2]) == expected
 
 

@@ -1,7 +1,6 @@
 """What newcomers get wrong on the command line, and the one line that they are told, before anything slow is done."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_jsonl as jsonl
 import finetune_hf_trainer_nlvr2 as nlvr2
 import finetune_hf_trainer_ucf101 as ucf101
+from benchmarks import meter, roofline
 from common import arguments
 from common.phi3v import image_processing, parts
 from common.runtime import process
+from common.training import memory
 
 # Flags, and what is said about them.
 MISTAKES = [
@@ -135,20 +136,76 @@ def test_what_only_the_run_can_know(options, expected, monkeypatch, tmp_path):
     assert expected in message(monkeypatch, data, tmp_path / "out", **options)
 
 
-PROGRAMS = [path.name for path in sorted(ROOT.glob("finetune_hf_trainer_*.py"))]
-PROGRAMS += [f"tools/{name}.py" for name in ("check_data", "demo", "evaluate", "merge_lora", "predict")]
-PROGRAMS += [f"tools/{name}.py" for name in ("quantize", "report", "reproduce")]
+PROGRAMS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for pattern in ("*.py", "tools/*.py", "benchmarks/*.py")
+    for path in sorted(ROOT.glob(pattern))
+    if "parse_args" in (text := path.read_text(encoding="utf-8")) and "__main__" in text
+]
+# Flags of data and models that are not there; {} is a folder with empty.jsonl and the spreadsheet table.xlsx.
+MISSING = [
+    ("finetune_hf_trainer_docvqa", "--data_dir {}/nowhere", "--data_dir {}/nowhere: no such folder"),
+    ("finetune_hf_trainer_ucf101", "--data_dir {}/empty.jsonl", "--data_dir {}/empty.jsonl: no such folder"),
+    (
+        "finetune_hf_trainer_nlvr2",
+        "--model_name_or_path {}/no",
+        "--model_name_or_path {}/no: no such directory, and not a Hub id",
+    ),
+    (
+        "finetune_hf_trainer_hateful_memes",
+        "--model_name_or_path a/b/c",
+        "--model_name_or_path a/b/c: no such directory, and not a Hub id",
+    ),
+    ("finetune_hf_trainer_jsonl", "--data_dir {} --train_file no.jsonl", "--train_file {}/no.jsonl: no such file"),
+    ("finetune_hf_trainer_jsonl", "--train_file {}/empty.jsonl {}/no.csv", "--train_file {}/no.csv: no such file"),
+    ("finetune_hf_trainer_jsonl", "--train_file {}/table.xlsx", "--train_file {}/table.xlsx: neither JSON nor CSV: expected"),
+    ("finetune_hf_trainer_jsonl", "--data_dir {} --eval_file no.jsonl", "--eval_file {}/no.jsonl: no such file"),
+    ("finetune_hf_trainer_jsonl", "--eval_only --eval_file {}/no.jsonl", "--eval_file {}/no.jsonl: no such file"),
+    ("finetune_hf_trainer_jsonl", "--data_dir {} --image_dir {}/no", "--image_dir {}/no: no such folder"),
+    ("tools.check_data", "--data_file {}/empty.jsonl {}/no.jsonl", "--data_file {}/no.jsonl: no such file"),
+    ("tools.predict", "--model {}/no --prompt What?", "--model {}/no: no such directory, and not a Hub id"),
+    ("tools.evaluate", "--model a/b --data_file {}/table.xlsx", "--data_file {}/table.xlsx: neither JSON nor CSV"),
+    ("tools.demo", "--model a/b --base ./no", "--base ./no: no such directory, and not a Hub id"),
+    ("tools.merge_lora", "--adapter {}/no --output_dir out", "--adapter {}/no: no such directory, and not a Hub id"),
+    (
+        "tools.quantize",
+        "--model a/b --scheme nf4 --output_dir out --data_file {}/no.csv",
+        "--data_file {}/no.csv: no such file",
+    ),
+    ("tools.reproduce", "nlvr2 --row full --model_name_or_path {}/no", "--model_name_or_path {}/no: no such directory"),
+    ("benchmarks.train", "--model_name_or_path {}/no", "--model_name_or_path {}/no: no such directory"),
+]
+# Runs programs one after the other, and prints exit code and output of each, and whether PyTorch is imported.
+RUN = """
+import contextlib, io, json, runpy, sys
+results = []
+for module, *words in json.load(sys.stdin):
+    sys.argv, said, code = [module, *words], io.StringIO(), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(Exception):
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+    results.append([code, said.getvalue(), "torch" in sys.modules])
+print(json.dumps(results))
+"""
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_flags_are_read_before_torch_is_imported(program):
-    code = "import runpy, sys\nsys.argv = sys.argv[1:]\ntry:\n runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    code += "finally:\n assert 'torch' not in sys.modules"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for flag, status in (("--help", 0), ("--no_such_flag", 1)):
-        command = [sys.executable, "-c", code, ROOT / program, flag]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-        assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
+def test_flags_and_files_are_checked_before_torch_is_imported(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "table.xlsx").write_bytes(b"PK\x03\x04")
+    expected = {(program, "--help"): (0, "usage: ") for program in PROGRAMS}
+    expected |= {(program, "--no_such_flag"): (1, "error: unknown flag --no_such_flag") for program in PROGRAMS}
+    expected |= {
+        (program, *words.replace("{}", str(tmp_path)).split()): (1, f"error: {message.replace('{}', str(tmp_path))}")
+        for program, words, message in MISSING
+    }
+    commands = json.dumps(list(expected))
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN], cwd=ROOT, input=commands, capture_output=True, text=True, timeout=60
+    )
+    for (command, (code, start)), found in zip(expected.items(), json.loads(process.stdout), strict=True):
+        assert found[0] == code and found[1].startswith(start) and not found[2], (command, found)
 
 
 def test_help_takes_no_longer_than_python():
@@ -165,6 +222,7 @@ def test_help_takes_no_longer_than_python():
 
 def test_numbers_that_the_flags_repeat():
     assert (arguments.PARTS, arguments.MAX_CROPS) == (parts.PARTS, image_processing.MAX_CROPS)
+    assert (tuple(meter.GPUS), memory.MODES) == (roofline.GPU_NAMES, roofline.MODES)
 
 
 @pytest.mark.parametrize("failing", [[0, 1], [1]])

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from common.arguments import DEFAULT_MODEL, MAX_CROPS
-from common.runtime.parser import Parser
+from common.runtime.parser import Parser, check_inputs
 from common.runtime.process import InputError, counted, excerpt, fail, say
 
 
@@ -67,6 +67,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 from collections import Counter

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
-from common.runtime.parser import Parser
+from common.runtime.parser import Parser, check_inputs
 from common.runtime.process import InputError, say
 
 
@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch and Gradio")
 
 # Gradio reads this variable on import.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from assets.draw_samples import draw_samples
+from common.runtime.parser import Parser
 from common.runtime.process import say
 
 from .runs import METHOD_FLAGS, TASKS, RunFailed, Usage, read_results, run_command, torchrun_command
@@ -89,7 +90,7 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("task", choices=TASKS, help="task to finetune on")
     parser.add_argument("--method", choices=METHOD_FLAGS, default="full", help="finetuning method (default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, help="output directory (default: output/demo-TASK)")

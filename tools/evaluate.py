@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common.runtime.parser import check_inputs
 from common.runtime.process import say
 from tools.flags import check_positive, prediction_parser
 
@@ -28,6 +29,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 from statistics import fmean

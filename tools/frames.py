@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from common.runtime.parser import Parser
 from common.runtime.process import counted
 from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
 
@@ -26,9 +27,7 @@ COLUMNS = {"clip", "question", "answer"}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
 
     group = parser.add_argument_group("data")
     group.add_argument("--clips", type=Path, nargs="+", required=True, metavar="PATH", help="clips, or folders of clips")

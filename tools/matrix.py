@@ -8,12 +8,12 @@ Results are saved to results/embedded.json after each run. Resume an interrupted
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from common.runtime.files import read_json, write_file
+from common.runtime.parser import Parser
 
 from .embedded import add_run_flags, run_embedded
 from .runs import METHOD_FLAGS, METHOD_TITLES, TASKS, RunFailed, markdown_table, read_results, write_page
@@ -36,7 +36,7 @@ def render(records: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to run (default: all)")
     parser.add_argument("--methods", nargs="+", choices=METHOD_FLAGS, default=METHOD_FLAGS, help="methods (default: all)")
     add_run_flags(parser, Path("output/matrix"))

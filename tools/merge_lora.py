@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.runtime.parser import Parser
+from common.runtime.parser import Parser, check_inputs
 from common.runtime.process import InputError, fail, say
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 import os

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from common.evaluation.metrics import METRICS
+from common.runtime.parser import check_inputs
 from common.runtime.process import InputError, counted, fail, say
 from tools.flags import check_positive, prediction_parser
 
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 import json

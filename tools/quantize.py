@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common.runtime.parser import Parser
+from common.runtime.parser import Parser, check_inputs
 from common.runtime.process import InputError, counted, fail, say
 
 SCHEMES = ("nf4", "int8", "fp8")
@@ -32,6 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch and transformers")
 
 import logging

@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from common.runtime.parser import Parser
+from common.runtime.parser import Parser, check_inputs
 from common.runtime.process import InputError, counted, fail, say
 from tools.embedded import PROCESSES, add_run_flags, embedded_command, run_embedded
 from tools.runs import (
@@ -74,6 +74,7 @@ def parse_args() -> argparse.Namespace:
 
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
+    check_inputs(args)
     say("Loading PyTorch")
 
 import torch

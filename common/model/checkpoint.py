@@ -21,6 +21,7 @@ from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.image_processing import CROP_SIZE, TOKENS_PER_SIDE
 from common.phi3v.processing import stop_token_ids
 from common.runtime.files import read_json
+from common.runtime.parser import may_be_on_hub
 from common.runtime.process import InputError, say
 
 COPY_AGAIN = "copy the checkpoint's files to this directory again"
@@ -102,7 +103,7 @@ def check_checkpoint(name_or_path: str, flag: str | None = None, revision: str |
     directory = Path(name_or_path)
     place = f"{flag} {name_or_path}" if flag else name_or_path
     if not directory.is_dir():
-        if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        if not may_be_on_hub(name_or_path):
             raise InputError("no such directory, and not a Hub id", place)
         say(f"Downloading {name_or_path} from the Hub, or using the cached files")
         read_config(name_or_path, revision, place)

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
-from .process import fail, local_rank
+from .process import InputError, fail, local_rank
 
 # Flags of transformers, PEFT and TRL, and what to use instead.
 OTHER_NAMES = {
@@ -26,6 +27,9 @@ OTHER_NAMES = {
     "warmup_ratio": "--warmup_steps with a value below 1",
     "weight_decay": "--wd",
 }
+FOLDERS = ("data_dir", "image_dir")
+DATA_FILES = ("train_file", "eval_file", "data_file")
+MODELS = ("model_name_or_path", "model", "adapter", "base")
 TORCHRUN_FLAGS = ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "standalone")
 
 
@@ -65,3 +69,45 @@ def _suggestion(name: str, known: list[str]) -> str:
         return f": use {other}"
     closest = get_close_matches(name.lower().replace("-", "_"), known, n=1) or get_close_matches(name, known, n=1)
     return f": did you mean --{closest[0]}?" if closest else "; --help lists all flags"
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """Exit with a message if the data or the model that the flags name is not there, before libraries are loaded for seconds.
+
+    Whatever takes longer to find out is left to the program.
+    """
+    try:
+        for name in FOLDERS:
+            if (folder := getattr(args, name, None)) and not folder.is_dir():
+                raise InputError("no such folder", f"--{name} {folder}")
+        for name in DATA_FILES:
+            found = getattr(args, name, None) or []
+            if found and name == "train_file" and (args.streaming or args.eval_only):
+                continue  # names with wildcards, or not read
+            for file in found if isinstance(found, list) else [found]:
+                path = (getattr(args, "data_dir", None) or Path()) / file
+                if not path.is_file():
+                    raise InputError("no such file", f"--{name} {path}")
+                if not _may_have_rows(path) and getattr(args, "on_bad_sample", "raise") == "raise":
+                    expected = "expected JSON Lines, a JSON array, or a table that was saved as CSV UTF-8 (.csv, .tsv)"
+                    raise InputError(f"neither JSON nor CSV: {expected}", f"--{name} {path}")
+        for name in MODELS:
+            model = getattr(args, name, None)
+            if model and model != "none" and not may_be_on_hub(model) and not Path(model).is_dir():
+                raise InputError("no such directory, and not a Hub id", f"--{name} {model}")
+    except (OSError, InputError) as error:
+        fail(str(error), show=local_rank() == 0)
+
+
+def _may_have_rows(path: Path) -> bool:
+    """Whether a file is a table by its name, or starts like JSON; an empty file is left to its reader."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return True
+    with path.open("rb") as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return not start or start.startswith((b"{", b"["))
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether the name of a model can be a Hub id, and not only a directory."""
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
