@@ -166,6 +166,7 @@ MISSING = [
     ("tools.predict", "--model {}/no --prompt What?", "--model {}/no: no such directory, and not a Hub id"),
     ("tools.evaluate", "--model a/b --data_file {}/table.xlsx", "--data_file {}/table.xlsx: neither JSON nor CSV"),
     ("tools.demo", "--model a/b --base ./no", "--base ./no: no such directory, and not a Hub id"),
+    ("tools.demo", "--model a/b", 'the page requires Gradio: pip install -e ".[demo]"'),
     ("tools.merge_lora", "--adapter {}/no --output_dir out", "--adapter {}/no: no such directory, and not a Hub id"),
     (
         "tools.quantize",
@@ -178,7 +179,7 @@ MISSING = [
 # Runs programs one after the other, and prints exit code and output of each, and whether PyTorch is imported.
 RUN = """
 import contextlib, io, json, runpy, sys
-results = []
+results, sys.modules["gradio"] = [], None  # as if it were not installed
 for module, *words in json.load(sys.stdin):
     sys.argv, said, code = [module, *words], io.StringIO(), 0
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(Exception):

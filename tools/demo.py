@@ -9,12 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
 from common.runtime.parser import Parser, check_inputs
-from common.runtime.process import InputError, say
+from common.runtime.process import InputError, fail, say
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,6 +43,8 @@ def parse_args() -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
     check_inputs(args)
+    if find_spec("gradio") is None:
+        fail('the page requires Gradio: pip install -e ".[demo]"')
     say("Loading PyTorch and Gradio")
 
 # Gradio reads this variable on import.
