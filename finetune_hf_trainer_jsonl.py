@@ -18,7 +18,7 @@ from statistics import fmean
 from common.arguments import training_parser
 from common.evaluation.metrics import METRICS
 from common.runtime.parser import check_inputs
-from common.runtime.process import InputError, say
+from common.runtime.process import say
 
 
 def parse_args():
@@ -59,6 +59,11 @@ def parse_args():
         parser.error("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
     if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
         parser.error("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
+    folder = args.data_dir or Path()
+    if not (args.train_file or args.eval_only or (folder / "train.jsonl").is_file()):
+        parser.error(f"there is no {folder / 'train.jsonl'} to train on: pass --train_file")
+    if not (args.eval_fraction or args.eval_file or (folder / "val.jsonl").is_file()):
+        parser.error(f"there is no {folder / 'val.jsonl'} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
     return argparse.Namespace(**vars(args) | {"metric": args.metrics[0]})
 
 
@@ -87,8 +92,6 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     folder = args.data_dir or Path()
     files = [folder / name for name in args.train_file or ["train.jsonl"]]
     eval_file = folder / (args.eval_file or "val.jsonl")
-    if not (args.eval_fraction or args.eval_file or eval_file.is_file()):
-        raise InputError(f"there is no {eval_file} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
 
     def load(file: Path, limit: int | None) -> Rows:
         return load_conversations(file, args.image_dir or find_image_dir(file), limit, args.tqdm, args.on_bad_sample == "skip")

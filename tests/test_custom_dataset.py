@@ -54,7 +54,7 @@ def test_the_commands_finetune_a_model(tmp_path):
 def test_a_table_of_fields_becomes_questions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "receipts.csv").write_text("file,date,total\n1.jpg,May 3,17.50\n")
-    exec(re.search(r"^```python\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL)[1])
+    exec(re.search(r"^```python\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL)[1], {})
     rows = (tmp_path / "labels.csv").read_text().splitlines()
     assert rows == ["image,question,answer", "1.jpg,What is the date?,May 3", "1.jpg,What is the total?,17.50"]
 
