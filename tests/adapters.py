@@ -8,14 +8,15 @@ import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from common.arguments import Setup, check_arguments, training_parser
 from common.model.adapters import write_base_description
 from common.model.checkpoint import fetch_checkpoint, load_processor
-from common.model.loading import load_model
+from common.model.loading import avoid_avx512_kernel, load_model
 from common.model.lora import fuse_lora
-from common.phi3v.parts import lora_targets
+from common.phi3v import Phi3VConfig
+from common.phi3v.parts import lora_targets, unquantized_modules
 
 
 def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
@@ -43,12 +44,19 @@ def save_adapter(directory: Path, *flags: str, base: str | Path = TINY) -> Path:
 def build(
     method: str = "full", dtype=torch.float32, attention: str = "varlen", fuse: bool = True, base: Path = TINY
 ) -> torch.nn.Module:
-    """Prepare a checkpoint to train with "full" or "LoRA", optionally with "frozen vision"; fuse LoRA layers."""
+    """Prepare a checkpoint to train with "full", "LoRA" or "QLoRA", optionally with "frozen vision"; fuse LoRA layers."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation=attention)
+    options = {"dtype": dtype, "attn_implementation": attention}
+    if method == "QLoRA":
+        kept = unquantized_modules(Phi3VConfig.from_pretrained(base), vision=True)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, **options)
+    avoid_avx512_kernel(model)
     if "frozen vision" in method:
         model.model.vision_embed_tokens.requires_grad_(False)
-    if method.startswith("LoRA"):
+    if "LoRA" in method:
         targets = lora_targets(model.config, vision="frozen vision" not in method)
         model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
         if fuse:

@@ -16,21 +16,17 @@ import pytest
 import torch
 from adapters import logits, save_adapter
 from browser import chromium, low_contrast, overflow, watched
+from conftest import ROOT, TINY
 from forked import be_program, server
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from playwright.sync_api import expect
-from transformers import AutoModelForCausalLM
 
 import tools.demo
 from assets.samples.docvqa import draw_split
 from common.model.inference import load_full
 from common.phi3v import Phi3VProcessor
-from common.phi3v.parts import DECODER_LORA_MODULES
 from tools.demo import Model, example_question, load_models, stream_answer
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = REPOSITORY / "assets" / "tiny_phi3v"
 NEW_TOKENS = 24
 
 
@@ -41,17 +37,6 @@ def documents(tmp_path_factory) -> list[tuple[str, str]]:
     draw_split(directory, "val", 2, np.random.default_rng(0), questions_each=1)
     rows = json.loads((directory / "val_v1.0_withQT.json").read_text())["data"]
     return [(str(directory / row["image"]), f"{row['question']}\nAnswer briefly.") for row in rows]
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
-    """An adapter of the tiny model that changes its answers."""
-    directory = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(TINY)
-    config = LoraConfig(r=4, target_modules=DECODER_LORA_MODULES, init_lora_weights=False, task_type="CAUSAL_LM")
-    get_peft_model(model, config).save_pretrained(directory, save_embedding_layers=False)
-    return directory
 
 
 def test_a_full_model_is_compared_with_the_commit_of_its_base(tmp_path, monkeypatch):
@@ -92,9 +77,9 @@ def test_images_are_read_as_a_viewer_shows_them_and_added_tokens_are_kept(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def answers(adapter, documents) -> list[str]:
+def answers(lora, documents) -> list[str]:
     """The answers of the adapter and its base about both images."""
-    models, processor = load_models(str(adapter))
+    models, processor = load_models(str(lora))
     pictures = [picture for picture, _ in documents]
     return [list(stream_answer(model, processor, documents[0][1], pictures, NEW_TOKENS))[-1] for model in models]
 
@@ -116,7 +101,7 @@ def running(uploads: Path, proxy: str, *flags: str):
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy)
     no_proxy = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
     environment, log = proxies | no_proxy | {"GRADIO_TEMP_DIR": str(uploads)}, uploads / "log"
-    demo = server().Process(target=be_program, args=(words, REPOSITORY, log, environment))
+    demo = server().Process(target=be_program, args=(words, ROOT, log, environment))
     demo.start()
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")):
@@ -129,9 +114,9 @@ def running(uploads: Path, proxy: str, *flags: str):
 
 
 @pytest.fixture(scope="module")
-def address(adapter, internet, tmp_path_factory):
+def address(lora, internet, tmp_path_factory):
     """The demo of an adapter and its base."""
-    with running(tmp_path_factory.mktemp("uploads"), internet, "--model", str(adapter)) as address:
+    with running(tmp_path_factory.mktemp("uploads"), internet, "--model", str(lora)) as address:
         yield address
 
 
@@ -158,12 +143,12 @@ def test_the_page_is_readable(browser, address, documents, width, scheme):
         assert low_contrast(page, enough=8) == []
 
 
-def test_both_models_answer_about_several_images_by_keyboard(browser, address, documents, adapter, answers):
+def test_both_models_answer_about_several_images_by_keyboard(browser, address, documents, lora, answers):
     assert answers[0] != answers[1]
     with watched(browser, 1400, allowed=address) as page:
         page.goto(address)
         ask(page, documents[0][1], [picture for picture, _ in documents])
-        finetuned, before = page.get_by_label(f"Finetuned: {adapter}"), page.get_by_label("Before finetuning:")
+        finetuned, before = page.get_by_label(f"Finetuned: {lora}"), page.get_by_label("Before finetuning:")
         left, right = finetuned.bounding_box(), before.bounding_box()
         assert left["x"] + left["width"] <= right["x"] and abs(left["y"] - right["y"]) < 30, "they stand side by side"
         finetuned.evaluate("""area => {
@@ -222,7 +207,7 @@ def test_the_server_listens_only_on_localhost(address):
 
 def test_only_uploaded_files_are_served_and_read(address, documents):
     api = f"{address}/gradio_api"
-    assert httpx.get(f"{api}/file={REPOSITORY / 'README.md'}").status_code == 403
+    assert httpx.get(f"{api}/file={ROOT / 'README.md'}").status_code == 403
     upload = [("files", ("large.png", bytes(21 * 10**6)))]
     assert httpx.post(f"{api}/upload", files=upload, timeout=60).status_code == 413
     outside = [{"image": {"path": documents[0][0], "meta": {"_type": "gradio.FileData"}}, "caption": None}]
@@ -261,8 +246,8 @@ def test_an_adapter_is_compared_with_the_base_it_was_trained_on(how, tmp_path, d
     torch.testing.assert_close(found, logits(load_full(str(TINY), "cpu"), processor, pages), rtol=0, atol=1e-4)
 
 
-def test_a_closed_stream_stops_the_generation(adapter, documents):
-    models, processor = load_models(str(adapter))
+def test_a_closed_stream_stops_the_generation(lora, documents):
+    models, processor = load_models(str(lora))
     picture, question = documents[0]
     answer = stream_answer(models[0], processor, question, [picture], 4000)
     next(answer)

@@ -3,24 +3,24 @@
 import itertools
 import os
 
+import adapters
 import pytest
 import torch
 from conftest import TINY
 from forked import run_processes
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from runs import free_port
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
-from common.model.loading import avoid_avx512_kernel, base_model, compile_layers, set_gradient_checkpointing
+from common.model.loading import base_model, compile_layers, set_gradient_checkpointing
 from common.model.lora import FusedLoraLinear, FusedLoraLinear4bit, fuse_lora
-from common.phi3v import Phi3VConfig, attention, fused
+from common.phi3v import attention, fused
 from common.phi3v.layers import use_plain_layers
-from common.phi3v.parts import DECODER_LORA_MODULES, lora_targets, unquantized_modules
+from common.phi3v.parts import DECODER_LORA_MODULES
 from common.training.deepspeed import disable_shm_op
 
 METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
@@ -29,12 +29,8 @@ METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
 def make_batches(path=TINY, num_crops=2, rows=slice(None)):
     """Samples with and without images, packed and padded."""
     processor = AutoProcessor.from_pretrained(path, num_crops=num_crops)
-    noise = [Image.effect_noise(size, 80).convert("RGB") for size in ((300, 200), (90, 300), (90, 90))]
-    samples = [
-        encode_conversation({"conversations": [{"images": images, "user": "What is it?", "assistant": answer}]}, processor)
-        for images, answer in (([], "Text."), (noise[:1], "Noise."), (noise[1:], "Two images."))
-    ]
-    return {packing: Collator(processor, packing=packing)(samples[rows]) for packing in (True, False)}
+    samples = [encode_conversation(conversation, processor) for conversation in adapters.conversations()[rows]]
+    return {packing: Collator(processor, packing=packing)(samples) for packing in (True, False)}
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +39,7 @@ def batches():
 
 
 def build(method, plain=False, path=TINY):
-    torch.manual_seed(0)
-    options = {"dtype": torch.float32, "attn_implementation": "varlen"}
-    if method == "QLoRA":
-        kept = unquantized_modules(Phi3VConfig.from_pretrained(path), vision=True)
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=kept
-        )
-    model = AutoModelForCausalLM.from_pretrained(path, **options).train()
-    avoid_avx512_kernel(model)
-    if "frozen vision" in method:
-        model.model.vision_embed_tokens.requires_grad_(False)
-    if "LoRA" in method:
-        targets = lora_targets(model.config, vision="frozen vision" not in method)
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False))
-        if not plain:
-            fuse_lora(model)
+    model = adapters.build(method, fuse=not plain, base=path)
     if plain:
         use_plain_layers(model)
     return model

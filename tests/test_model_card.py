@@ -56,30 +56,6 @@ def test_run_json(tmp_path, monkeypatch):
     assert launch_command() == "torchrun --nproc_per_node=8 --nnodes=2 finetune.py --output_dir 'my output'"
 
 
-def test_the_front_matter_is_valid_for_the_hub(tmp_path):
-    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct", method="full")
-    write_model_card(tmp_path, name="someone/phi-memes")
-    card = (tmp_path / "README.md").read_text()
-    data = metadata_load(tmp_path / "README.md")
-    assert data["base_model"] == "microsoft/Phi-3.5-vision-instruct"
-    assert data["library_name"] == "transformers"
-    assert data["license"] == "mit"
-    assert data["pipeline_tag"] == "image-text-to-text"
-    assert data["datasets"] == ["HuggingFaceM4/the_cauldron"]
-    assert {"phi3_v", "hateful-memes", "full"} <= set(data["tags"])
-    (index,) = data["model-index"]
-    assert index["name"] == "phi-memes"
-    metrics = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
-    assert metrics == {"anls": 0.75, "loss": 1.0}
-    assert "# phi-memes\n" in card
-    assert "at revision `4a0d683eba9f1d0cbfb6151705d1ee73c25a80ca`" in card
-    assert "| 1,200 samples | before | after |\n| --- | --- | --- |\n| anls | 0.1250 | 0.7500 |\n| loss |" in card
-    assert "from_pretrained('someone/phi-memes'" in card
-    assert "| learning_rate | 0.0002 |" in card
-    assert "| prompt | a\\|b |" in card and "| bf16 | true |" in card and "seed" not in card
-    assert f"torch {torch.__version__.partition('+')[0]}" in card
-
-
 @pytest.mark.parametrize(
     ("file", "content", "base", "relation"),
     [
@@ -90,7 +66,7 @@ def test_the_front_matter_is_valid_for_the_hub(tmp_path):
 )
 def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation):
     """`ModelCard.validate` asks the Hub itself; this is what its library checks without a network."""
-    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct")
+    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct", method="full")
     run = json.loads((tmp_path / "run.json").read_text())
     run["hyperparameters"]["hub_model_id"] = "someone/phi-memes"
     (tmp_path / "run.json").write_text(json.dumps(run))
@@ -98,10 +74,21 @@ def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation
     write_model_card(tmp_path, name="someone/phi-memes")
     data = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False).data
     assert (data.base_model, data.base_model_relation) == (base, relation)
-    assert data.datasets == ["HuggingFaceM4/the_cauldron"]
+    assert data.library_name == ("peft" if relation == "adapter" else "transformers")
+    assert (data.license, data.pipeline_tag, data.model_name) == ("mit", "image-text-to-text", "phi-memes")
+    assert data.datasets == ["HuggingFaceM4/the_cauldron"] and {"phi3_v", "hateful-memes", "full"} <= set(data.tags)
     found = [(result.task_type, result.dataset_type, result.metric_type, result.metric_value) for result in data.eval_results]
     dataset = ("image-text-to-text", "HuggingFaceM4/the_cauldron")
     assert found == [(*dataset, "anls", 0.75), (*dataset, "loss", 1.0)]
+
+    card = (tmp_path / "README.md").read_text()
+    assert "# phi-memes\n" in card
+    assert "at revision `4a0d683eba9f1d0cbfb6151705d1ee73c25a80ca`" in card
+    assert "| 1,200 samples | before | after |\n| --- | --- | --- |\n| anls | 0.1250 | 0.7500 |\n| loss |" in card
+    assert "from_pretrained('someone/phi-memes'" in card
+    assert "| learning_rate | 0.0002 |" in card
+    assert "| prompt | a\\|b |" in card and "| bf16 | true |" in card and "seed" not in card
+    assert f"torch {torch.__version__.partition('+')[0]}" in card
 
 
 def test_a_card_without_results_or_run(tmp_path):

@@ -182,7 +182,7 @@ def test_a_stopped_tool_waits_for_its_run_to_save(number):
 
 
 @pytest.mark.slow
-def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model, tmp_path, monkeypatch, capsys):
     """On sample data, without torchrun, which `make demo` in test_readme.py uses."""
     places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
     row = ["nlvr2", "--row", "frozen", "--embedded", "--smoke", *places]
@@ -195,6 +195,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(tmp_path, mon
         return runs.Usage(1.0, 1.0)
 
     monkeypatch.setattr(embedded, "run_command", run_forked)
+    monkeypatch.setattr(embedded, "MODEL", str(random_model))
     flags = shlex.split(run_main(reproduce, monkeypatch, capsys, *row, "--dry_run"))
     flags = flags[flags.index("--freeze_vision_model") : flags.index("--num_crops")]
     with monkeypatch.context() as patch:

@@ -27,18 +27,16 @@ if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
     say("Reading the results")
 
-from common.report.page import write_comparison, write_report
+from common.report.page import write_report
 
 
 def main(args: argparse.Namespace) -> None:
+    default = Path(args.directories[0], "report.html") if len(args.directories) == 1 else Path("comparison.html")
     try:
-        if len(args.directories) == 1:
-            path = write_report(args.directories[0], args.output)
-        else:
-            path = write_comparison(args.directories, args.output or Path("comparison.html"))
+        write_report(args.directories, args.output or default)
     except (OSError, InputError) as error:
         fail(str(error))
-    print(f"Wrote {path}")
+    print(f"Wrote {args.output or default}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The metrics, tables and charts of a run. They depend on what its evaluations contain, not on the name of the task."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from statistics import median
 from typing import Any
 
 from common.evaluation.metrics import normalize_answer
 
-from .charts import Chart, confusion_chart, number, roc_chart, series
+from .charts import Chart, confusion_chart, number, series
 from .run import Run
 
 METRICS = {
@@ -25,11 +25,11 @@ MOST_CLASSES = 30  # more distinct answers than this are treated as free text, w
 
 def metric_table(run: Run) -> list[dict[str, Any]]:
     """Return all scalar values of the evaluations, the main metric first."""
-    main = (run.after or run.before).get("metric")
-    keys = [key for key, value in (run.before | run.after).items() if isinstance(value, int | float) and key != "samples"]
+    found = run.before | run.after
+    keys = [key for key, value in found.items() if isinstance(value, int | float) and key != "samples"]
     rows = []
-    for key in sorted(keys, key=lambda key: key != main):
-        before, after = (found.get(key, math.nan) for found in (run.before, run.after))
+    for key in sorted(keys, key=lambda key: key != found["metric"]):
+        before, after = (evaluation.get(key, math.nan) for evaluation in (run.before, run.after))
         change = after - before
         rows.append(
             {
@@ -64,50 +64,43 @@ def facts(run: Run) -> dict[str, str]:
     return found
 
 
-def evaluation_charts(run: Run) -> list[Chart]:
-    """Return the charts for the contents of the evaluations: ROC and confusion matrices."""
-    charts = []
-    likely = {
-        when: ([row["label"] for row in rows], [row["p_yes"] for row in rows])
-        for when, rows in run.predictions.items()
-        if all("p_yes" in row and "label" in row for row in rows) and len({row["label"] for row in rows}) == 2
-    }
-    if likely:
-        charts.append(roc_chart(likely))
-    if (run.after or run.before).get("metric") in ("accuracy", "auroc", "exact") and len(_classes(run)) <= MOST_CLASSES:
-        charts += [confusion_chart(when, *_truth_and_predicted(run, rows)) for when, rows in run.predictions.items()]
-    return charts
+def class_charts(run: Run) -> list[Chart]:
+    """Return the confusion matrices of the evaluations, if the task is a classification into few classes."""
+    found = _truth_and_predicted(run)
+    classes = {name for truth, _ in found.values() for name in truth}
+    classifies = (run.after or run.before).get("metric") in ("accuracy", "auroc", "exact")
+    return [confusion_chart(when, *pair) for when, pair in found.items() if classifies and len(classes) <= MOST_CLASSES]
 
 
-def class_table(run: Run) -> list[tuple[str, str, str]]:
-    """Return the name and the accuracy before and after training of each class, the lowest accuracy after training first."""
+def class_table(run: Run) -> list[tuple[str, str, str, str]]:
+    """Return name, accuracy before and after training, and most frequent wrong answer of each class, lowest accuracy first."""
     before, after = (found.get("accuracy_per_class", {}) for found in (run.before, run.after))
-    names = sorted(before | after, key=lambda name: (after.get(name, 0), before.get(name, 0), name))
+    wrong: dict[str, Counter[str]] = defaultdict(Counter)
+    for truth, predicted in zip(*_truth_and_predicted(run).get("after", ((), ())), strict=True):
+        if truth != predicted:
+            wrong[normalize_answer(truth)][predicted] += 1
     return [
-        (name, *(_metric_value("accuracy", of_class.get(name, math.nan)) for of_class in (before, after))) for name in names
+        (
+            name,
+            *(_metric_value("accuracy", of_class.get(name, math.nan)) for of_class in (before, after)),
+            ", ".join(f"{answer} ({count:,})" for answer, count in wrong[normalize_answer(name)].most_common(1)) or "—",
+        )
+        for name in sorted(before | after, key=lambda name: (after.get(name, 0), before.get(name, 0), name))
     ]
-
-
-def confusions(run: Run, limit: int = 8) -> list[tuple[str, str, int]]:
-    """Return the most frequent confusions after training: true class, predicted class, count."""
-    if not run.after.get("accuracy_per_class"):
-        return []
-    pairs = zip(*_truth_and_predicted(run, run.after["predictions"]), strict=True)
-    counts = Counter((truth, predicted) for truth, predicted in pairs if truth != predicted)
-    return [(*pair, count) for pair, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]]
 
 
 def _metric_value(key: str, value: float) -> str:
     return "—" if not math.isfinite(value) else f"{value:.1%}" if key in IN_PERCENT else f"{value:.3f}"
 
 
-def _classes(run: Run) -> dict[str, str]:
-    """Return the classes that occur as reference answers, as they are written there, by their normalized form."""
+def _truth_and_predicted(run: Run) -> dict[str, tuple[list[str], list[str]]]:
+    """Return the true and the predicted class of every sample, as classes are written in the reference answers."""
     answers = [row["answers"][0] for rows in run.predictions.values() for row in rows]
-    return {normalize_answer(answer): normalize_answer(answer, lower=False) for answer in answers}
-
-
-def _truth_and_predicted(run: Run, rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    classes = _classes(run)
-    truth = [classes[normalize_answer(row["answers"][0])] for row in rows]
-    return truth, [classes.get(normalize_answer(row["prediction"]), OTHER) for row in rows]
+    classes = {normalize_answer(answer): normalize_answer(answer, lower=False) for answer in answers}
+    return {
+        when: (
+            [classes[normalize_answer(row["answers"][0])] for row in rows],
+            [classes.get(normalize_answer(row["prediction"]), OTHER) for row in rows],
+        )
+        for when, rows in run.predictions.items()
+    }

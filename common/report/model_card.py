@@ -6,7 +6,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -60,7 +59,7 @@ processor = transformers.AutoProcessor.from_pretrained({{ name }})
 | {{ key }} | {{ value | replace("|", "\\\\|") }} |
 {% endfor %}
 
-Versions: {{ versions }}.
+Versions: {% for library, number in run.versions.items() %}{{ ", " if not loop.first }}{{ library }} {{ number }}{% endfor %}.
 """
 
 
@@ -85,55 +84,56 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     if not is_main_process():
         return
     directory, name = Path(output_dir), str(name or output_dir)
-    run, before, after = (read_json(path, "delete it") if (path := directory / file).is_file() else {} for file in RUN_FILES)
+    names = (*RUN_FILES, "config.json")
+    run, before, after, config = (
+        read_json(path, "delete it") if (path := directory / file).is_file() else {} for file in names
+    )
     if not run:
         raise InputError(f"{directory} has no run.json, which the model card requires; pass the --output_dir of a training run")
-    adapter, base, datasets = (directory / "adapter_config.json").is_file(), run["base_model"], run.get("datasets")
-    config = directory / "config.json"
-    quantized = config.is_file() and "quantization_config" in read_json(config, "copy it again")
+    adapter, quantized = (directory / "adapter_config.json").is_file(), "quantization_config" in config
+    base, datasets, hyperparameters = run["base_model"], run.get("datasets"), run["hyperparameters"]
     # A quantized model is derived from the finetuned one, if that is on the Hub.
-    origin = (quantized and run["hyperparameters"].get("hub_model_id")) or (base if on_hub(base) else None)
+    origin = (quantized and hyperparameters.get("hub_model_id")) or (base if on_hub(base) else None)
     relation = "adapter" if adapter else "quantized" if quantized and origin != base else "finetune"
     task, method = (re.sub(r"[^a-z0-9]+", "-", run[key].lower()).strip("-") for key in ("task", "method"))
-    results = [
-        EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=datasets[0] if datasets else task,
-            dataset_name=run["task"],
-            metric_type=metric,
-            metric_value=value,
-        )
-        for metric, value in _metrics(after).items()
-    ]
+    first, last = (
+        {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
+        for evaluation in (before, after)
+    )
+    metrics = sorted(first | last, key=lambda metric: metric != (after or before)["metric"])
+    dataset = {"dataset_type": datasets[0] if datasets else task, "dataset_name": run["task"]}
     front_matter = ModelCardData(
         base_model=origin,  # the Hub accepts only ids here
         base_model_relation=relation if origin else None,
-        datasets=datasets,
-        eval_results=results or None,
+        datasets=datasets or None,
+        eval_results=[
+            EvalResult(task_type="image-text-to-text", **dataset, metric_type=metric, metric_value=last[metric])
+            for metric in metrics
+            if metric in last
+        ]
+        or None,
         library_name="peft" if adapter else "transformers",
         license=licence,
         model_name=Path(name).name,
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", "finetuned", task, method],
     )
-    first, last = _metrics(before), _metrics(after)
     card = jinja2.Template(CARD, trim_blocks=True, keep_trailing_newline=True).render(
         front_matter=front_matter.to_yaml(),
         title=Path(name).name,
         name=repr(name),
         adapter=adapter,
-        quantized=quantized,
         loader="peft.AutoPeftModel" if adapter else "transformers.AutoModel",
+        quantized=quantized,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{base}`",
         run=run,
         samples=(after or before).get("samples", 0),
-        metrics=[(metric, *(f"{m[metric]:.4f}" if metric in m else "—" for m in (first, last))) for metric in first | last],
+        metrics=[(metric, *(f"{of[metric]:.4f}" if metric in of else "—" for of in (first, last))) for metric in metrics],
         hyperparameters={
             key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for key, value in run["hyperparameters"].items()
+            for key, value in hyperparameters.items()
             if value is not None
         },
-        versions=", ".join(f"{library} {number}" for library, number in run["versions"].items()),
     )
     write_file(directory / "README.md", str(ModelCard(card)))
 
@@ -141,9 +141,3 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
 def on_hub(name: str) -> bool:
     """Whether a name is a Hub id, and not a directory."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).is_dir()
-
-
-def _metrics(evaluation: dict[str, Any]) -> dict[str, float]:
-    """Return the finite metrics, the main metric first."""
-    values = {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
-    return {key: values[key] for key in sorted(values, key=lambda key: key != evaluation["metric"])}

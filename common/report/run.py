@@ -5,11 +5,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.runtime.files import read_json, write_file
 from common.runtime.machine import hardware, versions
@@ -25,8 +23,7 @@ FILES = {
 RIGHT = 0.5  # minimum score of an answer that counts as right; lower ANLS scores are 0
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """The contents of a run directory: one attribute per entry of `FILES`, empty if the file is missing."""
 
     directory: Path
@@ -39,8 +36,7 @@ class Run:
     @property
     def missing(self) -> dict[str, str]:
         """The missing files, and what the report lacks without each of them."""
-        contents = (self.settings, self.before, self.after, self.state, self.results)
-        return {name: lacking for (name, lacking), content in zip(FILES.items(), contents, strict=True) if not content}
+        return {name: FILES[name] for name, content in zip(FILES, self[1:], strict=True) if not content}
 
     @property
     def predictions(self) -> dict[str, list[dict[str, Any]]]:
@@ -53,58 +49,22 @@ class Run:
         return self.state.get("log_history", [])
 
 
-def write_run(
-    output_dir: str | Path,
-    task: str,
-    base_model: str,
-    base_revision: str | None,
-    method: str,
-    data: str,
-    hyperparameters: dict[str, Any],
-    datasets: Sequence[str] = (),
-    question: str | None = None,
-) -> None:
-    """Write ``run.json`` on the main process: command, data, settings, hardware, versions and start time.
+def write_run(output_dir: str | Path, **described: Any) -> None:
+    """Write ``run.json`` on the main process, with the command, start time, hardware and versions.
 
     Parameters
     ----------
     output_dir : str or Path
         The run directory.
-    task : str
-        Display name, such as ``"DocVQA"``.
-    base_model : str
-        Hub id or directory.
-    base_revision : str, optional
-        Commit of a Hub model; see :func:`common.model.checkpoint.base_revision`.
-    method : str
-        Training method, such as ``"full"`` or ``"LoRA"``.
-    data : str
-        Description of the training and evaluation rows.
-    hyperparameters : dict
-        Values by flag. Values that JSON cannot represent, such as paths, are written as text.
-    datasets : sequence of str
-        Hub ids of the datasets, if any.
-    question : str, optional
-        A question as the model is prompted with it, which the demo suggests.
+    **described
+        ``task`` (display name), ``base_model`` and ``base_revision`` (commit of a Hub model), ``method``, ``data`` (text),
+        ``hyperparameters`` (values by flag), ``datasets`` (Hub ids) and ``question`` (an example, as the model is prompted).
+        Values that JSON cannot represent, such as paths, are written as text.
     """
     if not is_main_process():
         return
-    run: dict[str, Any] = {
-        "task": task,
-        "command": launch_command(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": base_model,
-        "base_revision": base_revision,
-        "method": method,
-        "data": data,
-        "hardware": hardware(),
-        "versions": versions(),
-        "hyperparameters": hyperparameters,
-    }
-    if datasets:
-        run["datasets"] = list(datasets)
-    if question:
-        run["question"] = question
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run = {"command": launch_command(), "date": started, **described, "hardware": hardware(), "versions": versions()}
     write_file(Path(output_dir) / "run.json", json.dumps(run, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -129,31 +89,24 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
 
     Raises
     ------
-    FileNotFoundError
-        If the directory does not exist, or contains no file of a run.
     InputError
-        If a file is invalid; the message names it.
+        If the directory contains no file of a run, or a file is invalid; the message names it.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory; pass the --output_dir of a training run")
-    paths = [directory / name for name in FILES]
-    run = Run(directory, *(read_json(path, "delete it, or run the training again") if path.is_file() else {} for path in paths))
+    paths = [Path(directory, name) for name in FILES]
+    run = Run(
+        Path(directory), *(read_json(path, "delete it, or run the training again") if path.is_file() else {} for path in paths)
+    )
     if len(run.missing) == len(FILES):
-        raise FileNotFoundError(
-            f"{directory} contains no file of a run ({', '.join(FILES)}); pass the --output_dir of a training run"
-        )
+        raise InputError(f"{directory} contains no file of a run ({', '.join(FILES)}); pass the --output_dir of a training run")
     for name, evaluation in (("eval_before.json", run.before), ("eval_after.json", run.after)):
-        if evaluation:
-            _check_evaluation(evaluation, directory / name)
+        metric = evaluation.get("metric")
+        if evaluation and (not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float)):
+            raise InputError(
+                f"'metric' must be the key of a number in the same file, got {metric!r}", str(run.directory / name)
+            )
+        for row, prediction in enumerate(evaluation.get("predictions", [])):
+            missing = {"id", "question", "prediction", "answers", "score"} - set(prediction)
+            if missing or not prediction["answers"]:
+                fields = ", ".join(sorted(missing)) or "answers"
+                raise InputError(f"prediction {row} is missing {fields}", str(run.directory / name))
     return run
-
-
-def _check_evaluation(evaluation: dict[str, Any], path: Path) -> None:
-    metric = evaluation.get("metric")
-    if not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float):
-        raise InputError(f"'metric' must be the key of a number in the same file, got {metric!r}", str(path))
-    for row, prediction in enumerate(evaluation.get("predictions", [])):
-        missing = {"id", "question", "prediction", "answers", "score"} - set(prediction)
-        if missing or not prediction["answers"]:
-            raise InputError(f"prediction {row} is missing {', '.join(sorted(missing)) or 'answers'}", str(path))
