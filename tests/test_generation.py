@@ -24,7 +24,7 @@ ANSWERS = ("Yes.", "No, neither of them")
 
 
 def flags(batch_size):
-    return argparse.Namespace(eval_batch_size=batch_size, max_new_tokens=12, dataloader_num_workers=0, bf16=False, tqdm=False)
+    return argparse.Namespace(eval_batch_size=batch_size, max_new_tokens=12, dataloader_num_workers=0, tqdm=False)
 
 
 def load(**overrides):

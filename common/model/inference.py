@@ -20,7 +20,8 @@ from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.runtime.process import InputError
 
 from .adapters import BASE_DESCRIPTION, COPY_AGAIN, attach_adapter, base_fault, find_adapter, find_base, read_base_description
-from .checkpoint import fetch_checkpoint, first_line, load_processor, load_weights
+from .checkpoint import fetch_checkpoint, load_processor, load_weights
+from .checks import BAD_VALUES, first_line
 from .loading import avoid_avx512_kernel
 
 
@@ -162,5 +163,5 @@ def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
 def _quantization(fields: dict[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
     try:
         return BitsAndBytesConfig.from_dict(fields | {"bnb_4bit_compute_dtype": dtype})
-    except Exception as error:  # raises anything
+    except BAD_VALUES as error:
         raise InputError(f"{BASE_DESCRIPTION}: invalid quantization ({first_line(error)}): {COPY_AGAIN}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations, uses_adapters
+from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations
 from common.data.batches import PlannedBatches
 from common.data.collator import Collator
 from common.data.conversations import Conversation
@@ -95,7 +95,7 @@ def build_trainer(
     eval_data = TrainingData(eval_rows, to_conversation, processor, args.seed)
 
     flops = TrainingFlops(base_model(model))
-    estimate = functools.cache(lambda: estimate_memory(model, args, setup, flops))
+    estimate = functools.cache(lambda: estimate_memory(model, setup, args.optim, flops))
     batches, lengths = plan_batches(args, setup, train_data, flops, estimate)
     steps = number_of_steps(args.max_steps, args.num_train_epochs, batches)
     # By default, at least 20 entries, so that a short run also has curves.
@@ -168,8 +168,8 @@ def _settings(
         "deepspeed": setup.deepspeed,
         "attention": (setup.attention, setup.attention_reason),
         "resume_from_checkpoint": setup.checkpoint,
-        "use_lora": uses_adapters(args),
-        "eval_steps": steps_between_evaluations(args),
+        "use_lora": args.use_lora or args.use_qlora,
+        "eval_steps": steps_between_evaluations(args.eval_steps, args.logging_steps),
         "logging_steps": logging_steps,
         "max_tokens_per_batch": max_tokens,
         "batch_size_per_gpu": None if max_tokens else setup.batch_size_per_gpu,

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from common.arguments import CHANGEABLE, LORA_DEFAULTS, method_name, uses_adapters
+from common.arguments import CHANGEABLE, LORA_DEFAULTS, method_name
 from common.data.conversations import pictures
 from common.data.pictures import Picture
 from common.data.samples import TrainingData
@@ -178,6 +178,7 @@ def run_identity(
     """What makes a run this run, by name: all settings that change its course. Must be called on all processes."""
     names = ["batch_size", "seed", "num_crops", "optim", "learning_rate", "vision_learning_rate", "projector_learning_rate"]
     names += ["wd", "lr_scheduler_type", "warmup_steps", "streaming"]
+    names += LORA_DEFAULTS if args.use_lora or args.use_qlora else []
     weights = on_main_process(lambda: fingerprint(find_snapshot(base or args.model_name_or_path, revision)))
     identity: dict[str, Any] = {
         "method": method_name(args),
@@ -185,7 +186,7 @@ def run_identity(
         "precision (--bf16)": precision,
         "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
     }
-    identity |= {f"--{name}": getattr(args, name) for name in names + (list(LORA_DEFAULTS) if uses_adapters(args) else [])}
+    identity |= {f"--{name}": getattr(args, name) for name in names}
     if adapter:
         identity["adapter (--model_name_or_path)"] = on_main_process(lambda: fingerprint(adapter))
     if zero_stage or args.streaming:  # each process has its own states, or its own part of the stream

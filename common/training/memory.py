@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.arguments import Setup, trained_parts, uses_adapters
+from common.arguments import Setup, trained_parts
 from common.data.batches import Lengths
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.fused import recompute_elementwise
-from common.phi3v.image_processing import CROP_SIZE
+from common.phi3v.image_processing import CROP_SIZE, TOKENS_PER_SIDE, num_image_tokens
 from common.runtime.collectives import gather
 from common.runtime.process import local_world_size, world_size
 
@@ -40,7 +41,6 @@ SHORT_TEXT, LONG_TEXT = 32, 160  # text tokens of the samples that are measured
 BACKWARD_LAUNCHES = 2  # kernels of a backward pass for each of a forward pass, as benchmarks.roofline counts them
 # An assumption: the answers are not tokenized for the estimates, and their share of the cost is small.
 SUPERVISED_TOKENS_PER_SAMPLE = 16
-TOKENS_PER_VIEW = 144
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
         return (args.gradient_checkpointing,)
     # Layers of transformers have no operations to recompute, and torch.compile decides itself what to recompute in a layer.
     without = set() if args.fused_layers and not args.torch_compile else {"elementwise"}
-    if "vision" not in trained_parts(args):
+    if "vision" not in trained_parts(args.train_only, args.train_fully, args.freeze_vision_model):
         without.add("vision")  # a frozen tower stores nothing
     return tuple(mode for mode in MODES if mode not in without)
 
@@ -204,24 +204,23 @@ def mean_flops(flops: TrainingFlops, lengths: Lengths) -> tuple[float, float]:
         tokens=tokens.sum(),
         pairs=(tokens * (tokens + 1) / 2).sum(),
         views=views,
-        image_tokens=TOKENS_PER_VIEW * views,
+        image_tokens=TOKENS_PER_SIDE**2 * views,
         supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
     )
     forward, backward = flops.count(sizes)
     return forward / len(tokens), backward / len(tokens)
 
 
-def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
+def estimate_memory(model: nn.Module, setup: Setup, optim: str, flops: TrainingFlops) -> Trial | None:
     """Measure activation memory and speed with a few small forward passes. Must be called on all processes.
 
     Parameters
     ----------
     model : torch.nn.Module
         On the device, not yet wrapped by DeepSpeed or DDP; it is not changed.
-    args : argparse.Namespace
-        The script's flags.
     setup : Setup
-        Settings of the run that follow from them.
+    optim : str
+        Name of the optimizer in TrainingArguments.
     flops : TrainingFlops
         Counts the FLOPs of a batch.
 
@@ -231,31 +230,32 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
         That of the process with the least free memory, the same on all processes. None if nothing can be measured: ZeRO-3
         partitions the weights, or not even a small batch fits on one of the processes.
     """
-    own = None if setup.zero_stage == 3 else _measure(model, args, setup, flops)
+    own = None if setup.zero_stage == 3 else _measure(model, setup, optim, flops)
     trials = [trial for trial in gather(own) if trial]
     return min(trials, key=lambda trial: trial.free) if len(trials) == world_size() else None
 
 
-def _measure(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
+def _measure(model: nn.Module, setup: Setup, optim: str, flops: TrainingFlops) -> Trial | None:
     device = setup.device
     footprints, training = {}, model.training
     model.train()
     # DeepSpeed trains without autocast, in bf16 or fp16 weights; adapters are still fp32 here.
-    precision = nullcontext() if setup.deepspeed and not uses_adapters(args) else autocast(model, args.bf16)
+    plain = setup.deepspeed is not None and not isinstance(model, PeftModel)
+    precision = nullcontext() if plain else autocast(model, setup.precision == "bf16")
     # Dropout must not change the random state of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
             for mode in ("none", "elementwise", "full"):
                 set_gradient_checkpointing(model, mode)
                 sizes = ((1, SHORT_TEXT), (1, LONG_TEXT), (2, SHORT_TEXT))
-                batches = [_batch(model, images, text, setup.packing, device) for images, text in sizes]
+                batches = [_batch(images, text, setup.packing, device) for images, text in sizes]
                 short, long, double = (kept_bytes(model, batch) for batch in batches)
                 tokens, views = ([vars(flops.sizes(batch))[unit] for batch in batches] for unit in ("tokens", "views"))
                 per_token = (long - short) / (tokens[1] - tokens[0])
                 per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
                 footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
             # A GPU reaches its speed with large batches only; with full recomputation they need little memory.
-            timed = _batch(model, 8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
+            timed = _batch(8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
             launching, seconds = (_seconds_forward(model, batch, device) for batch in (batches[0], timed))
         except torch.OutOfMemoryError:
             return None
@@ -267,8 +267,8 @@ def _measure(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: Tr
         keeping=footprints["none"],
         elementwise=footprints["elementwise"],
         recomputing=footprints["full"],
-        num_layers=len(base_model(model).model.layers),
-        states=state_bytes(model, args.optim, setup),
+        num_layers=base_model(model).config.num_hidden_layers,
+        states=state_bytes(model, optim, setup),
         step=step_bytes(model, setup),
         free=free_bytes(device),
         flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
@@ -348,9 +348,9 @@ def free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available / local_world_size()
 
 
-def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
+def _batch(images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
     """One sample of blank images with two crops each, and text."""
-    [image_tokens] = base_model(model).model.vision_embed_tokens.num_tokens([(CROP_SIZE, 2 * CROP_SIZE)])
+    image_tokens = num_image_tokens(CROP_SIZE, 2 * CROP_SIZE)
     ids = [-1 - image for image in range(images) for _ in range(image_tokens)] + [1] * text
     input_ids = torch.tensor([ids], device=device)
     labels = torch.full_like(input_ids, -100)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.arguments import Setup, method_name, uses_adapters
+from common.arguments import Setup, method_name
 from common.data.batches import Lengths, PlannedBatches
 from common.data.streaming import StreamedBatches
 from common.model.loading import count_parameters
@@ -75,7 +75,7 @@ def summarize(
     lines = {
         "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",
         "trainable": ", ".join(parts),
-        "method": method_name(args) + (lora if uses_adapters(args) else ""),
+        "method": method_name(args) + (lora if args.use_lora or args.use_qlora else ""),
         "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
         "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),

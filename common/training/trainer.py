@@ -30,7 +30,8 @@ from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.adapters import write_base_description
-from common.model.checkpoint import find_snapshot, first_line, read_tensors
+from common.model.checkpoint import find_snapshot, read_tensors
+from common.model.checks import first_line
 from common.model.loading import autocast
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops, peak_flops
