@@ -56,62 +56,28 @@ class Setup:
     """Settings of a run, resolved from its flags for this machine and this model by :func:`common.training.start.start`.
 
     Defined here because :mod:`common.model` may not import :mod:`common.training`.
-
-    Attributes
-    ----------
-    device : torch.device
-        Device of this process.
-    precision : {"bf16", "fp16", "fp32"}
-    attention, attention_reason : str
-        Name of the attention implementation in transformers, and why it was chosen.
-    packing : bool
-        Whether samples are concatenated without padding.
-    deepspeed : str, optional
-        DeepSpeed configuration file; None for plain DDP.
-    zero_stage : int, optional
-        ZeRO stage set in that file.
-    batch_size_per_gpu : int
-        Samples per process per micro-batch, and of the evaluation loss.
-    max_tokens_per_batch : int or "auto", optional
-        Limit of a micro-batch that replaces the number of samples.
-    revision : str, optional
-        Commit of a model from the Hub.
-    base : str, optional
-        Base model, if ``--model_name_or_path`` is an adapter to be trained further.
-    adapter : Path, optional
-        That adapter.
-    checkpoint : Path, optional
-        Checkpoint to resume from.
-    identity : dict
-        Settings that must not change when the run is resumed, by name.
     """
 
-    device: torch.device
-    precision: str
-    attention: str
-    attention_reason: str = ""
-    packing: bool = False
-    deepspeed: str | None = None
-    zero_stage: int | None = None
-    batch_size_per_gpu: int = 1
-    max_tokens_per_batch: int | str | None = None
-    revision: str | None = None
-    base: str | None = None
-    adapter: Path | None = None
-    checkpoint: Path | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
+    device: torch.device  # of this process
+    precision: str  # "bf16", "fp16" or "fp32"
+    attention: str  # name of the attention implementation in transformers
+    attention_reason: str = ""  # why it was chosen
+    packing: bool = False  # whether samples are concatenated without padding
+    deepspeed: str | None = None  # configuration file; None for plain DDP
+    zero_stage: int | None = None  # as set in that file
+    batch_size_per_gpu: int = 1  # samples per process per micro-batch, and of the evaluation loss
+    max_tokens_per_batch: int | str | None = None  # limit of a micro-batch, or "auto", instead of the number of samples
+    revision: str | None = None  # commit of a model from the Hub
+    base: str | None = None  # base model, if --model_name_or_path is an adapter to be trained further
+    adapter: Path | None = None  # that adapter
+    checkpoint: Path | None = None  # to resume from
+    identity: dict[str, Any] = field(default_factory=dict)  # what must not change when the run is resumed, by name
 
 
 class TrainingParser(Parser):
-    """The parser of a task script, which also checks the values; see :func:`check_arguments`.
+    """The parser of a task script, which also checks the values; see :func:`check_arguments`."""
 
-    Attributes
-    ----------
-    training_flags : set of str
-        Names, without dashes, of the flags that have no effect with ``--eval_only``.
-    """
-
-    training_flags: set[str]
+    training_flags: set[str]  # names, without dashes, of the flags that have no effect with --eval_only
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Take the defaults of the LoRA flags from ``--model_name_or_path``, if that is an adapter to be trained further."""

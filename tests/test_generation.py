@@ -154,6 +154,6 @@ def test_generation_does_not_use_flash_attention(monkeypatch):
     monkeypatch.setattr(model, "set_attn_implementation", chosen.append)  # refuses flash attention on a CPU
     for attention in ("flash_attention_2", "eager"):
         model.config._attn_implementation = attention
-        with generation._evaluating(model, bf16=False):
+        with generation._evaluating(model):
             chosen.append(attention)
     assert chosen == [{"": "sdpa"}, "flash_attention_2", {"": "flash_attention_2"}, "eager"]

@@ -33,8 +33,8 @@ from common.training.memory import (
     state_bytes,
     step_bytes,
 )
+from common.training.optimizer import split_parameters
 from common.training.summary import summarize
-from common.training.trainer import split_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "tiny_phi3v"

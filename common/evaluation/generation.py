@@ -39,24 +39,12 @@ COMPACT_BELOW = 0.5
 
 @dataclass(frozen=True)
 class Answering:
-    """Settings of :func:`generate_answers`, named as the flags of the scripts, whose namespace can be passed instead.
+    """Settings of :func:`generate_answers`, named as the flags of the scripts, whose namespace can be passed instead."""
 
-    Attributes
-    ----------
-    eval_batch_size : int
-        Prompts per process per batch.
-    max_new_tokens : int, optional
-        Maximum tokens per answer. Default: see :func:`answer_limit`.
-    dataloader_num_workers : int
-        DataLoader workers per process.
-    tqdm : bool
-        Show a progress bar on a terminal.
-    """
-
-    eval_batch_size: int = 8
-    max_new_tokens: int | None = None
-    dataloader_num_workers: int = 0
-    tqdm: bool = True
+    eval_batch_size: int = 8  # prompts per process per batch
+    max_new_tokens: int | None = None  # per answer; None: see answer_limit
+    dataloader_num_workers: int = 0  # per process
+    tqdm: bool = True  # show a progress bar on a terminal
 
 
 class _Prompts(Dataset):

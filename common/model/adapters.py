@@ -71,15 +71,7 @@ ADAPTER_FIELDS: dict[str, Check] = {
 
 
 def write_base_description(directory: Path, model: PeftModel) -> None:
-    """Write ``base_model.json``, which identifies an adapter's base model, next to the adapter.
-
-    Parameters
-    ----------
-    directory : Path
-        Directory of the adapter.
-    model : PeftModel
-        The adapter on its base model, which was loaded from a directory or from the Hub.
-    """
+    """Write ``base_model.json``, which identifies the base model of the adapter ``model``, to the adapter's directory."""
     base: Any = model.get_base_model()
     revision = model.peft_config["default"].revision
     name, snapshot = base.name_or_path, find_snapshot(base.name_or_path, revision)

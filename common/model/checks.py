@@ -95,7 +95,9 @@ def check_checkpoint(name_or_path: str, flag: str | None = None, revision: str |
     index = directory / "model.safetensors.index.json"
     needed += _shards(index) if index.is_file() else ["model.safetensors"]
     missing = [name for name in needed if not (directory / name).is_file()]
-    if "tokenizer_config.json" not in missing and not _has_chat_template(directory):
+    # As published, the template is in the tokenizer configuration.
+    has_template = (directory / "chat_template.jinja").is_file()
+    if needed[3] not in missing and not has_template and "chat_template" not in read_json(directory / needed[3], COPY_AGAIN):
         missing.append("chat_template.jinja")
     if missing:
         pickles = ", ".join(path.name for path in sorted(directory.glob("*.bin")))
@@ -248,10 +250,3 @@ def _shards(index: Path) -> list[str]:
     ):
         raise InputError(f"{index} is not a valid weight index: {COPY_AGAIN}")
     return sorted(set(files.values()))
-
-
-def _has_chat_template(directory: Path) -> bool:
-    """Whether there is a chat template, in a separate file or, as published, in the tokenizer configuration."""
-    if (directory / "chat_template.jinja").is_file():
-        return True
-    return "chat_template" in read_json(directory / "tokenizer_config.json", COPY_AGAIN)

@@ -120,10 +120,8 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings determined from them at the start.
+    args, setup
+        The script's flags, and what :func:`common.training.start.start` determined from them.
     processor : Phi3VProcessor
         Provides the tokens that end an answer.
 

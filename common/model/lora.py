@@ -67,18 +67,9 @@ def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | 
 
 
 def continue_lora(model: Phi3VForCausalLM, adapter: Path, vision: bool, train_fully: tuple[str, ...], fuse: bool) -> PeftModel:
-    """Load an adapter, to train it further.
+    """Load an adapter on its base model, to train it further, with ``fuse`` as fused layers.
 
-    Parameters
-    ----------
-    model : Phi3VForCausalLM
-        Its base model.
-    adapter : Path
-        Directory of the adapter.
-    vision, train_fully
-        See :func:`common.model.adapters.check_targets`.
-    fuse : bool
-        ``--fused_layers``
+    Its modules are checked, see :func:`common.model.adapters.check_targets` for ``vision`` and ``train_fully``.
 
     Raises
     ------

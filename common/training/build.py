@@ -60,12 +60,10 @@ def build_trainer(
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings that :func:`common.training.start.start` determined from them.
-    model : torch.nn.Module
-    processor : Phi3VProcessor
+    args, setup
+        The script's flags, and what :func:`common.training.start.start` determined from them.
+    model, processor
+        As returned by :func:`common.model.loading.load_model` and :func:`common.model.checkpoint.load_processor`.
     train_rows : Rows or Stream
     eval_rows : Rows
     to_conversation : callable

@@ -57,46 +57,20 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Trial:
-    """Measured memory and speed of a model on a device.
+    """Measured memory and speed of a model on a device."""
 
-    Attributes
-    ----------
-    keeping, elementwise, recomputing : Footprint
-        Without recomputation, with recomputation of norms and activations, and with recomputation of all layers.
-    num_layers : int
-        Layers of the decoder.
-    states : float
-        Bytes of gradients, optimizer states and master weights, in addition to the loaded model.
-    step : float
-        Temporary bytes of an optimizer step, when the activations have been freed.
-    free : float
-        Bytes that are free on the device for this process.
-    flops_per_second : float
-        Speed of the forward pass of a large batch.
-    launching : float
-        Seconds that the forward pass of a small batch takes, most of which the CPU needs to launch it.
-    """
-
-    keeping: Footprint
-    elementwise: Footprint
-    recomputing: Footprint
-    num_layers: int
-    states: float
-    step: float
-    free: float
-    flops_per_second: float
-    launching: float
+    keeping: Footprint  # without recomputation
+    elementwise: Footprint  # with recomputation of norms and activations
+    recomputing: Footprint  # with recomputation of all layers
+    num_layers: int  # of the decoder
+    states: float  # bytes of gradients, optimizer states and master weights, in addition to the loaded model
+    step: float  # temporary bytes of an optimizer step, when the activations have been freed
+    free: float  # bytes that are free on the device for this process
+    flops_per_second: float  # of the forward pass of a large batch
+    launching: float  # seconds of the forward pass of a small batch, most of which the CPU needs to launch it
 
     def needed(self, mode: str, tokens: float, views: float) -> float:
-        """Bytes that training on batches of this size needs in addition to the loaded model.
-
-        Parameters
-        ----------
-        mode : {"none", "elementwise", "vision", "selective", "full"}
-            As :func:`common.model.loading.set_gradient_checkpointing` takes it.
-        tokens, views : float
-            Of the largest batch.
-        """
+        """Bytes that training needs in addition to the loaded model, with a mode of recomputation and such a largest batch."""
         return self.states + max(self.step, self._activations(mode, tokens, views))
 
     def _activations(self, mode: str, tokens: float, views: float) -> float:
@@ -122,13 +96,7 @@ class Trial:
     def seconds(self, mode: str, flops: tuple[float, float], micro_batches: int) -> float:
         """Time of a step without the optimizer: that of its FLOPs, or of launching its kernels if this takes longer.
 
-        Parameters
-        ----------
-        mode : {"none", "elementwise", "vision", "selective", "full"}
-        flops : (float, float)
-            Of the forward passes and of the backward passes of this process.
-        micro_batches : int
-            Of this process.
+        ``flops`` are those of the forward passes and of the backward passes of this process.
         """
         forward, backward = flops
         computing = ((1 + REPEATED[mode]) * forward + backward) / self.flops_per_second
@@ -147,16 +115,7 @@ def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def least_recomputation(trial: Trial | None, tokens: int, views: int, modes: tuple[str, ...] = MODES) -> str:
-    """The mode with the least recomputation that fits into the free memory, which is the fastest; the last one if none does.
-
-    Parameters
-    ----------
-    trial : Trial, optional
-    tokens, views : int
-        Of the largest batch.
-    modes : tuple of str
-        In the order of ``MODES``.
-    """
+    """The first mode that fits into the free memory with such a largest batch, which is the fastest; the last if none does."""
     fitting = [mode for mode in modes if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
     return fitting[0] if fitting else modes[-1]
 
@@ -304,23 +263,17 @@ def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps them elsewhere
     processes = world_size()
-    moments = 2 if "8bit" in optim else 0 if optim in ("adafactor", "sgd") else 8
+    moments = 0 if "paged" in optim or optim in ("adafactor", "sgd") else 2 if "8bit" in optim else 8
     if setup.deepspeed is None:
-        gradients = sum(parameter.nbytes for parameter in trained)
-        masters = 4 * _count_bf16(trained)
-        return gradients + masters + (0 if "paged" in optim else moments * count)
+        return sum(parameter.nbytes for parameter in trained) + 4 * _count_bf16(trained) + moments * count
     zero, halves = zero_settings(setup.deepspeed), setup.precision != "fp32"
-    if "paged" in optim:
-        moments = 0
-    masters_and_moments = (4 + moments if halves else moments) * count
-    gradients = (2 if halves else 4) * count
-    stage, offloads = zero.get("stage", 0), "offload_optimizer" in zero
-    partition = processes if stage >= 1 else 1
+    size, stage = 2 if halves else 4, zero.get("stage", 0)
     bucket = zero.get("reduce_bucket_size", 5e8)
     if bucket == "auto":
         bucket = base_model(model).config.hidden_size ** 2  # as transformers fills it in
-    buckets = 2 * (2 if halves else 4) * min(bucket, count)
-    return (0 if offloads else masters_and_moments / partition) + gradients / (processes if stage >= 2 else 1) + buckets
+    masters_and_moments = (4 + moments if halves else moments) * count / (processes if stage >= 1 else 1)
+    gradients = size * count / (processes if stage >= 2 else 1)
+    return (0 if "offload_optimizer" in zero else masters_and_moments) + gradients + 2 * size * min(bucket, count)
 
 
 def step_bytes(model: nn.Module, setup: Setup) -> float:

@@ -36,9 +36,8 @@ def plan_batches(
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
+    args, setup
+        The script's flags, and what :func:`common.training.start.start` determined from them.
     data : TrainingData or StreamedData
     flops : TrainingFlops
     estimate : callable
@@ -104,18 +103,7 @@ def _choose_budget(
 
 
 def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int, logging_steps: int) -> TrainingArguments:
-    """Return the settings of transformers' Trainer.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-    accumulation : int
-        Micro-batches per process and optimizer step.
-    logging_steps : int
-        Optimizer steps between log entries.
-    """
+    """Return the settings of transformers' Trainer, for ``accumulation`` micro-batches per process and optimizer step."""
     on_gpu = torch.cuda.is_available()
     by_metric = args.eval_metric_steps is not None
     best = f"eval_{args.metric}" if by_metric else "eval_loss"

@@ -40,25 +40,9 @@ def summarize(
     trial: Trial | None,
     flops: TrainingFlops,
 ) -> str:
-    """Return the summary of a run.
+    """Return the summary of a run: one line per entry, as ``name: value``.
 
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings determined from them at the start.
-    lengths : Lengths
-        Lengths of a sample of the rows, or of all rows.
-    recomputation : {"none", "elementwise", "vision", "selective", "full"}
-        Which layers are recomputed in the backward pass.
-    trial : Trial, optional
-        The trial from which memory and time are estimated.
-
-    Returns
-    -------
-    str
-        One line per entry, as ``name: value``.
+    Memory and time are estimated from the trial and from ``lengths``, those of some or all samples.
     """
     processes = world_size()
     steps = number_of_steps(args.max_steps, args.num_train_epochs, batches)
