@@ -194,12 +194,7 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     add("--output_dir", type=Path, default=Path("output"), help="output directory (default: output)")
     add("--batch_size", type=int, default=16, help="samples per optimizer step over all processes (default: 16)")
     add("--batch_size_per_gpu", type=int, help="samples per process per micro-batch (default: 1, or by --max_tokens_per_batch)")
-    add(
-        "--num_train_epochs",
-        type=_number,
-        default=NUM_TRAIN_EPOCHS,
-        help="number of epochs, also fractional (default: %(default)s)",
-    )
+    add("--num_train_epochs", type=_number, default=NUM_TRAIN_EPOCHS, help="epochs, also fractional (default: %(default)s)")
     add("--max_steps", type=int, default=-1, help="maximum number of optimizer steps (default: no limit)")
     add("--learning_rate", type=float, default=4e-5, help="peak learning rate (default: %(default)s)")
     add("--vision_learning_rate", type=float, help="learning rate of the vision tower (default: --learning_rate)")
@@ -212,19 +207,9 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         default="linear",
         help="learning rate schedule after warmup; constant has no warmup (default: %(default)s)",
     )
-    add(
-        "--warmup_steps",
-        type=float,
-        default=50,
-        help="linear warmup steps; if below 1, a fraction of all steps (default: %(default)s)",
-    )
+    add("--warmup_steps", type=float, default=50, help="linear warmup; if below 1, a fraction of all steps (default: 50)")
     add("--seed", type=int, default=42, help="random seed (default: %(default)s)")
-    add(
-        "--max_nonfinite_steps",
-        type=int,
-        default=3,
-        help="end the run after N steps in a row with a loss or gradient that is not finite (default: %(default)s)",
-    )
+    add("--max_nonfinite_steps", type=int, default=3, help="end after N steps without a finite loss or gradient (default: 3)")
     add(
         "--ddp_timeout",
         type=int,
@@ -239,11 +224,7 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         metavar="FILE",
         help="DeepSpeed configuration, or none for plain DDP (default: common/deepspeed/zero2.json; none with LoRA)",
     )
-    add(
-        "--packing",
-        action=argparse.BooleanOptionalAction,
-        help="concatenate samples instead of padding them (default: on if the attention kernel supports it)",
-    )
+    add("--packing", action=argparse.BooleanOptionalAction, help="concatenate samples, not pad them (default: if supported)")
     add(
         "--max_tokens_per_batch",
         type=lambda text: text if text == "auto" else int(text),
@@ -266,26 +247,11 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     )
     add("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requires liger-kernel)")
     add("--torch_compile", action="store_true", help="compile the layers of the decoder and the tower")
-    add(
-        "--dataloader_num_workers",
-        type=int,
-        default=4,
-        help="DataLoader workers per process, limited to its share of the CPU cores (default: 4)",
-    )
+    add("--dataloader_num_workers", type=int, default=4, help="workers per process, at most its CPU cores (default: 4)")
 
     add = parser.add_argument_group("checkpoints").add_argument
-    add(
-        "--save_strategy",
-        choices=("no", "steps", "epoch"),
-        default="no",
-        help="when to save checkpoints (default: save only the final model)",
-    )
-    add(
-        "--save_steps",
-        type=int,
-        default=SAVE_STEPS,
-        help="steps between checkpoints, with --save_strategy steps (default: %(default)s)",
-    )
+    add("--save_strategy", choices=("no", "steps", "epoch"), default="no", help="when to save checkpoints (default: never)")
+    add("--save_steps", type=int, default=SAVE_STEPS, help="steps between checkpoints, if saved by steps (default: 500)")
     add("--save_total_limit", type=int, help="number of checkpoints to keep (default: all)")
     add(
         "--resume_from_checkpoint",

@@ -122,9 +122,11 @@ def test_heavy_libraries_are_imported_late(name):
             assert not any(module.split(".")[0] == name for module in found), path
 
 
-def test_training_loads_no_libraries_of_reports(tmp_path):
+def test_training_loads_no_libraries_of_reports(random_model, tmp_path):
     """Up to the report. The model does without bitsandbytes too, which transformers' Trainer imports, by way of PEFT."""
-    words = flags(write_docvqa(tmp_path / "data"), tmp_path / "output", use_lora=True, max_steps=1, dataloader_num_workers=0)
+    data = write_docvqa(tmp_path / "data", train=4, val=1)
+    lora = {"model_name_or_path": random_model, "use_lora": True, "lora_rank": 4}
+    words = flags(data, tmp_path / "output", max_steps=1, dataloader_num_workers=0, **lora)
     code = f"""
 import sys, common.phi3v
 assert "bitsandbytes" not in sys.modules

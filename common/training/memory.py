@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -199,7 +198,7 @@ def _measure(model: nn.Module, setup: Setup, optim: str, flops: TrainingFlops) -
     footprints, training = {}, model.training
     model.train()
     # DeepSpeed trains without autocast, in bf16 or fp16 weights; adapters are still fp32 here.
-    plain = setup.deepspeed is not None and not isinstance(model, PeftModel)
+    plain = setup.deepspeed is not None and base_model(model) is model
     precision = nullcontext() if plain else autocast(model, setup.precision == "bf16")
     # Dropout must not change the random state of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:

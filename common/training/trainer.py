@@ -48,23 +48,7 @@ NAMED_ROWS = 8
 
 
 class FinetuningTrainer(Trainer):
-    """A Trainer with planned micro-batches, checkpoints that are verified to be complete, and logged throughput.
-
-    Parameters
-    ----------
-    flags, setup
-        The script's flags, and what :func:`common.training.start.start` determined from them.
-    identity : dict
-        What must not change when the run is resumed, by name.
-    batches : PlannedBatches or StreamedBatches
-        Micro-batches of this process.
-    evaluate_task : callable
-        Scores a model on the task.
-    flops : TrainingFlops
-        Counts the FLOPs of a batch.
-    recomputation : {"none", "elementwise", "vision", "selective", "full"}
-        The chosen mode, which the benchmark records.
-    """
+    """A Trainer with planned micro-batches, checkpoints that are verified to be complete, and logged throughput."""
 
     # What transformers declares as possibly None, or as a choice of types that the recipes do not make.
     model: nn.Module
@@ -82,11 +66,11 @@ class FinetuningTrainer(Trainer):
         *args: Any,
         flags: argparse.Namespace,
         setup: Setup,
-        identity: dict[str, Any],
-        batches: PlannedBatches | StreamedBatches,
+        identity: dict[str, Any],  # what must not change when the run is resumed, by name
+        batches: PlannedBatches | StreamedBatches,  # micro-batches of this process
         flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
-        recomputation: str,
+        recomputation: str,  # the mode, which the benchmark records
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
