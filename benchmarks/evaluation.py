@@ -46,7 +46,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from assets.draw_samples import draw_samples
 from common.data.conversations import prompt_text
-from common.evaluation.generation import generate_answers
+from common.evaluation.generation import Answering, generate_answers
 from common.phi3v.processing import stop_token_ids
 from finetune_hf_trainer_docvqa import load_official, to_conversation
 
@@ -77,13 +77,7 @@ def answer_one_by_one(model, processor, conversations, max_new_tokens):
 def main(args: argparse.Namespace) -> None:
     processor = AutoProcessor.from_pretrained(MODEL, num_crops=NUM_CROPS)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa").eval()
-    flags = argparse.Namespace(
-        eval_batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        dataloader_num_workers=0,
-        bf16=False,
-        tqdm=False,
-    )
+    settings = Answering(args.batch_size, args.max_new_tokens, tqdm=False)
     with tempfile.TemporaryDirectory() as directory:
         with contextlib.redirect_stdout(io.StringIO()):
             draw_samples("docvqa", Path(directory), train=1, val=args.documents)
@@ -92,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         answers = {}
 
         def batched():
-            answers["batched"] = generate_answers(model, processor, conversations, flags)
+            answers["batched"] = generate_answers(model, processor, conversations, settings)
 
         def one_by_one():
             answers["one by one"] = answer_one_by_one(model, processor, conversations, args.max_new_tokens)

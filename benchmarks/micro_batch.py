@@ -52,7 +52,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 
 from common.data.collator import Collator
 from common.data.conversations import encode_conversation
-from common.model.loading import add_lora, base_model, compile_layers, freeze, set_gradient_checkpointing
+from common.model.loading import base_model, compile_layers, freeze, set_gradient_checkpointing
+from common.model.lora import add_lora
 from common.phi3v.flops import TrainingFlops, peak_flops
 from common.phi3v.layers import use_plain_layers
 from common.phi3v.parts import PARTS

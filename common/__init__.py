@@ -12,5 +12,6 @@ runtime/      process-level utilities: errors and messages, collectives, files, 
 
 import logging
 
-# bitsandbytes logs an error about a package that is not needed here.
+# bitsandbytes logs an error about a package that is not needed here. Every training process imports it if it is installed:
+# transformers' Trainer imports PEFT, which imports it.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

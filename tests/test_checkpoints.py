@@ -24,12 +24,12 @@ from common.training.checkpoints import (
     data_fingerprint,
     find_checkpoint,
     run_identity,
-    saving,
     why_incomplete,
     write_manifest,
 )
 from common.training.deepspeed import zero_stage
 from common.training.output import check_output_dir_unused, lock_output_dir, remove_outputs
+from common.training.saving import saving
 
 
 @pytest.fixture

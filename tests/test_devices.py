@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from pretend_cuda import CUDA, CudaTensor, MixedDevices, pretend_cuda, to_cuda
-from test_memory import flags, settled
+from test_memory import settled
 from transformers import AutoProcessor
 
 from common.data.collator import Collator
@@ -104,15 +104,13 @@ def test_the_loss_under_autocast(build, batches):
 @torch.no_grad()
 def test_the_memory_estimate(build, method, packing, monkeypatch):
     batch = memory._batch  # the batch that measures the speed of a GPU is slow on a CPU
-    monkeypatch.setattr(
-        memory, "_batch", lambda model, images, text, *args: batch(model, min(images, 2), min(text, 160), *args)
-    )
+    monkeypatch.setattr(memory, "_batch", lambda images, text, *args: batch(min(images, 2), min(text, 160), *args))
     model = build(method).requires_grad_(method != "LoRA")  # autocast would record how it casts weights that train
     with pretend_cuda():
         to_cuda(model)
         flops = TrainingFlops(model.get_base_model() if method == "LoRA" else model)
         setup = SimpleNamespace(**vars(settled(bf16=True, packing=packing)) | {"device": CUDA})
-        trial = memory.estimate_memory(model, flags(bf16=True, use_lora=method == "LoRA"), setup, flops)
+        trial = memory.estimate_memory(model, setup, "adamw_torch", flops)
     assert trial.flops_per_second > 0 and trial.free == 80e9
 
 
@@ -121,7 +119,7 @@ def test_generation_and_answer_probabilities(method):
     """Prompts that share their beginning, a cache that grows, answers that end at different steps."""
     processor, asked = AutoProcessor.from_pretrained(TINY, num_crops=2), adapters.conversations()
     asked += asked[1:]
-    args = SimpleNamespace(eval_batch_size=3, max_new_tokens=6, dataloader_num_workers=0, bf16=False, tqdm=False)
+    args = SimpleNamespace(eval_batch_size=3, max_new_tokens=6, dataloader_num_workers=0, tqdm=False)
     model = adapters.build(method).requires_grad_(False)
     expected, expected_scores = generate_with_log_probabilities(model, processor, asked, ("Noise.", "A"), args)
     with pretend_cuda():

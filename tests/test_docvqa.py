@@ -22,7 +22,7 @@ import finetune_hf_trainer_docvqa as script
 from common.data.samples import TrainingData
 from common.evaluation.metrics import anls
 
-FLAGS = argparse.Namespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, bf16=False, tqdm=False)
+FLAGS = argparse.Namespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, tqdm=False)
 
 
 def picture(number):

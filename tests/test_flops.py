@@ -1,7 +1,5 @@
 """Model FLOPs against those that torch counts, peak FLOPs of devices, and the logged throughput."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from adapters import build, conversations
@@ -15,7 +13,8 @@ from common.data.conversations import encode_conversation
 from common.model.loading import base_model
 from common.phi3v.flops import TrainingFlops, named_peak_flops, peak_flops
 from common.runtime import collectives
-from common.training import trainer as trainer_module
+from common.training import throughput
+from common.training.trainer import FinetuningTrainer
 
 
 @pytest.fixture(scope="module")
@@ -119,21 +118,20 @@ def test_throughput_covers_all_processes_and_only_training(processor, samples, m
     model = build("full")
     batches = [Collator(processor)(samples[1:]), Collator(processor, packing=True)(samples[:1])]
     now, logged = [100.0], []
-    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(trainer_module, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(throughput, "world_size", lambda: 2)
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(collectives.dist, "all_reduce", lambda done: done.mul_(2))  # the other process did as much
     monkeypatch.setattr(Trainer, "training_step", lambda *_: torch.tensor(0.0))
     monkeypatch.setattr(Trainer, "log", lambda _, logs: logged.append(logs))
-    trainer = trainer_module.FinetuningTrainer.__new__(trainer_module.FinetuningTrainer)
-    trainer.args = SimpleNamespace(device=torch.device("cpu"), world_size=2)
-    trainer.flops = TrainingFlops(model)
-    trainer._processed, trainer._measuring_since = torch.zeros(3, dtype=torch.float64), None
+    trainer = FinetuningTrainer.__new__(FinetuningTrainer)
+    trainer.throughput = throughput.Throughput(TrainingFlops(model), torch.device("cpu"))
     for _ in range(2):
         for batch in batches:
             trainer.training_step(model, batch)
         now[0] += 3
-        with trainer._excluded_from_throughput():  # an evaluation, say
+        with trainer.throughput.excluded():  # an evaluation, say
             now[0] += 50
         now[0] += 1
         trainer.log({"loss": 1.0})

@@ -24,7 +24,7 @@ ANSWERS = ("Yes.", "No, neither of them")
 
 
 def flags(batch_size):
-    return argparse.Namespace(eval_batch_size=batch_size, max_new_tokens=12, dataloader_num_workers=0, bf16=False, tqdm=False)
+    return argparse.Namespace(eval_batch_size=batch_size, max_new_tokens=12, dataloader_num_workers=0, tqdm=False)
 
 
 def load(**overrides):
@@ -154,6 +154,6 @@ def test_generation_does_not_use_flash_attention(monkeypatch):
     monkeypatch.setattr(model, "set_attn_implementation", chosen.append)  # refuses flash attention on a CPU
     for attention in ("flash_attention_2", "eager"):
         model.config._attn_implementation = attention
-        with generation._evaluating(model, bf16=False):
+        with generation._evaluating(model):
             chosen.append(attention)
     assert chosen == [{"": "sdpa"}, "flash_attention_2", {"": "flash_attention_2"}, "eager"]

@@ -11,7 +11,6 @@ import torch
 from conftest import ROOT, TINY, torchrun
 from PIL import Image
 from runs import SCRIPT, flags, steps, weights, write_docvqa, write_random_model
-from test_memory import flags as trial_flags
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -241,7 +240,7 @@ def test_the_memory_trial_frees_its_memory(packing):
     model(torch.ones(1, 8, dtype=torch.long, device=device))  # the first matrix product of a process allocates a workspace
     gc.collect()  # otherwise the trial would free memory of earlier tests
     before = torch.cuda.memory_allocated()
-    trial = estimate_memory(model, trial_flags(bf16=True), setup, TrainingFlops(model))
+    trial = estimate_memory(model, setup, "adamw_torch", TrainingFlops(model))
     assert torch.cuda.memory_allocated() == before
     assert trial.flops_per_second > 0 and least_recomputation(trial, 2000, 4) == "none"
 

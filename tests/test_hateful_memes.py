@@ -21,7 +21,7 @@ import finetune_hf_trainer_hateful_memes as script
 from common.evaluation import generation
 from tools.merge_lora import merge
 
-FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, bf16=False, tqdm=False)
+FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, tqdm=False)
 
 
 def load_rows(args):

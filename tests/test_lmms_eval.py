@@ -20,9 +20,7 @@ from common.model.inference import load_for_inference
 
 pytest.importorskip("lmms_eval", reason="make lmms-test runs it")
 
-OPTIONS = Namespace(
-    eval_batch_size=4, max_new_tokens=16, dataloader_num_workers=0, bf16=False, tqdm=False, eval_by_likelihood=True
-)
+OPTIONS = Namespace(eval_batch_size=4, max_new_tokens=16, dataloader_num_workers=0, tqdm=False, eval_by_likelihood=True)
 POST_PROMPT = "\nAnswer the question using a single word or phrase."
 DOCVQA = """\
 task: docvqa_local

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from common.arguments import Setup
 from common.data.batches import Lengths, PlannedBatches
-from common.model.loading import add_lora, count_parameters, set_gradient_checkpointing
+from common.model.loading import count_parameters, set_gradient_checkpointing
+from common.model.lora import add_lora
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import TrainingFlops
 from common.phi3v.image_processing import CROP_SIZE, num_image_tokens
@@ -32,8 +33,8 @@ from common.training.memory import (
     state_bytes,
     step_bytes,
 )
+from common.training.optimizer import split_parameters
 from common.training.summary import summarize
-from common.training.trainer import split_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "tiny_phi3v"
@@ -89,10 +90,10 @@ def batch(texts, packing):
 @pytest.mark.parametrize(("packing", "bf16", "frozen"), [(True, False, False), (False, False, False), (True, True, True)])
 def test_the_trial_predicts_what_a_batch_stores(packing, bf16, frozen, random_model):
     # On a CPU, bf16 is slow.
-    model, args, setup = load(frozen, random_model if bf16 else MODEL), flags(bf16=bf16), settled(bf16, packing)
+    model, setup = load(frozen, random_model if bf16 else MODEL), settled(bf16, packing)
     flops = TrainingFlops(model)
     random_state = torch.get_rng_state()
-    trial = estimate_memory(model, args, setup, flops)
+    trial = estimate_memory(model, setup, "adamw_torch", flops)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(parameter.grad is not None for parameter in model.parameters())
     model.train()
@@ -124,7 +125,7 @@ def test_the_trial_uses_the_precision_of_training(deepspeed, by_autocast, random
     model.to(torch.float32 if by_autocast else torch.bfloat16)
     seen = set()
     model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
-    estimate_memory(model, flags(bf16=True), setup, TrainingFlops(model))
+    estimate_memory(model, setup, "adamw_torch", TrainingFlops(model))
     assert seen == {by_autocast}
 
 
@@ -178,9 +179,9 @@ def test_all_processes_decide_by_the_one_with_the_least_memory(monkeypatch):
     monkeypatch.setattr(memory, "world_size", lambda: 3)
     monkeypatch.setattr(memory, "gather", lambda own: trials)
     sharded = settled(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
-    assert estimate_memory(None, None, sharded, None).free == 3
+    assert estimate_memory(None, sharded, "adamw_torch", None).free == 3
     trials[1] = None
-    assert estimate_memory(None, None, sharded, None) is None
+    assert estimate_memory(None, sharded, "adamw_torch", None) is None
 
 
 @pytest.mark.parametrize(("sizes", "lists"), [((3, 4, 2, 9, 1), 2), ((5, 5, 5), 2), ((0, 0), 1), ((), 0)])
@@ -291,7 +292,7 @@ def test_adapters_do_not_cast_their_inputs():
 def test_summary_of_a_run():
     model, args, setup = load(), flags(), dataclasses.replace(settled(), batch_size_per_gpu=2)
     flops = TrainingFlops(model)
-    trial = estimate_memory(model, args, setup, flops)
+    trial = estimate_memory(model, setup, args.optim, flops)
     lengths = Lengths(tokens=np.array([300, 500]), views=np.array([2, 3]))
     batches = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=4)
     text = summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)

@@ -210,20 +210,17 @@ def test_the_budget_follows_the_memory(free, fits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "packs", "stage", "expected"),
+    ("samples", "max_tokens", "may_choose", "stage", "expected"),
     [
-        ({}, True, 2, (1, "auto")),
-        ({}, True, 3, (1, None)),  # no trial is possible
-        ({}, False, None, (1, None)),  # on a CPU, or padded
-        ({"streaming": True}, True, None, (1, None)),
-        ({"batch_size_per_gpu": 1}, True, None, (1, None)),
-        ({"max_tokens_per_batch": 5000}, True, None, (1, 5000)),
+        (None, None, True, 2, (1, "auto")),
+        (None, None, True, 3, (1, None)),  # no trial is possible
+        (None, None, False, None, (1, None)),  # on a CPU, padded, or streaming
+        (1, None, True, None, (1, None)),
+        (None, 5000, True, None, (1, 5000)),
     ],
 )
-def test_several_samples_at_once_are_the_default_on_a_gpu(flags, packs, stage, expected):
-    defaults = {"max_tokens_per_batch": None, "batch_size_per_gpu": None, "streaming": False}
-    args = argparse.Namespace(**defaults | flags)
-    assert _limit_micro_batches(args, packs, stage) == expected
+def test_several_samples_at_once_are_the_default_on_a_gpu(samples, max_tokens, may_choose, stage, expected):
+    assert _limit_micro_batches(samples, max_tokens, may_choose, stage) == expected
 
 
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])

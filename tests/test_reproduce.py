@@ -17,7 +17,7 @@ from conftest import ROOT
 from forked import run_script
 from report_runs import write_json
 
-from common.arguments import check_arguments, uses_adapters
+from common.arguments import check_arguments
 from tools import embedded, matrix, reproduce, runs
 from tools.runs import load_published
 
@@ -62,7 +62,7 @@ def test_a_row_runs_as_published(task, name, monkeypatch, capsys):
     assert (args.model_name_or_path, args.batch_size) == (PUBLISHED[task]["model"], 64)
     assert (args.learning_rate, args.num_train_epochs) == (row["learning_rate"], row["num_train_epochs"])
     assert args.bf16 is not name.endswith("-fp16")
-    assert (uses_adapters(args), args.use_qlora) == (method in ("lora", "qlora"), method == "qlora")
+    assert (args.use_lora, args.use_qlora) == (method == "lora", method == "qlora")
     assert args.freeze_vision_model is (method == "frozen") and args.train_only is None
     if "lora_rank" in row:
         assert (args.lora_rank, args.lora_rank * args.lora_alpha_ratio) == (row["lora_rank"], row["lora_alpha"])

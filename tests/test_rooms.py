@@ -1,6 +1,7 @@
-"""Imports between the packages of common/, read from the source, and which libraries they load."""
+"""Imports between the packages of common/, read from the source; which libraries they load; what they use of transformers."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from functools import cache
 
 import pytest
 from conftest import ROOT
+from runs import SCRIPT, flags, write_docvqa
+from transformers import Trainer
+
+from common.training.trainer import FinetuningTrainer
 
 COMMON = ROOT / "common"
 # Each may import those before it.
@@ -117,9 +122,35 @@ def test_heavy_libraries_are_imported_late(name):
             assert not any(module.split(".")[0] == name for module in found), path
 
 
-def test_training_starts_without_the_libraries_of_reports():
-    """And the model without bitsandbytes, which PEFT imports."""
-    code = "import sys, common.phi3v\nassert 'bitsandbytes' not in sys.modules\n"
-    code += "import finetune_hf_trainer_hateful_memes\nassert not {'matplotlib', 'sklearn'} & set(sys.modules)"
+def test_training_loads_no_libraries_of_reports(random_model, tmp_path):
+    """Up to the report. The model does without bitsandbytes too, which transformers' Trainer imports, by way of PEFT."""
+    data = write_docvqa(tmp_path / "data", train=4, val=1)
+    lora = {"model_name_or_path": random_model, "use_lora": True, "lora_rank": 4}
+    words = flags(data, tmp_path / "output", max_steps=1, dataloader_num_workers=0, **lora)
+    code = f"""
+import sys, common.phi3v
+assert "bitsandbytes" not in sys.modules
+import finetune_hf_trainer_docvqa as script
+from common.training.trainer import FinetuningTrainer
+found = []
+FinetuningTrainer.report = lambda trainer: found.append({{"matplotlib", "sklearn"}} & set(sys.modules))
+sys.argv = {[SCRIPT, *words]}
+script.main(script.parse_args())
+assert found == [set()], found
+"""
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_private_methods_of_transformers():
+    """At most six are overridden, each with a comment why; no object writes another's private fields."""
+    overridden = {name for name in vars(FinetuningTrainer) if hasattr(Trainer, name) and name[0] == "_" != name[1]}
+    assert len(overridden) <= 6, overridden
+    lines = inspect.getsource(FinetuningTrainer).splitlines()
+    for name in overridden:
+        [number] = [number for number, line in enumerate(lines) if line.startswith(f"    def {name}(")]
+        assert lines[number - 1].startswith("    # "), name
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr[0] == "_" != node.attr[1]:
+                assert ast.unparse(node.value) in ("self", "cls"), (path, ast.unparse(node))

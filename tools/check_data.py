@@ -77,7 +77,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.data.formats import describe_format
-from common.model.checkpoint import check_checkpoint
+from common.model.checks import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import CROP_SIZE
 from common.runtime.progress import limit_library_bars

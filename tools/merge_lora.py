@@ -50,7 +50,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from common.model.checkpoint import read_config
+from common.model.checks import read_config
 from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
 from common.report.model_card import RUN_FILES, write_model_card
 from common.runtime.progress import limit_library_bars, show_bars

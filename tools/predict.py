@@ -53,9 +53,8 @@ import torch
 from common.data.conversations import Conversation, check_conversation, pictures, read_conversation
 from common.data.pictures import check_picture, picture_path
 from common.data.sources import file_faults, find_image_dir, parse_object, read_json_lines
-from common.evaluation.generation import generate_answers
+from common.evaluation.generation import Answering, generate_answers
 from common.model.inference import load_for_inference
-from common.model.loading import base_model
 from common.runtime.files import write_file
 from common.runtime.progress import limit_library_bars, track
 
@@ -147,9 +146,9 @@ def answer(conversations: list[Conversation], args: argparse.Namespace) -> list[
     say("Loading the model")
     model, processor = load_for_inference(args.model, device, base=args.base)
     processor.image_processor.num_crops = args.num_crops or processor.image_processor.num_crops
-    options = vars(args) | {"bf16": base_model(model).dtype == torch.bfloat16}
-    options["dataloader_num_workers"] = min(args.dataloader_num_workers, len(conversations) - 1)
-    return generate_answers(model, processor, conversations, argparse.Namespace(**options))
+    workers = min(args.dataloader_num_workers, len(conversations) - 1)
+    settings = Answering(args.eval_batch_size, args.max_new_tokens, workers, args.tqdm)
+    return generate_answers(model, processor, conversations, settings)
 
 
 def predict(args: argparse.Namespace) -> None:

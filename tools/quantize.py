@@ -47,9 +47,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from common.evaluation.generation import generate_answers
+from common.evaluation.generation import Answering, generate_answers
 from common.evaluation.metrics import anls
-from common.model.checkpoint import check_checkpoint, find_snapshot, load_processor, load_weights, read_config
+from common.model.checkpoint import find_snapshot, load_processor, load_weights
+from common.model.checks import check_checkpoint, read_config
 from common.model.loading import avoid_avx512_kernel
 from common.phi3v import Phi3VForCausalLM
 from common.phi3v.parts import unquantized_modules
@@ -132,9 +133,8 @@ def score(name: str, questions: list[Question], bar: bool) -> float:
     """Return the ANLS of a model's answers to the last turns of conversations."""
     model: Any = AutoModelForCausalLM.from_pretrained(name, device_map={"": default_device()}, use_safetensors=True).eval()
     avoid_avx512_kernel(model)
-    options = {"eval_batch_size": 8, "max_new_tokens": 64, "dataloader_num_workers": 0, "bf16": False, "tqdm": bar}
     conversations = [question.conversation for question in questions]
-    answers = generate_answers(model, load_processor(name), conversations, argparse.Namespace(**options))
+    answers = generate_answers(model, load_processor(name), conversations, Answering(max_new_tokens=64, tqdm=bar))
     return fmean(anls(answer, [question.expected or ""]) for answer, question in zip(answers, questions, strict=True))
 
 

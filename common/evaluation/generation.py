@@ -6,6 +6,7 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,16 @@ MIN_ANSWER_LIMIT = 64  # without --max_new_tokens
 
 # Finished answers are removed from a batch when at most this share is unfinished. Removing them copies the cache.
 COMPACT_BELOW = 0.5
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Settings of :func:`generate_answers`, named as the flags of the scripts, whose namespace can be passed instead."""
+
+    eval_batch_size: int = 8  # prompts per process per batch
+    max_new_tokens: int | None = None  # per answer; None: see answer_limit
+    dataloader_num_workers: int = 0  # per process
+    tqdm: bool = True  # show a progress bar on a terminal
 
 
 class _Prompts(Dataset):
@@ -143,7 +154,7 @@ def generate_answers(
     model: nn.Module,
     processor: Phi3VProcessor,
     conversations: Sequence[Conversation],
-    args: argparse.Namespace,
+    settings: Answering | argparse.Namespace,
 ) -> list[str]:
     """Generate the answer to the last turn of each conversation, greedily.
 
@@ -153,16 +164,15 @@ def generate_answers(
         The model, not wrapped by DDP or DeepSpeed.
     conversations : sequence of dict
         See :mod:`common.data.conversations`; the answer to the last turn is ignored.
-    args : argparse.Namespace
-        The flags ``eval_batch_size``, ``max_new_tokens`` (None: see :func:`answer_limit`), ``dataloader_num_workers``,
-        ``bf16``, ``tqdm``.
+    settings : Answering or argparse.Namespace
+        The script's flags, for example.
 
     Returns
     -------
     list of str
         Answers without control tokens, in the order of ``conversations``, on every process.
     """
-    answers, _ = generate_with_log_probabilities(model, processor, conversations, (), args)
+    answers, _ = generate_with_log_probabilities(model, processor, conversations, (), settings)
     return answers
 
 
@@ -172,7 +182,7 @@ def generate_with_log_probabilities(
     processor: Phi3VProcessor,
     conversations: Sequence[Conversation],
     candidates: Sequence[str],
-    args: argparse.Namespace,
+    settings: Answering | argparse.Namespace,
     generate: bool = True,
 ) -> tuple[list[str], np.ndarray]:
     """Generate the answer to the last turn of each conversation, and compute the log-probabilities of given answers.
@@ -181,7 +191,7 @@ def generate_with_log_probabilities(
 
     Parameters
     ----------
-    model, processor, conversations, args
+    model, processor, conversations, settings
         See :func:`generate_answers`.
     candidates : sequence of str
         Complete answers whose log-probabilities are computed, the same for all conversations.
@@ -199,12 +209,12 @@ def generate_with_log_probabilities(
     candidate_ids = [
         torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
     ]
-    limit = args.max_new_tokens or answer_limit(longest_answer(conversations, processor))
+    limit = settings.max_new_tokens or answer_limit(longest_answer(conversations, processor))
     max_tokens = max([limit if generate else 0, *map(len, candidate_ids)])
     base = base_model(model)
     results: dict[int, tuple[str, list[float]]] = {}
-    with _evaluating(model, args.bf16):
-        for indices, batch in _prompt_batches(model, processor, conversations, args, max_tokens):
+    with _evaluating(model):
+        for indices, batch in _prompt_batches(base, processor, conversations, settings, max_tokens):
             prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
             rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
@@ -309,7 +319,7 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, bf16: bool) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     base, was_training = base_model(model), model.training
     attention = base.config._attn_implementation
     # For every token, flash attention would remove the padding from the whole cache of each layer.
@@ -319,7 +329,7 @@ def _evaluating(model: nn.Module, bf16: bool) -> Iterator[None]:
         base.set_attn_implementation({"": "sdpa"})
     try:
         # Compiled layers would be recompiled as the cache grows.
-        with autocast(model, bf16), torch.compiler.set_stance("force_eager"):
+        with autocast(model, base.dtype == torch.bfloat16), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         if switch:
@@ -328,10 +338,10 @@ def _evaluating(model: nn.Module, bf16: bool) -> Iterator[None]:
 
 
 def _prompt_batches(
-    model: nn.Module,
+    base: Phi3VForCausalLM,
     processor: Phi3VProcessor,
     conversations: Sequence[Conversation],
-    args: argparse.Namespace,
+    settings: Answering | argparse.Namespace,
     max_new_tokens: int,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield this process's share of the prompts: indices, and left-padded batches on the model's device."""
@@ -341,18 +351,17 @@ def _prompt_batches(
     lengths, prefixes = zip(*encoded, strict=True)
     # ZeRO-3 gathers the weights of each layer collectively, so all processes need the same number of batches.
     same_number = is_deepspeed_zero3_enabled()
-    batches = batches_by_length(lengths, args.eval_batch_size, rank(), world_size(), same_number, prefixes)
-    max_shared_length = 0 if same_number else base_model(model).model.rotary_emb.limit - max_new_tokens
+    batches = batches_by_length(lengths, settings.eval_batch_size, rank(), world_size(), same_number, prefixes)
+    max_shared_length = 0 if same_number else base.model.rotary_emb.limit - max_new_tokens
     loader = WorkerLoader(
         prompts,
         batch_sampler=batches,
         collate_fn=_PromptCollator(processor, max_shared_length),
-        num_workers=min(args.dataloader_num_workers, len(batches)),
+        num_workers=min(settings.dataloader_num_workers, len(batches)),
     )
-    device = base_model(model).device
-    with Progress("Answering", "samples", len(lengths), args.tqdm, shared=True) as progress:
+    with Progress("Answering", "samples", len(lengths), settings.tqdm, shared=True) as progress:
         for indices, batch in zip(batches, loader, strict=True):
-            yield indices, {name: tensor.to(device) for name, tensor in batch.items()}
+            yield indices, {name: tensor.to(base.device) for name, tensor in batch.items()}
             progress.update(len(indices))
 
 

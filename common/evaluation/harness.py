@@ -5,7 +5,6 @@ lmms-eval's tasks give the prompts and compute the metrics; batching, crops and 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -16,10 +15,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from common.data.conversations import Conversation
 from common.model.inference import load_for_inference
-from common.model.loading import base_model
 from common.runtime.process import InputError, world_size
 
-from .generation import generate_with_log_probabilities
+from .generation import Answering, generate_with_log_probabilities
 
 MANIFEST = ModelManifest("phi3v_native", simple_class_path=f"{__name__}.Phi3VNative")
 DEFAULT_TOKENS = 1024
@@ -95,11 +93,9 @@ class Phi3VNative(lmms):
         raise NotImplementedError("phi3v_native has no multi-round generation")
 
     def _run(self, requests: list[Instance], candidates: Sequence[str], limit: int) -> Any:
-        options = {"eval_batch_size": self.batch_size, "max_new_tokens": limit, "dataloader_num_workers": 0, "tqdm": True}
-        options["bf16"] = base_model(self.model).dtype == torch.bfloat16
-        conversations = _Conversations(requests, self.task_dict)
+        conversations, settings = _Conversations(requests, self.task_dict), Answering(self.batch_size, limit)
         return generate_with_log_probabilities(
-            self.model, self.processor, conversations, candidates, argparse.Namespace(**options), generate=not candidates
+            self.model, self.processor, conversations, candidates, settings, generate=not candidates
         )
 
 

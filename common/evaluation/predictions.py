@@ -14,28 +14,14 @@ from .metrics import normalize_answer
 
 @dataclass(frozen=True)
 class Prediction:
-    """The prediction for one sample, and its score.
-
-    Attributes
-    ----------
-    id, question : str
-        Identifier and question of the sample.
-    prediction : str
-        Answer of the model, as it is compared with the references.
-    answers : list of str
-        Reference answers.
-    score : float
-        0 to 1.
-    more : dict
-        Additional values of the task, by name.
-    """
+    """The prediction for one sample, and its score."""
 
     id: str
     question: str
-    prediction: str
-    answers: list[str]
-    score: float
-    more: dict[str, Any] = field(default_factory=dict)
+    prediction: str  # answer of the model, as it is compared with the references
+    answers: list[str]  # references
+    score: float  # 0 to 1
+    more: dict[str, Any] = field(default_factory=dict)  # further values of the task, by name
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as they are saved, with the entries of ``more`` at the same level."""
@@ -51,21 +37,11 @@ def exact_match(id: str, question: str, answer: str, expected: str, **more: Any)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes
-    ----------
-    metric : str
-        Name of the main metric.
-    values : dict
-        Values by name, including the main metric.
-    predictions : list of Prediction
-        One per sample.
-    """
-
-    metric: str
-    values: dict[str, Any]
-    predictions: list[Prediction]
+    metric: str  # name of the main metric
+    values: dict[str, Any]  # by name, including the main metric
+    predictions: list[Prediction]  # one per sample
 
     @property
     def logs(self) -> dict[str, float]:

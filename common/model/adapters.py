@@ -23,12 +23,13 @@ from common.phi3v.parts import fully_trained_modules, lora_targets
 from common.runtime.files import read_json, write_file
 from common.runtime.process import InputError
 
-from .checkpoint import (
+from .checkpoint import find_snapshot
+from .checks import (
+    BAD_VALUES,
     OPTIONAL_TEXT,
     TEXT,
     Check,
     check_config,
-    find_snapshot,
     first_line,
     is_positive,
     open_file,
@@ -70,15 +71,7 @@ ADAPTER_FIELDS: dict[str, Check] = {
 
 
 def write_base_description(directory: Path, model: PeftModel) -> None:
-    """Write ``base_model.json``, which identifies an adapter's base model, next to the adapter.
-
-    Parameters
-    ----------
-    directory : Path
-        Directory of the adapter.
-    model : PeftModel
-        The adapter on its base model, which was loaded from a directory or from the Hub.
-    """
+    """Write ``base_model.json``, which identifies the base model of the adapter ``model``, to the adapter's directory."""
     base: Any = model.get_base_model()
     revision = model.peft_config["default"].revision
     name, snapshot = base.name_or_path, find_snapshot(base.name_or_path, revision)
@@ -286,7 +279,9 @@ def attach_adapter(model: Phi3VForCausalLM, adapter: Path, trainable: bool = Fal
         # By default, PEFT loads the adapter onto any GPU that it finds, even one that the model does not use.
         device = str(model.device)
         adapted = PeftModel.from_pretrained(model, adapter, is_trainable=trainable, torch_device=device).train(trainable)
-    except Exception as error:  # PEFT raises anything for a configuration that does not fit the weights
+    except torch.OutOfMemoryError:
+        raise
+    except (*BAD_VALUES, RuntimeError) as error:  # RuntimeError for weights of another shape, as load_state_dict
         raise InputError(f"adapter {adapter} cannot be loaded ({first_line(error)}): {COPY_AGAIN}") from error
     names = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     # Embeddings that other code saved with the adapter are those of the base model.

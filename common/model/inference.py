@@ -20,7 +20,8 @@ from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.runtime.process import InputError
 
 from .adapters import BASE_DESCRIPTION, COPY_AGAIN, attach_adapter, base_fault, find_adapter, find_base, read_base_description
-from .checkpoint import fetch_checkpoint, first_line, load_processor, load_weights
+from .checkpoint import fetch_checkpoint, load_processor, load_weights
+from .checks import BAD_VALUES, first_line
 from .loading import avoid_avx512_kernel
 
 
@@ -90,6 +91,12 @@ def load_full(
     fetch_checkpoint(name_or_path, None, revision)
     processor = load_processor(name_or_path, revision)
     dtype = dtype or inference_dtype(device)
+    config = None
+    if quantization:
+        try:
+            config = BitsAndBytesConfig.from_dict(quantization | {"bnb_4bit_compute_dtype": dtype})
+        except BAD_VALUES as error:
+            raise InputError(f"{BASE_DESCRIPTION}: invalid quantization ({first_line(error)}): {COPY_AGAIN}") from error
     model = load_weights(
         name_or_path,
         processor,
@@ -97,7 +104,7 @@ def load_full(
         dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": torch.device(device)},
-        quantization_config=_quantization(quantization, dtype) if quantization else None,
+        quantization_config=config,
     )
     avoid_avx512_kernel(model)
     return model.eval()
@@ -157,10 +164,3 @@ def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
     """Load the processor saved with an adapter, or that of its base model."""
     saved = all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json"))
     return load_processor(str(adapter if saved else model.name_or_path))
-
-
-def _quantization(fields: dict[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
-    try:
-        return BitsAndBytesConfig.from_dict(fields | {"bnb_4bit_compute_dtype": dtype})
-    except Exception as error:  # raises anything
-        raise InputError(f"{BASE_DESCRIPTION}: invalid quantization ({first_line(error)}): {COPY_AGAIN}") from error

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft import PeftModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.import_utils import is_flash_attn_3_available, is_flash_attn_4_available
 
-from common.arguments import Setup, trained_parts, uses_adapters
+from common.arguments import Setup, trained_parts
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.attention import has_varlen_kernel
 from common.phi3v.layers import use_plain_layers
-from common.phi3v.parts import PARTS, fully_trained_modules, lora_targets, part_of, unquantized_modules
+from common.phi3v.parts import PARTS, part_of, unquantized_modules
 from common.runtime.process import InputError, say
 
-from .adapters import attach_adapter, check_targets
-from .checkpoint import load_weights, read_config
-from .lora import fuse_lora
+from .checkpoint import load_weights
+from .checks import read_config
+from .lora import add_lora, continue_lora
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -123,10 +120,8 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings determined from them at the start.
+    args, setup
+        The script's flags, and what :func:`common.training.start.start` determined from them.
     processor : Phi3VProcessor
         Provides the tokens that end an answer.
 
@@ -143,12 +138,22 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
     """
     say("Loading the model")
     device, compute_dtype = setup.device, DTYPES[setup.precision]
+    base, adapters = setup.base or args.model_name_or_path, args.use_lora or args.use_qlora
+    quantization = None
+    if args.use_qlora:
+        trains_tower = not args.freeze_vision_model and "vision" not in args.train_fully
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=unquantized_modules(read_config(base, setup.revision), vision=trains_tower),
+        )
     if args.use_liger_kernel:
         use_liger_kernel(device)
     # Under DeepSpeed and in bf16, fp32 master weights are kept beside weights in the training precision. The scaler of fp16
     # requires gradients in fp32.
-    scales_gradients = setup.precision == "fp16" and setup.deepspeed is None and not uses_adapters(args)
-    base = setup.base or args.model_name_or_path
+    scales_gradients = setup.precision == "fp16" and setup.deepspeed is None and not adapters
     model = load_weights(
         base,
         processor,
@@ -156,7 +161,7 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
         "--model_name_or_path",
         dtype=torch.float32 if scales_gradients else compute_dtype,
         attn_implementation=setup.attention,
-        quantization_config=_quantization(args, setup) if args.use_qlora else None,
+        quantization_config=quantization,
         # Load weights directly onto the GPU: going through CPU memory, each process would need a full copy there.
         device_map={"": device} if args.use_qlora or device.type == "cuda" else None,
     )
@@ -169,11 +174,12 @@ def load_model(args: argparse.Namespace, setup: Setup, processor: Phi3VProcessor
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
         model.cross_entropy = LigerCrossEntropyLoss(reduction="sum")
-    freeze(model, trained_parts(args))
+    freeze(model, trained_parts(args.train_only, args.train_fully, args.freeze_vision_model))
     trained: nn.Module = model
     if setup.adapter:
-        trained = continue_lora(model, args, setup.adapter)
-    elif uses_adapters(args):
+        vision = not (args.freeze_vision_model or args.train_fully)
+        trained = continue_lora(model, setup.adapter, vision, args.train_fully, args.fused_layers)
+    elif adapters:
         trained = add_lora(model, args, setup.revision)
     return trained if args.use_qlora else trained.to(device)
 
@@ -202,8 +208,7 @@ def set_gradient_checkpointing(model: nn.Module, mode: str) -> None:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile the layers of the decoder and of the vision tower, each kind once for all sizes of batches."""
-    base = base_model(model).model
-    for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]):
+    for layer in base_model(model).running_layers:
         layer.compile(dynamic=True)
 
 
@@ -254,93 +259,6 @@ def freeze(model: Phi3VForCausalLM, parts: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if part_of(name) not in parts:
             parameter.requires_grad_(False)
-
-
-def _quantization(args: argparse.Namespace, setup: Setup) -> BitsAndBytesConfig:
-    config = read_config(setup.base or args.model_name_or_path, setup.revision)
-    vision = not args.freeze_vision_model and "vision" not in args.train_fully
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[setup.precision],
-        llm_int8_skip_modules=unquantized_modules(config, vision),
-    )
-
-
-def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> PeftModel:
-    """Add LoRA adapters to the decoder and, unless it is frozen or trained fully, to the vision tower and the projector.
-
-    Parameters
-    ----------
-    model : Phi3VForCausalLM
-    args : argparse.Namespace
-        The flags of the script that begin with ``lora_`` or ``use_``, ``init_lora_weights``, ``train_fully``,
-        ``freeze_vision_model`` and ``fused_layers``.
-    revision : str, optional
-        Commit of a Hub model, for the adapter's configuration.
-
-    Raises
-    ------
-    InputError
-        If PEFT rejects the initialization.
-    """
-    try:
-        config = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
-            lora_dropout=args.lora_dropout,
-            target_modules=lora_targets(model.config, vision=not (args.freeze_vision_model or args.train_fully)),
-            modules_to_save=fully_trained_modules(model.config, args.train_fully) or None,
-            # PEFT takes names as strings, except for True and False.
-            init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
-            use_dora=args.use_dora,
-            use_rslora=args.use_rslora,
-            task_type="CAUSAL_LM",
-            revision=revision,
-        )
-        peft_model = get_peft_model(model, config)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"rejected by PEFT ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
-    return _prepare(peft_model, args.fused_layers)
-
-
-def continue_lora(model: Phi3VForCausalLM, args: argparse.Namespace, adapter: Path) -> PeftModel:
-    """Load an adapter, to train it further.
-
-    Parameters
-    ----------
-    model : Phi3VForCausalLM
-        Its base model.
-    args : argparse.Namespace
-        The script's flags.
-    adapter : Path
-        Directory of the adapter.
-
-    Raises
-    ------
-    InputError
-        If the adapter does not fit the base model, or has other target modules than these recipes.
-    """
-    check_targets(adapter, model.config, not (args.freeze_vision_model or args.train_fully), args.train_fully)
-    peft_model = _prepare(attach_adapter(model, adapter, trainable=True), args.fused_layers)
-    # The name may be relative to the directory where the adapter was trained.
-    peft_model.peft_config["default"].base_model_name_or_path = model.name_or_path
-    # Again, now that fully trained modules are fp32.
-    set_peft_model_state_dict(peft_model, load_peft_weights(str(adapter), device=str(model.device)))
-    return peft_model
-
-
-def _prepare(model: PeftModel, fuse: bool) -> PeftModel:
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            # Adapters are fp32: PEFT would cast their inputs to fp32, and autocast would cast them back.
-            module.cast_input_dtype_enabled = False
-        elif isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.float()
-    if fuse:
-        fuse_lora(model)
-    return model
 
 
 def autocast(model: nn.Module, bf16: bool) -> torch.autocast:

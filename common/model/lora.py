@@ -1,14 +1,26 @@
-"""LoRA layers as a single autograd operation, in which the adapter's output is accumulated into the base layer's output."""
+"""LoRA adapters that are trained: a new one, or one that is trained further; and their layers as one operation each.
+
+The operation accumulates the adapter's output into the base layer's output.
+"""
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, bnb, layer
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from common.phi3v import Phi3VForCausalLM
+from common.phi3v.parts import fully_trained_modules, lora_targets
+from common.runtime.process import InputError
+
+from .adapters import attach_adapter, check_targets
 
 if TYPE_CHECKING:
     _Base = LoraLayer
@@ -16,6 +28,73 @@ else:
     _Base = object  # another base would change the memory layout, and Python would not assign ``__class__``
 
 MATRICES = ("lora_A", "lora_B")
+
+
+def add_lora(model: Phi3VForCausalLM, args: argparse.Namespace, revision: str | None) -> PeftModel:
+    """Add LoRA adapters to the decoder and, unless it is frozen or trained fully, to the vision tower and the projector.
+
+    Parameters
+    ----------
+    model : Phi3VForCausalLM
+    args : argparse.Namespace
+        The script's flags.
+    revision : str, optional
+        Commit of a Hub model, for the adapter's configuration.
+
+    Raises
+    ------
+    InputError
+        If PEFT rejects the initialization.
+    """
+    try:
+        config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=round(args.lora_rank * args.lora_alpha_ratio),
+            lora_dropout=args.lora_dropout,
+            target_modules=lora_targets(model.config, vision=not (args.freeze_vision_model or args.train_fully)),
+            modules_to_save=fully_trained_modules(model.config, args.train_fully) or None,
+            # PEFT takes names as strings, except for True and False.
+            init_lora_weights={"True": True, "False": False}.get(args.init_lora_weights, args.init_lora_weights),
+            use_dora=args.use_dora,
+            use_rslora=args.use_rslora,
+            task_type="CAUSAL_LM",
+            revision=revision,
+        )
+        peft_model = get_peft_model(model, config)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"rejected by PEFT ({error})", f"--init_lora_weights {args.init_lora_weights}") from error
+    return _prepare(peft_model, args.fused_layers)
+
+
+def continue_lora(model: Phi3VForCausalLM, adapter: Path, vision: bool, train_fully: tuple[str, ...], fuse: bool) -> PeftModel:
+    """Load an adapter on its base model, to train it further, with ``fuse`` as fused layers.
+
+    Its modules are checked, see :func:`common.model.adapters.check_targets` for ``vision`` and ``train_fully``.
+
+    Raises
+    ------
+    InputError
+        If the adapter does not fit the base model, or has other target modules than these recipes.
+    """
+    check_targets(adapter, model.config, vision, train_fully)
+    peft_model = _prepare(attach_adapter(model, adapter, trainable=True), fuse)
+    # The name may be relative to the directory where the adapter was trained.
+    peft_model.peft_config["default"].base_model_name_or_path = model.name_or_path
+    # Again, now that fully trained modules are fp32.
+    set_peft_model_state_dict(peft_model, load_peft_weights(str(adapter), device=str(model.device)))
+    return peft_model
+
+
+def _prepare(model: PeftModel, fuse: bool) -> PeftModel:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Adapters are fp32: PEFT would cast their inputs to fp32, and autocast would cast them back.
+            module.cast_input_dtype_enabled = False
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    if fuse:
+        fuse_lora(model)
+    return model
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -137,7 +137,8 @@ class Phi3VConfig(Phi3Config):
     def patches_per_side(self) -> int:
         """Patches per side of a crop (24 in published checkpoints)."""
         image_size, patch_size = self.tower.image_size, self.tower.patch_size
-        assert isinstance(image_size, int) and isinstance(patch_size, int)
+        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+            raise ValueError(f"image_size {image_size} and patch_size {patch_size} in vision_config must be integers")
         return image_size // patch_size
 
     @property

@@ -51,27 +51,13 @@ PEAK_TFLOPS = (
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Sizes of a batch that determine its FLOPs.
+    """Sizes of a batch that determine its FLOPs."""
 
-    Attributes
-    ----------
-    tokens : int
-        Tokens without padding.
-    pairs : int
-        Query-key pairs of causal attention: n (n + 1) / 2 for a sample of n tokens.
-    views : int
-        Crops and global views that the vision tower processes.
-    image_tokens : int
-        Image tokens.
-    supervised : int
-        Supervised tokens.
-    """
-
-    tokens: int
-    pairs: int
-    views: int
+    tokens: int  # without padding
+    pairs: int  # query-key pairs of causal attention: n (n + 1) / 2 for a sample of n tokens
+    views: int  # crops and global views that the vision tower processes
     image_tokens: int
-    supervised: int
+    supervised: int  # tokens
 
 
 class TrainingFlops:

@@ -215,6 +215,11 @@ class Phi3VForCausalLM(Phi3ForCausalLM):
         for module in self.model.vision_embed_tokens.tower.unused_modules():
             module.requires_grad_(False)
 
+    @property
+    def running_layers(self) -> list[nn.Module]:
+        """Layers of the decoder and of the vision tower, without those that never run."""
+        return [*self.model.layers, *self.model.vision_embed_tokens.tower.encoder.layers[:-1]]
+
     def run_same_modules_always(self) -> None:
         """Run the same modules in every forward pass, whatever the batch. ZeRO-3 requires it to gather weights on all ranks."""
         self.model.same_modules_always = True

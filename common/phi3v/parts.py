@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .configuration import Phi3VConfig
 
 PARTS = ("decoder", "vision", "projector")
@@ -53,6 +55,20 @@ def fully_trained_modules(config: Phi3VConfig, parts: tuple[str, ...]) -> list[s
         "projector": ["img_projection.0", "img_projection.2"],
     }
     return [name for part in parts for name in modules[part]]
+
+
+def parts_of_adapter(target_modules: object, modules_to_save: Iterable[str] | None) -> tuple[tuple[str, ...], bool]:
+    """Read from the configuration of an adapter what :func:`fully_trained_modules` and :func:`lora_targets` wrote to it.
+
+    Returns
+    -------
+    tuple of (tuple of str, bool)
+        The parts that are trained fully, in alphabetical order, and whether more than the decoder is trained.
+    """
+    full = "".join(modules_to_save or ())
+    parts = {"projector": "img_projection" in full, "vision": "img_processor" in full}
+    trained = tuple(part for part, trains in parts.items() if trains)
+    return trained, bool(full) or "vision_embed_tokens" in str(target_modules)
 
 
 def unquantized_modules(config: Phi3VConfig, vision: bool) -> list[str]:

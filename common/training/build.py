@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations, uses_adapters
+from common.arguments import LOGGING_STEPS, Setup, method_name, steps_between_evaluations
 from common.data.batches import PlannedBatches
 from common.data.collator import Collator
 from common.data.conversations import Conversation
@@ -60,12 +60,10 @@ def build_trainer(
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings that :func:`common.training.start.start` determined from them.
-    model : torch.nn.Module
-    processor : Phi3VProcessor
+    args, setup
+        The script's flags, and what :func:`common.training.start.start` determined from them.
+    model, processor
+        As returned by :func:`common.model.loading.load_model` and :func:`common.model.checkpoint.load_processor`.
     train_rows : Rows or Stream
     eval_rows : Rows
     to_conversation : callable
@@ -95,7 +93,7 @@ def build_trainer(
     eval_data = TrainingData(eval_rows, to_conversation, processor, args.seed)
 
     flops = TrainingFlops(base_model(model))
-    estimate = functools.cache(lambda: estimate_memory(model, args, setup, flops))
+    estimate = functools.cache(lambda: estimate_memory(model, setup, args.optim, flops))
     batches, lengths = plan_batches(args, setup, train_data, flops, estimate)
     steps = number_of_steps(args.max_steps, args.num_train_epochs, batches)
     # By default, at least 20 entries, so that a short run also has curves.
@@ -168,8 +166,8 @@ def _settings(
         "deepspeed": setup.deepspeed,
         "attention": (setup.attention, setup.attention_reason),
         "resume_from_checkpoint": setup.checkpoint,
-        "use_lora": uses_adapters(args),
-        "eval_steps": steps_between_evaluations(args),
+        "use_lora": args.use_lora or args.use_qlora,
+        "eval_steps": steps_between_evaluations(args.eval_steps, args.logging_steps),
         "logging_steps": logging_steps,
         "max_tokens_per_batch": max_tokens,
         "batch_size_per_gpu": None if max_tokens else setup.batch_size_per_gpu,

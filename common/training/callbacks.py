@@ -173,14 +173,3 @@ class PrepareFirstStep(TrainerCallback):
         self.trainer.prepare_first_step()
         control.should_training_stop |= state.global_step >= state.max_steps
         return control
-
-
-class LogAtStart(TrainerCallback):
-    """Logs values at step 0, when the ``--report_to`` integrations are set up."""
-
-    def __init__(self, trainer: FinetuningTrainer, logs: dict[str, float]) -> None:
-        self.trainer, self.logs = trainer, logs
-
-    def on_train_begin(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            self.trainer.log(self.logs)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from common.arguments import CHANGEABLE, LORA_DEFAULTS, method_name, uses_adapters
+from common.arguments import CHANGEABLE, LORA_DEFAULTS, method_name
 from common.data.conversations import pictures
 from common.data.pictures import Picture
 from common.data.samples import TrainingData
@@ -29,33 +27,10 @@ from common.model.checkpoint import find_snapshot
 from common.runtime.collectives import gather, on_main_process
 from common.runtime.files import read_json, replacing
 from common.runtime.process import InputError, counted, local_rank
-from common.runtime.script import DISK_FULL
 
 # Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"
 TOTALS = "totals.json"
-# Error texts of a full disk: Python, safetensors and tokenizers quote the operating system, torch does not.
-DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), "inline_container.cc")
-
-
-@contextlib.contextmanager
-def saving() -> Iterator[None]:
-    """Report a full disk as an :class:`InputError` which says that earlier checkpoints are intact.
-
-    Raises
-    ------
-    InputError
-        If the disk is full. All other errors are raised unchanged.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not any(text in str(error) for text in DISK_FULL_TEXTS):
-            raise
-        raise InputError(
-            f"saving failed ({error}): free disk space and restart with --resume_from_checkpoint auto; "
-            "earlier checkpoints are intact"
-        ) from error
 
 
 def write_manifest(directory: Path) -> None:
@@ -178,6 +153,7 @@ def run_identity(
     """What makes a run this run, by name: all settings that change its course. Must be called on all processes."""
     names = ["batch_size", "seed", "num_crops", "optim", "learning_rate", "vision_learning_rate", "projector_learning_rate"]
     names += ["wd", "lr_scheduler_type", "warmup_steps", "streaming"]
+    names += LORA_DEFAULTS if args.use_lora or args.use_qlora else []
     weights = on_main_process(lambda: fingerprint(find_snapshot(base or args.model_name_or_path, revision)))
     identity: dict[str, Any] = {
         "method": method_name(args),
@@ -185,7 +161,7 @@ def run_identity(
         "precision (--bf16)": precision,
         "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
     }
-    identity |= {f"--{name}": getattr(args, name) for name in names + (list(LORA_DEFAULTS) if uses_adapters(args) else [])}
+    identity |= {f"--{name}": getattr(args, name) for name in names}
     if adapter:
         identity["adapter (--model_name_or_path)"] = on_main_process(lambda: fingerprint(adapter))
     if zero_stage or args.streaming:  # each process has its own states, or its own part of the stream
@@ -250,19 +226,9 @@ def check_resumable(checkpoint: Path, identity: dict[str, Any], accepted: list[s
 
 
 def check_plan(checkpoint: Path, plan: dict[str, Any], accepted: list[str]) -> str | None:
-    """Check data and number of steps as :func:`check_resumable`, but let a run be longer than planned.
+    """Check a plan (``data``, the :func:`data_fingerprint`, and ``steps``) as :func:`check_resumable`, but let a run be longer.
 
-    Parameters
-    ----------
-    checkpoint : Path
-    plan : dict
-        ``data``, the :func:`data_fingerprint`, and ``steps``.
-    accepted : list of str
-
-    Returns
-    -------
-    str or None
-        What is done about another number of steps.
+    Returns what is done about another number of steps, or None.
     """
     done = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
     now = plan["steps"]

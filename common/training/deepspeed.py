@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common.arguments import uses_adapters
 from common.runtime.files import read_json
 from common.runtime.process import InputError
 
@@ -22,7 +21,7 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     InputError
         If the file does not exist or conflicts with other flags.
     """
-    if args.deepspeed == "none" or (args.deepspeed == "auto" and uses_adapters(args)):
+    if args.deepspeed == "none" or (args.deepspeed == "auto" and (args.use_lora or args.use_qlora)):
         return None
     path = DIRECTORY / "zero2.json" if args.deepspeed == "auto" else Path(args.deepspeed)
     if not path.is_file():

@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.arguments import Setup, trained_parts, uses_adapters
+from common.arguments import Setup, trained_parts
 from common.data.batches import Lengths
 from common.model.loading import autocast, base_model, set_gradient_checkpointing
 from common.phi3v.flops import BatchSizes, TrainingFlops
 from common.phi3v.fused import recompute_elementwise
-from common.phi3v.image_processing import CROP_SIZE
+from common.phi3v.image_processing import CROP_SIZE, TOKENS_PER_SIDE, num_image_tokens
 from common.runtime.collectives import gather
 from common.runtime.process import local_world_size, world_size
 
@@ -40,7 +40,6 @@ SHORT_TEXT, LONG_TEXT = 32, 160  # text tokens of the samples that are measured
 BACKWARD_LAUNCHES = 2  # kernels of a backward pass for each of a forward pass, as benchmarks.roofline counts them
 # An assumption: the answers are not tokenized for the estimates, and their share of the cost is small.
 SUPERVISED_TOKENS_PER_SAMPLE = 16
-TOKENS_PER_VIEW = 144
 
 
 @dataclass(frozen=True)
@@ -57,46 +56,20 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Trial:
-    """Measured memory and speed of a model on a device.
+    """Measured memory and speed of a model on a device."""
 
-    Attributes
-    ----------
-    keeping, elementwise, recomputing : Footprint
-        Without recomputation, with recomputation of norms and activations, and with recomputation of all layers.
-    num_layers : int
-        Layers of the decoder.
-    states : float
-        Bytes of gradients, optimizer states and master weights, in addition to the loaded model.
-    step : float
-        Temporary bytes of an optimizer step, when the activations have been freed.
-    free : float
-        Bytes that are free on the device for this process.
-    flops_per_second : float
-        Speed of the forward pass of a large batch.
-    launching : float
-        Seconds that the forward pass of a small batch takes, most of which the CPU needs to launch it.
-    """
-
-    keeping: Footprint
-    elementwise: Footprint
-    recomputing: Footprint
-    num_layers: int
-    states: float
-    step: float
-    free: float
-    flops_per_second: float
-    launching: float
+    keeping: Footprint  # without recomputation
+    elementwise: Footprint  # with recomputation of norms and activations
+    recomputing: Footprint  # with recomputation of all layers
+    num_layers: int  # of the decoder
+    states: float  # bytes of gradients, optimizer states and master weights, in addition to the loaded model
+    step: float  # temporary bytes of an optimizer step, when the activations have been freed
+    free: float  # bytes that are free on the device for this process
+    flops_per_second: float  # of the forward pass of a large batch
+    launching: float  # seconds of the forward pass of a small batch, most of which the CPU needs to launch it
 
     def needed(self, mode: str, tokens: float, views: float) -> float:
-        """Bytes that training on batches of this size needs in addition to the loaded model.
-
-        Parameters
-        ----------
-        mode : {"none", "elementwise", "vision", "selective", "full"}
-            As :func:`common.model.loading.set_gradient_checkpointing` takes it.
-        tokens, views : float
-            Of the largest batch.
-        """
+        """Bytes that training needs in addition to the loaded model, with a mode of recomputation and such a largest batch."""
         return self.states + max(self.step, self._activations(mode, tokens, views))
 
     def _activations(self, mode: str, tokens: float, views: float) -> float:
@@ -122,13 +95,7 @@ class Trial:
     def seconds(self, mode: str, flops: tuple[float, float], micro_batches: int) -> float:
         """Time of a step without the optimizer: that of its FLOPs, or of launching its kernels if this takes longer.
 
-        Parameters
-        ----------
-        mode : {"none", "elementwise", "vision", "selective", "full"}
-        flops : (float, float)
-            Of the forward passes and of the backward passes of this process.
-        micro_batches : int
-            Of this process.
+        ``flops`` are those of the forward passes and of the backward passes of this process.
         """
         forward, backward = flops
         computing = ((1 + REPEATED[mode]) * forward + backward) / self.flops_per_second
@@ -141,22 +108,13 @@ def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
         return (args.gradient_checkpointing,)
     # Layers of transformers have no operations to recompute, and torch.compile decides itself what to recompute in a layer.
     without = set() if args.fused_layers and not args.torch_compile else {"elementwise"}
-    if "vision" not in trained_parts(args):
+    if "vision" not in trained_parts(args.train_only, args.train_fully, args.freeze_vision_model):
         without.add("vision")  # a frozen tower stores nothing
     return tuple(mode for mode in MODES if mode not in without)
 
 
 def least_recomputation(trial: Trial | None, tokens: int, views: int, modes: tuple[str, ...] = MODES) -> str:
-    """The mode with the least recomputation that fits into the free memory, which is the fastest; the last one if none does.
-
-    Parameters
-    ----------
-    trial : Trial, optional
-    tokens, views : int
-        Of the largest batch.
-    modes : tuple of str
-        In the order of ``MODES``.
-    """
+    """The first mode that fits into the free memory with such a largest batch, which is the fastest; the last if none does."""
     fitting = [mode for mode in modes if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
     return fitting[0] if fitting else modes[-1]
 
@@ -204,24 +162,23 @@ def mean_flops(flops: TrainingFlops, lengths: Lengths) -> tuple[float, float]:
         tokens=tokens.sum(),
         pairs=(tokens * (tokens + 1) / 2).sum(),
         views=views,
-        image_tokens=TOKENS_PER_VIEW * views,
+        image_tokens=TOKENS_PER_SIDE**2 * views,
         supervised=SUPERVISED_TOKENS_PER_SAMPLE * len(tokens),
     )
     forward, backward = flops.count(sizes)
     return forward / len(tokens), backward / len(tokens)
 
 
-def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
+def estimate_memory(model: nn.Module, setup: Setup, optim: str, flops: TrainingFlops) -> Trial | None:
     """Measure activation memory and speed with a few small forward passes. Must be called on all processes.
 
     Parameters
     ----------
     model : torch.nn.Module
         On the device, not yet wrapped by DeepSpeed or DDP; it is not changed.
-    args : argparse.Namespace
-        The script's flags.
     setup : Setup
-        Settings of the run that follow from them.
+    optim : str
+        Name of the optimizer in TrainingArguments.
     flops : TrainingFlops
         Counts the FLOPs of a batch.
 
@@ -231,31 +188,32 @@ def estimate_memory(model: nn.Module, args: argparse.Namespace, setup: Setup, fl
         That of the process with the least free memory, the same on all processes. None if nothing can be measured: ZeRO-3
         partitions the weights, or not even a small batch fits on one of the processes.
     """
-    own = None if setup.zero_stage == 3 else _measure(model, args, setup, flops)
+    own = None if setup.zero_stage == 3 else _measure(model, setup, optim, flops)
     trials = [trial for trial in gather(own) if trial]
     return min(trials, key=lambda trial: trial.free) if len(trials) == world_size() else None
 
 
-def _measure(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: TrainingFlops) -> Trial | None:
+def _measure(model: nn.Module, setup: Setup, optim: str, flops: TrainingFlops) -> Trial | None:
     device = setup.device
     footprints, training = {}, model.training
     model.train()
     # DeepSpeed trains without autocast, in bf16 or fp16 weights; adapters are still fp32 here.
-    precision = nullcontext() if setup.deepspeed and not uses_adapters(args) else autocast(model, args.bf16)
+    plain = setup.deepspeed is not None and base_model(model) is model
+    precision = nullcontext() if plain else autocast(model, setup.precision == "bf16")
     # Dropout must not change the random state of the run.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         try:
             for mode in ("none", "elementwise", "full"):
                 set_gradient_checkpointing(model, mode)
                 sizes = ((1, SHORT_TEXT), (1, LONG_TEXT), (2, SHORT_TEXT))
-                batches = [_batch(model, images, text, setup.packing, device) for images, text in sizes]
+                batches = [_batch(images, text, setup.packing, device) for images, text in sizes]
                 short, long, double = (kept_bytes(model, batch) for batch in batches)
                 tokens, views = ([vars(flops.sizes(batch))[unit] for batch in batches] for unit in ("tokens", "views"))
                 per_token = (long - short) / (tokens[1] - tokens[0])
                 per_view = (double - short - per_token * (tokens[2] - tokens[0])) / (views[2] - views[0])
                 footprints[mode] = Footprint(short - per_token * tokens[0] - per_view * views[0], per_token, per_view)
             # A GPU reaches its speed with large batches only; with full recomputation they need little memory.
-            timed = _batch(model, 8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
+            timed = _batch(8, 2000, setup.packing, device) if device.type == "cuda" else batches[1]
             launching, seconds = (_seconds_forward(model, batch, device) for batch in (batches[0], timed))
         except torch.OutOfMemoryError:
             return None
@@ -267,8 +225,8 @@ def _measure(model: nn.Module, args: argparse.Namespace, setup: Setup, flops: Tr
         keeping=footprints["none"],
         elementwise=footprints["elementwise"],
         recomputing=footprints["full"],
-        num_layers=len(base_model(model).model.layers),
-        states=state_bytes(model, args.optim, setup),
+        num_layers=base_model(model).config.num_hidden_layers,
+        states=state_bytes(model, optim, setup),
         step=step_bytes(model, setup),
         free=free_bytes(device),
         flops_per_second=flops.count(flops.sizes(timed))[0] / seconds,
@@ -304,23 +262,17 @@ def state_bytes(model: nn.Module, optim: str, setup: Setup) -> float:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # ZeRO-3 keeps them elsewhere
     processes = world_size()
-    moments = 2 if "8bit" in optim else 0 if optim in ("adafactor", "sgd") else 8
+    moments = 0 if "paged" in optim or optim in ("adafactor", "sgd") else 2 if "8bit" in optim else 8
     if setup.deepspeed is None:
-        gradients = sum(parameter.nbytes for parameter in trained)
-        masters = 4 * _count_bf16(trained)
-        return gradients + masters + (0 if "paged" in optim else moments * count)
+        return sum(parameter.nbytes for parameter in trained) + 4 * _count_bf16(trained) + moments * count
     zero, halves = zero_settings(setup.deepspeed), setup.precision != "fp32"
-    if "paged" in optim:
-        moments = 0
-    masters_and_moments = (4 + moments if halves else moments) * count
-    gradients = (2 if halves else 4) * count
-    stage, offloads = zero.get("stage", 0), "offload_optimizer" in zero
-    partition = processes if stage >= 1 else 1
+    size, stage = 2 if halves else 4, zero.get("stage", 0)
     bucket = zero.get("reduce_bucket_size", 5e8)
     if bucket == "auto":
         bucket = base_model(model).config.hidden_size ** 2  # as transformers fills it in
-    buckets = 2 * (2 if halves else 4) * min(bucket, count)
-    return (0 if offloads else masters_and_moments / partition) + gradients / (processes if stage >= 2 else 1) + buckets
+    masters_and_moments = (4 + moments if halves else moments) * count / (processes if stage >= 1 else 1)
+    gradients = size * count / (processes if stage >= 2 else 1)
+    return (0 if "offload_optimizer" in zero else masters_and_moments) + gradients + 2 * size * min(bucket, count)
 
 
 def step_bytes(model: nn.Module, setup: Setup) -> float:
@@ -348,9 +300,9 @@ def free_bytes(device: torch.device) -> float:
     return psutil.virtual_memory().available / local_world_size()
 
 
-def _batch(model: nn.Module, images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
+def _batch(images: int, text: int, packing: bool, device: torch.device) -> dict[str, Any]:
     """One sample of blank images with two crops each, and text."""
-    [image_tokens] = base_model(model).model.vision_embed_tokens.num_tokens([(CROP_SIZE, 2 * CROP_SIZE)])
+    image_tokens = num_image_tokens(CROP_SIZE, 2 * CROP_SIZE)
     ids = [-1 - image for image in range(images) for _ in range(image_tokens)] + [1] * text
     input_ids = torch.tensor([ids], device=device)
     labels = torch.full_like(input_ids, -100)

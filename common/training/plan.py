@@ -36,9 +36,8 @@ def plan_batches(
 
     Parameters
     ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
+    args, setup
+        The script's flags, and what :func:`common.training.start.start` determined from them.
     data : TrainingData or StreamedData
     flops : TrainingFlops
     estimate : callable
@@ -65,7 +64,7 @@ def plan_batches(
         if isinstance(setup.max_tokens_per_batch, int):
             max_tokens = setup.max_tokens_per_batch
         else:
-            max_tokens = _choose_budget(args, setup, lengths, flops, estimate(), count)
+            max_tokens = _choose_budget(setup, args.batch_size, recomputation_modes(args), lengths, flops, estimate(), count)
         accumulation = count(max_tokens) if max_tokens else accumulation
     else:
         lengths = data.sample_lengths()
@@ -76,15 +75,16 @@ def plan_batches(
         accumulation=accumulation,
         measure=partial(data.measure, skip_bad=args.on_bad_sample == "skip") if setup.packing else None,
         max_tokens=max_tokens,
-        vision_trains="vision" in trained_parts(args),
+        vision_trains="vision" in trained_parts(args.train_only, args.train_fully, args.freeze_vision_model),
     )
     batches.begin_at(steps_done)
     return batches, lengths
 
 
 def _choose_budget(
-    args: argparse.Namespace,
     setup: Setup,
+    batch_size: int,
+    modes: tuple[str, ...],
     lengths: Lengths,
     flops: TrainingFlops,
     trial: Trial | None,
@@ -93,29 +93,17 @@ def _choose_budget(
     """Tokens per micro-batch: those of the checkpoint if they fit, else the fastest; None for one sample at a time."""
     if trial is None:
         return None
-    modes = recomputation_modes(args)
     if setup.checkpoint:
         settings = read_json(setup.checkpoint / TOTALS, "use an earlier checkpoint")["settings"]
         saved = settings.get("max_tokens_per_batch")
         if isinstance(saved, int) and saved <= trial.most_tokens(modes[-1], lengths):
             return saved
-    forward, backward = (args.batch_size / world_size() * each for each in mean_flops(flops, lengths))
+    forward, backward = (batch_size / world_size() * each for each in mean_flops(flops, lengths))
     return fastest_budget(trial, modes, lengths, (forward, backward), count)
 
 
 def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int, logging_steps: int) -> TrainingArguments:
-    """Return the settings of transformers' Trainer.
-
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-    accumulation : int
-        Micro-batches per process and optimizer step.
-    logging_steps : int
-        Optimizer steps between log entries.
-    """
+    """Return the settings of transformers' Trainer, for ``accumulation`` micro-batches per process and optimizer step."""
     on_gpu = torch.cuda.is_available()
     by_metric = args.eval_metric_steps is not None
     best = f"eval_{args.metric}" if by_metric else "eval_loss"
@@ -148,7 +136,7 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
         save_total_limit=args.save_total_limit,
         save_on_each_node=args.save_on_each_node,
         eval_strategy=args.eval_strategy,
-        eval_steps=steps_between_evaluations(args),
+        eval_steps=steps_between_evaluations(args.eval_steps, args.logging_steps),
         load_best_model_at_end=args.load_best_model_at_end,
         metric_for_best_model=best if args.load_best_model_at_end else None,
         greater_is_better=by_metric if args.load_best_model_at_end else None,

@@ -78,7 +78,9 @@ def start(args: argparse.Namespace) -> Setup:
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)
     stage = zero_stage(deepspeed)
-    samples, max_tokens = _limit_micro_batches(args, on_gpu and packing, stage)
+    samples, max_tokens = _limit_micro_batches(
+        args.batch_size_per_gpu, args.max_tokens_per_batch, may_choose=on_gpu and packing and not args.streaming, stage=stage
+    )
     if deepspeed:
         allow_deepspeed_states()
     if deepspeed and not on_gpu:
@@ -182,11 +184,12 @@ def _choose_packing(requested: bool | None, max_tokens: int | None, attention: s
     return supported if requested is None else requested
 
 
-def _limit_micro_batches(args: argparse.Namespace, packs_on_gpu: bool, stage: int | None) -> tuple[int, int | str | None]:
-    """Return ``--batch_size_per_gpu`` and ``--max_tokens_per_batch``, or their defaults on this machine."""
-    samples, max_tokens = args.batch_size_per_gpu, args.max_tokens_per_batch
+def _limit_micro_batches(
+    samples: int | None, max_tokens: int | str | None, may_choose: bool, stage: int | None
+) -> tuple[int, int | str | None]:
+    """Return ``--batch_size_per_gpu`` and ``--max_tokens_per_batch``, or their defaults if they are None."""
     if max_tokens == "auto" and stage == 3:
         raise InputError("memory cannot be measured under ZeRO-3: pass a number of tokens", "--max_tokens_per_batch auto")
-    if max_tokens is None and samples is None and packs_on_gpu and stage != 3 and not args.streaming:
+    if max_tokens is None and samples is None and may_choose and stage != 3:
         max_tokens = "auto"
     return samples or 1, max_tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.arguments import Setup, method_name, uses_adapters
+from common.arguments import Setup, method_name
 from common.data.batches import Lengths, PlannedBatches
 from common.data.streaming import StreamedBatches
 from common.model.loading import count_parameters
@@ -40,25 +40,9 @@ def summarize(
     trial: Trial | None,
     flops: TrainingFlops,
 ) -> str:
-    """Return the summary of a run.
+    """Return the summary of a run: one line per entry, as ``name: value``.
 
-    Parameters
-    ----------
-    args : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings determined from them at the start.
-    lengths : Lengths
-        Lengths of a sample of the rows, or of all rows.
-    recomputation : {"none", "elementwise", "vision", "selective", "full"}
-        Which layers are recomputed in the backward pass.
-    trial : Trial, optional
-        The trial from which memory and time are estimated.
-
-    Returns
-    -------
-    str
-        One line per entry, as ``name: value``.
+    Memory and time are estimated from the trial and from ``lengths``, those of some or all samples.
     """
     processes = world_size()
     steps = number_of_steps(args.max_steps, args.num_train_epochs, batches)
@@ -75,7 +59,7 @@ def summarize(
     lines = {
         "model": f"{args.model_name_or_path}, {sum(total for _, total in counts.values()) / 1e6:,.1f} M parameters",
         "trainable": ", ".join(parts),
-        "method": method_name(args) + (lora if uses_adapters(args) else ""),
+        "method": method_name(args) + (lora if args.use_lora or args.use_qlora else ""),
         "attention": f"{setup.attention} ({setup.attention_reason}), packing {'on' if setup.packing else 'off'}",
         "precision": ", ".join([f"{setup.precision} on {_device_name(setup.device)}", *kernels]),
         "optimizer": ", ".join([args.optim, *rates, wrapper]),

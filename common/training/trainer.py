@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
@@ -29,48 +26,29 @@ from common.data.loader import WorkerLoader, raise_input_errors, release_memory,
 from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
 from common.evaluation.predictions import Evaluation, write_evaluation
-from common.model.adapters import write_base_description
-from common.model.checkpoint import find_snapshot, first_line, read_tensors
+from common.model.checkpoint import find_snapshot, read_tensors
+from common.model.checks import first_line
 from common.model.loading import autocast
 from common.phi3v import Phi3VProcessor
-from common.phi3v.flops import TrainingFlops, peak_flops
-from common.phi3v.parts import part_of
+from common.phi3v.flops import TrainingFlops
 from common.runtime.collectives import broadcast, set_timeout, sum_over_processes
 from common.runtime.files import read_json, replacing, write_file
 from common.runtime.process import InputError, counted, is_main_process, rank, say, world_size
 from common.runtime.progress import Progress
 
-from .callbacks import CheckNumbers, EarlyStopping, LogAtStart, PrepareFirstStep, StopOnSignal, find_nonfinite
-from .checkpoints import MANIFEST, TOTALS, saving, write_manifest
-from .masters import MasterWeights
-from .output import BAD_SAMPLES, SAVING, note_bad_sample
+from .callbacks import CheckNumbers, EarlyStopping, PrepareFirstStep, StopOnSignal, find_nonfinite
+from .checkpoints import MANIFEST, TOTALS, write_manifest
+from .optimizer import MasterWeights, group_by_part, restore_settings
+from .output import BAD_SAMPLES, note_bad_sample
 from .progress import TrainingProgress
+from .saving import saving, write_model, write_result
+from .throughput import Throughput
 
 NAMED_ROWS = 8
-# DeepSpeed makes one tensor of each group of parameters, and bitsandbytes counts its elements in 32 bits.
-GROUP_ELEMENTS = 2**31 - 1
 
 
 class FinetuningTrainer(Trainer):
-    """A Trainer with planned micro-batches, checkpoints that are verified to be complete, and logged throughput.
-
-    Parameters
-    ----------
-    flags : argparse.Namespace
-        The script's flags.
-    setup : Setup
-        The settings determined from them at the start.
-    identity : dict
-        What must not change when the run is resumed, by name.
-    batches : PlannedBatches or StreamedBatches
-        Micro-batches of this process.
-    evaluate_task : callable
-        Scores a model on the task.
-    flops : TrainingFlops
-        Counts the FLOPs of a batch.
-    recomputation : {"none", "elementwise", "vision", "selective", "full"}
-        The chosen mode, which the benchmark records.
-    """
+    """A Trainer with planned micro-batches, checkpoints that are verified to be complete, and logged throughput."""
 
     # What transformers declares as possibly None, or as a choice of types that the recipes do not make.
     model: nn.Module
@@ -78,6 +56,7 @@ class FinetuningTrainer(Trainer):
     train_dataset: TrainingData | StreamedData
     eval_dataset: TrainingData
     masters: MasterWeights | None = None  # of bf16 weights without DeepSpeed
+    logs_before: dict[str, float] | None = None  # of the evaluation before training
     # Of the current step, read and reset by CheckNumbers.
     step_loss: torch.Tensor | float = 0.0
     grad_norm: Any = 0.0
@@ -87,11 +66,11 @@ class FinetuningTrainer(Trainer):
         *args: Any,
         flags: argparse.Namespace,
         setup: Setup,
-        identity: dict[str, Any],
-        batches: PlannedBatches | StreamedBatches,
+        identity: dict[str, Any],  # what must not change when the run is resumed, by name
+        batches: PlannedBatches | StreamedBatches,  # micro-batches of this process
         flops: TrainingFlops,
         evaluate_task: Callable[[nn.Module], Evaluation],
-        recomputation: str,
+        recomputation: str,  # the mode, which the benchmark records
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -100,7 +79,6 @@ class FinetuningTrainer(Trainer):
         self.identity = identity
         self.result: TrainOutput | None = None
         self.batches = batches
-        self.flops = flops
         self.evaluate_task = evaluate_task
         self.recomputation = recomputation
         # Replaces the Trainer's progress bar and the dict that it prints per log entry.
@@ -116,19 +94,14 @@ class FinetuningTrainer(Trainer):
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.start_time = 0.0  # of training, moved back by the training time before a resume
         self.add_callback(PrepareFirstStep(self))  # last, because it may evaluate and stop
-        self._processed = torch.zeros(3, dtype=torch.float64)  # images, tokens, FLOPs since the last log entry
-        self._measuring_since: float | None = None
+        self.throughput = Throughput(flops, self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
         # The Trainer fetches all micro-batches of a step before it runs the first one.
-        skip = self.flags.on_bad_sample == "skip"
+        ahead = self.batches.accumulation
+        spare = filler(self.processing_class) if self.flags.on_bad_sample == "skip" else None
         release_memory()  # before workers are forked for the whole training
-        return self._loader(
-            self.train_dataset,
-            self.batches,
-            ahead=self.batches.accumulation,
-            filler=filler(self.processing_class) if skip else None,
-        )
+        return self._loader(self.train_dataset, self.batches, ahead=ahead, filler=spare)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         size = self.setup.batch_size_per_gpu
@@ -157,14 +130,7 @@ class FinetuningTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         rates = {"vision": self.flags.vision_learning_rate, "projector": self.flags.projector_learning_rate}
-        part = {parameter: part_of(name) for name, parameter in self.model.named_parameters()}
-        groups = []
-        for group in optimizer.param_groups:
-            for name in ("decoder", "vision", "projector"):
-                members = [parameter for parameter in group["params"] if part[parameter] == name]
-                for some in split_parameters(members, GROUP_ELEMENTS):
-                    groups.append({**group, "params": some, "lr": rates.get(name) or group["lr"]})
-        optimizer.param_groups[:] = groups
+        self._settings_of_groups = group_by_part(optimizer, self.model, rates)
         weights = {
             name: parameter
             for name, parameter in self.model.named_parameters()
@@ -173,7 +139,6 @@ class FinetuningTrainer(Trainer):
         if weights and not self.is_deepspeed_enabled:
             saved = read_tensors(self.setup.checkpoint, list(weights)) if self.setup.checkpoint else None
             self.masters = MasterWeights(optimizer, weights, saved)
-        self._settings_of_groups = [(group["lr"], group["weight_decay"]) for group in groups]
         return optimizer
 
     def evaluate_before(self) -> None:
@@ -183,8 +148,7 @@ class FinetuningTrainer(Trainer):
             before = self.evaluate_task(self.model)
             write_evaluation(path, before)
             say(f"before finetuning: {before}", sys.stdout)
-            # Logged at step 0, when the --report_to integrations are set up.
-            self.add_callback(LogAtStart(self, before.logs))
+            self.logs_before = before.logs
 
     def train(self) -> TrainOutput:  # type: ignore[override]  # the checkpoint was chosen at the start
         """Train, resuming from the checkpoint if there is one. After SIGTERM, save a checkpoint and exit."""
@@ -277,26 +241,18 @@ class FinetuningTrainer(Trainer):
         more = f" and {counted(len(rows) - NAMED_ROWS, 'other')}" if len(rows) > NAMED_ROWS else ""
         return f" ({', '.join(names)}{more})"
 
-    def _apply_flags(self) -> None:
-        """Reapply the flags' learning rates and weight decay at this step of the schedule: resuming restored the old ones."""
-        scheduler: Any = self.lr_scheduler
-        optimizer: Any = self.optimizer
-        base = [rate for rate, _ in self._settings_of_groups]
-        rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, scheduler.lr_lambdas, strict=True)]
-        scheduler.load_state_dict(scheduler.state_dict() | {"base_lrs": base, "_last_lr": rates})
-        for group, rate, (initial, decay) in zip(optimizer.param_groups, rates, self._settings_of_groups, strict=True):
-            group |= {"lr": rate, "initial_lr": initial, "weight_decay": decay}
-
     def prepare_first_step(self) -> None:
         """Start the clock; on resume, restore counters, reapply flags, and do an evaluation that SIGTERM prevented."""
         self.start_time = time.time()
         # On resume, the Trainer would use the intervals saved in the checkpoint instead of the current flags.
         self.state.compute_steps(self.args, self.state.max_steps)
         set_timeout(self.flags.ddp_timeout)  # also of the groups that DeepSpeed has created
+        if self.logs_before and self.state.global_step == 0:
+            self.log(self.logs_before)  # now that the --report_to integrations are set up
         checkpoint = self.setup.checkpoint
         if not checkpoint:
             return
-        self._apply_flags()
+        restore_settings(self.optimizer, self.lr_scheduler, self._settings_of_groups)
         if name := find_nonfinite(self.model, self.optimizer):
             raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
         totals = read_json(checkpoint / TOTALS, "use an earlier checkpoint")
@@ -351,24 +307,14 @@ class FinetuningTrainer(Trainer):
         }
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._measuring_since is None:
-            self._measuring_since = time.perf_counter()
-        sizes = self.flops.sizes(inputs)
-        images = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
-        self._processed += torch.tensor([images, sizes.tokens, sum(self.flops.count(sizes))], dtype=torch.float64)
+        self.throughput.add(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.step_loss = self.step_loss + loss.detach()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            processed, now = self._processed.to(self.args.device), time.perf_counter()
-            images, tokens, flops = (sum_over_processes(processed) / (now - (self._measuring_since or now))).tolist()
-            logs |= {"images_per_second": round(images, 3), "tokens_per_second": round(tokens, 1)}
-            if peak := peak_flops(self.args.device):
-                logs["mfu"] = round(flops / (peak * self.args.world_size), 4)
-            self._processed.zero_()
-            self._measuring_since = now
+            logs |= self.throughput.take()
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -395,20 +341,12 @@ class FinetuningTrainer(Trainer):
         return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(self.eval_dataset))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._excluded_from_throughput():
+        with self.throughput.excluded():
             return super().evaluate(*args, **kwargs)
-
-    @contextmanager
-    def _excluded_from_throughput(self) -> Iterator[None]:
-        """Exclude the time spent here, between two steps, from the training throughput."""
-        start = time.perf_counter()
-        yield
-        if self._measuring_since is not None:
-            self._measuring_since += time.perf_counter() - start
 
     # Overridden because the public callbacks are called per process, and not before and after all processes have saved.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._excluded_from_throughput():
+        with self.throughput.excluded():
             self._save_complete_checkpoint(*args, **kwargs)
 
     def _save_complete_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -439,59 +377,17 @@ class FinetuningTrainer(Trainer):
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.flags.output_dir)
-        is_result = directory == self.flags.output_dir
-        if is_result:
-            # The result is written to a temporary directory first, and replaces earlier files once it is complete.
-            directory = directory / SAVING
-            shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
-        directory.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        options, dtype = {}, None
-        if hasattr(model, "peft_config"):
-            # If lm_head has an adapter, PEFT by default also saves the base model's lm_head.
-            options["save_embedding_layers"] = False
-            write_base_description(directory, model)
-        elif is_result:
-            # The result is saved in the dtype of the base model. Checkpoints keep the training dtype, to resume exactly.
-            base = find_snapshot(self.flags.model_name_or_path, self.setup.revision)
-            dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
-            state_dict = {name: tensor.to(dtype) for name, tensor in (state_dict or model.state_dict()).items()}
-            # DeepSpeed also casts frozen weights, and fp16 cannot represent all bf16 values: save the original frozen weights.
-            frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-            state_dict |= read_tensors(base, frozen)
-        elif self.masters:
-            state_dict = (state_dict or model.state_dict()) | self.masters.fp32
-        # transformers would write only on the first process of all nodes. should_save above has already decided.
-        model.should_save_on_this_rank = lambda is_main_process: is_main_process
-        model.save_pretrained(directory, state_dict=state_dict, **options)
-        if dtype:
-            # transformers has written the training dtype.
-            model.config.dtype = dtype
-            model.config.save_pretrained(directory)
-        for path in directory.glob("*.safetensors"):
-            path.chmod(0o644)  # safetensors creates files that only the owner can read
-        self.processing_class.save_pretrained(directory)
-        torch.save(self.args, directory / "training_args.bin")
-        if is_result:
-            for path in directory.iterdir():
-                os.replace(path, self.flags.output_dir / path.name)
-            directory.rmdir()
+        if directory == self.flags.output_dir:
+            base = find_snapshot(self.setup.base or self.flags.model_name_or_path, self.setup.revision)
+            write_result(directory, model, self.processing_class, self.args, state_dict, base)
+        else:  # with the training dtype, to resume exactly
+            if self.masters:
+                state_dict = (state_dict or model.state_dict()) | self.masters.fp32
+            write_model(directory, model, self.processing_class, self.args, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: :mod:`common.report.model_card` writes the model card at the end of the run."""
-
-
-def split_parameters(parameters: list[nn.Parameter], most: int) -> list[list[nn.Parameter]]:
-    """Split a list, in order, into lists of parameters with at most ``most`` elements together."""
-    lists: list[list[nn.Parameter]] = []
-    size = 0
-    for parameter in parameters:
-        size += parameter.numel()
-        if not lists or size > most:
-            lists.append([])
-            size = parameter.numel()
-        lists[-1].append(parameter)
-    return lists
 
 
 class _PlannedLoader(WorkerLoader):
