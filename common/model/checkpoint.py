@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
-from common.phi3v.processing import END_OF_TURN, stop_token_ids
+from common.phi3v.processing import stop_token_ids
 from common.runtime.process import InputError
 
 from .checks import BAD_VALUES, COPY_AGAIN, check_checkpoint, first_line, open_tensors, read_config
@@ -144,8 +144,8 @@ def _check_tokenizer(processor: Phi3VProcessor) -> None:
     tokenizer = processor.tokenizer
     if None in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise ValueError("the tokenizer has no eos_token or pad_token")
-    if tokenizer.convert_tokens_to_ids(END_OF_TURN) in (None, tokenizer.unk_token_id):
-        raise ValueError(f"the tokenizer does not know {END_OF_TURN}")
+    if {None, tokenizer.unk_token_id} & set(stop_token_ids(processor)):
+        raise ValueError("the tokenizer has no token that ends a turn")
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
     text = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False, add_generation_prompt=True)
     if text.count("What?") != 2 or text.count("This.") != 1:
