@@ -144,7 +144,7 @@ def _check_tokenizer(processor: Phi3VProcessor) -> None:
     tokenizer = processor.tokenizer
     if None in (tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise ValueError("the tokenizer has no eos_token or pad_token")
-    if {None, tokenizer.unk_token_id} & set(stop_token_ids(processor)):
+    if stop_token_ids(processor)[1] in (None, tokenizer.unk_token_id):
         raise ValueError("the tokenizer has no token that ends a turn")
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
     text = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False, add_generation_prompt=True)
