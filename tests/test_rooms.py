@@ -122,6 +122,7 @@ def test_heavy_libraries_are_imported_late(name):
             assert not any(module.split(".")[0] == name for module in found), path
 
 
+@pytest.mark.slow
 def test_training_loads_no_libraries_of_reports(random_model, tmp_path):
     """Up to the report. The model does without bitsandbytes too, which transformers' Trainer imports, by way of PEFT."""
     data = write_docvqa(tmp_path / "data", train=4, val=1)
