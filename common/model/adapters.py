@@ -122,22 +122,10 @@ def read_base_description(adapter: Path) -> dict[str, Any]:
 
 
 def base_fault(directory: Path, name: str, revision: str | None) -> tuple[str, bool]:
-    """Compare a base model with the one that an adapter was trained on.
+    """Compare a base model, which has been downloaded, with the one that the adapter in ``directory`` was trained on.
 
-    Parameters
-    ----------
-    directory : Path
-        Directory of the adapter.
-    name : str
-        Directory or Hub id of the base model, which has been downloaded.
-    revision : str, optional
-        Its commit.
-
-    Returns
-    -------
-    tuple of (str, bool)
-        What differs, and whether only the weights differ; an empty text if nothing does, or if the adapter has no
-        ``base_model.json``.
+    Returns what differs, and whether only the weights differ; an empty text if nothing does, or if the adapter has no
+    ``base_model.json``.
     """
     trained_on = read_base_description(directory)
     if not trained_on:
@@ -184,14 +172,7 @@ def adapter_to_continue(args: argparse.Namespace) -> Path | None:
 def check_targets(directory: Path, config: Phi3VConfig, vision: bool, train_fully: tuple[str, ...]) -> None:
     """Check that an adapter that is to be trained further changes the same modules as a new one would.
 
-    Parameters
-    ----------
-    directory : Path
-    config : Phi3VConfig
-    vision : bool
-        Whether a new one would change the vision tower and the projector.
-    train_fully : tuple of str
-        ``--train_fully``
+    ``vision`` tells whether a new one would change the vision tower and the projector.
 
     Raises
     ------

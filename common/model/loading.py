@@ -26,20 +26,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_attention(requested: str | None, require_flash: bool, device: torch.device) -> tuple[str, str]:
-    """Choose the attention implementation.
+    """Choose the attention implementation by ``--attn_implementation`` and ``--use_flash_attention``.
 
-    Parameters
-    ----------
-    requested : str, optional
-        ``--attn_implementation``.
-    require_flash : bool
-        ``--use_flash_attention``.
-    device : torch.device
-
-    Returns
-    -------
-    tuple of str
-        The name of the implementation in transformers, and the reason for the choice.
+    Returns its name in transformers, and the reason for the choice.
 
     Raises
     ------

@@ -193,16 +193,9 @@ def _identify(picture: Picture) -> str:
 
 
 def check_resumable(checkpoint: Path, identity: dict[str, Any], accepted: list[str]) -> None:
-    """Check that this run is the one that a checkpoint was saved by.
+    """Check that a complete checkpoint was saved by this run, whose :func:`run_identity`, or a part of it, is given.
 
-    Parameters
-    ----------
-    checkpoint : Path
-        A complete checkpoint.
-    identity : dict
-        The :func:`run_identity` of this run, or a part of it.
-    accepted : list of str
-        Names of flags that may have changed.
+    ``accepted`` are names of flags that may have changed.
 
     Raises
     ------

@@ -176,11 +176,8 @@ def estimate_memory(model: nn.Module, setup: Setup, optim: str, flops: TrainingF
     ----------
     model : torch.nn.Module
         On the device, not yet wrapped by DeepSpeed or DDP; it is not changed.
-    setup : Setup
-    optim : str
-        Name of the optimizer in TrainingArguments.
-    flops : TrainingFlops
-        Counts the FLOPs of a batch.
+    setup, optim, flops
+        Optimizer by its name in TrainingArguments; the FLOPs of a batch.
 
     Returns
     -------

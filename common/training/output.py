@@ -70,13 +70,7 @@ def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:
 def check_output_dir_unused(directory: Path, overwrite: bool, resuming: bool) -> None:
     """Refuse a new run in a directory that holds the result or the checkpoints of another one.
 
-    Parameters
-    ----------
-    directory : Path
-    overwrite : bool
-        ``--overwrite_output_dir``
-    resuming : bool
-        Whether ``--resume_from_checkpoint auto`` found no checkpoint that it can use; incomplete ones are ignored.
+    If ``resuming``, ``--resume_from_checkpoint auto`` found no checkpoint that it can use; incomplete ones are ignored.
 
     Raises
     ------
