@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,14 +87,21 @@ def receipts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def predict(monkeypatch, capsys):
-    """Runs `tools.predict` in this process and returns what it printed."""
-    import tools.predict
+def run_main(monkeypatch, capsys):
+    """Runs a script or tool in this process, as from the command line, and returns what it printed."""
 
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["predict", *map(str, arguments)])
+    def run(module, *words: object) -> str:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
         capsys.readouterr()
-        tools.predict.main(tools.predict.parse_args())
+        module.main(*([module.parse_args()] if hasattr(module, "parse_args") else []))
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def predict(run_main):
+    """Runs `tools.predict` in this process and returns what it printed."""
+    import tools.predict
+
+    return partial(run_main, tools.predict)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from assets import pretrain_tiny
 from assets.draw_samples import draw_samples
-from assets.pretraining import documents, shapes
+from assets.pretraining import batches, documents, shapes, stages
 from assets.samples.docvqa import VALUE_KINDS, draw_value, is_held_out
 from assets.samples.page import LINES
 
@@ -67,13 +67,19 @@ def test_values_are_varied(kind):
         assert len(set(values)) > 80
 
 
+def pretrain_with_small_batches(*arguments):
+    stages.draw_samples = lambda kind, rng, count, *lines: batches.draw_samples(kind, rng, 2, *lines)
+    pretrain_tiny.pretrain(*arguments)
+
+
 @pytest.mark.slow
 def test_pretraining_writes_a_checkpoint_like_the_embedded_one(tmp_path, monkeypatch):
     def spawn(target, arguments, nprocs):
-        assert run_processes(target, [(rank, *arguments) for rank in range(nprocs)]) == [0] * nprocs
+        assert target == pretrain_tiny.pretrain
+        assert run_processes(pretrain_with_small_batches, [(rank, *arguments) for rank in range(nprocs)]) == [0] * nprocs
 
-    stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
-    steps = [argument for stage in stages for argument in (f"--{stage}_steps", "1")]
+    names = ("tower", "decoder", "together", "lookup", "shapes", "last")
+    steps = [argument for stage in names for argument in (f"--{stage}_steps", "1")]
     monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
     monkeypatch.setattr(sys, "argv", ["pretrain_tiny", "--output_dir", str(tmp_path), *steps])
     pretrain_tiny.main()

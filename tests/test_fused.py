@@ -6,7 +6,6 @@ import os
 import adapters
 import pytest
 import torch
-from conftest import TINY
 from forked import run_processes
 from peft import LoraConfig, get_peft_model
 from runs import free_port
@@ -26,19 +25,14 @@ from common.training.deepspeed import disable_shm_op
 METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
 
 
-def make_batches(path=TINY, num_crops=2, rows=slice(None)):
+def make_batches(path, num_crops=2, rows=slice(None)):
     """Samples with and without images, packed and padded."""
     processor = AutoProcessor.from_pretrained(path, num_crops=num_crops)
     samples = [encode_conversation(conversation, processor) for conversation in adapters.conversations()[rows]]
     return {packing: Collator(processor, packing=packing)(samples) for packing in (True, False)}
 
 
-@pytest.fixture(scope="module")
-def batches():
-    return make_batches()
-
-
-def build(method, plain=False, path=TINY):
+def build(path, method, plain=False):
     model = adapters.build(method, fuse=not plain, base=path)
     if plain:
         use_plain_layers(model)
@@ -54,17 +48,17 @@ def run(model, batch, recompute="none"):
 
 
 @pytest.fixture(scope="module")
-def small_batches(random_model):
+def batches(random_model):
     return make_batches(random_model)
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_layers_compute_the_same(random_model, small_batches, method, packing):
-    batch = small_batches[packing]
-    expected_loss, expected = run(build(method, True, random_model), batch)
+def test_fused_layers_compute_the_same(random_model, batches, method, packing):
+    batch = batches[packing]
+    expected_loss, expected = run(build(random_model, method, plain=True), batch)
     for recompute in ("none", "elementwise", "vision", "selective", "full"):
-        model = build(method, path=random_model)
+        model = build(random_model, method)
         assert any(isinstance(module, FusedLoraLinear4bit) for module in model.modules()) == (method == "QLoRA")
         loss, gradients = run(model, batch, recompute)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -106,8 +100,8 @@ def compare_in_two_processes(path, rank, port):
     distributed.init_process_group("gloo")
     batch = make_batches(path, 1, slice(rank, rank + 2))[True]  # both have an image
     for sharded, method in itertools.product((False, True), ("full", "frozen vision", "LoRA", "QLoRA")):
-        expected_loss, expected = run_distributed(build(method, True, path), batch, "none", sharded)
-        loss, gradients = run_distributed(build(method, path=path), batch, "elementwise", sharded)
+        expected_loss, expected = run_distributed(build(path, method, plain=True), batch, "none", sharded)
+        loss, gradients = run_distributed(build(path, method), batch, "elementwise", sharded)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert_equal(gradients, expected)
     distributed.destroy_process_group()
@@ -134,17 +128,17 @@ def test_backward_passes_are_the_gradients(function):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_recipe_outlives_its_step(batches, method):
-    model = build(method)
+def test_no_recipe_outlives_its_step(random_model, batches, method):
+    model = build(random_model, method)
     with fused.recompute_elementwise():
         loss = model(**batches[True]).loss
     loss.backward()
     assert not fused._recipes and not fused.is_recomputing()
 
 
-def test_adapters_follow_their_weights(batches):
+def test_adapters_follow_their_weights(random_model, batches):
     """However they change: by an optimizer that PyTorch does not see, too."""
-    model, plain = build("LoRA"), build("LoRA", plain=True)
+    model, plain = build(random_model, "LoRA"), build(random_model, "LoRA", plain=True)
     for changed in (model, plain):
         run(changed, batches[True])
         changed.zero_grad()
@@ -174,7 +168,7 @@ def test_layers_are_compiled_for_all_batches_at_once(method, random_model, monke
     monkeypatch.setattr(attention, "flash_attention", attend)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compile(layer, backend=count, **options))
     torch._dynamo.reset()
-    model = build(method, path=random_model)
+    model = build(random_model, method)
     compile_layers(model)
     base = base_model(model).model
     assert all(layer._compiled_call_impl for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]))
@@ -187,11 +181,11 @@ def test_layers_are_compiled_for_all_batches_at_once(method, random_model, monke
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "DoRA"])
-def test_what_one_step_cannot_run_is_left_to_peft(options, batches):
+def test_what_one_step_cannot_run_is_left_to_peft(options, random_model, batches):
     found = []
     for fuse in (False, True):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, attn_implementation="varlen").train()
+        model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32, attn_implementation="varlen").train()
         config = LoraConfig(r=4, target_modules=DECODER_LORA_MODULES, init_lora_weights="gaussian", **options)
         model = get_peft_model(model, config)
         if fuse:
@@ -201,8 +195,8 @@ def test_what_one_step_cannot_run_is_left_to_peft(options, batches):
     assert found[0] == found[1]
 
 
-def test_under_autocast_adapters_compute_in_its_dtype(batches):
-    model = build("LoRA").to(torch.bfloat16)
+def test_under_autocast_adapters_compute_in_its_dtype(random_model, batches):
+    model = build(random_model, "LoRA").to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

@@ -4,7 +4,6 @@ import html
 import io
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -214,11 +213,7 @@ def test_a_long_run_is_reported_within_seconds(tmp_path):
     assert time.process_time() - start < 6 and len(page) < 8e6
 
 
-def test_the_tool_compares_runs_and_reports_errors(tmp_path, monkeypatch, capsys):
-    def run_tool(*words: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
-        tools.report.main(tools.report.parse_args())
-
+def test_the_tool_compares_runs_and_reports_errors(tmp_path, run_main, capsys):
     first = make_run(tmp_path / "full" / "out", "DocVQA", samples=30, steps=16)
     second = make_run(tmp_path / "lora" / "out", "DocVQA", samples=30, steps=12, learning_rate=2e-4)
     (second / "eval_before.json").unlink()
@@ -228,10 +223,10 @@ def test_the_tool_compares_runs_and_reports_errors(tmp_path, monkeypatch, capsys
         settings["hyperparameters"]["deepspeed"] = "zero2.json"
         settings["command"] += " --deepspeed zero2.json" if run == second else ""
         write_json(run / "run.json", settings)
-    run_tool(first, second, "--output", tmp_path / "both.html")
-    run_tool(first)
-    assert capsys.readouterr().out == f"Wrote {tmp_path / 'both.html'}\nWrote {first / 'report.html'}\n"
-    page = (tmp_path / "both.html").read_text()
+    both = tmp_path / "both.html"
+    assert run_main(tools.report, first, second, "--output", both) == f"Wrote {both}\n"
+    assert run_main(tools.report, first) == f"Wrote {first / 'report.html'}\n"
+    page = both.read_text()
     words = text(page)
     assert "2 runs compared" in words and "lora/out/eval_before.json is missing" in words
     _, differing, common = re.split("What differs|What is the same", words)
@@ -250,5 +245,5 @@ def test_the_tool_compares_runs_and_reports_errors(tmp_path, monkeypatch, capsys
         ([tmp_path], "no file of a run (run.json"),
     ):
         with pytest.raises(SystemExit):
-            run_tool(*runs)
+            run_main(tools.report, *runs)
         assert message in capsys.readouterr().err

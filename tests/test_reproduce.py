@@ -25,13 +25,6 @@ PUBLISHED = load_published()["accuracy"]
 ROWS = [(task, name) for task, table in PUBLISHED.items() for name in table["rows"]]
 
 
-def run_main(module, monkeypatch, capsys, *arguments):
-    """Run a tool in this process and return what it printed."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-    module.main(*([module.parse_args()] if module is reproduce else []))
-    return capsys.readouterr().out
-
-
 def record(task, row, **changes):
     """A row's file as reproduce writes it."""
     table = PUBLISHED[task]
@@ -50,8 +43,8 @@ def record(task, row, **changes):
 
 
 @pytest.mark.parametrize(("task", "name"), ROWS)
-def test_a_row_runs_as_published(task, name, monkeypatch, capsys):
-    printed = run_main(reproduce, monkeypatch, capsys, task, "--row", name, "--dry_run", "--nproc_per_node", 4)
+def test_a_row_runs_as_published(task, name, monkeypatch, run_main):
+    printed = run_main(reproduce, task, "--row", name, "--dry_run", "--nproc_per_node", 4)
     launcher, *command = shlex.split(printed.splitlines()[-1])
     assert launcher == "torchrun" and command[:3] == ["--standalone", "--nproc_per_node=4", f"finetune_hf_trainer_{task}.py"]
     monkeypatch.setattr(sys, "argv", command[2:])
@@ -70,10 +63,10 @@ def test_a_row_runs_as_published(task, name, monkeypatch, capsys):
     assert getattr(args, "full_train", True)
 
 
-def test_rows_are_listed(monkeypatch, capsys):
-    printed = run_main(reproduce, monkeypatch, capsys, "--list")
+def test_rows_are_listed(run_main):
+    printed = run_main(reproduce, "--list")
     assert printed.count("not measured |") == len(ROWS) + 1 == 19  # and NLVR2's LoRA, of which none is published
-    assert "DocVQA" not in run_main(reproduce, monkeypatch, capsys, "nlvr2", "--list")
+    assert "DocVQA" not in run_main(reproduce, "nlvr2", "--list")
 
 
 @pytest.mark.parametrize(
@@ -90,10 +83,10 @@ def test_rows_are_listed(monkeypatch, capsys):
         (["nlvr2", "--row", "full"], "--nproc_per_node: 8 processes need as many GPUs, but 0 are available: --dry_run"),
     ],
 )
-def test_invalid_flags(arguments, message, monkeypatch, capsys):
+def test_invalid_flags(arguments, message, monkeypatch, capsys, run_main):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit):
-        run_main(reproduce, monkeypatch, capsys, *arguments)
+        run_main(reproduce, *arguments)
     assert message in capsys.readouterr().err
 
 
@@ -127,7 +120,7 @@ def test_only_comparable_results_are_shown_beside_published_values(tmp_path):
     assert "no published value" in reproduce.describe(record("docvqa", "full", embedded=True), table)
 
 
-def test_the_other_rows_run_after_a_failed_one(tmp_path, monkeypatch, capsys):
+def test_the_other_rows_run_after_a_failed_one(tmp_path, monkeypatch, capsys, run_main):
     tried = []
 
     def fail(command, **_):
@@ -137,7 +130,7 @@ def test_the_other_rows_run_after_a_failed_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "run_command", fail)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(SystemExit):
-        run_main(reproduce, monkeypatch, capsys, "nlvr2", "--all", "--nproc_per_node", 8, "--results_dir", tmp_path)
+        run_main(reproduce, "nlvr2", "--all", "--nproc_per_node", 8, "--results_dir", tmp_path)
     assert "nlvr2: full, frozen failed; run the same command again to resume" in capsys.readouterr().err
     assert len(tried) == 2 and not list(tmp_path.iterdir())
 
@@ -182,7 +175,7 @@ def test_a_stopped_tool_waits_for_its_run_to_save(number):
 
 
 @pytest.mark.slow
-def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model, tmp_path, monkeypatch, run_main):
     """On sample data, without torchrun, which `make demo` in test_readme.py uses."""
     places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
     row = ["nlvr2", "--row", "frozen", "--embedded", "--smoke", *places]
@@ -196,7 +189,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model,
 
     monkeypatch.setattr(embedded, "run_command", run_forked)
     monkeypatch.setattr(embedded, "MODEL", str(random_model))
-    flags = shlex.split(run_main(reproduce, monkeypatch, capsys, *row, "--dry_run"))
+    flags = shlex.split(run_main(reproduce, *row, "--dry_run"))
     flags = flags[flags.index("--freeze_vision_model") : flags.index("--num_crops")]
     with monkeypatch.context() as patch:
         patch.setitem(embedded.SMOKE_SETTINGS, "max_steps", 1)
@@ -205,7 +198,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model,
     (output_dir / "eval_after.json").unlink()
     log.unlink()
 
-    run_main(reproduce, monkeypatch, capsys, *row)
+    run_main(reproduce, *row)
     printed = log.read_text()
     assert f"resuming from {output_dir}/checkpoint-1" in printed and "before finetuning" not in printed
     found = json.loads((tmp_path / "results" / "embedded-nlvr2-frozen-smoke.json").read_text())
@@ -216,7 +209,7 @@ def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model,
     page = (tmp_path / "results" / "README.md").read_text()
     assert page.count("not measured |") == len(ROWS) + 1 and "embedded-nlvr2-frozen-smoke.json" in page
     assert not list(output_dir.glob("checkpoint-*"))
-    assert "already exists" in run_main(reproduce, monkeypatch, capsys, *row)
+    assert "already exists" in run_main(reproduce, *row)
 
 
 def test_the_settings_of_a_task_fit_every_method(monkeypatch, tmp_path):
@@ -229,7 +222,7 @@ def test_the_settings_of_a_task_fit_every_method(monkeypatch, tmp_path):
         assert args.num_crops == 1 and 0 < args.learning_rate <= 1e-2
 
 
-def test_runs_on_sample_data_are_recorded(tmp_path, monkeypatch, capsys):
+def test_runs_on_sample_data_are_recorded(tmp_path, monkeypatch, run_main):
     commands = []
 
     def run(command, **environment):
@@ -246,15 +239,15 @@ def test_runs_on_sample_data_are_recorded(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(embedded, "run_command", run)
     places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
-    run_main(matrix, monkeypatch, capsys, "--tasks", "docvqa", "--methods", "qlora", "--smoke", *places)
+    run_main(matrix, "--tasks", "docvqa", "--methods", "qlora", "--smoke", *places)
     found = json.loads((tmp_path / "results" / "embedded.json").read_text())["docvqa"]["qlora"]
     assert (found["method"], found["train_seconds"], found["run_seconds"], found["peak_memory_gb"]) == ("QLoRA", 3.0, 4.0, 1.5)
     page = (tmp_path / "results" / "embedded.md").read_text()
     assert "| DocVQA | QLoRA | anls | 0.500 | 0.500 | 3 | 4 | 1.50 | x, x |" in page and page.count("not run") == 2 * 15
-    said = run_main(embedded, monkeypatch, capsys, "docvqa", "--smoke", "--output_dir", tmp_path / "demo")
+    said = run_main(embedded, "docvqa", "--smoke", "--output_dir", tmp_path / "demo")
     assert "anls 0.5000 -> 0.5000 on 2 samples" in said and f"{tmp_path}/demo/report.html" in said
     assert "torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py" in said
-    run_main(embedded, monkeypatch, capsys, "ucf101", "--smoke", "--output_dir", tmp_path / "demo")
+    run_main(embedded, "ucf101", "--smoke", "--output_dir", tmp_path / "demo")
     convert, train = commands[-2:]
     assert convert[convert.index("--out_dir") + 1] == train[train.index("--data_dir") + 1]
 
