@@ -37,10 +37,11 @@ if __name__ == "__main__":
     check_inputs(args)
     say("Loading PyTorch and transformers")
 
+from common.data.checks import check_rows
 from common.data.pictures import picture_path
 from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
-from common.data.sources import check_rows, read_rows
+from common.data.sources import read_rows
 from common.data.streaming import Stream
 from common.evaluation.generation import generate_with_log_probabilities
 from common.evaluation.metrics import accuracy, auroc

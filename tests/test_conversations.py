@@ -8,8 +8,9 @@ from conftest import GOLDEN, TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.data.conversations import check_conversation, encode_conversation, encode_prompt, prompt_text, read_conversation
+from common.data.conversations import encode_conversation, encode_prompt, prompt_text
 from common.data.pictures import check_picture
+from common.data.reading import check_conversation, read_conversation
 
 TOKENIZERS = [
     pytest.param(TINY, id="tiny"),

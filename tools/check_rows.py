@@ -12,10 +12,12 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from common.data.conversations import Conversation, answer_lengths, check_context, count_tokens, read_conversation
+from common.data.checks import content_hash
+from common.data.conversations import Conversation, answer_lengths, check_context, count_tokens
 from common.data.formats import read_lines
 from common.data.pictures import check_picture, decode_picture, picture_content, picture_path, picture_size
-from common.data.sources import content_hash, file_faults, find_image_dir, listed_images, parse_object
+from common.data.reading import file_faults, listed_images, parse_object, read_conversation
+from common.data.sources import find_image_dir
 from common.phi3v import Phi3VProcessor
 from common.runtime.process import InputError
 from common.runtime.progress import Progress

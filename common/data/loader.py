@@ -177,6 +177,7 @@ def release_memory() -> None:
 
 
 def _start_worker(_: int) -> None:
+    gc.freeze()  # collecting would copy the memory that is shared with the process
     # SIGTERM is sent to the whole group, but the training process needs its workers until it has saved a checkpoint.
     os.setsid()
     die_with_parent()  # otherwise it notices after seconds

@@ -13,11 +13,11 @@ from common.runtime.collectives import gather
 from common.runtime.process import counted, rank, world_size
 
 from .batches import Lengths
+from .checks import check_all
 from .conversations import longest_answer
 from .pictures import describe_picture, picture_content
 from .rows import Contents, Rows
 from .samples import TrainingData
-from .sources import check_all
 from .streaming import StreamedData
 
 MAX_REPORTED = 3  # further images are only counted

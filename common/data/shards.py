@@ -24,11 +24,12 @@ from common.runtime.collectives import on_main_process
 from common.runtime.process import InputError
 from common.runtime.progress import track
 
-from .conversations import Conversation, check_conversation, read_conversation
+from .conversations import Conversation
 from .formats import is_array, is_table
 from .pictures import Picture, picture_path
+from .reading import check_conversation, parse_conversation, read_conversation
 from .rows import Rows
-from .sources import load_hub, parse_conversation
+from .sources import load_hub
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
