@@ -91,8 +91,6 @@ def load_train_rows(args) -> Rows | Stream:
     else:
         rows = open_hub(MINI, columns=MINI_COLUMNS, streaming=args.streaming).map(from_mini)
     rows = rows.select(0, args.max_train_samples)
-    if isinstance(rows, Stream):
-        return rows
     return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 

@@ -85,8 +85,6 @@ def load_train_rows(args) -> Rows | Stream:
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)  # the first ones are for evaluation
-    if isinstance(rows, Stream):
-        return rows
     return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 

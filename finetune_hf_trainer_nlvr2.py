@@ -94,8 +94,6 @@ def load_train_rows(args) -> Rows | Stream:
         # The first image pairs are for evaluation. With each="texts", a row is one question: skip all questions about them.
         held_out = sum(len(row["texts"]) for row in hub().head(HUB_EVAL_ROWS))
         rows = hub(each="texts").map(from_hub).select(held_out, args.max_train_samples)
-    if isinstance(rows, Stream):
-        return rows
     return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 

@@ -319,14 +319,14 @@ def test_an_archive(tmp_path):
 
     def convert(path):
         with convert_ucf101.open_source(path, tmp_path / "out") as files:
-            splits = convert_ucf101.find_clips(files, path)
+            splits = convert_ucf101.clips_by_split(files, path)
             return [files[clip]() for clips in splits.values() for clip in clips]
 
     @inputs(0.06)
     @given(damaged(plain.getvalue()))
     def check(content):
         (tmp_path / "a.tar").write_bytes(content)
-        read(lambda: convert(tmp_path / "a.tar"), convert_ucf101.SourceError)
+        read(lambda: convert(tmp_path / "a.tar"))
 
     check()
 

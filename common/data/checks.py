@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from .loader import in_parallel
 from .pictures import check_picture, picture_content
 from .reading import check_conversation
 from .rows import BadRows, Contents, Rows
+from .streaming import Stream
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -25,18 +26,22 @@ U = TypeVar("U")
 ITEMS_AT_ONCE = 64
 
 
+@overload
+def check_rows(rows: Rows, *args: Any, **kwargs: Any) -> Rows: ...
+@overload
+def check_rows(rows: Stream, *args: Any, **kwargs: Any) -> Stream: ...
 def check_rows(
-    rows: Rows,
+    rows: Rows | Stream,
     conversations: Callable[[Any], Iterable[Conversation]],
     name: str,
     bar: bool = True,
     skip_bad: bool = False,
-) -> Rows:
-    """Check the texts, image tags and images of rows; each process checks its share.
+) -> Rows | Stream:
+    """Check the texts, image tags and images of rows; each process checks its share. Streamed rows are checked when read.
 
     Parameters
     ----------
-    rows : Rows
+    rows : Rows or Stream
     conversations : callable
         Returns all conversations that a row can be converted to, which must have the same images.
     name : str
@@ -48,18 +53,20 @@ def check_rows(
 
     Returns
     -------
-    Rows
-        The valid rows.
+    Rows or Stream
+        The valid rows; all rows of a stream.
 
     Raises
     ------
     InputError
         If a row is invalid; the message names the row.
     """
+    if isinstance(rows, Stream):
+        return rows
     found: dict[str | bytes, str | None | InputError] = {}  # rows may share images; what is suspicious or wrong about them
     known: list[tuple[int, int, int, int]] = []
 
-    def check(index: int) -> None:
+    def check(index: int, rows: Rows = rows) -> None:
         place = rows.place(index)
         try:
             variants = list(conversations(rows[index]))

@@ -111,6 +111,10 @@ class Rows(Sequence[Any]):
         """Return the first ``count`` rows."""
         return self.select(0, count)
 
+    def peek(self) -> Rows:
+        """Return the rows that can be read before training: all of them."""
+        return self
+
     def checked(self, bad: set[int], contents: Contents) -> Rows:
         """Return all rows except those with the given indices, with what is known about their contents."""
         return self.take(np.delete(np.arange(len(self)), list(bad)) if bad else range(len(self)), contents)

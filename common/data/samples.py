@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,7 @@ class TrainingData(Dataset):
 
     Parameters
     ----------
-    rows : sequence
-        Rows as the task reads them, usually :class:`Rows`, whose locations are used in messages.
+    rows : Rows
     to_conversation : callable
         Converts a row and a ``random.Random`` to a conversation. The generator, which may choose one of several questions
         or accepted answers, is seeded by (seed, epoch, row), so that all processes and workers draw the same.
@@ -62,16 +61,16 @@ class TrainingData(Dataset):
 
     def __init__(
         self,
-        rows: Sequence[Any],
+        rows: Rows,
         to_conversation: Callable[[Any, random.Random], Conversation],
         processor: Phi3VProcessor,
         seed: int,
     ) -> None:
         self.rows = rows
+        self.place = rows.place
         self.to_conversation = to_conversation
         self.processor = processor
         self.seed = seed
-        self.place = rows.place if isinstance(rows, Rows) else "row {}".format
         self._checked_at = time.time()
         self._image_sizes: dict[str, tuple[int, int]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
@@ -167,7 +166,7 @@ class TrainingData(Dataset):
 
     def _cache_file(self) -> Path | None:
         """Where the lengths of all rows are kept, if it is known when they change."""
-        if not isinstance(self.rows, Rows) or self.rows.fingerprint is None:
+        if self.rows.fingerprint is None:
             return None
         tokenizer = self.processor.tokenizer
         settings = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.model_max_length
@@ -199,7 +198,7 @@ class TrainingData(Dataset):
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
             conversations, image_tokens = [], []
-            for position, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
+            for position, (row, content) in enumerate(zip(chosen, self.rows.__getitems__(chosen), strict=True), start):
                 generator = self._generator(epoch, row)
                 conversations.append(self.to_conversation(content, generator))
                 varies[position] = generator.seeded is not None
@@ -218,11 +217,6 @@ class TrainingData(Dataset):
                     raise error.at(self.place(row)) from None
             measured[start : start + len(chosen), 0] = tokens
         return measured, varies
-
-    def _rows(self, chosen: list[int]) -> Sequence[Any]:
-        if hasattr(self.rows, "__getitems__"):  # as fast as reading a single row
-            return self.rows.__getitems__(chosen)
-        return [self.rows[row] for row in chosen]
 
     def _sizes(self, row: int, conversation: Conversation) -> list[tuple[int, int]]:
         """Height and width of each image after resizing and padding."""
