@@ -264,7 +264,7 @@ def convert(args: argparse.Namespace) -> None:
 def main() -> None:
     try:
         convert(parse_args())
-    except OSError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"convert_ucf101.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; run the same command again to resume.")

@@ -189,7 +189,6 @@ def test_rows_of_other_formats_are_read(row, images, question, system):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([], "line 3: expected a JSON object, got list"),
         ({"conversations": []}, 'line 3: "conversations" must be a list of at least one turn'),
         ({"images": ["0.png"], "conversations": TURNS}, 'unknown field "images" (known are "conversations", '),
         ({"image": "0.png", "conversations": TURNS}, 'move it into a turn, as a list "images"'),

@@ -155,7 +155,7 @@ def convert(args: argparse.Namespace) -> None:
 def main() -> None:
     try:
         convert(parse_args())
-    except OSError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; run the same command again to resume.")

@@ -17,7 +17,7 @@ from .conversations import Conversation, max_text_tokens, pictures
 from .loader import in_parallel
 from .pictures import check_picture, picture_content
 from .reading import check_conversation
-from .rows import BadRows, Contents, Rows
+from .rows import BadRows, Rows
 from .streaming import Stream
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def check_rows(
 
     bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)[0])
     doubts = [result for result in found.values() if isinstance(result, str)]
-    rows = rows.checked(bad, share_of_contents(np.array(known, dtype=np.int64).reshape(-1, 4), bad, list(found), doubts))
+    rows = rows.checked(bad, np.array(known, dtype=np.int64).reshape(-1, 4), list(found), doubts)
     if not len(rows):
         raise InputError(f"no {name}s are left: the dataset has fewer rows than requested")
     return rows
@@ -109,14 +109,6 @@ def hash_text(text: str) -> int:
     """Return a hash of a text, int64."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-def share_of_contents(known: np.ndarray, bad: set[int], files: Sequence[str | bytes], doubts: list[str]) -> Contents:
-    """Return contents without bad rows, whose indices are those of the remaining rows."""
-    gone = np.array(sorted(bad), dtype=np.int64)
-    known = known[~np.isin(known[:, 0], gone)]
-    known[:, 0] -= np.searchsorted(gone, known[:, 0])
-    return Contents(known, files, doubts)
 
 
 def check_all(

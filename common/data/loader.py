@@ -125,7 +125,7 @@ def in_parallel(work: Callable[[T], U], chunks: Iterable[T], num_workers: int) -
     results = DataLoader(
         _Work(work),
         batch_sampler=chunks,  # type: ignore[arg-type]  # declared to yield lists
-        collate_fn=_as_it_is,
+        collate_fn=lambda result: result,
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_start_worker,
@@ -143,10 +143,6 @@ class _Work(Dataset):
             return self.work(chunk)
         except InputError as error:
             return error
-
-
-def _as_it_is(result: U) -> U:
-    return result
 
 
 def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:

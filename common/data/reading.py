@@ -20,6 +20,8 @@ from .conversations import IMAGE_MARK, Conversation, check_tags, user_contents
 NOTES = ("id", "source", "metadata")  # fields of a row that are not trained on
 MAX_LINE = 16 * 2**20  # bytes
 TURN_FIELDS = ("images", "user", "assistant")
+OF_TURN = dict.fromkeys(("image", "images"), 'move it into a turn, as a list "images"')
+OF_ROW = {"system": 'move it from the turn to the row, next to "conversations"'}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -31,26 +33,20 @@ def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
 
 
 def parse_conversation(line: bytes, place: str) -> Conversation:
-    """Parse and check one line of a file of conversations, in which images are file names.
-
-    Raises
-    ------
-    InputError
-        If the line is invalid; the message names ``place``, the file and line, and what is expected.
-    """
+    """Parse one line of a file of conversations, and raise the first of its :func:`file_faults`."""
     conversation = read_conversation(parse_object(line, place), place)
     for error in file_faults(conversation, place):
         raise error
     return conversation
 
 
-def read_conversation(row: Any, place: str) -> Conversation:
+def read_conversation(row: dict[str, Any], place: str) -> Conversation:
     """Convert a row of a file to a conversation.
 
     Parameters
     ----------
-    row : Any
-        A dict of the general format; or ``messages`` of ``role`` and ``content`` (as OpenAI's API, TRL), or ``conversations``
+    row : dict
+        A row of the general format; or ``messages`` of ``role`` and ``content`` (as OpenAI's API, TRL), or ``conversations``
         of ``from`` and ``value`` (LLaVA, ShareGPT), with the images in ``image`` or ``images`` of the row, whose places in the
         texts may be marked by ``<image>``, or in the parts of a ``content``. None counts as missing.
     place : str
@@ -67,16 +63,14 @@ def read_conversation(row: Any, place: str) -> Conversation:
     InputError
         If a field is unknown or the turns are not recognized; the message names the row.
     """
-    if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, got {type(row).__name__}", place)
     row = _without_none(row)
     name = "messages" if "messages" in row else "conversations"
     turns = row.get(name)
     if not isinstance(turns, list) or not turns:
         raise InputError('"conversations" must be a list of at least one turn', place)
-    if not all(isinstance(turn, dict) for turn in turns):
-        number = next(number for number, turn in enumerate(turns, start=1) if not isinstance(turn, dict))
-        raise InputError("a turn must be an object", f"{place}, turn {number}")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            raise InputError("a turn must be an object", f"{place}, turn {number}")
     turns = [_without_none(turn) for turn in turns]
     keys = {key for turn in turns for key in turn}
     if "from" in keys or "role" in keys:
@@ -87,16 +81,13 @@ def read_conversation(row: Any, place: str) -> Conversation:
         row["system"] = system or row.get("system")
         _place_images(turns, row.get("images", row.get("image", [])), place)
     else:
-        misplaced = dict.fromkeys(("image", "images"), 'move it into a turn, as a list "images"')
-        check_fields(row, (name, *NOTES, "system"), misplaced, place)
+        check_fields(row, (name, *NOTES, "system"), OF_TURN, place)
         for number, turn in enumerate([] if keys.issubset(TURN_FIELDS) else turns, start=1):
-            misplaced = {"system": 'move it from the turn to the row, next to "conversations"'}
-            check_fields(turn, TURN_FIELDS, misplaced, f"{place}, turn {number}")
+            check_fields(turn, TURN_FIELDS, OF_ROW, f"{place}, turn {number}")
     identifier = row.get("id")
-    if identifier is not None and not isinstance(identifier, str | int):
+    if not isinstance(identifier, str | int | None):
         raise InputError('"id" must be a string or an integer', place)
-    identifier = None if identifier is None else str(identifier)
-    return {"id": identifier, "system": row.get("system"), "conversations": turns}
+    return {"id": None if identifier is None else str(identifier), "system": row.get("system"), "conversations": turns}
 
 
 def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,32 +182,27 @@ def _place_images(turns: list[dict[str, Any]], images: Any, place: str) -> None:
         turn["images"] = images[begin:end]
 
 
-def check_conversation(conversation: Any, place: str) -> None:
-    """Check the texts and images of a conversation, and that its image tags match its images.
-
-    Parameters
-    ----------
-    conversation : Any
-        As returned by :func:`read_conversation`.
-    place : str
-        Location for messages, for example ``data.jsonl, line 3``.
-
-    Raises
-    ------
-    InputError
-        For the first error found; the message names the row and what is expected.
-    """
+def check_conversation(conversation: Conversation, place: str) -> None:
+    """Raise the first of the :func:`conversation_faults`."""
     for error in conversation_faults(conversation, place):
         raise error
 
 
 def conversation_faults(conversation: Conversation, place: str) -> Iterator[InputError]:
-    """Yield all errors that :func:`check_conversation` looks for."""
+    """Yield all errors in the texts, image lists and image tags of a conversation.
+
+    Parameters
+    ----------
+    conversation : Conversation
+        As returned by :func:`read_conversation`.
+    place : str
+        Location for messages, for example ``data.jsonl, line 3``.
+    """
     turns = conversation["conversations"]
-    system = conversation.get("system")
-    if _is_plain("-" if system is None else system) and all(map(_is_plain_turn, turns)):
+    system = "-" if conversation.get("system") is None else conversation["system"]
+    if _is_plain(system) and all(map(_is_plain_turn, turns)):
         return
-    faults = [InputError(fault, place) for fault in _text_faults("system", "-" if system is None else system)]
+    faults = [InputError(fault, place) for fault in _text_faults("system", system)]
     for number, turn in enumerate(turns, start=1):
         faults += [InputError(fault, f"{place}, turn {number}") for fault in _turn_faults(turn)]
     yield from faults

@@ -27,6 +27,8 @@ from .pictures import Picture, check_unchanged, picture_size
 from .prepared import cache_file, load_array, save_array
 from .rows import Rows
 
+ToConversation = Callable[[Any, random.Random], Conversation]
+
 ROWS_AT_ONCE = 64  # limits how many images stored in the dataset are in memory
 ROWS_OF_WORKER = 512
 FEW_CHUNKS = 8  # which this process measures before worker processes have started
@@ -59,18 +61,9 @@ class TrainingData(Dataset):
     seed : int
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        to_conversation: Callable[[Any, random.Random], Conversation],
-        processor: Phi3VProcessor,
-        seed: int,
-    ) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, to_conversation: ToConversation, processor: Phi3VProcessor, seed: int) -> None:
+        self.rows, self.to_conversation, self.processor, self.seed = rows, to_conversation, processor, seed
         self.place = rows.place
-        self.to_conversation = to_conversation
-        self.processor = processor
-        self.seed = seed
         self._checked_at = time.time()
         self._image_sizes: dict[str, tuple[int, int]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
@@ -82,10 +75,7 @@ class TrainingData(Dataset):
 
     def conversation(self, epoch: int, row: int) -> Conversation:
         """Return the conversation of a row in an epoch."""
-        return self.to_conversation(self.rows[row], self._generator(epoch, row))
-
-    def _generator(self, epoch: int, row: int) -> Any:
-        return _Generator(f"{self.seed}/{epoch}/{row}")
+        return self.to_conversation(self.rows[row], random.Random(f"{self.seed}/{epoch}/{row}"))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, row = key
@@ -132,24 +122,7 @@ class TrainingData(Dataset):
         return Lengths(tokens=tokens, views=views)
 
     def lengths(self, epoch: int, bar: bool = True) -> Lengths:
-        """Measure all rows in an epoch; each process measures its share. Must be called on all processes.
-
-        Parameters
-        ----------
-        epoch : int
-        bar : bool
-            False with ``--no-tqdm``.
-
-        Returns
-        -------
-        Lengths
-            The same on all processes.
-
-        Raises
-        ------
-        InputError
-            If a row is invalid; the message names the row.
-        """
+        """Measure all rows in an epoch, each process its share, as :meth:`measure`. Must be called on all processes."""
         rows = np.flatnonzero(self._varies)
         if len(rows):
             file = self._cache_file()
@@ -199,27 +172,27 @@ class TrainingData(Dataset):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
             conversations, image_tokens = [], []
             for position, (row, content) in enumerate(zip(chosen, self.rows.__getitems__(chosen), strict=True), start):
-                generator = self._generator(epoch, row)
+                generator: Any = _Generator(f"{self.seed}/{epoch}/{row}")
                 conversations.append(self.to_conversation(content, generator))
                 varies[position] = generator.seeded is not None
                 sizes = self._sizes(row, conversations[-1])
-                image_tokens.append([num_image_tokens(*size) for size in sizes])
-                measured[position, 1] = sum(num_views(*size) for size in sizes)
+                image_tokens.append([tokens for tokens, _ in sizes])
+                measured[position, 1] = sum(views for _, views in sizes)
 
             def place(index: int, rows: list[int] = chosen) -> str:
                 return self.place(rows[index])
 
             tokens = count_tokens(conversations, image_tokens, place, self.processor)
-            for row, count in zip(chosen, tokens, strict=True):
-                try:
-                    check_context(count, self.processor)
-                except InputError as error:
-                    raise error.at(self.place(row)) from None
             measured[start : start + len(chosen), 0] = tokens
+            longest = int(np.argmax(tokens))
+            try:
+                check_context(tokens[longest], self.processor)
+            except InputError as error:
+                raise error.at(place(longest)) from None
         return measured, varies
 
     def _sizes(self, row: int, conversation: Conversation) -> list[tuple[int, int]]:
-        """Height and width of each image after resizing and padding."""
+        """Tokens and views of each image."""
         if len(self._image_sizes) > IMAGES_REMEMBERED:
             self._image_sizes.clear()
         try:
@@ -230,7 +203,8 @@ class TrainingData(Dataset):
     def _size(self, image: Picture) -> tuple[int, int]:
         if isinstance(image, str) and image in self._image_sizes:  # rows may share images
             return self._image_sizes[image]
-        size = crop_grid_size(*picture_size(image), self.processor.image_processor.num_crops)
+        grid = crop_grid_size(*picture_size(image), self.processor.image_processor.num_crops)
+        size = num_image_tokens(*grid), num_views(*grid)
         if isinstance(image, str):
             self._image_sizes[image] = size
         return size

@@ -85,15 +85,7 @@ def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
     """Stream the Parquet shards of a dataset on the Hub, or of a directory with the same layout; images stay encoded.
 
-    Parameters
-    ----------
-    *name : str
-        Hub id or directory and, if there are several configurations, the name of one.
-    columns : list of str
-        Columns to read.
-    split : str
-    each : str, optional
-        A column of lists, one of ``columns``. Every entry becomes a row, whose list contains only that entry.
+    The parameters are those of :func:`~.sources.load_hub`.
 
     Raises
     ------

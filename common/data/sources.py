@@ -23,7 +23,7 @@ from common.runtime.files import read_json
 from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError, counted, local_world_size, rank, say, world_size
 
-from .checks import check_all, content_hash, hash_text, share_of_contents
+from .checks import check_all, content_hash, hash_text
 from .conversations import max_text_tokens, pictures
 from .formats import describe_format, read_lines
 from .loader import in_parallel
@@ -213,7 +213,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
         convert=with_paths,
         fingerprint=f"{source.path.stem} {image_dir} {len(source)} {images}",
     )
-    rows = rows.checked(bad, share_of_contents(known[share], bad, files, [doubt for doubt, _ in found if doubt]))
+    rows = rows.checked(bad, known[share], files, [doubt for doubt, _ in found if doubt])
     if not len(rows):
         raise InputError("no rows are left", str(path))
     counts = f"{len(rows):,} row{'s' * (len(rows) > 1)} with {len(names):,} image{'s' * (len(names) != 1)}"
@@ -264,7 +264,7 @@ def _prepare(path: Path, skip_bad: bool = False) -> Path:
 
 def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list[InputError]]:
     """Convert lines of a file to a table of the valid rows, and return the errors of the others."""
-    rows, errors = [], []
+    rows, errors, prefix = [], [], f"{path}, "
     for place, line in lines:
         try:
             row = parse_conversation(line, place)
@@ -277,5 +277,5 @@ def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list
             "size": max_text_tokens(row),
             "num_images": len(images),
         }
-        rows.append(row | known | {"place": place.removeprefix(f"{path}, ")})
+        rows.append(row | known | {"place": place.removeprefix(prefix)})
     return pa.Table.from_pylist(rows, SCHEMA), errors

@@ -21,11 +21,11 @@ from common.phi3v import Phi3VProcessor
 from common.runtime.process import InputError
 
 from .batches import Lengths
-from .conversations import Conversation, encode_conversation, pictures
+from .conversations import encode_conversation, pictures
 from .mixing import Mixture
 from .pictures import check_picture
 from .rows import Contents, Rows
-from .samples import TrainingData, filler
+from .samples import ToConversation, TrainingData, filler
 
 ROWS_PER_WINDOW = 512  # each process holds two windows in memory, with encoded images
 ROWS_PEEKED = 64
@@ -73,9 +73,7 @@ class Stream:
         read: Callable[[Span], Iterator[tuple[str, dict[str, Any]]]],
         convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
     ) -> None:
-        self.spans = spans
-        self.read = read
-        self.convert = convert
+        self.spans, self.read, self.convert = spans, read, convert
         self._len = sum(span.stop - span.start for span in spans)
 
     def __len__(self) -> int:
@@ -187,17 +185,8 @@ class StreamedData(torch.utils.data.Dataset):
 
     place = "row {}".format
 
-    def __init__(
-        self,
-        rows: Stream,
-        to_conversation: Callable[[Any, random.Random], Conversation],
-        processor: Phi3VProcessor,
-        seed: int,
-    ) -> None:
-        self.rows = rows
-        self.to_conversation = to_conversation
-        self.processor = processor
-        self.seed = seed
+    def __init__(self, rows: Stream, to_conversation: ToConversation, processor: Phi3VProcessor, seed: int) -> None:
+        self.rows, self.to_conversation, self.processor, self.seed = rows, to_conversation, processor, seed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -220,10 +209,7 @@ class StreamedData(torch.utils.data.Dataset):
 
 
 def training_data(
-    rows: Rows | Stream,
-    to_conversation: Callable[[Any, random.Random], Conversation],
-    processor: Phi3VProcessor,
-    seed: int,
+    rows: Rows | Stream, to_conversation: ToConversation, processor: Phi3VProcessor, seed: int
 ) -> TrainingData | StreamedData:
     """Return the samples of rows; the parameters are those of :class:`common.data.samples.TrainingData`."""
     if isinstance(rows, Stream):
