@@ -25,7 +25,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from common.runtime.parser import Parser
-from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
+from common.runtime.process import InputError
+from tools.clips import LARGEST_CLIP, convert_clips, positive_int, remove_strays, write_whole
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
@@ -69,7 +70,7 @@ def download(show_progress: bool) -> Path:
     try:
         return Path(hf_hub_download(repo_id=HUB_REPO, repo_type="dataset", filename=HUB_FILE))
     except (OSError, HfHubHTTPError) as error:
-        raise SourceError(
+        raise InputError(
             f"{HUB_FILE} of {HUB_REPO} cannot be downloaded from the Hub: {str(error).splitlines()[0]}\n"
             f"Without access to the Hub, download the file on another machine and pass --source {HUB_FILE}"
         ) from error
@@ -81,7 +82,7 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
 
     Raises
     ------
-    SourceError
+    InputError
         If the source is missing, is not a valid tar archive, or has a member that would be extracted outside `out_dir`.
     """
     if source.is_dir():
@@ -89,7 +90,7 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
         yield {PurePosixPath(path.relative_to(source).as_posix()): path.read_bytes for path in found}
         return
     if not source.is_file():  # opening a FIFO would wait
-        raise SourceError(f"--source {source}: no such file or folder")
+        raise InputError(f"--source {source}: no such file or folder")
     with open_archive(source) as archive:
         with blame_archive(source):
             members = archive.getmembers()
@@ -111,17 +112,17 @@ def open_archive(source: Path) -> tarfile.TarFile:
 
 @contextmanager
 def blame_archive(source: Path) -> Iterator[None]:
-    """Convert errors of `tarfile` and the decompressors to a SourceError with the path of the archive."""
+    """Convert errors of `tarfile` and the decompressors to an InputError with the path of the archive."""
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, KeyError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the file system, not of the archive
-        raise SourceError(f"--source {source}: not a tar archive, or damaged ({error}); download it again") from error
+        raise InputError(f"--source {source}: not a tar archive, or damaged ({error}); download it again") from error
 
 
 def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
-    """Raise SourceError for a member that would be extracted outside the output folder.
+    """Raise InputError for a member that would be extracted outside the output folder.
 
     Nothing is extracted, but the path of a clip determines where its images are written, and an archive with a malicious
     member cannot be trusted.
@@ -134,15 +135,15 @@ def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
             raise ValueError("its path contains '..'")
         tarfile.data_filter(member, str(out_dir))
     except (ValueError, tarfile.FilterError) as error:
-        raise SourceError(
+        raise InputError(
             f"--source {source}: unsafe archive, member {member.name[:80]!r} would be extracted outside {out_dir} ({error}); "
             "download the archive from a trusted source"
         ) from error
     if member.size > LARGEST_CLIP:
-        raise SourceError(f"--source {source}: {member.name[:80]!r} has {member.size:,} bytes, which is too large for a clip")
+        raise InputError(f"--source {source}: {member.name[:80]!r} has {member.size:,} bytes, which is too large for a clip")
 
 
-def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:
+def clips_by_split(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:
     """Find the clips among the files of a source.
 
     Returns
@@ -152,7 +153,7 @@ def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[P
 
     Raises
     ------
-    SourceError
+    InputError
         If there are no clips, a split is empty, the source has two datasets, or two clips map to the same images.
     """
     splits: dict[str, list[PurePosixPath]] = {split: [] for split in SPLITS}
@@ -166,20 +167,20 @@ def find_clips(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[P
         try:
             str(path).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SourceError(f"--source {source}: the name of {str(path)[-80:]!r} is not valid UTF-8; rename it") from error
+            raise InputError(f"--source {source}: the name of {str(path)[-80:]!r} is not valid UTF-8; rename it") from error
         other = taken.setdefault(path.with_suffix(""), path)
         if other != path:
-            raise SourceError(f"--source {source}: {other} and {path} would have the same image names; rename one of them")
+            raise InputError(f"--source {source}: {other} and {path} would have the same image names; rename one of them")
         roots.add(path.parts[:-3])
         splits[path.parts[-3]].append(path)
     if not roots:
-        raise SourceError(f"--source {source}: no clips; expected {{train,val,test}}/<class>/*.avi")
+        raise InputError(f"--source {source}: no clips; expected {{train,val,test}}/<class>/*.avi")
     if len(roots) > 1:
         places = " and ".join(str(PurePosixPath(*root)) for root in sorted(roots))
-        raise SourceError(f"--source {source}: more than one dataset ({places}); pass one of them")
+        raise InputError(f"--source {source}: more than one dataset ({places}); pass one of them")
     for split, clips in splits.items():
         if not clips:
-            raise SourceError(f"--source {source}: split {split!r} is missing; expected {split}/<class>/*.avi")
+            raise InputError(f"--source {source}: split {split!r} is missing; expected {split}/<class>/*.avi")
     return splits
 
 
@@ -213,14 +214,14 @@ def convert(args: argparse.Namespace) -> None:
 
     Raises
     ------
-    SourceError
+    InputError
         If the source is invalid, or has broken clips and `--skip_broken` is not set.
     """
     show_progress = not args.no_tqdm and sys.stderr.isatty()
     source = args.source or download(show_progress)
     images_dir = args.out_dir / "images"
     with open_source(source, args.out_dir) as files:
-        splits = find_clips(files, source)
+        splits = clips_by_split(files, source)
         clips = set().union(*splits.values())
         classes = sorted({clip.parent.name for clip in clips})
         sizes = ", ".join(f"{split} {len(found)}" for split, found in splits.items())
@@ -237,7 +238,7 @@ def convert(args: argparse.Namespace) -> None:
         written, broken = convert_clips(readers, paths, args.num_workers, show_progress)
 
     if broken and not args.skip_broken:
-        raise SourceError(
+        raise InputError(
             f"--source {source}: {len(broken)} of {len(clips)} clips cannot be decoded (listed above); replace them, "
             "or skip them with --skip_broken"
         )
@@ -245,7 +246,7 @@ def convert(args: argparse.Namespace) -> None:
     classes = sorted({clip.parent.name for clip in clips - broken})
     for split, found in splits.items():
         if not found:
-            raise SourceError(f"--source {source}: no clip of split {split!r} can be decoded")
+            raise InputError(f"--source {source}: no clip of split {split!r} can be decoded")
     rows = make_rows(splits, classes, args.num_frames)
     pictures = {images_dir / name for split in SPLITS for row in rows[split] for name in row["conversations"][0]["images"]}
     remove_strays(args.out_dir, pictures)
@@ -263,7 +264,7 @@ def convert(args: argparse.Namespace) -> None:
 def main() -> None:
     try:
         convert(parse_args())
-    except (SourceError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"convert_ucf101.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; run the same command again to resume.")

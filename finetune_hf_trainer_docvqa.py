@@ -36,10 +36,11 @@ if __name__ == "__main__":
     check_inputs(args)
     say("Loading PyTorch and transformers")
 
+from common.data.checks import check_rows
 from common.data.pictures import picture_path
 from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
-from common.data.sources import check_rows, load_hub, read_rows
+from common.data.sources import load_hub, read_rows
 from common.data.streaming import Stream
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import anls
@@ -90,8 +91,6 @@ def load_train_rows(args) -> Rows | Stream:
     else:
         rows = open_hub(MINI, columns=MINI_COLUMNS, streaming=args.streaming).map(from_mini)
     rows = rows.select(0, args.max_train_samples)
-    if isinstance(rows, Stream):
-        return rows
     return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 

@@ -37,10 +37,11 @@ if __name__ == "__main__":
     check_inputs(args)
     say("Loading PyTorch and transformers")
 
+from common.data.checks import check_rows
 from common.data.pictures import picture_path
 from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
-from common.data.sources import check_rows, read_rows
+from common.data.sources import read_rows
 from common.data.streaming import Stream
 from common.evaluation.generation import generate_with_log_probabilities
 from common.evaluation.metrics import accuracy, auroc
@@ -84,8 +85,6 @@ def load_train_rows(args) -> Rows | Stream:
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)  # the first ones are for evaluation
-    if isinstance(rows, Stream):
-        return rows
     return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 

@@ -33,10 +33,11 @@ if __name__ == "__main__":
     check_inputs(args)
     say("Loading PyTorch and transformers")
 
+from common.data.checks import check_rows
 from common.data.pictures import picture_path
 from common.data.rows import Rows, first_entry
 from common.data.shards import open_hub
-from common.data.sources import check_rows, read_rows
+from common.data.sources import read_rows
 from common.data.streaming import Stream
 from common.evaluation.generation import generate_answers
 from common.evaluation.metrics import accuracy, consistency
@@ -93,8 +94,6 @@ def load_train_rows(args) -> Rows | Stream:
         # The first image pairs are for evaluation. With each="texts", a row is one question: skip all questions about them.
         held_out = sum(len(row["texts"]) for row in hub().head(HUB_EVAL_ROWS))
         rows = hub(each="texts").map(from_hub).select(held_out, args.max_train_samples)
-    if isinstance(rows, Stream):
-        return rows
     return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 

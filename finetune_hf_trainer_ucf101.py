@@ -51,10 +51,9 @@ from common.training.evaluation import evaluate_only
 from common.training.start import start
 
 
-def load_rows(args, split: str, limit: int | None) -> Rows:
+def load_rows(data_dir: Path, split: str, limit: int | None, bar: bool, skip_bad: bool) -> Rows:
     """Return the rows of a split, which are already in the conversation format. All rows and images are checked."""
-    skip = args.on_bad_sample == "skip"
-    return load_conversations(args.data_dir / f"ucf101_{split}.jsonl", args.data_dir / "images", limit, args.tqdm, skip)
+    return load_conversations(data_dir / f"ucf101_{split}.jsonl", data_dir / "images", limit, bar, skip_bad)
 
 
 def to_conversation(row: dict, rng: random.Random) -> dict:
@@ -76,10 +75,11 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
 
 def main(args) -> None:
     setup = start(args)
-    eval_rows = load_rows(args, args.eval_split, args.max_eval_samples)
+    skip = args.on_bad_sample == "skip"
+    eval_rows = load_rows(args.data_dir, args.eval_split, args.max_eval_samples, args.tqdm, skip)
     if args.eval_only:
         return evaluate_only(args, setup, eval_rows, evaluate)
-    train_rows = load_rows(args, "train", args.max_train_samples)
+    train_rows = load_rows(args.data_dir, "train", args.max_train_samples, args.tqdm, skip)
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
     source = str(args.data_dir)

@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from benchmarks import evaluation, inputs, measure, micro_batch, table, train
 from benchmarks.pages import SHAPES, draw_pages, find_pages
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.phi3v import Phi3VImageProcessor
 from common.phi3v.image_processing import to_crop_grid
@@ -66,7 +67,7 @@ def test_samples_have_the_published_mean_number_of_tokens(tmp_path):
         Image.new("L", shape).save(pages[-1])
     processor = AutoProcessor.from_pretrained(train.TOKENIZER, num_crops=16)
     rows = train.draw_rows(pages, 256, np.random.default_rng(0))
-    lengths = TrainingData(rows, lambda row, _: row, processor, seed=0).lengths(epoch=0)
+    lengths = TrainingData(Rows(rows, str), lambda row, _: row, processor, seed=0).lengths(epoch=0)
     assert lengths.tokens.mean() == pytest.approx(table.PUBLISHED_BATCH.tokens, abs=5)
     assert lengths.views.mean() == pytest.approx(table.PUBLISHED_BATCH.views, abs=0.1)
 

@@ -8,8 +8,9 @@ from conftest import GOLDEN, TINY
 from PIL import Image
 from transformers import AutoProcessor
 
-from common.data.conversations import check_conversation, encode_conversation, encode_prompt, prompt_text, read_conversation
+from common.data.conversations import encode_conversation, encode_prompt, prompt_text
 from common.data.pictures import check_picture
+from common.data.reading import check_conversation, read_conversation
 
 TOKENIZERS = [
     pytest.param(TINY, id="tiny"),
@@ -188,7 +189,6 @@ def test_rows_of_other_formats_are_read(row, images, question, system):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([], "line 3: expected a JSON object, got list"),
         ({"conversations": []}, 'line 3: "conversations" must be a list of at least one turn'),
         ({"images": ["0.png"], "conversations": TURNS}, 'unknown field "images" (known are "conversations", '),
         ({"image": "0.png", "conversations": TURNS}, 'move it into a turn, as a list "images"'),

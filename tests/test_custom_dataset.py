@@ -12,7 +12,8 @@ from conftest import ROOT
 from forked import finetune_forked, run_program, torchrun
 from PIL import Image
 
-from common.data.conversations import pictures, read_conversation
+from common.data.conversations import pictures
+from common.data.reading import read_conversation
 
 GUIDE = (ROOT / "docs/custom_dataset.md").read_text(encoding="utf-8").replace("\\\n", "")
 EXAMPLES = [json.loads(text) for text in re.findall(r"^```json\n(.+?)^```", GUIDE, re.MULTILINE | re.DOTALL)]

@@ -70,7 +70,7 @@ def encoded(data, epoch):
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
 def test_lengths_are_those_of_the_encoded_samples(rows, processor, kind):
-    data = TrainingData(kind(rows), drawing, processor, seed=3)
+    data = TrainingData(Rows(kind(rows), str), drawing, processor, seed=3)
     for epoch in (0, 1):
         lengths = data.lengths(epoch)
         tokens, views = encoded(data, epoch)
@@ -89,12 +89,12 @@ def test_rows_without_random_choices_are_measured_once(rows, processor):
 
         return to_conversation
 
-    data = TrainingData(rows, counted(as_it_is), processor, seed=3)
+    data = TrainingData(Rows(rows, str), counted(as_it_is), processor, seed=3)
     first, second = data.lengths(0), data.lengths(1)
     assert len(asked) == len(rows)
     assert np.array_equal(first.tokens, second.tokens) and first.tokens is not second.tokens
     asked.clear()
-    data = TrainingData(rows, counted(drawing), processor, seed=3)
+    data = TrainingData(Rows(rows, str), counted(drawing), processor, seed=3)
     data.lengths(0)
     asked.clear()
     data.lengths(1)
@@ -134,7 +134,7 @@ def test_a_resumed_epoch_reads_only_what_is_left(rows, processor):
             read.append(index)
             return super().__getitem__(index)
 
-    data = TrainingData(Counted(rows), as_it_is, processor, seed=3)
+    data = TrainingData(Rows(Counted(rows), str), as_it_is, processor, seed=3)
     batches = PlannedBatches(len(rows), 8, seed=3, rank=0, world_size=1, accumulation=2, measure=data.measure)
     batches.begin_at(5)
     loader = skip_first_batches(WorkerLoader(data, Collator(processor, packing=True), batch_sampler=batches), 10)
@@ -146,10 +146,10 @@ def test_a_resumed_epoch_reads_only_what_is_left(rows, processor):
 def test_an_invalid_row_is_named(rows, processor, tmp_path):
     tagged = {"conversations": [{"images": [], "user": "See <|image_1|>?", "assistant": "No."}]}
     with pytest.raises(ValueError, match=r"^row 70: the text's image tags"):
-        TrainingData([*rows[:70], tagged], as_it_is, processor, seed=0).lengths(0)
+        TrainingData(Rows([*rows[:70], tagged], "row {}".format), as_it_is, processor, seed=0).lengths(0)
     gone = {"conversations": [{"images": [str(tmp_path / "gone.png")], "user": "See?", "assistant": "No."}]}
     with pytest.raises(ValueError, match=r"^row 2: image .*gone\.png is missing"):
-        TrainingData([*rows[:2], gone], as_it_is, processor, seed=0).lengths(0)
+        TrainingData(Rows([*rows[:2], gone], "row {}".format), as_it_is, processor, seed=0).lengths(0)
 
 
 def test_a_damaged_image_is_named_by_its_row(processor):
@@ -166,6 +166,6 @@ def test_a_damaged_image_is_named_by_its_row(processor):
         "a.parquet, row 8": lambda: StreamedData(None, as_it_is, processor, 0)[Row(0, 1, "a.parquet, row 8", damaged)],
     }
     for place, sample in kinds.items():
-        good = TrainingData([text], as_it_is, processor, 0)[0, 0]
+        good = TrainingData(Rows([text], str), as_it_is, processor, 0)[0, 0]
         with pytest.raises(ValueError, match=f"^{place}: an image stored in the dataset cannot be decoded"):
             Collator(processor)([good, sample()])

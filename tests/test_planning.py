@@ -11,6 +11,7 @@ import torch
 from common.arguments import Setup
 from common.data import loader as loader_module
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget, best_fit, epoch_steps, fill_bins
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import Span, Stream, StreamedBatches
 from common.evaluation.generation import batches_by_length
@@ -140,7 +141,7 @@ class Texts(TrainingData):
     """Rows with a long one that a look at some rows misses."""
 
     def __init__(self, rows):
-        super().__init__(range(rows), None, None, seed=0)
+        super().__init__(Rows(range(rows), str), None, None, seed=0)
 
     def _measure(self, epoch, rows):
         tokens = np.where(rows == 1, 1000, 100 + rows % 7) + epoch

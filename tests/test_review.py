@@ -19,7 +19,7 @@ from common.data.samples import TrainingData
 from common.evaluation import generation
 from common.runtime.process import InputError
 from tools.check_data import check_files
-from tools.check_rows import Checker
+from tools.checker import Checker
 
 
 @pytest.fixture(scope="module")

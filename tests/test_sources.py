@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from common.data import sources
+from common.data.checks import check_rows
 from common.data.pictures import check_picture
 from common.data.rows import Rows
-from common.data.sources import check_rows, load_conversations, load_hub
+from common.data.sources import load_conversations, load_hub
 
 
 @pytest.fixture(autouse=True)

@@ -254,6 +254,9 @@ def test_nlvr2_from_the_hub_trains_on_every_question(hub, monkeypatch):
     monkeypatch.setattr(nlvr2, "HUB", (hub,))
     train_rows, eval_rows = load(nlvr2, monkeypatch, "--streaming", "--max_eval_samples", 4)
     assert questions(train_rows) == [f"{number}.{text}?" for number in range(500, 510) for text in (0, 1)]
+    for row in train_rows.rows(0, 0):
+        number = row.content["question"].partition(".")[0]
+        assert row.place == f"{hub}, train, row {number}", "the number in the data set, not in the shard"
     assert [row["question"] for row in eval_rows] == ["0.0?", "1.0?", "2.0?", "3.0?"]
     row = next(train_rows.rows(0, 0))
     asked = nlvr2.to_conversation(row.content)["conversations"][0]

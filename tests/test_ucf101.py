@@ -20,7 +20,7 @@ QUESTION = "Classify the video into one of the following classes: Archery, Surfi
 
 def load_rows(args):
     splits = (("train", args.max_train_samples), (args.eval_split, args.max_eval_samples))
-    return [script.load_rows(args, split, limit) for split, limit in splits]
+    return [script.load_rows(args.data_dir, split, limit, args.tqdm, args.on_bad_sample == "skip") for split, limit in splits]
 
 
 @pytest.fixture(autouse=True)

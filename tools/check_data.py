@@ -81,7 +81,7 @@ from common.model.checks import check_checkpoint
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import CROP_SIZE
 from common.runtime.progress import limit_library_bars
-from tools.check_rows import CheckedImage, CheckedRow, Checker, check_in_parallel
+from tools.checker import CheckedImage, CheckedRow, Checker, check_in_parallel
 from tools.contact_sheet import write_contact_sheet
 from tools.similar_images import similar_pairs
 

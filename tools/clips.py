@@ -9,28 +9,26 @@ import hashlib
 import io
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path, PurePosixPath
 
 import av
 from PIL import Image
 from tqdm import tqdm
 
-from .workers import start_worker
+from common.runtime.process import InputError
 
 LARGEST_CLIP = 2**30  # bytes; a clip is read into memory
 JPEG_QUALITY = 95
 JPEG_END = b"\xff\xd9"  # missing from a truncated file
 COMMENT_START = "convert_ucf101:"
-
-
-class SourceError(ValueError):
-    """The source is invalid; the message contains the location and a remedy."""
 
 
 class BrokenClip(ValueError):
@@ -117,6 +115,20 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def start_worker() -> None:
+    """Ignore Ctrl-C in a worker process, and exit with the main process even if that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    parent = parent_process()
+    assert parent
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def convert_in_parallel(
     readers: Mapping[PurePosixPath, Callable[[], bytes]], paths: Mapping[PurePosixPath, list[Path]], num_workers: int
 ) -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
@@ -131,9 +143,7 @@ def convert_in_parallel(
                 yield pending[future], error
             except BrokenProcessPool as error:
                 suspects = ", ".join(str(clip) for clip in pending.values())
-                raise SourceError(
-                    f"a worker process died, either out of memory or while decoding one of: {suspects}"
-                ) from error
+                raise InputError(f"a worker process died, either out of memory or while decoding one of: {suspects}") from error
             del pending[future]
 
     # "spawn", because forking a process with threads (from the pool or FFmpeg) can deadlock the child.

@@ -13,7 +13,7 @@ from common.data.pictures import decode_picture
 from common.phi3v.image_processing import CROP_SIZE, to_crop_grid
 from common.runtime.files import write_file
 
-from .check_rows import CheckedImage, CheckedRow
+from .checker import CheckedImage, CheckedRow
 
 MAX_IMAGES = 24
 TEMPLATE = """\

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from common.runtime.parser import Parser
-from common.runtime.process import counted
-from tools.clips import LARGEST_CLIP, SourceError, convert_clips, positive_int, remove_strays, write_whole
+from common.runtime.process import InputError, counted
+from tools.clips import LARGEST_CLIP, convert_clips, positive_int, remove_strays, write_whole
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-COLUMNS = {"clip", "question", "answer"}
+TABLE_COLUMNS = {"clip", "question", "answer"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,14 +51,14 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
 
     Raises
     ------
-    SourceError
+    InputError
         If a place does not exist, there are no clips, or two clips would have the same images.
     """
     found: dict[PurePosixPath, Path] = {}
     images: dict[PurePosixPath, Path] = {}
     for place in places:
         if not place.exists():
-            raise SourceError(f"--clips {place}: no such file or folder")
+            raise InputError(f"--clips {place}: no such file or folder")
         files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
         for file in files:
             clip = PurePosixPath(file.relative_to(place if place.is_dir() else place.parent).as_posix())
@@ -66,22 +66,22 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
                 continue  # metadata of macOS and editors
             other = images.setdefault(clip.with_suffix(""), file)
             if other != file:
-                raise SourceError(f"{other} and {file} would have the same image names; rename one of them")
+                raise InputError(f"{other} and {file} would have the same image names; rename one of them")
             if file.stat().st_size > LARGEST_CLIP:
-                raise SourceError(f"{file} is larger than {LARGEST_CLIP:,} bytes; cut it into shorter clips")
+                raise InputError(f"{file} is larger than {LARGEST_CLIP:,} bytes; cut it into shorter clips")
             found[clip] = file
     if not found:
-        raise SourceError(f"--clips {' '.join(map(str, places))}: no clips ({', '.join(SUFFIXES)})")
+        raise InputError(f"--clips {' '.join(map(str, places))}: no clips ({', '.join(SUFFIXES)})")
     return found
 
 
-def questions_of(clips: dict[PurePosixPath, Path], args: argparse.Namespace) -> list[tuple[PurePosixPath, str, str]]:
+def questions_of(clips: dict[PurePosixPath, Path], question: str, table: Path | None) -> list[tuple[PurePosixPath, str, str]]:
     """Return clip, question and answer of each row."""
-    if args.table is None:
-        return [(clip, args.question, file.resolve().parent.name) for clip, file in clips.items()]
-    rows = list(read_clip_table(args.table, clips))
+    if table is None:
+        return [(clip, question, file.resolve().parent.name) for clip, file in clips.items()]
+    rows = list(read_clip_table(table, clips))
     if not rows:
-        raise SourceError(f"--table {args.table}: no rows")
+        raise InputError(f"--table {table}: no rows")
     return rows
 
 
@@ -90,24 +90,24 @@ def read_clip_table(path: Path, clips: dict[PurePosixPath, Path]) -> Iterator[tu
 
     Raises
     ------
-    SourceError
+    InputError
         If the table cannot be read, or a row is incomplete or names no clip; the message names its line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, strict=True)
-            if set(table.fieldnames or ()) != COLUMNS:
-                raise SourceError(f"--table {path}: expected the columns clip, question and answer in the first line")
+            if set(table.fieldnames or ()) != TABLE_COLUMNS:
+                raise InputError(f"--table {path}: expected the columns clip, question and answer in the first line")
             for row in table:
                 place = f"--table {path}, line {table.line_num}"
                 if None in row or not all(isinstance(text, str) and text.strip() for text in row.values()):
-                    raise SourceError(f"{place}: expected clip, question and answer; put quotes around texts with commas")
+                    raise InputError(f"{place}: expected clip, question and answer; put quotes around texts with commas")
                 clip = PurePosixPath(row["clip"].strip())
                 if clip not in clips:
-                    raise SourceError(f"{place}: there is no clip {clip} among --clips")
+                    raise InputError(f"{place}: there is no clip {clip} among --clips")
                 yield clip, row["question"], row["answer"]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"--table {path} is not a CSV file in UTF-8 ({error}); save it as one") from error
+        raise InputError(f"--table {path} is not a CSV file in UTF-8 ({error}); save it as one") from error
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -115,11 +115,11 @@ def convert(args: argparse.Namespace) -> None:
 
     Raises
     ------
-    SourceError
+    InputError
         If there are no clips or questions, or there are broken clips and ``--skip_broken`` is not set.
     """
     files = find_clips(args.clips)
-    questions = questions_of(files, args)
+    questions = questions_of(files, args.question, args.table)
     clips = dict.fromkeys(clip for clip, _, _ in questions)
     print(f"{counted(len(questions), 'question')} about {len(clips):,} of {counted(len(files), 'clip')}", flush=True)
 
@@ -131,7 +131,7 @@ def convert(args: argparse.Namespace) -> None:
     readers = {clip: files[clip].read_bytes for clip in clips}
     written, broken = convert_clips(readers, paths, args.num_workers, args.tqdm and sys.stderr.isatty())
     if broken and (len(broken) == len(clips) or not args.skip_broken):
-        raise SourceError(
+        raise InputError(
             f"{len(broken):,} of {counted(len(clips), 'clip')} cannot be decoded (listed above): replace them, or pass "
             "--skip_broken"
         )
@@ -155,7 +155,7 @@ def convert(args: argparse.Namespace) -> None:
 def main() -> None:
     try:
         convert(parse_args())
-    except (SourceError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted; run the same command again to resume.")

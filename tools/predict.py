@@ -50,9 +50,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.data.conversations import Conversation, check_conversation, pictures, read_conversation
+from common.data.conversations import Conversation, pictures
 from common.data.pictures import check_picture, picture_path
-from common.data.sources import file_faults, find_image_dir, parse_object, read_json_lines
+from common.data.reading import check_conversation, file_faults, parse_object, read_conversation
+from common.data.sources import find_image_dir, read_json_lines
 from common.evaluation.generation import Answering, generate_answers
 from common.model.inference import load_for_inference
 from common.runtime.files import write_file
@@ -86,7 +87,7 @@ def read_questions(path: Path, image_dir: Path | None, bar: bool, answered: bool
     Parameters
     ----------
     path : Path
-        In any of the formats that :func:`common.data.conversations.read_conversation` reads, or a CSV table.
+        In any of the formats that :func:`common.data.reading.read_conversation` reads, or a CSV table.
     image_dir : Path, optional
         Root folder of the image paths; by default :func:`common.data.sources.find_image_dir`, as in training.
     bar : bool

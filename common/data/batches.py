@@ -204,6 +204,11 @@ class PlannedBatches:
             views = np.ceil(tokens * (lengths.views / lengths.tokens).max())
         return int(tokens), int(views)
 
+    def rows_of_step(self, step: int) -> list[int]:
+        """Return the rows of an optimizer step, counted from 0 over all epochs, in ascending order."""
+        epoch, number = divmod(step, len(self) // self.accumulation)
+        return np.unique(epoch_steps(self.num_rows, self.batch_size, self.seed, epoch)[number]).tolist()
+
     def bins(self, rows: np.ndarray, lengths: Lengths | None) -> list[list[int]]:
         """Distribute the rows of one step over its bins by their lengths; bin i belongs to process ``i % world_size``."""
         num_bins = self.world_size * self.accumulation

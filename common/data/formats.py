@@ -1,6 +1,6 @@
 """The layouts of a file of conversations: one JSON object per line, a JSON array, or a CSV table.
 
-Whatever the layout, a row is passed on as the JSON text of one row, which :func:`~.conversations.read_conversation` reads.
+Whatever the layout, a row is passed on as the JSON text of one row, which :func:`~.reading.read_conversation` reads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from common.runtime.files import parse_json
 from common.runtime.process import InputError
 
-from .conversations import check_fields, format_name
+from .reading import check_fields, format_name
 
 COLUMNS = ("image", "question", "answer")
 OPTIONAL_COLUMNS = ("id", "system")

@@ -125,7 +125,7 @@ def in_parallel(work: Callable[[T], U], chunks: Iterable[T], num_workers: int) -
     results = DataLoader(
         _Work(work),
         batch_sampler=chunks,  # type: ignore[arg-type]  # declared to yield lists
-        collate_fn=_as_it_is,
+        collate_fn=lambda result: result,
         num_workers=num_workers,
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_start_worker,
@@ -143,10 +143,6 @@ class _Work(Dataset):
             return self.work(chunk)
         except InputError as error:
             return error
-
-
-def _as_it_is(result: U) -> U:
-    return result
 
 
 def raise_input_errors(batches: Iterator[Any]) -> Iterator[Any]:
@@ -177,6 +173,7 @@ def release_memory() -> None:
 
 
 def _start_worker(_: int) -> None:
+    gc.freeze()  # collecting would copy the memory that is shared with the process
     # SIGTERM is sent to the whole group, but the training process needs its workers until it has saved a checkpoint.
     os.setsid()
     die_with_parent()  # otherwise it notices after seconds

@@ -13,14 +13,14 @@ from common.runtime.collectives import gather
 from common.runtime.process import counted, rank, world_size
 
 from .batches import Lengths
+from .checks import check_all
 from .conversations import longest_answer
 from .pictures import describe_picture, picture_content
-from .rows import Contents, Rows
+from .rows import Contents
 from .samples import TrainingData
-from .sources import check_all
 from .streaming import StreamedData
 
-MAX_REPORTED = 3  # further images are only counted
+MAX_DOUBTS = 3  # further images are only counted
 BYTES_COMPARED = 4096  # at the end of files of equal size, before their whole contents are compared
 
 
@@ -53,19 +53,19 @@ def review_data(
         If a row is longer than the model's context; the message names the row.
     """
     for data in (train, evaluation):
-        if isinstance(data, TrainingData) and (contents := _contents(data)):
-            _check_long_rows(data, contents, bar)
+        if isinstance(data, TrainingData) and data.rows.contents:
+            _check_long_rows(data, data.rows.contents, bar)
     warnings = []
     for name, measured in (("training", lengths), ("evaluation", evaluation.sample_lengths())):
         if not measured.views.any():
             warnings.append(f"no image in {counted(len(measured.views), f'{name} row')} looked at: text only")
-    before, after = _contents(train), _contents(evaluation)
+    before, after = train.rows.contents, evaluation.rows.contents
     if before and after:
         warnings += _overlap(before, after, evaluation)
     doubts = list(chain.from_iterable(gather([*(before.doubts if before else ()), *(after.doubts if after else ())])))
-    warnings += doubts[:MAX_REPORTED]
-    if len(doubts) > MAX_REPORTED:
-        warnings.append(f"{counted(len(doubts) - MAX_REPORTED, 'further image')} like these")
+    warnings += doubts[:MAX_DOUBTS]
+    if len(doubts) > MAX_DOUBTS:
+        warnings.append(f"{counted(len(doubts) - MAX_DOUBTS, 'further image')} like these")
     if max_new_tokens and max_new_tokens < longest:
         warnings.append(
             f"--max_new_tokens {max_new_tokens} is less than the longest evaluation answer, {longest:,} tokens, which "
@@ -78,10 +78,6 @@ def longest_evaluation_answer(evaluation: TrainingData) -> int:
     """Return the number of tokens of the longest answer, including the token that ends it. Must be called on all processes."""
     share = (evaluation.conversation(0, row) for row in range(rank(), len(evaluation), world_size()))
     return max(gather(longest_answer(share, evaluation.processor)))
-
-
-def _contents(data: TrainingData | StreamedData) -> Contents | None:
-    return data.rows.contents if isinstance(data.rows, Rows) else None
 
 
 def _check_long_rows(data: TrainingData, contents: Contents, bar: bool) -> None:

@@ -111,9 +111,17 @@ class Rows(Sequence[Any]):
         """Return the first ``count`` rows."""
         return self.select(0, count)
 
-    def checked(self, bad: set[int], contents: Contents) -> Rows:
-        """Return all rows except those with the given indices, with what is known about their contents."""
-        return self.take(np.delete(np.arange(len(self)), list(bad)) if bad else range(len(self)), contents)
+    def peek(self) -> Rows:
+        """Return the rows that can be read before training: all of them."""
+        return self
+
+    def checked(self, bad: set[int], known: np.ndarray, pictures: Sequence[str | bytes], doubts: Sequence[str]) -> Rows:
+        """Return all rows except those with the given indices, with what is known of them: see :class:`Contents`."""
+        gone = np.array(sorted(bad), dtype=np.int64)
+        known = known[~np.isin(known[:, 0], gone)]
+        known[:, 0] -= np.searchsorted(gone, known[:, 0])
+        left = np.delete(np.arange(len(self)), gone) if bad else range(len(self))
+        return self.take(left, Contents(known, pictures, doubts))
 
     def take(self, indices: Sequence[int] | np.ndarray, contents: Contents) -> Rows:
         """Return the rows with the given indices, in ascending order, with what is known about their contents."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .loader import in_parallel
 from .pictures import Picture, check_unchanged, picture_size
 from .prepared import cache_file, load_array, save_array
 from .rows import Rows
+
+ToConversation = Callable[[Any, random.Random], Conversation]
 
 ROWS_AT_ONCE = 64  # limits how many images stored in the dataset are in memory
 ROWS_OF_WORKER = 512
@@ -51,8 +53,7 @@ class TrainingData(Dataset):
 
     Parameters
     ----------
-    rows : sequence
-        Rows as the task reads them, usually :class:`Rows`, whose locations are used in messages.
+    rows : Rows
     to_conversation : callable
         Converts a row and a ``random.Random`` to a conversation. The generator, which may choose one of several questions
         or accepted answers, is seeded by (seed, epoch, row), so that all processes and workers draw the same.
@@ -60,18 +61,9 @@ class TrainingData(Dataset):
     seed : int
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Any],
-        to_conversation: Callable[[Any, random.Random], Conversation],
-        processor: Phi3VProcessor,
-        seed: int,
-    ) -> None:
-        self.rows = rows
-        self.to_conversation = to_conversation
-        self.processor = processor
-        self.seed = seed
-        self.place = rows.place if isinstance(rows, Rows) else "row {}".format
+    def __init__(self, rows: Rows, to_conversation: ToConversation, processor: Phi3VProcessor, seed: int) -> None:
+        self.rows, self.to_conversation, self.processor, self.seed = rows, to_conversation, processor, seed
+        self.place = rows.place
         self._checked_at = time.time()
         self._image_sizes: dict[str, tuple[int, int]] = {}
         self._measured = np.zeros((len(rows), 2), dtype=np.int64)
@@ -83,10 +75,7 @@ class TrainingData(Dataset):
 
     def conversation(self, epoch: int, row: int) -> Conversation:
         """Return the conversation of a row in an epoch."""
-        return self.to_conversation(self.rows[row], self._generator(epoch, row))
-
-    def _generator(self, epoch: int, row: int) -> Any:
-        return _Generator(f"{self.seed}/{epoch}/{row}")
+        return self.to_conversation(self.rows[row], random.Random(f"{self.seed}/{epoch}/{row}"))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, row = key
@@ -133,24 +122,7 @@ class TrainingData(Dataset):
         return Lengths(tokens=tokens, views=views)
 
     def lengths(self, epoch: int, bar: bool = True) -> Lengths:
-        """Measure all rows in an epoch; each process measures its share. Must be called on all processes.
-
-        Parameters
-        ----------
-        epoch : int
-        bar : bool
-            False with ``--no-tqdm``.
-
-        Returns
-        -------
-        Lengths
-            The same on all processes.
-
-        Raises
-        ------
-        InputError
-            If a row is invalid; the message names the row.
-        """
+        """Measure all rows in an epoch, each process its share, as :meth:`measure`. Must be called on all processes."""
         rows = np.flatnonzero(self._varies)
         if len(rows):
             file = self._cache_file()
@@ -167,7 +139,7 @@ class TrainingData(Dataset):
 
     def _cache_file(self) -> Path | None:
         """Where the lengths of all rows are kept, if it is known when they change."""
-        if not isinstance(self.rows, Rows) or self.rows.fingerprint is None:
+        if self.rows.fingerprint is None:
             return None
         tokenizer = self.processor.tokenizer
         settings = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.model_max_length
@@ -199,33 +171,28 @@ class TrainingData(Dataset):
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = rows[start : start + ROWS_AT_ONCE].tolist()
             conversations, image_tokens = [], []
-            for position, (row, content) in enumerate(zip(chosen, self._rows(chosen), strict=True), start):
-                generator = self._generator(epoch, row)
+            for position, (row, content) in enumerate(zip(chosen, self.rows.__getitems__(chosen), strict=True), start):
+                generator: Any = _Generator(f"{self.seed}/{epoch}/{row}")
                 conversations.append(self.to_conversation(content, generator))
                 varies[position] = generator.seeded is not None
                 sizes = self._sizes(row, conversations[-1])
-                image_tokens.append([num_image_tokens(*size) for size in sizes])
-                measured[position, 1] = sum(num_views(*size) for size in sizes)
+                image_tokens.append([tokens for tokens, _ in sizes])
+                measured[position, 1] = sum(views for _, views in sizes)
 
             def place(index: int, rows: list[int] = chosen) -> str:
                 return self.place(rows[index])
 
             tokens = count_tokens(conversations, image_tokens, place, self.processor)
-            for row, count in zip(chosen, tokens, strict=True):
-                try:
-                    check_context(count, self.processor)
-                except InputError as error:
-                    raise error.at(self.place(row)) from None
             measured[start : start + len(chosen), 0] = tokens
+            longest = int(np.argmax(tokens))
+            try:
+                check_context(tokens[longest], self.processor)
+            except InputError as error:
+                raise error.at(place(longest)) from None
         return measured, varies
 
-    def _rows(self, chosen: list[int]) -> Sequence[Any]:
-        if hasattr(self.rows, "__getitems__"):  # as fast as reading a single row
-            return self.rows.__getitems__(chosen)
-        return [self.rows[row] for row in chosen]
-
     def _sizes(self, row: int, conversation: Conversation) -> list[tuple[int, int]]:
-        """Height and width of each image after resizing and padding."""
+        """Tokens and views of each image."""
         if len(self._image_sizes) > IMAGES_REMEMBERED:
             self._image_sizes.clear()
         try:
@@ -236,7 +203,8 @@ class TrainingData(Dataset):
     def _size(self, image: Picture) -> tuple[int, int]:
         if isinstance(image, str) and image in self._image_sizes:  # rows may share images
             return self._image_sizes[image]
-        size = crop_grid_size(*picture_size(image), self.processor.image_processor.num_crops)
+        grid = crop_grid_size(*picture_size(image), self.processor.image_processor.num_crops)
+        size = num_image_tokens(*grid), num_views(*grid)
         if isinstance(image, str):
             self._image_sizes[image] = size
         return size

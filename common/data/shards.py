@@ -24,11 +24,12 @@ from common.runtime.collectives import on_main_process
 from common.runtime.process import InputError
 from common.runtime.progress import track
 
-from .conversations import Conversation, check_conversation, read_conversation
+from .conversations import Conversation
 from .formats import is_array, is_table
 from .pictures import Picture, picture_path
+from .reading import check_conversation, parse_conversation, read_conversation
 from .rows import Rows
-from .sources import load_hub, parse_conversation
+from .sources import load_hub
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
@@ -84,15 +85,7 @@ def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit
 def stream_hub(*name: str, columns: list[str], split: str = "train", each: str | None = None) -> Stream:
     """Stream the Parquet shards of a dataset on the Hub, or of a directory with the same layout; images stay encoded.
 
-    Parameters
-    ----------
-    *name : str
-        Hub id or directory and, if there are several configurations, the name of one.
-    columns : list of str
-        Columns to read.
-    split : str
-    each : str, optional
-        A column of lists, one of ``columns``. Every entry becomes a row, whose list contains only that entry.
+    The parameters are those of :func:`~.sources.load_hub`.
 
     Raises
     ------
@@ -101,7 +94,8 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
     """
 
     def read(span: Span) -> Iterator[tuple[str, dict[str, Any]]]:
-        for place, row in _read_row_group(span, columns):
+        for number, row in _read_row_group(span, columns):
+            place = f"{' '.join(name)}, {split}, row {number}"
             if each is None:
                 yield place, row
             else:
@@ -115,41 +109,45 @@ def stream_hub(*name: str, columns: list[str], split: str = "train", each: str |
         shards = [file for file in files.get(split, []) if file.endswith(".parquet")]
         if not shards:
             raise InputError(f"dataset {' '.join(name)} on the Hub has no Parquet files to stream: remove --streaming")
-        return _index(shards, lambda shard: _index_row_groups(shard, columns, each))
+        return _index(shards, lambda shard: _index_row_groups(shard, columns, each), across_shards=True)
 
     return Stream(on_main_process(index), read)
 
 
-def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]) -> list[Span]:
-    """Index the pieces of all shards; ``index`` returns position, first line or row, and number of rows of each piece."""
-    spans, number = [], 0
+def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]], across_shards: bool = False) -> list[Span]:
+    """Index the pieces of all shards.
+
+    ``index`` returns position, number of lines or stored rows, and number of rows of each piece. The lines or stored rows are
+    numbered in each shard, or across all shards.
+    """
+    spans, number, first = [], 0, 0
     with ThreadPoolExecutor(NUM_INDEX_THREADS) as readers:
         shown = track(shards, "Counting rows", "shards", bar=not are_progress_bars_disabled())  # they are with --no-tqdm
         for shard, pieces in zip(shown, readers.map(index, shards), strict=True):
-            for position, first, rows in pieces:
+            first = first if across_shards else 0
+            for position, size, rows in pieces:
                 spans.append(Span(shard, position, first, number, 0, rows))
-                number += rows
+                first, number = first + size, number + rows
     if not number:
         raise InputError(f"{', '.join(shards)}: no rows")
     return spans
 
 
 def _index_lines(shard: str) -> list[tuple[int, int, int]]:
-    pieces, begin, position, rows = [], (0, 1), 0, 0
+    pieces, begin, position, lines, rows = [], 0, 0, 0, 0
     with open(shard, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            position += len(line)
-            rows += bool(line.strip())
+        for line in file:
+            position, lines, rows = position + len(line), lines + 1, rows + bool(line.strip())
             if rows == LINES_PER_BLOCK:
-                pieces.append((*begin, rows))
-                begin, rows = (position, number + 1), 0
-    return [*pieces, (*begin, rows)]
+                pieces.append((begin, lines, rows))
+                begin, lines, rows = position, 0, 0
+    return [*pieces, (begin, lines, rows)]
 
 
 def _read_lines(span: Span) -> Iterator[tuple[str, Conversation]]:
     with open(span.shard, "rb") as file:
         file.seek(span.position)
-        for number, line in enumerate(file, start=span.first):
+        for number, line in enumerate(file, start=span.first + 1):
             if line.strip():
                 place = f"{span.shard}, line {number}"
                 yield place, parse_conversation(line, place)
@@ -165,7 +163,8 @@ def _locate(image: Picture, image_dir: Path, place: str) -> Picture:
 
 
 def _read_table(span: Span) -> Iterator[tuple[str, Conversation]]:
-    for place, row in _read_row_group(span):
+    for number, row in _read_row_group(span):
+        place = f"{span.shard}, row {number}"
         conversation = read_conversation(row, place)
         check_conversation(conversation, place)
         yield place, conversation
@@ -185,17 +184,15 @@ def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | 
     required = columns or ([] if "messages" in names else ["conversations"])
     if missing := set(required) - names:
         raise InputError(f"{shard} has no column {', '.join(sorted(missing))}")
-    pieces, first = [], 0
+    pieces = []
     for group in range(file.num_row_groups):
         rows = in_group = file.metadata.row_group(group).num_rows
         if each:
             rows = pc.sum(pc.list_value_length(file.read_row_group(group, columns=[each])[each])).as_py() or 0
-        pieces.append((group, first, rows))
-        first += in_group
+        pieces.append((group, in_group, rows))
     return pieces
 
 
-def _read_row_group(span: Span, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_row_group(span: Span, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     batches = _open_parquet(span.shard).iter_batches(batch_size=16, row_groups=[span.position], columns=columns)
-    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-    return ((f"{span.shard}, row {number}", row) for number, row in enumerate(rows, start=span.first))
+    return enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=span.first)

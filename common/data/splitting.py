@@ -17,7 +17,7 @@ from .conversations import pictures
 from .pictures import picture_content
 from .rows import Contents, Rows, join_rows
 
-ROWS_AT_ONCE = 1000
+ROWS_PER_READ = 1000
 
 
 def split_by_picture(
@@ -54,7 +54,7 @@ def split_by_picture(
     rows = join_rows(files)
     contents = rows.contents
     assert contents is not None
-    chunks = (range(start, min(start + ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), ROWS_AT_ONCE))
+    chunks = (range(start, min(start + ROWS_PER_READ, len(rows))) for start in range(0, len(rows), ROWS_PER_READ))
     names = [[str(name) for name in pictures(row)] for chunk in chunks for row in rows.__getitems__(list(chunk))]
     content = _identify(set(chain.from_iterable(names)), bar)
     hashes: dict[int, int] = dict(chain.from_iterable(gather(contents.rows[:, :2].tolist())))

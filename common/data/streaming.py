@@ -21,12 +21,14 @@ from common.phi3v import Phi3VProcessor
 from common.runtime.process import InputError
 
 from .batches import Lengths
-from .conversations import Conversation, encode_conversation, pictures
+from .conversations import encode_conversation, pictures
+from .mixing import Mixture
 from .pictures import check_picture
-from .rows import Rows
-from .samples import TrainingData, filler
+from .rows import Contents, Rows
+from .samples import ToConversation, TrainingData, filler
 
 ROWS_PER_WINDOW = 512  # each process holds two windows in memory, with encoded images
+ROWS_PEEKED = 64
 
 
 class Span(NamedTuple):
@@ -34,7 +36,7 @@ class Span(NamedTuple):
 
     shard: str
     position: int
-    first: int  # line or row number in the shard of the first row of the piece
+    first: int  # lines or stored rows before the piece, in the shard or, on the Hub, in all shards
     number: int  # index of the first row of the piece among all rows
     start: int
     stop: int
@@ -61,15 +63,17 @@ class Stream:
         Converts the content of a row and an identifier to the row that the task reads.
     """
 
+    # Rows are checked when they are read, and are not mixed; see Rows.
+    contents: Contents | None = None
+    mixture: Mixture | None = None
+
     def __init__(
         self,
         spans: list[Span],
         read: Callable[[Span], Iterator[tuple[str, dict[str, Any]]]],
         convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
     ) -> None:
-        self.spans = spans
-        self.read = read
-        self.convert = convert
+        self.spans, self.read, self.convert = spans, read, convert
         self._len = sum(span.stop - span.start for span in spans)
 
     def __len__(self) -> int:
@@ -89,13 +93,17 @@ class Stream:
         places = [row.place for row in rows]
         return Rows([row.content for row in rows], places.__getitem__)
 
+    def peek(self) -> Rows:
+        """Load the rows that are read before training."""
+        return self.head(ROWS_PEEKED)
+
     def rows(self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, begin: int = 0) -> Iterator[Row]:
         """Yield the rows that a process reads in an epoch, without its first ``begin`` rows.
 
         Raises
         ------
         InputError
-            If a row is invalid; the message names the shard and the row.
+            If a row is invalid; the message names the row.
         """
         order = np.random.default_rng([seed, epoch]).permutation(len(self.spans))
         part = (rank * len(self) // world_size, (rank + 1) * len(self) // world_size)
@@ -131,6 +139,8 @@ class StreamedBatches:
     seed, rank, world_size : int
     """
 
+    max_tokens: int | None = None  # see PlannedBatches
+
     def __init__(
         self, stream: Stream, batch_size: int, batch_size_per_gpu: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
@@ -152,6 +162,10 @@ class StreamedBatches:
         steps = -(-len(self.stream) // self.batch_size)
         return steps * self.accumulation
 
+    def rows_of_step(self, step: int) -> list[int]:
+        """Return no rows: which ones a step takes is known only when they are read."""
+        return []
+
     def largest(self, lengths: Lengths) -> tuple[int, int]:
         """Tokens and views of the largest micro-batch, estimated from the lengths of sampled rows, for the memory estimate."""
         tokens, views = (int(self.batch_size_per_gpu * size.max()) for size in (lengths.tokens, lengths.views))
@@ -169,24 +183,17 @@ class StreamedBatches:
 class StreamedData(torch.utils.data.Dataset):
     """Encoded conversations, indexed by :class:`Row`; see :class:`common.data.samples.TrainingData` for the parameters."""
 
-    def __init__(
-        self,
-        rows: Stream,
-        to_conversation: Callable[[Any, random.Random], Conversation],
-        processor: Phi3VProcessor,
-        seed: int,
-    ) -> None:
-        self.rows = rows
-        self.to_conversation = to_conversation
-        self.processor = processor
-        self.seed = seed
+    place = "row {}".format
+
+    def __init__(self, rows: Stream, to_conversation: ToConversation, processor: Phi3VProcessor, seed: int) -> None:
+        self.rows, self.to_conversation, self.processor, self.seed = rows, to_conversation, processor, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def sample_lengths(self, count: int = 64) -> Lengths:
-        """Measure the first ``count`` rows."""
-        return TrainingData(self.rows.head(count), self.to_conversation, self.processor, self.seed).sample_lengths(count)
+    def sample_lengths(self) -> Lengths:
+        """Measure the first rows."""
+        return TrainingData(self.rows.peek(), self.to_conversation, self.processor, self.seed).sample_lengths()
 
     def __getitem__(self, row: Row | None) -> dict[str, Any]:
         if row is None:
@@ -199,6 +206,15 @@ class StreamedData(torch.utils.data.Dataset):
         except InputError as error:
             raise error.at(row.place) from None
         return sample | {"place": row.place}
+
+
+def training_data(
+    rows: Rows | Stream, to_conversation: ToConversation, processor: Phi3VProcessor, seed: int
+) -> TrainingData | StreamedData:
+    """Return the samples of rows; the parameters are those of :class:`common.data.samples.TrainingData`."""
+    if isinstance(rows, Stream):
+        return StreamedData(rows, to_conversation, processor, seed)
+    return TrainingData(rows, to_conversation, processor, seed)
 
 
 def _slice_spans(spans: list[Span], begin: int, end: int) -> list[Span]:

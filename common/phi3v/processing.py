@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Template
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from .configuration import hub_repository
 from .image_processing import Phi3VImageProcessor, upright_size
@@ -22,6 +25,14 @@ IMAGE_TAG = re.compile(r"<\|image_(\d{1,9})\|>")
 MAX_IMAGES = 512
 # Control tokens of the published tokenizers, except image tags. Others, such as <loc_1>, may be added and are part of answers.
 SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d{1,9}\|>)\w+\|>|</?s>|<unk>")
+
+# Image tags, and the places before special tokens: the tokenizer treats the texts between them separately.
+SECTION_END = re.compile(rf"<\|image_\d{{1,9}}\|>|(?={SPECIAL_TOKEN.pattern})")
+
+
+def image_tag(number: int) -> str:
+    """Tag of an image, by its number from 1."""
+    return f"<|image_{number}|>"
 
 
 def image_numbers(text: str) -> list[int]:
@@ -38,7 +49,7 @@ def check_image_numbers(numbers: Sequence[int], num_images: int) -> None:
         If a tag has no image, an image has no tag, or a number is missing.
     """
     if sorted(set(numbers)) != list(range(1, num_images + 1)):
-        tags = ", ".join(f"<|image_{number}|>" for number in sorted(set(numbers))[:5]) or "none"
+        tags = ", ".join(map(image_tag, sorted(set(numbers))[:5])) or "none"
         raise ValueError(
             f"the text's image tags ({tags}) do not match its {num_images} image{'' if num_images == 1 else 's'}: "
             f"number the tags consecutively from <|image_1|>, and give one image per tag"
@@ -75,11 +86,17 @@ class Phi3VProcessor(ProcessorMixin):
     @property
     def img_tokens(self) -> list[str]:
         """Image tags in the order of their numbers. vLLM reads them."""
-        return [f"<|image_{number}|>" for number in range(1, MAX_IMAGES + 1)]
+        return [image_tag(number) for number in range(1, MAX_IMAGES + 1)]
 
     def calc_num_image_tokens_from_image_size(self, width: int, height: int) -> int:
         """Number of tokens of an image of ``width`` × ``height`` pixels. vLLM calls it."""
         return self.image_processor.num_tokens(width, height)
+
+    def chat_text(self, messages: list[dict[str, str]]) -> str:
+        """Text of messages of the user, the assistant and, at the start, the system, up to the beginning of the next answer."""
+        # apply_chat_template takes several times as long, because it also accepts messages that are not text.
+        template = _compile(self.tokenizer.get_chat_template())
+        return template.render(messages=messages, add_generation_prompt=True, **self.tokenizer.special_tokens_map)
 
     def tokenize(self, text: str, tokens_per_image: Sequence[int]) -> list[int]:
         """Tokenize a text and replace its image tags with negative placeholder ids.
@@ -207,10 +224,22 @@ class Phi3VProcessor(ProcessorMixin):
         return owner if qualified else hub_repository(self.tokenizer.name_or_path)
 
 
+@cache
+def _compile(chat_template: str) -> Template:
+    template = _compile_jinja_template(chat_template)
+    template.globals = dict(template.globals)  # copied for each text; reading the original, a ChainMap, takes most of the time
+    return template
+
+
 def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
     """Token ids that end an answer: end of text and end of turn."""
     tokenizer = processor.tokenizer
     return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+
+
+def end_of_conversation(processor: Phi3VProcessor) -> str:
+    """Text after the last answer of a conversation: end of turn and end of text."""
+    return f"{END_OF_TURN}\n{processor.tokenizer.eos_token}"
 
 
 def control_token_ids(processor: Phi3VProcessor) -> set[int]:

@@ -20,7 +20,7 @@ from common.data.conversations import Conversation
 from common.data.review import longest_evaluation_answer, review_data
 from common.data.rows import Rows
 from common.data.samples import TrainingData
-from common.data.streaming import Stream, StreamedBatches, StreamedData
+from common.data.streaming import Stream, StreamedBatches, training_data
 from common.evaluation.generation import answer_limit
 from common.evaluation.predictions import Evaluation
 from common.model.loading import base_model, compile_layers, set_gradient_checkpointing
@@ -85,11 +85,7 @@ def build_trainer(
     if setup.zero_stage == 3:
         # ZeRO-3 gathers weights in every forward pass, so all processes must run the same modules.
         base_model(model).run_same_modules_always()
-    train_data: TrainingData | StreamedData
-    if isinstance(train_rows, Stream):
-        train_data = StreamedData(train_rows, to_conversation, processor, args.seed)
-    else:
-        train_data = TrainingData(train_rows, to_conversation, processor, args.seed)
+    train_data = training_data(train_rows, to_conversation, processor, args.seed)
     eval_data = TrainingData(eval_rows, to_conversation, processor, args.seed)
 
     flops = TrainingFlops(base_model(model))
@@ -121,9 +117,8 @@ def build_trainer(
         # The report is not pushed: it contains images from the dataset, whose license may not allow redistribution.
         remove_report(args.output_dir)
     warnings = review_data(train_data, eval_data, lengths, longest, args.max_new_tokens, args.tqdm)
-    for rows in (train_rows, eval_rows):
-        if isinstance(rows, Rows):
-            rows.contents = None  # only for the review; of a million rows, it would count as memory of every worker
+    # Only for the review; of a million rows, it would count as memory of every worker.
+    train_rows.contents = eval_rows.contents = None
 
     say("Estimating memory and time")
     trial = estimate()  # cached if plan_batches needed it
@@ -160,7 +155,6 @@ def _settings(
     longest: int,
 ) -> dict[str, Any]:
     """Return the flags for ``run.json``, with automatic values replaced by those chosen."""
-    max_tokens = batches.max_tokens if isinstance(batches, PlannedBatches) else None
     return {name: value for name, value in vars(args).items() if name not in NOT_FLAGS} | {
         "packing": setup.packing,
         "deepspeed": setup.deepspeed,
@@ -169,8 +163,8 @@ def _settings(
         "use_lora": args.use_lora or args.use_qlora,
         "eval_steps": steps_between_evaluations(args.eval_steps, args.logging_steps),
         "logging_steps": logging_steps,
-        "max_tokens_per_batch": max_tokens,
-        "batch_size_per_gpu": None if max_tokens else setup.batch_size_per_gpu,
+        "max_tokens_per_batch": batches.max_tokens,
+        "batch_size_per_gpu": None if batches.max_tokens else setup.batch_size_per_gpu,
         "dataloader_num_workers": min(args.dataloader_num_workers, cores_per_process()),
         "max_new_tokens": args.max_new_tokens or answer_limit(longest),
     }

@@ -171,14 +171,14 @@ def run_identity(
 
 def data_fingerprint(data: TrainingData | StreamedData, count: int = 256) -> str:
     """Describe training data by the number of its rows and a checksum of some of them: texts, and names of pictures."""
-    rows = data.rows.head(64) if isinstance(data, StreamedData) else data.rows
+    rows = data.rows.peek()
     sample = TrainingData(rows, data.to_conversation, data.processor, 0)
     digest = hashlib.sha256()
     for row in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist():
         conversation = sample.conversation(0, row)
         turns = [{key: value for key, value in turn.items() if key != "images"} for turn in conversation["conversations"]]
         digest.update(json.dumps([turns, [_identify(picture) for picture in pictures(conversation)]]).encode())
-    mixture = getattr(data.rows, "mixture", None)
+    mixture = data.rows.mixture
     weights = f", --train_weights {' '.join(f'{weight:g}' for weight in mixture.weights)}" if mixture else ""
     return f"{len(data)} rows, {digest.hexdigest()[:16]}{weights}"
 

@@ -14,7 +14,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from common.arguments import Setup, steps_between_evaluations, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
-from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
 from common.phi3v.flops import TrainingFlops
@@ -46,15 +45,15 @@ def plan_batches(
     state = setup.checkpoint and TrainerState.load_from_json(str(setup.checkpoint / TRAINER_STATE_NAME))
     steps_done = state.global_step if state else 0
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
-    if args.streaming and not isinstance(data, StreamedData):
-        raise InputError("this script does not support streaming; remove the flag", "--streaming")
     if isinstance(data, StreamedData):
         streamed = StreamedBatches(data.rows, args.batch_size, setup.batch_size_per_gpu, **order)
         streamed.begin_at(steps_done)
         return streamed, data.sample_lengths()
+    if args.streaming:
+        raise InputError("this script does not support streaming; remove the flag", "--streaming")
     accumulation = args.batch_size // (world_size() * setup.batch_size_per_gpu)
     max_tokens: int | None = None
-    mixture = data.rows.mixture if isinstance(data.rows, Rows) else None
+    mixture = data.rows.mixture
     if setup.max_tokens_per_batch:
         steps_per_epoch = -(-(len(mixture) if mixture else len(data)) // args.batch_size)
         epochs = -(-args.max_steps // steps_per_epoch) if args.max_steps > 0 else math.ceil(args.num_train_epochs)

@@ -111,7 +111,7 @@ def _schedule(name: str, warmup_steps: float, steps: int) -> str:
 
 
 def _batch(batch_size: int, setup: Setup, count: int, batches: PlannedBatches | StreamedBatches) -> str:
-    if isinstance(batches, PlannedBatches) and batches.max_tokens:
+    if batches.max_tokens:
         share = f"{counted(batches.accumulation, 'micro-batch', 'micro-batches')} of up to {batches.max_tokens:,} tokens"
         share += " (auto)" if setup.max_tokens_per_batch == "auto" else ""
     else:

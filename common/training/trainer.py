@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from common.arguments import Setup
-from common.data.batches import PlannedBatches, epoch_steps
+from common.data.batches import PlannedBatches
 from common.data.loader import WorkerLoader, raise_input_errors, release_memory, wait_until_quiet
 from common.data.samples import TrainingData, filler
 from common.data.streaming import StreamedBatches, StreamedData
@@ -232,14 +232,10 @@ class FinetuningTrainer(Trainer):
 
     def rows_of(self, step: int) -> str:
         """Name the rows of a step, counted from 0, for messages; empty for streamed rows."""
-        batches = self.batches
-        if not isinstance(batches, PlannedBatches) or not isinstance(self.train_dataset, TrainingData):
-            return ""
-        epoch, number = divmod(step, len(batches) // batches.accumulation)
-        rows = sorted(set(epoch_steps(batches.num_rows, batches.batch_size, batches.seed, epoch)[number].tolist()))
-        names = [str(self.train_dataset.place(row)) for row in rows[:NAMED_ROWS]]
+        rows = self.batches.rows_of_step(step)
+        names = [self.train_dataset.place(row) for row in rows[:NAMED_ROWS]]
         more = f" and {counted(len(rows) - NAMED_ROWS, 'other')}" if len(rows) > NAMED_ROWS else ""
-        return f" ({', '.join(names)}{more})"
+        return f" ({', '.join(names)}{more})" if rows else ""
 
     def prepare_first_step(self) -> None:
         """Start the clock; on resume, restore counters, reapply flags, and do an evaluation that SIGTERM prevented."""

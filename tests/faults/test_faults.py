@@ -7,6 +7,7 @@ from PIL import Image
 
 from common.data.batches import Lengths, PlannedBatches
 from common.data.loader import WorkerLoader
+from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.model.checkpoint import load_processor
 from common.runtime.process import InputError
@@ -23,7 +24,7 @@ def test_a_fault_loses_nothing(fault, method, tmp_path):
     run_fault(fault, method, tmp_path)
 
 
-class Rows:
+class ThreeRows:
     """Rows of which the second one cannot be read, and the third one not be decoded."""
 
     def __getitem__(self, key):
@@ -42,11 +43,11 @@ def collate(samples):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unusable_samples_are_replaced_and_named(workers):
     sampler = {"batch_sampler": [[0, 3], [0, 1, 2, 3]], "num_workers": workers}
-    whole, replaced = WorkerLoader(Rows(), collate, filler={"value": -1}, **sampler)
+    whole, replaced = WorkerLoader(ThreeRows(), collate, filler={"value": -1}, **sampler)
     assert whole == {"values": [0, 3]}
     assert replaced == {"values": [0, -1, -1, 3], "skipped": ["row 1", "row 2"]}
     with pytest.raises(InputError, match="row 1"):
-        list(WorkerLoader(Rows(), collate, **sampler))
+        list(WorkerLoader(ThreeRows(), collate, **sampler))
 
 
 def test_rows_whose_pictures_are_gone(tmp_path):
@@ -54,7 +55,7 @@ def test_rows_whose_pictures_are_gone(tmp_path):
     rows = [{"conversations": [{"images": [str(tmp_path / f"{row}.png")], "user": "A?", "assistant": "B"}]} for row in range(3)]
     for row in range(3):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{row}.png")
-    data = TrainingData(rows, lambda row, rng: row, load_processor(str(TINY), num_crops=1), seed=0)
+    data = TrainingData(Rows(rows, "row {}".format), lambda row, rng: row, load_processor(str(TINY), num_crops=1), seed=0)
     assert data[0, 1]["images"]
     (tmp_path / "1.png").unlink()
     with pytest.raises(InputError, match="row 1: .*1.png is missing"):

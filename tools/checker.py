@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
-from common.data.conversations import Conversation, answer_lengths, check_context, count_tokens, read_conversation
+from common.data.checks import content_hash
+from common.data.conversations import Conversation, answer_lengths, check_context, count_tokens
 from common.data.formats import read_lines
+from common.data.loader import in_parallel
 from common.data.pictures import check_picture, decode_picture, picture_content, picture_path, picture_size
-from common.data.sources import content_hash, file_faults, find_image_dir, listed_images, parse_object
+from common.data.reading import file_faults, listed_images, parse_object, read_conversation
+from common.data.sources import find_image_dir
 from common.phi3v import Phi3VProcessor
+from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError
 from common.runtime.progress import Progress
 
 from .similar_images import signature
-from .workers import start_worker
 
-LINES_AT_ONCE = 500
-IMAGES_REMEMBERED = 100_000
+LINES_PER_TASK = 500
+CHECKS_REMEMBERED = 100_000
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class CheckedRow:
 
 
 class Checker:
-    """Checks lines in a worker process.
+    """Checks rows; in a worker process, it remembers the images.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class Checker:
 
     def __init__(self, processor: Phi3VProcessor, max_length: int | None, quick: bool) -> None:
         self.processor, self.max_length, self.quick = processor, max_length, quick
-        self.check_image = lru_cache(IMAGES_REMEMBERED)(self._check_image)
+        self.check_image = lru_cache(CHECKS_REMEMBERED)(self._check_image)
 
     def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[CheckedRow]:
         """Check rows of a file, given as pairs of place and content."""
@@ -158,49 +158,25 @@ class Checker:
         return CheckedImage(path, identity, size, self.processor.image_processor.num_tokens(*size), doubt, look)
 
 
-_checker: Checker | None = None  # set in worker processes
-
-
-def _start(checker: Checker) -> None:
-    """Set up a worker process, and the checker that it uses."""
-    global _checker
-    _checker = checker
-    start_worker()
-
-
-def check_lines(image_dir: Path, lines: list[tuple[str, bytes]]) -> list[CheckedRow]:
-    """Check lines of a file in a worker process."""
-    assert _checker
-    return _checker.check(lines, image_dir)
-
-
-def read_chunks(files: list[Path]) -> Iterator[tuple[Path, list[tuple[str, bytes]]]]:
-    """Yield the lines of each file in chunks, with their places."""
-    for path in files:
-        lines = read_lines(path)
-        while chunk := list(islice(lines, LINES_AT_ONCE)):
-            yield path, chunk
-
-
 def check_in_parallel(
     files: list[Path], image_dir: Path | None, checker: Checker, bar: bool
 ) -> Iterator[tuple[Path, list[CheckedRow]]]:
     """Check all lines in parallel, yield the results in order, and show the progress."""
     total = sum(path.stat().st_size for path in files)
     folders = {path: image_dir or find_image_dir(path) for path in files}
-    pending: deque[tuple[Path, int, Future]] = deque()
-    # With "fork", workers inherit the checker and the imported libraries; importing again takes longer than most checks.
-    num_workers = os.cpu_count() or 1
-    pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start, (checker,))
-    with pool, Progress("Checking data", "bytes", total, bar) as progress:
-        batches = read_chunks(files)
-        while True:
-            for path, lines in islice(batches, 2 * num_workers - len(pending)):
-                future = pool.submit(check_lines, folders[path], lines)
-                pending.append((path, sum(len(line) for _, line in lines), future))
-            if not pending:
-                progress.update(total - progress.done)
-                return
-            path, size, future = pending.popleft()
-            yield path, future.result()
+
+    def chunks() -> Iterator[tuple[Path, list[tuple[str, bytes]]]]:
+        for path in files:
+            lines = read_lines(path)
+            while chunk := list(islice(lines, LINES_PER_TASK)):
+                yield path, chunk
+
+    def check(chunk: tuple[Path, list[tuple[str, bytes]]]) -> tuple[Path, int, list[CheckedRow]]:
+        path, lines = chunk
+        return path, sum(len(line) for _, line in lines), checker.check(lines, folders[path])
+
+    with Progress("Checking data", "bytes", total, bar) as progress:
+        for path, size, rows in in_parallel(check, chunks(), cores_per_process()):
+            yield path, rows
             progress.update(min(size, total - progress.done - 1))  # the size of a row in a JSON array is not exact
+        progress.update(total - progress.done)
