@@ -23,6 +23,7 @@ from .image_processing import Phi3VImageProcessor, upright_size
 IMAGE_TAG = re.compile(r"<\|image_(\d{1,9})\|>")
 # More than fit into a context of 128k tokens, at 301 or more each.
 MAX_IMAGES = 512
+END_OF_TURN = "<|end|>"
 # Control tokens of the published tokenizers, except image tags. Others, such as <loc_1>, may be added and are part of answers.
 SPECIAL_TOKEN = re.compile(r"<\|(?!image_\d{1,9}\|>)\w+\|>|</?s>|<unk>")
 
@@ -234,7 +235,7 @@ def _compile(chat_template: str) -> Template:
 def stop_token_ids(processor: Phi3VProcessor) -> list[int]:
     """Token ids that end an answer: end of text and end of turn."""
     tokenizer = processor.tokenizer
-    return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    return [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)]
 
 
 def end_of_conversation(processor: Phi3VProcessor) -> str:
