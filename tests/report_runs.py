@@ -4,21 +4,13 @@ import json
 import math
 import random
 from pathlib import Path
+from zlib import crc32
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from common.report.gallery import by_id, save_thumbnails, select_gallery
 
-CLASSES = [
-    "ApplyEyeMakeup",
-    "ApplyLipstick",
-    "Archery",
-    "BabyCrawling",
-    "BalanceBeam",
-    "BandMarching",
-    "BasketballDunk",
-    "BenchPress",
-]
+CLASSES = ["ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BenchPress"]
 ANSWERS = {"DocVQA": ["M. Okafor", "Ana-Lucía Peña"], "UCF-101": CLASSES}
 ANSWERS |= {f"{count} answers": [f"Item {number} of the shop's catalogue" for number in range(count)] for count in (5, 40, 400)}
 QUESTIONS = {"DocVQA": "Who signed the letter of 12 March to the board of the Northern Dairy Council?"}
@@ -62,7 +54,9 @@ def make_run(directory: Path, task: str, samples: int = 60, steps: int = 80, lea
     write_json(directory / "run.json", settings | {"hyperparameters": flags})
     shown = select_gallery([by_id(evaluation["predictions"]) for evaluation in evaluations])
     save_thumbnails(
-        directory, lambda key: IMAGES.get(task, 1) * [_picture(key)], [key for keys in shown.values() for key in keys]
+        directory,
+        lambda key: IMAGES.get(task, 1) * [Image.new("RGB", (640, 480), f"#{crc32(key.encode()) % 2**24:06x}")],
+        [key for keys in shown.values() for key in keys],
     )
     return directory
 
@@ -93,13 +87,3 @@ def _evaluation(task: str, samples: int, skill: float, chance: random.Random) ->
     if task == "UCF-101":
         more["accuracy_per_class"] = dict.fromkeys(CLASSES, mean)
     return {"metric": metric, metric: mean, **more, "samples": samples, "predictions": predictions}
-
-
-def _picture(key: str) -> Image.Image:
-    chance = random.Random(key)
-    picture = Image.new("RGB", (640, 480), tuple(chance.randint(120, 220) for _ in range(3)))
-    for _ in range(6):
-        x, y, radius = chance.randint(0, 640), chance.randint(0, 480), chance.randint(20, 160)
-        color = tuple(chance.randint(30, 230) for _ in range(3))
-        ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-    return picture
