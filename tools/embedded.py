@@ -27,7 +27,7 @@ PROCESSES = 2
 
 # Flags of each task, which override those of all tasks. A dict gives the value by method; other methods omit the flag.
 ALL_TASKS = {"num_crops": 1, "batch_size": 8, "batch_size_per_gpu": 4, "num_train_epochs": 1, "warmup_steps": 10}
-ALL_TASKS |= {"max_new_tokens": 16, "logging_steps": 10}
+ALL_TASKS |= {"max_new_tokens": 16}
 SETTINGS: dict[str, dict[str, Any]] = {
     "docvqa": {"learning_rate": {"full": 3e-4, "frozen": 3e-4, "lora": 5e-4, "qlora": 5e-4}},
     "hateful_memes": {"learning_rate": 5e-4},
@@ -39,7 +39,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 NUM_FRAMES = 4  # per clip: half of the default, to finish in minutes
 SMOKE_SETTINGS = {"batch_size": 4, "batch_size_per_gpu": 2, "num_train_epochs": 1, "warmup_steps": 1, "max_new_tokens": 4}
-SMOKE_SETTINGS |= {"logging_steps": 1}
 # Training and evaluation samples, in the units of draw_samples: documents, memes, sentences, and clips per class.
 SMOKE_COUNTS = {"docvqa": (4, 2), "hateful_memes": (12, 8), "nlvr2": (3, 2), "ucf101": (1, 1)}
 
