@@ -17,7 +17,7 @@ from common.runtime.process import InputError, say
 
 MINI = "nielsr/docvqa_1200_examples"
 MINI_COLUMNS = ["id", "image", "query", "answers"]
-FULL = ("HuggingFaceM4/the_cauldron", "docvqa")
+FULL = ("HuggingFaceM4/the_cauldron", "docvqa")  # a row is a page with all questions about it; only for training
 
 
 def parse_args():
@@ -64,7 +64,6 @@ def from_mini(row: dict, identifier: str) -> dict:
 
 
 def from_full(row: dict, identifier: str) -> dict:
-    """Return a row with all questions about a page. It is used only for training."""
     return {"id": identifier, "image": first_entry(row, "images"), "question": None, "answers": [], "texts": row["texts"]}
 
 
@@ -110,7 +109,6 @@ def to_conversation(row: dict, rng: random.Random) -> dict:
 
 
 def all_conversations(row: dict) -> list[dict]:
-    """Return all conversations that can be drawn from a row."""
     return [to_conversation(row | {"texts": [text]}, random.Random(0)) for text in row["texts"]]
 
 
@@ -138,8 +136,9 @@ def main(args) -> None:
     train_rows = load_train_rows(args)
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    source = str(args.data_dir) if args.data_dir else f"{FULL[0]} {MINI}" if args.full_train else MINI
-    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
+    source = str(args.data_dir or (FULL[0] if args.full_train else MINI))
+    eval_set = {"split": "val"} if args.data_dir else {"type": MINI, "split": "test"}
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source, eval_set)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

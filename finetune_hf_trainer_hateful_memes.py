@@ -55,6 +55,7 @@ from common.training.start import start
 
 HUB = ("HuggingFaceM4/the_cauldron", "hateful_memes")
 HUB_EVAL_ROWS = 500
+HUB_EVAL_SET = {"type": HUB[0], "config": HUB[1], "split": f"train[:{HUB_EVAL_ROWS}]"}
 # The Hub's rows use eleven wordings. A single one makes models from both sources comparable.
 QUESTION = "Does this meme promote hate speech?\nAnswer yes or no."
 ANSWERS = ("No.", "Yes.")  # by label
@@ -123,10 +124,8 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
         exact_match(row["id"], QUESTION, answer, ANSWERS[row["label"]], label=row["label"], p_yes=p)
         for row, answer, p in zip(rows, answers, p_yes.tolist(), strict=True)
     ]
-    values = {
-        "auroc": auroc([prediction.more["label"] for prediction in predictions], p_yes),
-        "accuracy" if generate else "accuracy_by_likelihood": accuracy([prediction.score for prediction in predictions]),
-    }
+    name = "accuracy" if generate else "accuracy_by_likelihood"
+    values = {"auroc": auroc([row["label"] for row in rows], p_yes), name: accuracy([entry.score for entry in predictions])}
     return Evaluation("auroc", values, predictions)
 
 
@@ -138,8 +137,8 @@ def main(args) -> None:
     train_rows = load_train_rows(args)
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    source = str(args.data_dir or HUB[0])
-    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
+    source, eval_set = (str(args.data_dir), {"split": "dev_seen"}) if args.data_dir else (HUB[0], HUB_EVAL_SET)
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source, eval_set)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

@@ -51,6 +51,7 @@ from common.training.start import start
 
 HUB = ("HuggingFaceM4/the_cauldron", "nlvr2")
 HUB_EVAL_ROWS = 500
+HUB_EVAL_SET = {"type": HUB[0], "config": HUB[1], "split": f"train[:{HUB_EVAL_ROWS}]"}
 # One of the Hub's eight wordings, which all have the same beginning and end.
 QUESTION = (
     "The first image is the image on the left, the second image is the image on the right. Given the left and right images, "
@@ -136,8 +137,8 @@ def main(args) -> None:
     train_rows = load_train_rows(args)
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    source = str(args.data_dir or HUB[0])
-    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
+    source, eval_set = (str(args.data_dir), {"split": "dev"}) if args.data_dir else (HUB[0], HUB_EVAL_SET)
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source, eval_set)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

@@ -82,8 +82,8 @@ def main(args) -> None:
     train_rows = load_rows(args.data_dir, "train", args.max_train_samples, args.tqdm, skip)
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    source = str(args.data_dir)
-    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
+    source, eval_set = str(args.data_dir), {"split": args.eval_split}
+    trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source, eval_set)
     trainer.evaluate_before()
     trainer.train()
     trainer.save_result()

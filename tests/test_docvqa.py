@@ -6,6 +6,8 @@ import json
 import random
 import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import datasets
@@ -14,12 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED, TINY, needs_data
-from forked import finetune_forked
+from forked import be_process, finetune_forked
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import finetune_hf_trainer_docvqa as script
 from common.data.samples import TrainingData
+from common.data.shards import open_hub
 from common.evaluation.metrics import anls
 
 FLAGS = argparse.Namespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, tqdm=False)
@@ -154,6 +158,27 @@ def assert_scored(found):
     assert [entry.score for entry in found.predictions] == scores
     assert found.values["anls"] == pytest.approx(fmean(scores))
     assert found.values["anls_case_sensitive"] == fmean(entry.more["score_case_sensitive"] for entry in found.predictions)
+
+
+def be_process_with_hub(folder: Path, *arguments: object) -> None:
+    """One process of a run for which folders take the place of the Hub's datasets, under their names there."""
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    folders = {script.MINI: folder / "mini", script.FULL[0]: folder / "full"}
+    script.open_hub = script.load_hub = lambda *name, **options: open_hub(str(folders[name[0]]), **options)
+    be_process(*arguments)
+
+
+@pytest.mark.slow
+def test_the_card_of_full_train_names_both_datasets(random_model, tmp_path):
+    options = {"data_dir": None, "full_train": True, "model_name_or_path": random_model, "use_lora": True, "max_steps": 1}
+    target = partial(be_process_with_hub, tmp_path)
+    finetune_forked(tmp_path, tmp_path / "out", processes=1, target=target, **options)
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.datasets == ["HuggingFaceM4/the_cauldron"]
+    found = {(result.dataset_type, result.dataset_config, result.dataset_split) for result in card.data.eval_results}
+    assert found == {("nielsr/docvqa_1200_examples", None, "test")}
+    expected = "HuggingFaceM4/the_cauldron: 5 training rows, 3 evaluation rows (nielsr/docvqa_1200_examples test)."
+    assert expected in card.text
 
 
 @needs_data

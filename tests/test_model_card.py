@@ -14,14 +14,19 @@ import torch
 from adapters import logits
 from conftest import TINY
 from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from common.report.model_card import write_model_card
 from common.report.run import launch_command, write_run
 from common.runtime.machine import cpu_name
 from tools.merge_lora import merge
 
+# What the script evaluates on: rows of the Hub, or the official release.
+HUB = {"type": "HuggingFaceM4/the_cauldron", "config": "hateful_memes", "split": "train[:500]"}
+FILES = {"split": "dev_seen"}
 
-def write_tiny_run(directory: Path, base_model: str = str(TINY), method: str = "LoRA") -> None:
+
+def write_tiny_run(directory: Path, base_model: str = str(TINY), method: str = "LoRA", eval_set: dict = FILES) -> None:
     write_run(
         directory,
         task="Hateful Memes",
@@ -31,6 +36,7 @@ def write_tiny_run(directory: Path, base_model: str = str(TINY), method: str = "
         data="8,000 rows train, 500 evaluate",
         hyperparameters={"learning_rate": 2e-4, "output_dir": directory, "bf16": True, "prompt": "a|b", "seed": None},
         datasets=["HuggingFaceM4/the_cauldron"],
+        eval_set=eval_set,
     )
     for name, score in (("before", 0.125), ("after", 0.75)):
         evaluation = {"metric": "anls", "loss": 1.0, "anls": score, "samples": 1200, "predictions": [], "by_class": {}}
@@ -47,7 +53,7 @@ def test_run_json(tmp_path, monkeypatch):
     assert run["hyperparameters"]["output_dir"] == str(tmp_path)
     if not torch.cuda.is_available():
         assert run["hardware"] == f"1 CPU process on {os.cpu_count()} cores of {cpu_name()}" and cpu_name()
-    described = {"task", "base_model", "base_revision", "method", "data", "datasets", "hyperparameters"}
+    described = {"task", "base_model", "base_revision", "method", "data", "datasets", "eval_set", "hyperparameters"}
     assert run.keys() == described | {"command", "date", "hardware", "versions"}
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
@@ -57,16 +63,16 @@ def test_run_json(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "base", "relation"),
+    ("file", "content", "base", "relation", "eval_set"),
     [
-        ("config.json", {}, "microsoft/Phi-3.5-vision-instruct", "finetune"),
-        ("adapter_config.json", {}, "microsoft/Phi-3.5-vision-instruct", "adapter"),
-        ("config.json", {"quantization_config": {}}, "someone/phi-memes", "quantized"),
+        ("config.json", {}, "microsoft/Phi-3.5-vision-instruct", "finetune", HUB),
+        ("adapter_config.json", {}, "microsoft/Phi-3.5-vision-instruct", "adapter", FILES),
+        ("config.json", {"quantization_config": {}}, "someone/phi-memes", "quantized", HUB),
     ],
 )
-def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation):
+def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation, eval_set):
     """`ModelCard.validate` asks the Hub itself; this is what its library checks without a network."""
-    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct", method="full")
+    write_tiny_run(tmp_path, base_model="microsoft/Phi-3.5-vision-instruct", method="full", eval_set=eval_set)
     run = json.loads((tmp_path / "run.json").read_text())
     run["hyperparameters"]["hub_model_id"] = "someone/phi-memes"
     (tmp_path / "run.json").write_text(json.dumps(run))
@@ -77,9 +83,12 @@ def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation
     assert data.library_name == ("peft" if relation == "adapter" else "transformers")
     assert (data.license, data.pipeline_tag, data.model_name) == ("mit", "image-text-to-text", "phi-memes")
     assert data.datasets == ["HuggingFaceM4/the_cauldron"] and {"phi3_v", "hateful-memes", "full"} <= set(data.tags)
-    found = [(result.task_type, result.dataset_type, result.metric_type, result.metric_value) for result in data.eval_results]
-    dataset = ("image-text-to-text", "HuggingFaceM4/the_cauldron")
-    assert found == [(*dataset, "anls", 0.75), (*dataset, "loss", 1.0)]
+    index = metadata_load(tmp_path / "README.md")["model-index"]
+    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+    (result,) = index[0]["results"]
+    assert result["task"] == {"type": "image-text-to-text"}
+    assert result["dataset"] == {"name": "Hateful Memes, 1,200 samples", "type": "hateful-memes"} | eval_set
+    assert [(metric["type"], metric["value"]) for metric in result["metrics"]] == [("anls", 0.75), ("loss", 1.0)]
 
     card = (tmp_path / "README.md").read_text()
     assert "# phi-memes\n" in card

@@ -28,7 +28,7 @@ CARD = """\
 {% if metrics %}
 ## Results
 
-| {{ "{:,}".format(samples) }} samples | before | after |
+| {{ samples }} samples | before | after |
 | --- | --- | --- |
 {% for row in metrics %}
 | {{ row | join(" | ") }} |
@@ -101,13 +101,21 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         for evaluation in (before, after)
     )
     metrics = sorted(first | last, key=lambda metric: metric != (after or before)["metric"])
-    dataset = {"dataset_type": datasets[0] if datasets else task, "dataset_name": run["task"]}
+    # The Hub requires a type. Files have none, so it is the task then.
+    dataset = {"dataset_type": task} | {f"dataset_{key}": value for key, value in run.get("eval_set", {}).items()}
+    samples = (after or before).get("samples", 0)
     front_matter = ModelCardData(
         base_model=origin,  # the Hub accepts only ids here
         base_model_relation=relation if origin else None,
         datasets=datasets or None,
         eval_results=[
-            EvalResult(task_type="image-text-to-text", **dataset, metric_type=metric, metric_value=last[metric])
+            EvalResult(
+                task_type="image-text-to-text",
+                dataset_name=f"{run['task']}, {samples:,} samples",
+                metric_type=metric,
+                metric_value=last[metric],
+                **dataset,
+            )
             for metric in metrics
             if metric in last
         ]
@@ -127,7 +135,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         quantized=quantized,
         base=f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{base}`",
         run=run,
-        samples=(after or before).get("samples", 0),
+        samples=f"{samples:,}",
         metrics=[(metric, *(f"{of[metric]:.4f}" if metric in of else "—" for of in (first, last))) for metric in metrics],
         hyperparameters={
             key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

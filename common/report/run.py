@@ -58,8 +58,9 @@ def write_run(output_dir: str | Path, **described: Any) -> None:
         The run directory.
     **described
         ``task`` (display name), ``base_model`` and ``base_revision`` (commit of a Hub model), ``method``, ``data`` (text),
-        ``hyperparameters`` (values by flag), ``datasets`` (Hub ids) and ``question`` (an example, as the model is prompted).
-        Values that JSON cannot represent, such as paths, are written as text.
+        ``hyperparameters`` (values by flag), ``datasets`` (Hub ids of the training data), ``eval_set`` (as for
+        :func:`common.training.build.build_trainer`) and ``question`` (an example, as the model is prompted). Values that JSON
+        cannot represent, such as paths, are written as text.
     """
     if not is_main_process():
         return

@@ -52,6 +52,7 @@ def build_trainer(
     to_conversation: Callable[[Any, random.Random], Conversation],
     evaluate: Callable[[nn.Module, Phi3VProcessor, Rows, argparse.Namespace], Evaluation],
     source: str,
+    eval_set: dict[str, str] | None = None,
 ) -> FinetuningTrainer:
     """Prepare the Trainer of a run and print its summary. Must be called on all processes.
 
@@ -71,7 +72,9 @@ def build_trainer(
     evaluate : callable
         Evaluates a model on rows. The predictions are in the order of the rows.
     source : str
-        Origin of the data: Hub ids separated by spaces, or a directory.
+        Origin of the training data: a Hub id, a directory or files.
+    eval_set : dict of str, optional
+        Origin of the evaluation data for the model card: its ``split`` and, if it is on the Hub, id (``type``) and ``config``.
 
     Raises
     ------
@@ -108,9 +111,11 @@ def build_trainer(
         base_model=setup.base or args.model_name_or_path,
         base_revision=setup.revision,
         method=method_name(args),
-        data=f"{source}: {counted(len(train_data), 'training row')}, {counted(len(eval_data), 'evaluation row')}",
+        data=f"{source}: {counted(len(train_data), 'training row')}, {counted(len(eval_data), 'evaluation row')}"
+        + (f" ({' '.join(eval_set.values())})" if eval_set else ""),
         hyperparameters=settings,
         datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
+        eval_set=eval_set or {},
         question=eval_data.conversation(0, 0)["conversations"][0]["user"],
     )
     if args.push_to_hub and is_main_process():
