@@ -75,7 +75,9 @@ def test_the_table_of_sizes_is_right():
     text = (ROOT / "docs/serving.md").read_text()
     config = published_config()
     per_token = 2 * 2 * config.num_hidden_layers * config.hidden_size  # keys and values in bf16
-    for scheme in BITS:
-        weights = predicted_bytes(config, scheme)
-        tokens = [int((0.9 * memory * 2**30 - weights - 1.5e9) / per_token / 1000) for memory in (24, 16)]
-        assert f"| {scheme} | {weights / 1e9:.2f} | {tokens[0]},000 | {tokens[1]},000 |" in text
+    weights = {scheme: predicted_bytes(config, scheme) for scheme in BITS}
+    assert f"| weights, GB | {' | '.join(f'{size / 1e9:.2f}' for size in weights.values())} |" in text
+    # Below compute capability 8.9, fp8 weights are converted.
+    for card, memory, sizes in (("a T4", 15, weights | {"fp8": weights["bf16"]}), ("an L4", 22.5, weights)):
+        tokens = [round((0.9 * memory * 2**30 - size - 1.5e9) / per_token / 1000) for size in sizes.values()]
+        assert f"| tokens on {card} | {' | '.join(f'{number},000' for number in tokens)} (" in text
