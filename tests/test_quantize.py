@@ -1,20 +1,20 @@
 """Quantized exports of the tiny checkpoint, and what the real model would weigh."""
 
 import json
-import re
-import sys
 
 import pytest
 import torch
 from adapters import logits
 from conftest import ROOT, TINY
+from runs import message, write_docvqa
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tools.quantize
-from common.model.checkpoint import load_processor
 from common.model.inference import load_for_inference
 from common.model.loading import avoid_avx512_kernel
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
+from common.runtime.process import InputError
 
 # Bits per weight: NF4 has an 8-bit scale per 64 weights and a 32-bit scale per 256 of those, fp8 a 32-bit scale per block.
 BITS = {"bf16": 16, "nf4": 4 + 8 / 64 + 32 / (64 * 256), "int8": 8, "fp8": 8}
@@ -34,25 +34,40 @@ def published_config() -> Phi3VConfig:
 
 
 @pytest.mark.parametrize(("scheme", "closeness"), [("nf4", 0.25), ("int8", 0.05), ("fp8", 0.08)])
-def test_a_quantized_model_is_smaller_and_answers_nearly_the_same(scheme, closeness, tmp_path, receipts, monkeypatch, capsys):
+def test_a_quantized_model_is_smaller_and_answers_nearly_the_same(
+    scheme, closeness, tmp_path, receipts, monkeypatch, run_main, predict
+):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     row = {"conversations": [{"images": [receipts[0].name], "user": "What is the total?", "assistant": "07.50"}]}
     (receipts[0].parent / "val.jsonl").write_text(json.dumps(row))
-    flags = ["--model", TINY, "--scheme", scheme, "--output_dir", tmp_path / "quantized", "--no-tqdm"]
-    flags += ["--data_file", receipts[0].parent / "val.jsonl"]
-    monkeypatch.setattr(sys, "argv", ["quantize", *map(str, flags)])
-    tools.quantize.main(tools.quantize.parse_args())
-    assert re.search(r"ANLS of 1 answer: \d\.\d{4} -> \d\.\d{4}", capsys.readouterr().out)
+    quantized = tmp_path / "quantized"
+    flags = ["--model", TINY, "--scheme", scheme, "--output_dir", quantized, "--no-tqdm"]
+    said = run_main(tools.quantize, *flags, "--data_file", receipts[0].parent / "val.jsonl")
+    scores = json.loads((quantized / "quantization.json").read_text())
+    assert f"ANLS of 1 answer: {scores['before']:.4f} -> {scores['after']:.4f}" in said
 
-    size = (tmp_path / "quantized/model.safetensors").stat().st_size
+    size = (quantized / "model.safetensors").stat().st_size
     config = Phi3VForCausalLM.config_class.from_pretrained(TINY)
     assert size == pytest.approx(predicted_bytes(config, scheme), rel=0.02)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").eval()
-    avoid_avx512_kernel(model)
-    found = logits(model, load_processor(str(tmp_path / "quantized")), receipts).float()
-    expected = logits(*load_for_inference(TINY, "cpu", torch.float32), receipts)
-    error = (found - expected).norm() / expected.norm()
-    assert 0 < error < closeness, f"relative error {error:.3f}"
+    by_transformers = AutoModelForCausalLM.from_pretrained(quantized).eval()
+    avoid_avx512_kernel(by_transformers)
+    ours, processor = load_for_inference(quantized, "cpu")
+    assert ours.is_quantized == (scheme != "fp8")
+    expected = logits(*load_for_inference(TINY, "cpu"), receipts)
+    for model in (by_transformers, ours):
+        error = (logits(model, processor, receipts).float() - expected).norm() / expected.norm()
+        assert 0 < error < closeness, f"relative error {error:.3f}"
+    assert predict("--model", quantized, "--images", receipts[0], "--prompt", "What is the total?", "--no-tqdm").strip()
+
+    said = message(monkeypatch, write_docvqa(tmp_path / "data", 4, 2), tmp_path / "out", model_name_or_path=quantized)
+    assert "the model is quantized" in said and "--use_qlora" in said
+    with pytest.raises(InputError, match="already quantized"):
+        tools.quantize.quantize(str(quantized), "nf4", tmp_path / "twice")
+    tensors = load_file(quantized / "model.safetensors")
+    scale = next(name for name in tensors if name.endswith((".absmax", ".SCB", "_scale_inv")))
+    save_file({name: tensor for name, tensor in tensors.items() if name != scale}, quantized / "model.safetensors")
+    with pytest.raises(InputError, match=f"weight {scale} is missing"):
+        load_for_inference(quantized, "cpu")
 
 
 def test_the_table_of_sizes_is_right():
@@ -60,7 +75,9 @@ def test_the_table_of_sizes_is_right():
     text = (ROOT / "docs/serving.md").read_text()
     config = published_config()
     per_token = 2 * 2 * config.num_hidden_layers * config.hidden_size  # keys and values in bf16
-    for scheme in BITS:
-        weights = predicted_bytes(config, scheme)
-        tokens = [int((0.9 * memory * 2**30 - weights - 1.5e9) / per_token / 1000) for memory in (24, 16)]
-        assert f"| {scheme} | {weights / 1e9:.2f} | {tokens[0]},000 | {tokens[1]},000 |" in text
+    weights = {scheme: predicted_bytes(config, scheme) for scheme in BITS}
+    assert f"| weights, GB | {' | '.join(f'{size / 1e9:.2f}' for size in weights.values())} |" in text
+    # Below compute capability 8.9, fp8 weights are converted.
+    for card, memory, sizes in (("a T4", 15, weights | {"fp8": weights["bf16"]}), ("an L4", 22.5, weights)):
+        tokens = [round((0.9 * memory * 2**30 - size - 1.5e9) / per_token / 1000) for size in sizes.values()]
+        assert f"| tokens on {card} | {' | '.join(f'{number},000' for number in tokens)} (" in text

@@ -260,7 +260,7 @@ def test_a_command_of_the_readme_runs(command, outcomes):
 
 # How commands of other programs begin.
 OTHER_PROGRAMS = ("az ", "make ", "pip ", "DS_IGNORE_CUDA_DETECTION=1 pip ", "python - ", "python3 -m venv ", "vllm ")
-OTHER_PROGRAMS += ("python -m lmms_eval ",)
+OTHER_PROGRAMS += ("python -m lmms_eval ", "export ", "hf ", "source ")
 # Flags of other programs, except torchrun's, which its parser lists.
 OTHER_FLAGS = {
     "Azure": "--file --name --type --size --tier --min-instances --max-instances --resource-group --workspace-name",

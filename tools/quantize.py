@@ -1,11 +1,11 @@
-"""Quantize the decoder of a full model, and save it as a checkpoint that transformers loads without conversion.
+"""Quantize the decoder of a full model, and save it as a checkpoint that these tools and transformers load.
 
 python -m tools.quantize --model output/docvqa --scheme nf4 --output_dir output/docvqa-nf4
 python -m tools.quantize --model output/docvqa --scheme fp8 --output_dir output/docvqa-fp8 --data_file val.jsonl
 
 nf4 and int8 are the formats of bitsandbytes, fp8 is the fine-grained format of transformers, in blocks of 128 × 128 weights,
 which needs no calibration. The vision tower, the projector and the head keep their precision. With --data_file, in any of the
-formats that training reads, both models answer its questions, and their ANLS is printed.
+formats that training reads, both models answer its questions, and their ANLS is printed and written to quantization.json.
 """
 
 from __future__ import annotations
@@ -45,23 +45,20 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from common.evaluation.generation import Answering, generate_answers
 from common.evaluation.metrics import anls
 from common.model.checkpoint import find_snapshot, load_processor, load_weights
 from common.model.checks import check_checkpoint, read_config
-from common.model.loading import avoid_avx512_kernel
+from common.model.inference import load_for_inference
+from common.model.quantization import quantization_scheme, quantization_settings, quantized_layers
 from common.phi3v import Phi3VForCausalLM
-from common.phi3v.parts import unquantized_modules
 from common.report.model_card import write_model_card
+from common.runtime.files import write_file
 from common.runtime.progress import limit_library_bars
 from tools.predict import Question, read_questions
 
-BITSANDBYTES: dict[str, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
-}
 FP8 = torch.float8_e4m3fn
 FP8_BLOCK = 128
 
@@ -79,15 +76,15 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     check_checkpoint(name, "--model")
     processor = load_processor(name)
     config = read_config(name)
+    if quantization_scheme(config):
+        raise InputError("the model is already quantized: pass the one that it was made from", f"--model {name}")
     dtype = config.dtype or torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype}
-    if scheme in BITSANDBYTES:
-        skip = unquantized_modules(config, vision=False)
-        kind = BITSANDBYTES[scheme] | {"bnb_4bit_compute_dtype": dtype, "llm_int8_skip_modules": skip}
-        options |= {"quantization_config": BitsAndBytesConfig(**kind), "device_map": {"": default_device()}}
+    settings, options = quantization_settings(scheme, config, dtype), {"dtype": dtype}
+    if scheme != "fp8":
+        options |= {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": default_device()}}
     say(f"Loading {name}")
     model = load_weights(name, processor, **options)
-    state = to_fp8(model) if scheme == "fp8" else None
+    state = to_fp8(model, settings) if scheme == "fp8" else None
     say(f"Writing {output_dir}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
@@ -100,13 +97,13 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
         os.replace(partial, output_dir)
 
 
-def to_fp8(model: Phi3VForCausalLM) -> dict[str, torch.Tensor]:
+def to_fp8(model: Phi3VForCausalLM, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Return the state of a model with the decoder's linear layers in fp8, and describe that in its configuration.
 
     Each block of a weight has a scale, float32, in ``weight_scale_inv``: weight ≈ fp8 × scale.
     """
     state = model.state_dict()
-    names = [name for name, module in model.model.layers.named_modules(prefix="model.layers") if hasattr(module, "in_features")]
+    names = quantized_layers(model)
     # Small models have layers that are no multiple of 128.
     block = math.gcd(FP8_BLOCK, *(size for name in names for size in state[f"{name}.weight"].shape))
     for name in names:
@@ -116,12 +113,7 @@ def to_fp8(model: Phi3VForCausalLM) -> dict[str, torch.Tensor]:
         state[f"{name}.weight"] = (blocks / scale).flatten(0, 1).flatten(1).to(FP8)
         state[f"{name}.weight_scale_inv"] = scale[:, 0, :, 0].contiguous()
     config: Any = model.config
-    config.quantization_config = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [block, block],
-        "modules_to_not_convert": unquantized_modules(model.config, vision=False),
-    }
+    config.quantization_config = settings | {"weight_block_size": [block, block]}
     return state
 
 
@@ -131,10 +123,9 @@ def default_device() -> torch.device:
 
 def score(name: str, questions: list[Question], bar: bool) -> float:
     """Return the ANLS of a model's answers to the last turns of conversations."""
-    model: Any = AutoModelForCausalLM.from_pretrained(name, device_map={"": default_device()}, use_safetensors=True).eval()
-    avoid_avx512_kernel(model)
+    model, processor = load_for_inference(name, default_device())
     conversations = [question.conversation for question in questions]
-    answers = generate_answers(model, load_processor(name), conversations, Answering(max_new_tokens=64, tqdm=bar))
+    answers = generate_answers(model, processor, conversations, Answering(max_new_tokens=64, tqdm=bar))
     return fmean(anls(answer, [question.expected or ""]) for answer, question in zip(answers, questions, strict=True))
 
 
@@ -151,6 +142,8 @@ def main(args: argparse.Namespace) -> None:
         if questions:
             before, after = (score(str(name), questions, args.tqdm) for name in (args.model, args.output_dir))
             print(f"ANLS of {counted(len(questions), 'answer')}: {before:.4f} -> {after:.4f}")
+            scores = {"metric": "anls", "samples": len(questions), "before": before, "after": after}
+            write_file(args.output_dir / "quantization.json", {"scheme": args.scheme} | scores)
     except (OSError, InputError) as error:
         fail(str(error))
 

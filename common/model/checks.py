@@ -6,6 +6,7 @@ PyTorch or PEFT would fail on is checked first, so that a broken file is reporte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from common.phi3v.image_processing import CROP_SIZE, TOKENS_PER_SIDE
 from common.runtime.files import read_json
 from common.runtime.parser import may_be_on_hub
 from common.runtime.process import InputError, say
+
+from .quantization import SCALES, quantization_scheme, quantized_layers
 
 COPY_AGAIN = "copy the checkpoint's files to this directory again"
 SUPPORTED = "these recipes support only Phi-3-vision and Phi-3.5-vision"
@@ -52,7 +55,6 @@ FIXED = {
     "output_attentions": False,
     "output_hidden_states": False,
     "return_dict": True,
-    "quantization_config": None,
 }
 
 
@@ -183,6 +185,8 @@ def _config_faults(config: Any) -> Iterator[str]:  # its values may have any typ
     for key, value in FIXED.items():
         if getattr(config, key, value) != value:
             yield f"{key} must be {value}, got {getattr(config, key)!r}"
+    if getattr(config, "quantization_config", None) is not None and quantization_scheme(config) is None:
+        yield f"quantization_config must be one that tools.quantize writes, got {str(config.quantization_config)[:50]!r}"
     if config.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         yield f"torch_dtype must be float32, bfloat16 or float16, got {config.dtype}"
     for part, where in ((config, ""), (config.vision_config, "vision_config.")):
@@ -228,13 +232,15 @@ def _config_faults(config: Any) -> Iterator[str]:  # its values may have any typ
 def _check_weights(directory: Path, config: Phi3VConfig, place: str) -> None:
     """Compare the names and shapes of the weights with those of the model, before memory is allocated."""
     with torch.device("meta"):
-        expected = Phi3VForCausalLM(config).state_dict()
-    files = open_tensors(directory)
-    wrong = [
-        name
-        for name, tensor in expected.items()
-        if name not in files or files[name].get_slice(name).get_shape() != list(tensor.shape)
-    ]
+        model = Phi3VForCausalLM(config)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    files, scheme = open_tensors(directory), quantization_scheme(config)
+    wrong = []
+    for layer in quantized_layers(model) if scheme else ():
+        if scheme == "nf4":  # two weights per byte
+            expected[f"{layer}.weight"] = [math.prod(expected[f"{layer}.weight"]) // 2, 1]
+        wrong += [name for part in SCALES[scheme] if (name := f"{layer}.{part}") not in files]
+    wrong += [name for name, shape in expected.items() if name not in files or files[name].get_slice(name).get_shape() != shape]
     if wrong:
         what = f"weight {wrong[0]} is missing or has the wrong shape ({len(wrong)} in total)"
         raise InputError(f"{what}: {COPY_AGAIN}", place)

@@ -1,4 +1,4 @@
-"""Load a model directory, a Hub model or an adapter for inference.
+"""Load a model directory, a Hub model or an adapter for inference. A model may be quantized, by tools.quantize.
 
 An adapter is loaded only on the base model that it was trained on, which ``base_model.json`` in its directory describes (see
 :mod:`common.model.adapters`). Without that file, for example if the adapter was trained with other code, only the shapes of its
@@ -21,8 +21,9 @@ from common.runtime.process import InputError
 
 from .adapters import BASE_DESCRIPTION, COPY_AGAIN, attach_adapter, base_fault, find_adapter, find_base, read_base_description
 from .checkpoint import fetch_checkpoint, load_processor, load_weights
-from .checks import BAD_VALUES, first_line
+from .checks import BAD_VALUES, first_line, read_config
 from .loading import avoid_avx512_kernel
+from .quantization import quantization_scheme, quantization_settings
 
 
 def load_for_inference(
@@ -81,7 +82,10 @@ def load_full(
     revision: str | None = None,
     quantization: dict[str, Any] | None = None,
 ) -> Phi3VForCausalLM:
-    """Load a full model in evaluation mode. ``quantization`` holds the fields of a ``BitsAndBytesConfig``.
+    """Load a full model in evaluation mode.
+
+    ``quantization`` holds the fields of a ``BitsAndBytesConfig``; a checkpoint that is quantized already stays as it is. The
+    kernels for fp8 are code on the Hub, so fp8 weights are converted to ``dtype``.
 
     Raises
     ------
@@ -91,10 +95,17 @@ def load_full(
     fetch_checkpoint(name_or_path, None, revision)
     processor = load_processor(name_or_path, revision)
     dtype = dtype or inference_dtype(device)
-    config = None
-    if quantization:
+    config: Any = read_config(name_or_path, revision)
+    options: dict[str, Any] = {}
+    if scheme := quantization_scheme(config):
+        config.quantization_config = quantization_settings(scheme, config, dtype)
+        if scheme == "fp8":
+            config.quantization_config["dequantize"] = True
+        options["config"] = config
+    elif quantization:
         try:
-            config = BitsAndBytesConfig.from_dict(quantization | {"bnb_4bit_compute_dtype": dtype})
+            settings = quantization | {"bnb_4bit_compute_dtype": dtype}
+            options["quantization_config"] = BitsAndBytesConfig.from_dict(settings)
         except BAD_VALUES as error:
             raise InputError(f"{BASE_DESCRIPTION}: invalid quantization ({first_line(error)}): {COPY_AGAIN}") from error
     model = load_weights(
@@ -104,9 +115,12 @@ def load_full(
         dtype=dtype,
         attn_implementation="sdpa",
         device_map={"": torch.device(device)},
-        quantization_config=config,
+        **options,
     )
     avoid_avx512_kernel(model)
+    for parameter in model.parameters() if scheme else ():
+        if parameter.is_floating_point():  # what is not quantized would keep its saved dtype
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

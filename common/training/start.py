@@ -22,7 +22,9 @@ from transformers.training_args import OptimizerNames
 from common.arguments import Setup
 from common.model.adapters import adapter_to_continue, base_fault, find_base
 from common.model.checkpoint import fetch_checkpoint
+from common.model.checks import read_config
 from common.model.loading import choose_attention, training_precision
+from common.model.quantization import quantization_scheme
 from common.runtime.collectives import first_on_each_machine, on_main_process
 from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError, counted, local_world_size, say, world_size
@@ -72,6 +74,11 @@ def start(args: argparse.Namespace) -> Setup:
     adapter = adapter_to_continue(args)
     base, revision = find_base(adapter) if adapter else (args.model_name_or_path, None)
     revision = first_on_each_machine(lambda: fetch_checkpoint(base, revision=revision))
+    if quantization_scheme(read_config(base, revision)):
+        raise InputError(
+            "the model is quantized, and can only be evaluated: train the model that it was made from (in 4 bits: --use_qlora)",
+            f"--model_name_or_path {base}",
+        )
     if adapter and (fault := base_fault(adapter, base, revision)[0]):
         raise InputError(f"{fault}: put the model there that it was trained on", f"--model_name_or_path {adapter}")
     attention, reason = choose_attention(args.attn_implementation, args.use_flash_attention, device)

@@ -27,6 +27,7 @@ def main() -> None:
         found.append(
             {
                 "prompt_ids": [32044 if token < 0 else token for token in prompt_ids],
+                "answer_ids": answer_ids.tolist(),
                 "text": processor.tokenizer.decode(answer_ids, skip_special_tokens=True),
                 "log_probabilities": [
                     dict(zip(tokens, values, strict=True))

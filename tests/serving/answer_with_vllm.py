@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from vllm import LLM, SamplingParams
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     prompts = [
         {"prompt": row["prompt"]}
         | (
-            {"multi_modal_data": {"image": [Image.open(path).convert("RGB") for path in row["images"]]}}
+            {"multi_modal_data": {"image": [ImageOps.exif_transpose(Image.open(path)) for path in row["images"]]}}
             if row["images"]
             else {}
         )

@@ -1,4 +1,4 @@
-"""Ask vLLM's server, as an OpenAI client: python ask_server.py URL MODEL REQUESTS.json ANSWERS.json."""
+"""Ask vLLM's server as docs/serving.md says: python ask_server.py URL MODEL REQUESTS.json ANSWERS.json."""
 
 import base64
 import json
@@ -12,8 +12,9 @@ SCHEMA |= {"additionalProperties": False}
 
 
 def content(row: dict) -> list[dict]:
-    """The pictures, and the text with their tags, as in training."""
-    tags = "".join(f"<|image_{number}|>" for number in range(1, len(row["images"]) + 1))
+    """The pictures, and the text, with tags only if there are several pictures."""
+    numbers = range(1, len(row["images"]) + 1) if len(row["images"]) > 1 else ()
+    tags = "".join(f"<|image_{number}|>" for number in numbers)
     urls = [f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" for path in row["images"]]
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [*parts, {"type": "text", "text": f"{tags}\n{row['question']}" if tags else row["question"]}]
@@ -23,10 +24,11 @@ def main() -> None:
     url, model, requests, answers = sys.argv[1:]
     client = OpenAI(base_url=url, api_key="none")
     rows = json.loads(Path(requests).read_text())
-    # Without add_special_tokens, a prompt without pictures would not start with BOS.
-    extra = {"add_special_tokens": True, "return_token_ids": True, "return_tokens_as_token_ids": True, "prompt_logprobs": 20}
     chat = []
     for row in rows:
+        extra: dict = {"return_token_ids": True, "return_tokens_as_token_ids": True, "prompt_logprobs": 20}
+        if not row["images"]:
+            extra["add_special_tokens"] = True
         answer = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": content(row)}],
@@ -42,7 +44,14 @@ def main() -> None:
             for token in choice.logprobs.content
         ]
         prompt = [{token: entry["logprob"] for token, entry in place.items()} for place in answer.prompt_logprobs[1:]]
-        chat.append({"prompt_ids": answer.prompt_token_ids, "text": choice.message.content, "log_probabilities": prompt + top})
+        chat.append(
+            {
+                "prompt_ids": answer.prompt_token_ids,
+                "answer_ids": choice.token_ids,
+                "text": choice.message.content,
+                "log_probabilities": prompt + top,
+            }
+        )
     structured = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": content(rows[0])}],
