@@ -25,7 +25,7 @@ def parse_args():
     parser = training_parser(__doc__, task="own data", metric="exact")
     group = parser.add_argument_group("own data")
     group.add_argument("--task_name", dest="task", default="own data", help="name in report and model card")
-    group.add_argument("--data_dir", type=Path, help="folder that the following names are relative to")
+    group.add_argument("--data_dir", type=Path, default=Path(), help="folder that the following names are relative to")
     group.add_argument("--train_file", nargs="+", help="training data (default: train.jsonl in --data_dir)")
     group.add_argument(
         "--train_weights",
@@ -53,17 +53,14 @@ def parse_args():
     )
     args = parser.parse_args()
     files, weights, fraction = args.train_file or ["train.jsonl"], args.train_weights, args.eval_fraction
-    if not (args.data_dir or args.train_file or (args.eval_only and args.eval_file)):
-        parser.error("pass --data_dir, a folder with train.jsonl, or --train_file")
     if fraction is not None and (args.eval_file or args.streaming or not 0 < fraction < 1):
         parser.error("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
     if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
         parser.error("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
-    folder = args.data_dir or Path()
-    if not (args.train_file or args.eval_only or (folder / "train.jsonl").is_file()):
-        parser.error(f"there is no {folder / 'train.jsonl'} to train on: pass --train_file")
-    if not (args.eval_fraction or args.eval_file or (folder / "val.jsonl").is_file()):
-        parser.error(f"there is no {folder / 'val.jsonl'} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
+    if not (args.train_file or args.eval_only or (args.data_dir / "train.jsonl").is_file()):
+        parser.error(f"there is no {args.data_dir / 'train.jsonl'} to train on: pass --train_file, or its folder as --data_dir")
+    if not (fraction or args.eval_file or (args.data_dir / "val.jsonl").is_file()):
+        parser.error(f"there is no {args.data_dir / 'val.jsonl'} to evaluate on: pass --eval_file, or --eval_fraction 0.1")
     return argparse.Namespace(**vars(args) | {"metric": args.metrics[0]})
 
 
@@ -89,9 +86,8 @@ from common.training.start import start
 
 def load_rows(args) -> tuple[Rows | Stream, Rows]:
     """Return training and evaluation rows, checked with their images; streamed ones are checked when they are read."""
-    folder = args.data_dir or Path()
-    files = [folder / name for name in args.train_file or ["train.jsonl"]]
-    eval_file = folder / (args.eval_file or "val.jsonl")
+    files = [args.data_dir / name for name in args.train_file or ["train.jsonl"]]
+    eval_file = args.data_dir / (args.eval_file or "val.jsonl")
 
     def load(file: Path, limit: int | None) -> Rows:
         return load_conversations(file, args.image_dir or find_image_dir(file), limit, args.tqdm, args.on_bad_sample == "skip")
@@ -141,7 +137,7 @@ def main(args) -> None:
         return evaluate_only(args, setup, eval_rows, evaluate)
     processor = load_processor(args.model_name_or_path, setup.revision, args.num_crops)
     model = load_model(args, setup, processor)
-    source = str(args.data_dir or " ".join(args.train_file))
+    source = str(args.data_dir) if args.data_dir != Path() else " ".join(args.train_file or ["train.jsonl"])
     trainer = build_trainer(args, setup, model, processor, train_rows, eval_rows, to_conversation, evaluate, source)
     trainer.evaluate_before()
     trainer.train()

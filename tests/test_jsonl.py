@@ -153,7 +153,7 @@ def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, mon
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "pass --data_dir, a folder with train.jsonl, or --train_file"),
+        ([], "there is no train.jsonl to train on: pass --train_file, or its folder as --data_dir"),
         (["--data_dir", "{}"], "there is no {}/val.jsonl to evaluate on: pass --eval_file, or --eval_fraction 0.1"),
         (["--data_dir", "{}", "--eval_fraction", "0.5", "--eval_file", "a"], "excludes --eval_file"),
         (["--data_dir", "{}", "--eval_fraction", "1.5"], "--eval_fraction must be between 0 and 1"),
