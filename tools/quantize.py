@@ -75,11 +75,12 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
         raise InputError(f"--output_dir {output_dir} is not empty: choose a new directory")
     check_checkpoint(name, "--model")
     processor = load_processor(name)
-    config = read_config(name)
+    config: Any = read_config(name)
     if quantization_scheme(config):
         raise InputError("the model is already quantized: pass the one that it was made from", f"--model {name}")
     dtype = config.dtype or torch.bfloat16
-    settings, options = quantization_settings(scheme, config, dtype), {"dtype": dtype}
+    settings = quantization_settings(scheme, config, dtype)
+    options: dict[str, Any] = {"dtype": dtype}
     if scheme != "fp8":
         options |= {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": default_device()}}
     say(f"Loading {name}")

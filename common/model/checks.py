@@ -236,10 +236,11 @@ def _check_weights(directory: Path, config: Phi3VConfig, place: str) -> None:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     files, scheme = open_tensors(directory), quantization_scheme(config)
     wrong = []
-    for layer in quantized_layers(model) if scheme else ():
-        if scheme == "nf4":  # two weights per byte
-            expected[f"{layer}.weight"] = [math.prod(expected[f"{layer}.weight"]) // 2, 1]
-        wrong += [name for part in SCALES[scheme] if (name := f"{layer}.{part}") not in files]
+    if scheme:
+        layers = quantized_layers(model)
+        wrong += [name for layer in layers for part in SCALES[scheme] if (name := f"{layer}.{part}") not in files]
+        for weight in (f"{layer}.weight" for layer in layers if scheme == "nf4"):
+            expected[weight] = [math.prod(expected[weight]) // 2, 1]  # two weights per byte
     wrong += [name for name, shape in expected.items() if name not in files or files[name].get_slice(name).get_shape() != shape]
     if wrong:
         what = f"weight {wrong[0]} is missing or has the wrong shape ({len(wrong)} in total)"
