@@ -148,7 +148,7 @@ def converting(place: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise error.at(place) from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"fields are missing or have other types ({error!r}): correct or remove the row", place) from error
 
 
