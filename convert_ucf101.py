@@ -30,6 +30,8 @@ from tools.clips import LARGEST_CLIP, convert_clips, positive_int, remove_strays
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
+# UCF-101 itself has 13,320 clips in 7 GB.
+MOST_MEMBERS, LARGEST_ARCHIVE = 1_000_000, 1 << 40
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,7 +85,8 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
     Raises
     ------
     InputError
-        If the source is missing, is not a valid tar archive, or has a member that would be extracted outside `out_dir`.
+        If the source is missing, is not a valid tar archive or too large, or has a member that would be extracted outside
+        `out_dir`.
     """
     if source.is_dir():
         found = (path for pattern in ("*/*/*", "*/*/*/*") for path in source.glob(pattern) if path.is_file())
@@ -92,16 +95,22 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
     if not source.is_file():  # opening a FIFO would wait
         raise InputError(f"--source {source}: no such file or folder")
     with open_archive(source) as archive:
+        members: list[tarfile.TarInfo] = []
+        total = 0
         with blame_archive(source):
-            members = archive.getmembers()
+            for member in archive:
+                refuse_unsafe(member, source, out_dir)
+                members.append(member)
+                total += member.size
+                if len(members) > MOST_MEMBERS or total > LARGEST_ARCHIVE:  # before what follows is decompressed
+                    limits = f"{MOST_MEMBERS:,} members or {LARGEST_ARCHIVE:,} bytes"
+                    raise InputError(f"--source {source}: more than {limits}; pass a smaller archive, or a folder")
 
         def read(member: tarfile.TarInfo) -> bytes:
             with blame_archive(source):
                 content = archive.extractfile(member)
                 return content.read() if content else b""
 
-        for member in members:
-            refuse_unsafe(member, source, out_dir)
         yield {PurePosixPath(member.name): partial(read, member) for member in members if not member.isdir()}
 
 
@@ -115,7 +124,9 @@ def blame_archive(source: Path) -> Iterator[None]:
     """Convert errors of `tarfile` and the decompressors to an InputError with the path of the archive."""
     try:
         yield
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, KeyError, OSError) as error:
+    except InputError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, LookupError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the file system, not of the archive
         raise InputError(f"--source {source}: not a tar archive, or damaged ({error}); download it again") from error

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -245,6 +246,13 @@ def test_an_error_has_the_same_message_with_and_without_workers(workers, capsys)
         run(lambda args: next(iter(loader)), None)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: training row 5: image a.png cannot be read (")
+
+
+def test_a_worker_that_hangs_ends_the_run(capsys):
+    loader = WorkerLoader([0], lambda rows: time.sleep(60), batch_sampler=[[0]], num_workers=1, timeout=1)
+    with pytest.raises(SystemExit):
+        run(lambda args: next(iter(loader)), None)
+    assert "error: a data worker hangs (DataLoader timed out after 1 seconds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -237,6 +237,16 @@ def test_a_truncated_image_is_refused(processor, kind):
         encode_prompt({"conversations": [turn("What?", "Noise.", cut)]}, processor)
 
 
+def test_a_prompt_longer_than_the_context_is_refused(processor, monkeypatch):
+    asked = {"conversations": [turn("What is it?", "That.")]}
+    length = len(encode_prompt(asked, processor)["input_ids"])
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", length + 1)
+    encode_prompt(asked, processor)
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", length)
+    with pytest.raises(ValueError, match=rf"{length + 1} tokens exceed the model's context of {length}"):
+        encode_prompt(asked, processor)
+
+
 def test_bytes_after_the_end_of_an_image_are_ignored():
     file = io.BytesIO()
     Image.effect_noise((300, 200), 50).save(file, "JPEG")

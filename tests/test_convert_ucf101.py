@@ -354,6 +354,20 @@ def test_an_archive_member_outside_the_target_is_refused(source, tmp_path, name,
     assert set(contents(tmp_path)) == before | {"bad.tar.gz"}
 
 
+def test_archives_made_to_take_memory_or_time_are_refused(source, tmp_path, monkeypatch):
+    clips = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
+    archive = make_tar(tmp_path / "a.tar.gz", clips)
+    for limit in ("MOST_MEMBERS", "LARGEST_ARCHIVE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(convert_ucf101, limit, 3)
+            assert "pass a smaller archive" in refuse(tmp_path / "out", "--source", archive)
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1
+    nested = (long_name.tobuf() + b"a".ljust(512, b"\0")) * 2000
+    (tmp_path / "nested.tar").write_bytes(nested)
+    assert "not a tar archive, or damaged" in refuse(tmp_path / "out", "--source", tmp_path / "nested.tar")
+
+
 def test_invalid_sources_and_flags(source, tmp_path, monkeypatch):
     out, files = tmp_path / "out", {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
     whole = make_tar(tmp_path / "whole.tar.gz", files).read_bytes()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio
 import httpx
 import numpy as np
 import pytest
@@ -74,6 +75,15 @@ def test_images_are_read_as_a_viewer_shows_them_and_added_tokens_are_kept(tmp_pa
         found = list(stream_answer(Model("", "", network), processor, "What?", [str(tmp_path / f"{name}.png")], 9))
         assert found[-1] == "<loc_1>12"
     assert torch.equal(*asked)
+
+
+def test_long_questions_and_many_images_are_refused():
+    page = tools.demo.build_page([Model("Finetuned", "a", None)], None, NEW_TOKENS)
+    assert page._queue.max_size == 16
+    [answer] = [entry.fn for entry in page.fns.values() if entry.fn]
+    for pictures, question in (([], "a" * 20_001), ([("a.png", None)] * 33, "What?")):
+        with pytest.raises(gradio.Error, match="at most 20,000 characters and 32 images"):
+            next(answer(pictures, question))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ FUZZ_INPUTS sets the number of inputs; by default some 500, always the same.
 
 import copy
 import io
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,8 @@ from argparse import Namespace
 from functools import partial
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from adapters import save_adapter
@@ -28,10 +31,15 @@ import convert_ucf101
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as memes
 import finetune_hf_trainer_nlvr2 as nlvr2
+from common.data import shards
+from common.data.checks import check_rows
 from common.data.conversations import encode_conversation, pictures
-from common.data.pictures import check_picture, decode_picture, picture_size
+from common.data.pictures import FORMATS, check_picture, decode_picture, picture_size
 from common.data.reading import parse_conversation
-from common.data.sources import load_conversations, read_rows
+from common.data.rows import Rows
+from common.data.samples import TrainingData
+from common.data.sources import find_image_dir, load_conversations, load_hub, read_rows
+from common.data.streaming import StreamedData
 from common.model.checkpoint import load_processor
 from common.model.inference import attach_adapter, find_adapter, find_base, load_base, load_full
 from common.runtime.files import read_json
@@ -47,7 +55,7 @@ ODD += [[1.0] * 16, "{% for a in b %}", "x" * 5000]
 
 
 def inputs(share):
-    """Hypothesis settings for a share of all inputs."""
+    """Hypothesis settings for a share of all inputs. The shares of all tests add up to about 1."""
     few = INPUTS <= 500
     return settings(
         max_examples=max(1, round(share * INPUTS)),
@@ -103,7 +111,9 @@ def broken(draw, content, keys=()):
     content = copy.deepcopy(content)
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         places = [path for path in paths(content) if path] + [(key,) for key in keys]
-        *place, last = draw(st.sampled_from(places or [("new",)]))
+        if not places:  # all was removed
+            break
+        *place, last = draw(st.sampled_from(places))
         target = content
         for key in place:
             target = target[key]
@@ -207,13 +217,22 @@ def test_a_file_of_an_adapter(name, share, random_model, answering, tmp_path):
 
 
 ROW = {"id": "1", "conversations": [{"images": ["a.png"], "user": "What?", "assistant": "A."}, {"user": "B", "assistant": "C"}]}
+LLAVA = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nB"}, {"from": "gpt", "value": "C"}]}
+PARTS = [
+    {"type": "image", "image": "a.png"},
+    {"type": "image_url", "image_url": {"url": "a.png"}},
+    {"type": "text", "text": "B"},
+]
+SAID = [{"role": "system", "content": "S"}, {"role": "user", "content": PARTS}, {"role": "assistant", "content": "C"}]
+MESSAGES = {"messages": SAID}
 
 
-def test_a_row_of_the_general_format():
+@pytest.mark.parametrize(("row", "share"), [(ROW, 0.06), (LLAVA, 0.03), (MESSAGES, 0.05)], ids=["general", "llava", "messages"])
+def test_a_row(row, share):
     processor = load_processor(str(TINY))
 
-    @inputs(0.19)
-    @given(broken(ROW))
+    @inputs(share)
+    @given(broken(row))
     def check(line):
         if row := read(lambda: parse_conversation(line, "train.jsonl, line 1")):
             encode_conversation(row, processor, [2] * len(pictures(row)))
@@ -231,13 +250,99 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_file_of_the_general_format(folder):
-    @inputs(0.06)
-    @given(broken(ROW))
-    def check(line):
-        (folder / "train.jsonl").write_bytes(line + b"\n" + json.dumps(ROW).encode())
-        rows = read(lambda: load_conversations(folder / "train.jsonl", folder, bar=False))
+TABLE = b'id,image,question,answer\n1,a.png,"What, now?",A.\n2,,B,"C ""D"" E"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("train.jsonl", broken(ROW).map(lambda line: line + b"\n" + json.dumps(ROW).encode())),
+        ("train.json", broken([ROW, LLAVA])),
+        ("train.csv", damaged(TABLE)),
+    ],
+)
+def test_a_file_of_conversations(name, texts, folder):
+    @inputs(0.03)
+    @given(texts)
+    def check(text):
+        (folder / name).write_bytes(text)
+        rows = read(lambda: load_conversations(folder / name, find_image_dir(folder / name), bar=False))
         assert rows is None or list(rows)
+
+    check()
+
+
+def stored_picture(kind):
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
+@st.composite
+def parquet(draw, row):
+    """A Parquet file of a row with values replaced, removed or added, or with damaged bytes. "PNG" stands for an image."""
+
+    def write(text):
+        file = io.BytesIO()
+        png = stored_picture("PNG")
+        rows = [json.loads(text, object_hook=lambda found: {key: png if found[key] == "PNG" else found[key] for key in found})]
+        pq.write_table(pa.Table.from_pylist(rows * 3), file)
+        return file.getvalue()
+
+    whole = json.dumps(row).encode()
+    try:
+        return write(draw(broken(row)))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, pa.ArrowException):  # not a table
+        return draw(damaged(write(whole)))
+
+
+def take_all(rows, to_conversation, processor):
+    """Encode all rows as a run does."""
+    if isinstance(rows, Rows):
+        check_rows(rows, lambda row: [to_conversation(row, random.Random(0))], "row", bar=False)
+        data = TrainingData(rows, to_conversation, processor, seed=0)
+        return [data[0, number] for number in range(len(rows))]
+    data = StreamedData(rows, to_conversation, processor, seed=0)
+    return [data[row] for row in rows.rows(0, 0)]
+
+
+def test_a_shard(folder):
+    processor = load_processor(str(TINY), num_crops=1)
+    images = [{"bytes": "PNG", "path": None}, {"bytes": None, "path": "a.png"}]
+    row = {"id": "1", "conversations": [{"images": images, "user": "B", "assistant": "C"}]}
+
+    @inputs(0.03)
+    @given(parquet(row))
+    def check(content):
+        (folder / "a.parquet").write_bytes(content)
+        shards._open_parquet.cache_clear()
+        read(lambda: take_all(shards.stream_conversations(folder / "a.parquet", folder), lambda row, _: row, processor))
+
+    check()
+
+
+@pytest.mark.parametrize("load", [load_hub, shards.stream_hub])
+@pytest.mark.parametrize(
+    ("convert", "to_conversation"),
+    [
+        (docvqa.from_full, docvqa.to_conversation),
+        (memes.from_hub, memes.to_conversation),
+        (nlvr2.from_hub, nlvr2.to_conversation),
+    ],
+    ids=["docvqa", "hateful_memes", "nlvr2"],
+)
+def test_a_dataset_of_the_hub(load, convert, to_conversation, folder):
+    processor = load_processor(str(TINY), num_crops=1)
+    row = {"images": [{"bytes": "PNG", "path": None}], "texts": [{"user": "B", "assistant": "Yes."}]}
+    numbers = itertools.count()
+
+    @inputs(0.008)
+    @given(parquet(row))
+    def check(content):
+        hub = folder / f"hub{next(numbers)}"
+        hub.mkdir()
+        (hub / "train.parquet").write_bytes(content)
+        read(lambda: take_all(load(str(hub), columns=["images", "texts"]).map(convert), to_conversation, processor))
 
     check()
 
@@ -294,13 +399,10 @@ def test_a_deepspeed_file(tmp_path):
     check()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_picture(kind):
-    file = io.BytesIO()
-    Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(file, kind)
-
-    @inputs(0.02)
-    @given(damaged(file.getvalue()))
+    @inputs(0.012)
+    @given(damaged(stored_picture(kind)))
     def check(content):
         picture = {"bytes": content, "path": None}
         read(lambda: check_picture(picture))
@@ -310,10 +412,11 @@ def test_a_picture(kind):
     check()
 
 
-def test_an_archive(tmp_path):
+@pytest.mark.parametrize("compression", ["", "gz", "xz"])
+def test_an_archive(compression, tmp_path):
     write_clip(tmp_path / "clip.avi", 2)
     plain = io.BytesIO()
-    with tarfile.open(fileobj=plain, mode="w") as archive:
+    with tarfile.open(fileobj=plain, mode=f"w:{compression}") as archive:
         for split in convert_ucf101.SPLITS:
             archive.add(tmp_path / "clip.avi", f"ucf/{split}/Run/a.avi")
 
@@ -322,7 +425,7 @@ def test_an_archive(tmp_path):
             splits = convert_ucf101.clips_by_split(files, path)
             return [files[clip]() for clips in splits.values() for clip in clips]
 
-    @inputs(0.06)
+    @inputs(0.02)
     @given(damaged(plain.getvalue()))
     def check(content):
         (tmp_path / "a.tar").write_bytes(content)

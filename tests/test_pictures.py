@@ -1,12 +1,14 @@
 """Images are read as a viewer shows them, and their sizes from headers alone."""
 
 import io
+import os
+import time
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from common.data.pictures import check_picture, decode_picture, picture_content, picture_size
+from common.data.pictures import check_picture, check_unchanged, decode_picture, picture_content, picture_size
 from common.phi3v import Phi3VImageProcessor
 
 
@@ -114,8 +116,21 @@ def test_long_names_are_shortened_in_messages():
         assert len(str(raised.value)) < 300
 
 
+def test_an_older_file_in_the_place_of_another_is_noticed(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (50, 50)).save(tmp_path / name)
+        os.utime(tmp_path / name, (1e9, 1e9))
+    time.sleep(0.05)  # file systems know the time less exactly
+    begin = time.time()
+    time.sleep(0.05)
+    check_unchanged(tmp_path / "a.png", begin)
+    (tmp_path / "b.png").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has changed since the run began"):
+        check_unchanged(tmp_path / "a.png", begin)
+
+
 def test_copies_are_recognized(tmp_path):
     picture = stored(Image.new("RGB", (50, 50)), "PNG")
     (tmp_path / "a.png").write_bytes(picture["bytes"])
-    assert picture_content(picture) == picture_content(str(tmp_path / "a.png")) == picture_content({"path": tmp_path / "a.png"})
+    assert picture_content(picture) == picture_content(str(tmp_path / "a.png"))
     assert picture_content(picture) != picture_content(stored(Image.new("RGB", (50, 51)), "PNG"))

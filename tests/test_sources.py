@@ -7,6 +7,8 @@ import re
 import datasets
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -14,7 +16,10 @@ from common.data import sources
 from common.data.checks import check_rows
 from common.data.pictures import check_picture
 from common.data.rows import Rows
-from common.data.sources import load_conversations, load_hub
+from common.data.shards import stream_hub
+from common.data.sources import find_image_dir, load_conversations, load_hub
+from common.data.streaming import Stream, StreamedData
+from common.runtime.process import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +73,9 @@ def test_a_json_array_in_llavas_format_is_read(tmp_path, image_dir):
     assert rows[1] == {"id": "3", "system": None, "conversations": [turn("<image>\nWhat?", images=[left])]}
     (tmp_path / "llava.json").write_text(json.dumps([{"image": "a/left.png", "conversations": said[1:]}]))
     with pytest.raises(ValueError, match=r"llava\.json, entry 1, message 1: a message of the assistant is not expected"):
+        load_conversations(tmp_path / "llava.json", image_dir)
+    (tmp_path / "llava.json").write_text('[{"image": "a/left.png", "image": "a/right.jpg"}]')
+    with pytest.raises(ValueError, match=r'llava\.json: invalid JSON .duplicate key "image"'):
         load_conversations(tmp_path / "llava.json", image_dir)
 
 
@@ -201,6 +209,54 @@ def test_rows_that_contain_images_are_named_by_their_number(image_dir):
 def test_an_unreachable_hub_is_named():
     with pytest.raises(ValueError, match="nobody/nothing at_all cannot be loaded from the Hub .* use --data_dir"):
         load_hub("nobody/nothing", "at_all", columns=["images"])
+
+
+@pytest.mark.parametrize("load", [load_hub, stream_hub])
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        ({"bytes": None, "path": "a/left.png"}, "row 0: image .*left.png is not stored in the dataset"),
+        ("a/left.png", 'the column "image" does not contain images, but string'),
+    ],
+)
+def test_a_dataset_of_the_hub_cannot_name_files(load, image, complaint, tmp_path, image_dir, monkeypatch):
+    monkeypatch.chdir(image_dir)
+    (tmp_path / "hub").mkdir()
+    pq.write_table(pa.Table.from_pylist([{"image": image}]), tmp_path / "hub/train.parquet")
+
+    def conversation(row, _=None):
+        return {"conversations": [turn(images=[row["image"]])]}
+
+    with pytest.raises(InputError, match=complaint):
+        rows = load(str(tmp_path / "hub"), columns=["image"])
+        if isinstance(rows, Stream):
+            data = StreamedData(rows, conversation, None, 0)
+            [data[row] for row in rows.rows(0, 0)]
+        check_rows(rows, lambda row: [conversation(row)], "row")
+
+
+def test_a_damaged_dataset_of_the_hub_is_named(tmp_path):
+    (tmp_path / "hub").mkdir()
+    path = tmp_path / "hub/train.parquet"
+    pq.write_table(pa.table({"image": [f"{number}" for number in range(5000)]}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
+    with pytest.raises(InputError, match=f"{tmp_path}/hub cannot be loaded"):
+        load_hub(str(tmp_path / "hub"), columns=["image"])
+
+
+def test_a_truncated_file_in_the_cache_is_written_again(tmp_path, image_dir):
+    path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(f"What {number}?")]} for number in range(100)])
+    rows = list(load_conversations(path, image_dir))
+    [prepared] = (tmp_path / "cache/conversations").iterdir()
+    prepared.write_bytes(prepared.read_bytes()[:-500])
+    assert list(load_conversations(path, image_dir)) == rows
+
+
+def test_a_name_that_no_file_can_have(tmp_path, image_dir):
+    path = write(tmp_path / "data.jsonl", {"conversations": [turn(images=["a" * 256])]})
+    with pytest.raises(InputError, match=r"image …a+ cannot be read .File name too long"):
+        load_conversations(path, find_image_dir(path))
 
 
 def test_many_rows_are_read_fast_and_need_no_memory(tmp_path, image_dir):

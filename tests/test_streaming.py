@@ -1,6 +1,7 @@
 """--streaming: every row once per epoch, exact resuming, errors that name shard and row."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -22,6 +23,7 @@ from common.data import shards, streaming
 from common.data.collator import Collator
 from common.data.shards import stream_conversations, stream_hub
 from common.data.streaming import Stream, StreamedBatches, StreamedData
+from common.runtime.process import InputError
 
 SCRIPT = "finetune_hf_trainer_jsonl.py"
 # A GIF of one pixel.
@@ -179,6 +181,42 @@ def test_parquet_of_the_general_format_contains_its_images(tmp_path):
     taken = list(stream.rows(0, 0, 0, 2)) + list(stream.rows(0, 0, 1, 2))
     assert sorted(row.content["id"] for row in taken) == [str(number) for number in range(8)]
     assert all(data[row]["images"] == [stored] for row in taken)
+
+
+def test_names_in_parquet_do_not_leave_the_image_folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("secret.png", "images/a.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    for name in ("a.png", str(tmp_path / "secret.png")):
+        turn = {"images": [{"bytes": None, "path": name}], "user": "What?", "assistant": "That."}
+        write_table(tmp_path / "a.parquet", [{"id": "1", "conversations": [turn]}])
+        shards._open_parquet.cache_clear()
+        stream = stream_conversations(tmp_path / "a.parquet", tmp_path / "images")
+        if name == "a.png":
+            [row] = stream.rows(0, 0)
+            assert row.content["conversations"][0]["images"] == [str(tmp_path / "images/a.png")]
+        else:
+            with pytest.raises(InputError, match=r"a.parquet, row 0: image .*secret.png is outside"):
+                list(stream.rows(0, 0))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_shard_that_is_not_a_file_is_refused_at_once(make, tmp_path):
+    make(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"a.jsonl is not a file"):
+        stream_conversations(tmp_path / "a.jsonl", tmp_path)
+
+
+def test_damage_within_a_shard_is_named(tmp_path):
+    write_table(tmp_path / "a.parquet", [json.loads(line(number)) for number in range(500)], rows_per_group=500)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
+    with pytest.raises(InputError, match=r"a.parquet cannot be read as a Parquet file .*download or write it again"):
+        list(stream_conversations(tmp_path / "a.parquet", tmp_path).rows(0, 0))
+    stream = stream_conversations(write_lines(tmp_path, 8, 1), tmp_path)
+    (tmp_path / "train-0.jsonl").unlink()
+    with pytest.raises(InputError, match=r"train-0.jsonl cannot be read"):
+        list(stream.rows(0, 0))
 
 
 def test_a_malformed_row_of_parquet_is_named(tmp_path):

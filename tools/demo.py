@@ -64,6 +64,8 @@ from common.runtime.progress import limit_library_bars
 
 ONE_HOUR = 3600
 LARGEST_UPLOAD = "20mb"
+LONGEST_QUESTION = 20_000  # characters
+MOST_PICTURES, MOST_WAITING = 32, 16
 CSS = """
 .gradio-container { width: 100% !important; max-width: 76rem !important; margin: 0 auto !important; }
 .answer textarea { font-size: 1.125rem !important; line-height: 1.5 !important; }
@@ -213,6 +215,9 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
         if not question.strip():
             raise gr.Error("Enter a question first.", print_exception=False)
         files = [file for file, _ in pictures or []]
+        if len(question) > LONGEST_QUESTION or len(files) > MOST_PICTURES:
+            limits = f"{LONGEST_QUESTION:,} characters and {MOST_PICTURES} images"
+            raise gr.Error(f"A question can have at most {limits}.", print_exception=False)
         answers = [""] * len(models)
 
         def shown() -> str | list[str]:
@@ -251,6 +256,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
                     "separate line.",
                     lines=3,
                     max_lines=8,
+                    max_length=LONGEST_QUESTION,
                 )
                 button = gr.Button("Ask", variant="primary")
             with gr.Column(), gr.Row():
@@ -268,7 +274,7 @@ def build_page(models: Sequence[Model], processor: Phi3VProcessor, max_new_token
             concurrency_limit=1,
             api_visibility="private",
         )
-    return page
+    return page.queue(max_size=MOST_WAITING)
 
 
 def theme() -> gr.themes.Base:

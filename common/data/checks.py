@@ -17,7 +17,7 @@ from .conversations import Conversation, max_text_tokens, pictures
 from .loader import in_parallel
 from .pictures import check_picture, picture_content
 from .reading import check_conversation
-from .rows import BadRows, Rows
+from .rows import BadRows, Rows, converting
 from .streaming import Stream
 
 T = TypeVar("T")
@@ -68,17 +68,16 @@ def check_rows(
 
     def check(index: int, rows: Rows = rows) -> None:
         place = rows.place(index)
-        try:
+        with converting(place):
             variants = list(conversations(rows[index]))
             if not variants:
                 raise InputError("the row has no question: remove it")
-        except InputError as error:
-            raise error.at(place) from None
         for conversation in variants:
             check_conversation(conversation, place)
         keys = []
         for picture in pictures(variants[0]):
-            keys.append(picture if isinstance(picture, str) else picture_content(picture))
+            with converting(place):
+                keys.append(picture if isinstance(picture, str) else picture_content(picture))
             if keys[-1] not in found:
                 try:
                     found[keys[-1]] = check_picture(picture, whole=isinstance(picture, str))

@@ -69,13 +69,20 @@ def encode_prompt(
     -------
     dict
         ``input_ids`` list of int (−k at each token of image k), ``images`` list of images.
+
+    Raises
+    ------
+    InputError
+        If the image tags do not match the images, or the prompt exceeds the context of the model.
     """
     images = pictures(conversation)
     for image in images:
         if isinstance(image, dict):  # images stored in the dataset have not been checked before
             check_picture(image)
     image_tokens = image_tokens or count_image_tokens(images, processor)
-    return {"input_ids": _tokenize(prompt_text(conversation, processor), image_tokens, processor), "images": images}
+    input_ids = _tokenize(prompt_text(conversation, processor), image_tokens, processor)
+    check_context(len(input_ids) + 1, processor)  # with at least one token of the answer
+    return {"input_ids": input_ids, "images": images}
 
 
 def encode_conversation(

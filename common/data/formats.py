@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.runtime.files import parse_json
+from common.runtime.files import parse_json, reject_duplicate_keys
 from common.runtime.process import InputError
 
 from .reading import check_fields, format_name
@@ -38,10 +38,11 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
         yield from read_table(path)
     elif is_array(path):
         try:
-            entries = json.loads(path.read_bytes())
+            entries = json.loads(path.read_bytes(), object_pairs_hook=reject_duplicate_keys)
+            rows = [json.dumps(entry).encode() for entry in entries]
         except (ValueError, RecursionError) as error:
             raise InputError(f"invalid JSON ({error}): write one object per line, or one array of objects", str(path)) from None
-        yield from ((f"{path}, entry {number}", json.dumps(entry).encode()) for number, entry in enumerate(entries, start=1))
+        yield from ((f"{path}, entry {number}", row) for number, row in enumerate(rows, start=1))
     else:
         with path.open("rb") as file:
             yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())

@@ -23,6 +23,8 @@ from common.runtime.script import die_with_parent
 T = TypeVar("T")
 U = TypeVar("U")
 
+SECONDS_TO_WAIT = 1800  # for a worker
+
 
 class WorkerLoader(DataLoader):
     """DataLoader whose workers survive a SIGTERM to their process group and pass on input errors.
@@ -41,6 +43,8 @@ class WorkerLoader(DataLoader):
         Number of workers, limited to this process's share of the CPU cores.
     ahead : int
         Number of batches to prefetch, at least two per worker.
+    timeout : int
+        Seconds after which a worker that does not deliver a batch ends the run.
     filler : dict, optional
         Sample that takes the place of one with an :class:`InputError`. The batch then has an entry
         ``"skipped"``, a list of messages.
@@ -52,6 +56,7 @@ class WorkerLoader(DataLoader):
         collate_fn: Callable[[list[Any]], Any],
         num_workers: int = 0,
         ahead: int = 0,
+        timeout: int = SECONDS_TO_WAIT,
         filler: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -61,6 +66,7 @@ class WorkerLoader(DataLoader):
             collate_fn=_ErrorReturningCollator(collate_fn, filler),
             num_workers=workers,
             prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
+            timeout=timeout if workers else 0,
             worker_init_fn=_start_worker,
             **kwargs,
         )
@@ -127,6 +133,7 @@ def in_parallel(work: Callable[[T], U], chunks: Iterable[T], num_workers: int) -
         batch_sampler=chunks,  # type: ignore[arg-type]  # declared to yield lists
         collate_fn=lambda result: result,
         num_workers=num_workers,
+        timeout=SECONDS_TO_WAIT if num_workers else 0,
         multiprocessing_context="fork" if num_workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the random numbers of training must not depend on this

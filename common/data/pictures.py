@@ -1,6 +1,7 @@
 """Opening, checking and decoding images.
 
-An image is a path, a dict ``{"bytes": …, "path": …}`` as stored by ``datasets``, or a PIL image.
+An image is a path, a dict ``{"bytes": …, "path": …}`` as stored by ``datasets``, or a PIL image. A dict must contain the
+bytes: the path may have come with a dataset, and could name any file of this machine.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def open_picture(picture: Picture) -> Image.Image:
             image = Image.open(_source(picture), formats=FORMATS)
             if image.width * image.height > (limit := Image.MAX_IMAGE_PIXELS or 0):
                 raise Image.DecompressionBombError(f"more than {limit:,} pixels")
+        except InputError:
+            raise
         except FileNotFoundError:
             raise InputError(
                 f"{describe_picture(picture)} is missing: put the file there, or remove its row from the data"
@@ -130,8 +133,11 @@ def check_picture(picture: Picture, whole: bool = False) -> str | None:
 
 
 def check_unchanged(picture: Picture, since: float) -> None:
-    """Check that the file of an image was not written after ``since``, in seconds as of :func:`time.time`."""
-    if isinstance(picture, str | Path) and os.path.exists(picture) and os.path.getmtime(picture) > since:
+    """Check that the file of an image was not written or replaced after ``since``, in seconds as of :func:`time.time`."""
+    if not isinstance(picture, str | Path) or not os.path.exists(picture):
+        return
+    state = os.stat(picture)
+    if max(state.st_mtime, state.st_ctime) > since:  # an older file that is moved here keeps its mtime
         raise InputError(
             f"{describe_picture(picture)} has changed since the run began: put the earlier file back and resume, or start a "
             "new run"
@@ -170,9 +176,11 @@ def describe_picture(picture: Picture) -> str:
 
 
 def _source(picture: str | Path | dict[str, Any]) -> str | Path | io.BytesIO:
-    if isinstance(picture, dict) and picture.get("bytes") is not None:
+    if isinstance(picture, dict):
+        if not isinstance(picture.get("bytes"), bytes):
+            raise InputError(f"{describe_picture(picture)} is not stored in the dataset: store its bytes, or remove its row")
         return io.BytesIO(picture["bytes"])
-    path = Path(picture["path"] if isinstance(picture, dict) else picture)
+    path = Path(picture)
     if path.exists() and not path.is_file():  # opening a FIFO would wait
         raise OSError("not a file")
     return path

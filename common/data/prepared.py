@@ -59,6 +59,15 @@ class PreparedRows(Sequence[dict[str, Any]]):
         return pa.ipc.open_file(pa.memory_map(str(self.path)), options=options).read_all().slice(0, self._rows)
 
 
+def can_be_opened(path: Path) -> bool:
+    """Whether the file of :class:`PreparedRows` exists and is not truncated."""
+    try:
+        PreparedRows(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
+
+
 def write_rows(path: Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
     """Write the rows of several tables as a file for :class:`PreparedRows`."""
     with replacing(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +139,17 @@ class Rows(Sequence[Any]):
             entry = int(self.entries[index])
             content, identifier = content | {self.each: [content[self.each][entry]]}, f"{identifier}-{entry}"
         return self.convert(content, identifier) if self.convert else content
+
+
+@contextmanager
+def converting(place: str) -> Iterator[None]:
+    """Name the row in an input error, and turn an error because of missing or empty fields into one."""
+    try:
+        yield
+    except InputError as error:
+        raise error.at(place) from None
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"fields are missing or have other types ({error!r}): correct or remove the row", place) from error
 
 
 def first_entry(row: dict[str, Any], column: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,8 +29,8 @@ from .conversations import Conversation
 from .formats import is_array, is_table
 from .pictures import Picture, picture_path
 from .reading import check_conversation, parse_conversation, read_conversation
-from .rows import Rows
-from .sources import load_hub
+from .rows import Rows, converting
+from .sources import load_hub, require_stored_images
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
@@ -64,7 +65,8 @@ def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit
     def read(span: Span) -> Iterator[tuple[str, Conversation]]:
         for place, row in _read_table(span) if span.shard.endswith(".parquet") else _read_lines(span):
             for turn in row["conversations"]:
-                turn["images"] = [_locate(image, image_dir, place) for image in turn.get("images") or []]
+                with converting(place):
+                    turn["images"] = [_locate(image, image_dir) for image in turn.get("images") or []]
             yield place, row
 
     def index() -> list[Span]:
@@ -74,6 +76,8 @@ def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit
                 raise InputError(f"{pattern} is missing: put the shards there, or name other ones")
             shards += found
         for shard in shards:
+            if not Path(shard).is_file():  # opening a FIFO would wait
+                raise InputError(f"{shard} is not a file: name files, or use wildcards, for example {shard}/*.jsonl")
             if is_table(Path(shard)) or (not shard.endswith(".parquet") and is_array(Path(shard))):
                 what = "CSV is" if is_table(Path(shard)) else "JSON arrays are"
                 raise InputError(f"{what} not streamed: use JSON Lines or Parquet, or remove --streaming", shard)
@@ -135,7 +139,7 @@ def _index(shards: list[str], index: Callable[[str], list[tuple[int, int, int]]]
 
 def _index_lines(shard: str) -> list[tuple[int, int, int]]:
     pieces, begin, position, lines, rows = [], 0, 0, 0, 0
-    with open(shard, "rb") as file:
+    with _blame(shard), open(shard, "rb") as file:
         for line in file:
             position, lines, rows = position + len(line), lines + 1, rows + bool(line.strip())
             if rows == LINES_PER_BLOCK:
@@ -145,7 +149,7 @@ def _index_lines(shard: str) -> list[tuple[int, int, int]]:
 
 
 def _read_lines(span: Span) -> Iterator[tuple[str, Conversation]]:
-    with open(span.shard, "rb") as file:
+    with _blame(span.shard), open(span.shard, "rb") as file:
         file.seek(span.position)
         for number, line in enumerate(file, start=span.first + 1):
             if line.strip():
@@ -153,13 +157,9 @@ def _read_lines(span: Span) -> Iterator[tuple[str, Conversation]]:
                 yield place, parse_conversation(line, place)
 
 
-def _locate(image: Picture, image_dir: Path, place: str) -> Picture:
-    if not isinstance(image, str):
-        return image
-    try:
-        return picture_path(image_dir, image)
-    except InputError as error:
-        raise error.at(place) from None
+def _locate(image: Picture, image_dir: Path) -> Picture:
+    name = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+    return picture_path(image_dir, name) if isinstance(name, str) else image
 
 
 def _read_table(span: Span) -> Iterator[tuple[str, Conversation]]:
@@ -170,29 +170,42 @@ def _read_table(span: Span) -> Iterator[tuple[str, Conversation]]:
         yield place, conversation
 
 
+@contextmanager
+def _blame(shard: str) -> Iterator[None]:
+    """Turn any error of reading a shard into an input error that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        kind = " as a Parquet file" if shard.endswith(".parquet") else ""
+        raise InputError(f"{shard} cannot be read{kind} ({error}): download or write it again") from None
+
+
 @lru_cache(maxsize=32)
 def _open_parquet(shard: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(fsspec.open(shard, "rb").open())
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{shard} cannot be read as a Parquet file ({error}): download or write it again") from None
+    return pq.ParquetFile(fsspec.open(shard, "rb").open())
 
 
 def _index_row_groups(shard: str, columns: list[str] | None = None, each: str | None = None) -> list[tuple[int, int, int]]:
-    file = _open_parquet(shard)
-    names = set(file.schema_arrow.names)
-    required = columns or ([] if "messages" in names else ["conversations"])
-    if missing := set(required) - names:
-        raise InputError(f"{shard} has no column {', '.join(sorted(missing))}")
     pieces = []
-    for group in range(file.num_row_groups):
-        rows = in_group = file.metadata.row_group(group).num_rows
-        if each:
-            rows = pc.sum(pc.list_value_length(file.read_row_group(group, columns=[each])[each])).as_py() or 0
-        pieces.append((group, in_group, rows))
+    with _blame(shard):
+        file = _open_parquet(shard)
+        schema = file.schema_arrow
+        required = columns or ([] if "messages" in schema.names else ["conversations"])
+        if missing := set(required) - set(schema.names):
+            raise InputError(f"{shard} has no column {', '.join(sorted(missing))}")
+        if columns:
+            require_stored_images(schema, shard)
+        for group in range(file.num_row_groups):
+            rows = in_group = file.metadata.row_group(group).num_rows
+            if each:
+                rows = pc.sum(pc.list_value_length(file.read_row_group(group, columns=[each])[each])).as_py() or 0
+            pieces.append((group, in_group, rows))
     return pieces
 
 
 def _read_row_group(span: Span, columns: list[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    batches = _open_parquet(span.shard).iter_batches(batch_size=16, row_groups=[span.position], columns=columns)
-    return enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=span.first)
+    with _blame(span.shard):
+        batches = _open_parquet(span.shard).iter_batches(batch_size=16, row_groups=[span.position], columns=columns)
+        yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=span.first)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Image, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from common.runtime.collectives import first_on_each_machine, gather
 from common.runtime.files import read_json
@@ -28,7 +29,7 @@ from .conversations import max_text_tokens, pictures
 from .formats import describe_format, read_lines
 from .loader import in_parallel
 from .pictures import check_picture, picture_path
-from .prepared import PreparedRows, cache_file, write_rows
+from .prepared import PreparedRows, cache_file, can_be_opened, write_rows
 from .reading import listed_images, parse_conversation, parse_object, read_conversation
 from .rows import BadRows, Rows
 
@@ -58,19 +59,21 @@ def load_hub(*name: str, columns: list[str], split: str = "train", each: str | N
     Raises
     ------
     InputError
-        If the Hub cannot be reached or the dataset does not exist.
+        If the Hub cannot be reached, the dataset does not exist, or its images are not stored in it.
     """
 
     def load() -> Dataset:
         say(f"Loading {' '.join(name)} from the Hub or its cache")
         try:
             return load_dataset(*name, split=split).select_columns(columns)
-        except (OSError, ConnectionError, ValueError) as error:
+        except (OSError, ValueError, DatasetGenerationError) as error:
+            reason = error.__cause__ if isinstance(error, DatasetGenerationError) else error  # it does not say why itself
             raise InputError(
-                f"dataset {' '.join(name)} cannot be loaded from the Hub ({error}): without access to the Hub, use --data_dir"
+                f"dataset {' '.join(name)} cannot be loaded from the Hub ({reason}): without access to the Hub, use --data_dir"
             ) from None
 
     rows = first_on_each_machine(load)
+    require_stored_images(rows.features.arrow_schema, " ".join(name))
     for column, feature in rows.features.items():
         if isinstance(feature, Image):
             rows = rows.cast_column(column, Image(decode=False))
@@ -82,6 +85,14 @@ def load_hub(*name: str, columns: list[str], split: str = "train", each: str | N
         numbers = [number for number, count in enumerate(counts) for _ in range(count)]
         entries = [entry for count in counts for entry in range(count)]
     return Rows(rows, partial("{}, {}, row {}".format, " ".join(name), split), numbers, entries, each)
+
+
+def require_stored_images(schema: pa.Schema, source: str) -> None:
+    """Refuse a dataset from elsewhere that only names its images: it could name any file of this machine."""
+    for field in schema:
+        kind = getattr(field.type, "value_type", field.type)
+        if field.name in ("image", "images") and not pa.types.is_struct(kind):
+            raise InputError(f'the column "{field.name}" does not contain images, but {kind}: store them in it', source)
 
 
 def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, bytes]]:
@@ -236,7 +247,7 @@ def find_image_dir(path: Path) -> Path:
             except InputError:  # loading the file reports it
                 break
             if names:
-                return path.parent if (path.parent / str(names[0])).is_file() else folder
+                return path.parent if os.path.isfile(path.parent / str(names[0])) else folder
     return folder
 
 
@@ -247,7 +258,7 @@ def _prepare(path: Path, skip_bad: bool = False) -> Path:
     state = path.stat()
     version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}"
     prepared = cache_file(version, "arrow")
-    if not prepared.exists():
+    if not can_be_opened(prepared):
         bad, lines = BadRows(skip_bad), read_json_lines(path)
         num_workers = cores_per_process() * local_world_size() if state.st_size > SMALL_FILE else 0
         chunks = iter(lambda: list(islice(lines, LINES_AT_ONCE)), [])

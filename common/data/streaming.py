@@ -24,7 +24,8 @@ from .batches import Lengths
 from .conversations import encode_conversation, pictures
 from .mixing import Mixture
 from .pictures import check_picture
-from .rows import Contents, Rows
+from .reading import check_conversation
+from .rows import Contents, Rows, converting
 from .samples import ToConversation, TrainingData, filler
 
 ROWS_PER_WINDOW = 512  # each process holds two windows in memory, with encoded images
@@ -121,7 +122,9 @@ class Stream:
     def _rows_of(self, span: Span, epoch: int) -> Iterator[Row]:
         for index, (place, content) in enumerate(islice(self.read(span), span.start, span.stop), start=span.start):
             number = span.number + index
-            yield Row(epoch, number, place, self.convert(content, str(number)) if self.convert else content)
+            with converting(place):
+                content = self.convert(content, str(number)) if self.convert else content
+            yield Row(epoch, number, place, content)
 
 
 class StreamedBatches:
@@ -198,7 +201,9 @@ class StreamedData(torch.utils.data.Dataset):
     def __getitem__(self, row: Row | None) -> dict[str, Any]:
         if row is None:
             return filler(self.processor)  # this process has no remaining rows, but collectives must still match
-        conversation = self.to_conversation(row.content, random.Random(f"{self.seed}/{row.epoch}/{row.number}"))
+        with converting(row.place):
+            conversation = self.to_conversation(row.content, random.Random(f"{self.seed}/{row.epoch}/{row.number}"))
+        check_conversation(conversation, row.place)
         try:
             for picture in pictures(conversation):
                 check_picture(picture)  # without streaming, this is done before training

@@ -70,11 +70,12 @@ def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict
     return content
 
 
-def _reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of these fields; an ``object_pairs_hook``, with which Python would keep the last one."""
     if len(found := dict(fields)) < len(fields):
         names = [name for name, _ in fields]
         raise InputError(f'duplicate key "{excerpt(max(names, key=names.count))}"')
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys)
+_DECODER = json.JSONDecoder(object_pairs_hook=reject_duplicate_keys)

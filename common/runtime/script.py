@@ -78,6 +78,8 @@ def die_with_parent() -> None:
 def _explain_failure(error: RuntimeError) -> str | None:
     """Return a message if another process or a data worker caused the error, otherwise None."""
     text = re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0])  # without the place in gloo's code
+    if text.startswith("DataLoader timed out"):
+        return f"a data worker hangs ({text}): check the disk or network that the data are on"
     if "DataLoader worker" in text:
         return f"a data worker died ({text}), usually for lack of memory: use fewer --dataloader_num_workers"
     if not dist.is_initialized():

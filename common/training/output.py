@@ -62,6 +62,12 @@ def note_bad_sample(directory: Path, step: int, message: str) -> None:
         file.write(json.dumps({"step": step, "error": message}) + "\n")
 
 
+def count_bad_samples(directory: Path) -> int:
+    """Number of samples in ``bad_samples.jsonl``; a step that was taken again after a resume counts once."""
+    file = directory / BAD_SAMPLES
+    return len(set(file.read_text().splitlines())) if file.is_file() else 0
+
+
 def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:
     """Whether a checkpoint is in an output directory, so that a run that resumes from it continues there."""
     return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()

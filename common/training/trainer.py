@@ -39,7 +39,7 @@ from common.runtime.progress import Progress
 from .callbacks import CheckNumbers, EarlyStopping, PrepareFirstStep, StopOnSignal, find_nonfinite
 from .checkpoints import MANIFEST, TOTALS, write_manifest
 from .optimizer import MasterWeights, group_by_part, restore_settings
-from .output import BAD_SAMPLES, note_bad_sample
+from .output import BAD_SAMPLES, count_bad_samples, note_bad_sample
 from .progress import TrainingProgress
 from .saving import saving, write_model, write_result
 from .throughput import Throughput
@@ -120,6 +120,7 @@ class FinetuningTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=workers,
+            timeout=self.flags.ddp_timeout,
             **options,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -170,6 +171,9 @@ class FinetuningTrainer(Trainer):
         with saving():
             self.save_model(_internal_call=True)  # without pushing, which is done at the end
             if self.args.should_save:
+                if skipped := count_bad_samples(self.flags.output_dir):
+                    say(f"{counted(skipped, 'sample')} skipped in training, see {self.flags.output_dir / BAD_SAMPLES}")
+                    self.result.metrics["skipped_samples"] = skipped
                 write_file(self.flags.output_dir / "train_results.json", self.result.metrics)
                 with replacing(self.flags.output_dir / TRAINER_STATE_NAME) as temporary:
                     self.state.save_to_json(str(temporary))

@@ -242,6 +242,7 @@ def lists_bad_samples(output: Path):
     entries = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [4, 6], entries
     assert all("train14.png is missing" in entry["error"] for entry in entries)
+    assert json.loads((output / "train_results.json").read_text())["skipped_samples"] == 2
 
 
 def spoil(how, names="train*.png"):
