@@ -277,6 +277,26 @@ def test_a_file_of_an_adapter(name, share, random_model, answering, tmp_path):
     check()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": []},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"base_model_name_or_path": "x" * 5000},
+        None,
+    ],
+)
+def test_an_adapter_that_cannot_be_one(changes, tmp_path):
+    content = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "lora_dropout": 0, "target_modules": "", "use_dora": False}
+    content |= {"use_rslora": False, "init_lora_weights": True} | (changes or {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content) if changes else '{"a":' * 100_000)
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert bool(arguments.adapter_settings(str(tmp_path))) == ("base_model_name_or_path" in content)
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        find_adapter(tmp_path)
+
+
 def test_weights_of_an_adapter(random_model, answering, tmp_path):
     directory = save_adapter(tmp_path / "adapter", "--use_lora", base=random_model)
     whole = (directory / "adapter_model.safetensors").read_bytes()
