@@ -110,9 +110,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     )
     metrics = sorted(first | last, key=lambda metric: metric != (after or before).get("metric"))
     # The Hub requires a type. Files have none, so it is the task then.
-    dataset = {"dataset_type": task, "dataset_name": run["task"]} | {
-        f"dataset_{key}": value for key, value in run.get("eval_set", {}).items()
-    }
+    dataset = {"dataset_type": task} | {f"dataset_{key}": value for key, value in run.get("eval_set", {}).items()}
     samples = (after or before).get("samples", 0)
     front_matter = ModelCardData(
         base_model=origin,  # the Hub accepts only ids here

@@ -39,8 +39,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _is_data_set(value: Any) -> bool:
-    known = {"name", "type", "config", "split", "revision"}
-    return isinstance(value, dict) and value.keys() <= known and _are_texts(list(value.values()))
+    return isinstance(value, dict) and value.keys() <= {"type", "config", "split"} and _are_texts(list(value.values()))
 
 
 def _are_numbers(value: Any) -> bool:
@@ -60,7 +59,7 @@ RUN_FIELDS: dict[str, Check] = {
 OPTIONAL_FIELDS: dict[str, Check] = {  # of run.json
     "base_revision": ("a string or null", lambda value: value is None or isinstance(value, str)),
     "datasets": ("a list of strings or null", lambda value: value is None or _are_texts(value)),
-    "eval_set": ("an object of name, type, config, split or revision", _is_data_set),
+    "eval_set": ("an object of type, config and split", _is_data_set),
 }
 EVALUATION_FIELDS: dict[str, Check] = {
     "metric": TEXT,
