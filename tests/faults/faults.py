@@ -256,7 +256,7 @@ DISK = [
     ),
     Fault(
         "file system turns read-only",
-        f"{WRITING}Read-only file system.*check the disk",
+        "error: saving failed .*Read-only file system.*check the disk",
         **strike(f"{TRAINER}._write_totals", partial(struck.fail, errno.EROFS), 2, (0,)),
     ),
     Fault(
