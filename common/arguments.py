@@ -114,17 +114,20 @@ def adapter_settings(name_or_path: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_bytes())
         train_fully, vision = parts_of_adapter(config["target_modules"], config.get("modules_to_save"))
+        ratio, dropout = config["lora_alpha"] / config["r"], float(config["lora_dropout"])
+        if not (math.isfinite(ratio) and 0 <= dropout < 1):
+            return {}
         return {
-            "lora_rank": config["r"],
-            "lora_alpha_ratio": config["lora_alpha"] / config["r"],
-            "lora_dropout": config["lora_dropout"],
-            "use_dora": config["use_dora"],
-            "use_rslora": config["use_rslora"],
+            "lora_rank": int(config["r"]),
+            "lora_alpha_ratio": ratio,
+            "lora_dropout": dropout,
+            "use_dora": bool(config["use_dora"]),
+            "use_rslora": bool(config["use_rslora"]),
             "init_lora_weights": str(config["init_lora_weights"]),
             "train_fully": train_fully,
             "freeze_vision_model": not vision,
         }
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError, RecursionError):
         return {}  # an adapter that is refused when it is loaded
 
 

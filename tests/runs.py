@@ -12,6 +12,7 @@ import torch
 from conftest import TINY
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 import finetune_hf_trainer_docvqa as docvqa
 from common.data.collator import Collator
@@ -20,8 +21,11 @@ from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.configuration import CLIP_VIT_LARGE_336
 from common.runtime.parser import Parser
 from common.runtime.process import InputError
+from common.training.checkpoints import write_manifest
 
 SCRIPT = "finetune_hf_trainer_docvqa.py"
+# What a checkpoint records besides the settings of its run.
+TOTALS = {"loss": 1.0, "running_loss": [0.5], "last_logged": 1, "seconds": 9.0, "evaluation_due": False, "settings": {}}
 METHODS = {
     "full": {},
     "frozen": {"freeze_vision_model": True},
@@ -149,3 +153,12 @@ def message(monkeypatch, data, output, script=SCRIPT, **options):
     with pytest.raises(InputError) as error:
         module.main(module.parse_args())
     return str(error.value)
+
+
+def save_checkpoint(directory: Path, **settings: object) -> None:
+    """Save a complete checkpoint without weights."""
+    directory.mkdir(parents=True, exist_ok=True)
+    step = directory.name.rpartition("-")[2]
+    TrainerState(global_step=int(step), train_batch_size=1).save_to_json(str(directory / "trainer_state.json"))
+    (directory / "totals.json").write_text(json.dumps(TOTALS | {"settings": settings}))
+    write_manifest(directory)

@@ -7,10 +7,11 @@ import huggingface_hub
 import pytest
 import transformers
 from conftest import TINY
-from runs import message, write_docvqa
+from huggingface_hub import save_torch_state_dict
+from runs import message, save_checkpoint, write_docvqa
 from safetensors.torch import load_file, save_file
 
-from common.training.checkpoints import write_manifest
+from common.model.checks import check_checkpoint
 
 
 @pytest.fixture
@@ -60,9 +61,21 @@ def test_damaged_checkpoints(monkeypatch, data, tmp_path):
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
     assert said.startswith(f"{model / 'model.safetensors'} is corrupted") and said.endswith("copy it again")
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text("{}")
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
     assert "model.safetensors.index.json is not a valid weight index" in said
+
+
+def test_a_stale_file_beside_shards(random_model, monkeypatch, data, tmp_path):
+    """transformers loads only that file, in which weights may be missing."""
+    model = shutil.copytree(random_model, tmp_path / "model")
+    whole = load_file(model / "model.safetensors")
+    save_torch_state_dict(whole, model, max_shard_size=sum(tensor.nbytes for tensor in whole.values()) // 2)
+    check_checkpoint(str(model))
+    save_file(dict(list(whole.items())[1:]), model / "model.safetensors", {"format": "pt"})
+    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
+    assert f"weight {next(iter(whole))} is missing" in said
 
 
 def test_an_adapter_in_place_of_a_model(monkeypatch, data, tmp_path):
@@ -74,9 +87,7 @@ def test_an_adapter_in_place_of_a_model(monkeypatch, data, tmp_path):
 
 def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"method": "LoRA"}}))
-    write_manifest(checkpoint)
+    save_checkpoint(checkpoint, method="LoRA")
     said = message(monkeypatch, data, tmp_path / "out", resume_from_checkpoint="auto")
     assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, but the checkpoint's run had LoRA: use")
 

@@ -1,34 +1,38 @@
 """Which checkpoints a run resumes from, and what an output directory holds."""
 
+import errno
 import json
 import os
+import re
 import resource
 import shutil
+import signal
 import time
 
 import pytest
 import torch
 from conftest import TINY
 from forked import server
-from runs import message
+from runs import TOTALS, message, save_checkpoint
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import TrainerState
 
 from common.arguments import check_arguments, training_parser
 from common.data.rows import Rows
 from common.data.samples import TrainingData
+from common.runtime.script import run
 from common.training.checkpoints import (
     check_plan,
     check_resumable,
     data_fingerprint,
     find_checkpoint,
+    rotate_checkpoints,
     run_identity,
     why_incomplete,
     write_manifest,
 )
 from common.training.deepspeed import zero_stage
-from common.training.output import check_output_dir_unused, lock_output_dir, remove_outputs
+from common.training.output import check_output_dir_locked, check_output_dir_unused, lock_output_dir, remove_outputs
 from common.training.saving import saving
 
 
@@ -37,8 +41,7 @@ def checkpoint(tmp_path):
     directory = tmp_path / "checkpoint-3"
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(bytes(100))
-    (directory / "totals.json").write_text('{"settings": {}}')
-    write_manifest(directory)
+    save_checkpoint(directory)
     assert why_incomplete(directory) is None
     return directory
 
@@ -52,6 +55,10 @@ def checkpoint(tmp_path):
         ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "complete.json is corrupted"),
         ("complete.json", b"[" * 100_000, "complete.json is corrupted"),
         ("complete.json", b"[1]", "complete.json is corrupted"),
+        ("complete.json", b"{}", "complete.json is corrupted"),
+        ("complete.json", b'{"/etc/passwd": [1, "a"]}', "complete.json is corrupted"),
+        ("complete.json", b'{"../a": [1, "a"]}', "complete.json is corrupted"),
+        ("complete.json", b'{"%s": [1, "a"]}' % (b"a" * 5000), "complete.json is corrupted"),
         ("complete.json", b'{"model.safetensors": 100}', "by an earlier version, without checksums, so that .* be verified"),
         ("model.safetensors", None, "model.safetensors is missing"),
         ("model.safetensors", bytes(99), "model.safetensors has 99 bytes, expected 100"),
@@ -68,6 +75,50 @@ def test_an_incomplete_checkpoint_is_recognized(name, content, reason, checkpoin
     assert find_checkpoint("auto", checkpoint.parent, {}, []) == (None, [f"checkpoint-3 ({why_incomplete(checkpoint)})"])
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("trainer_state.json", "{", "trainer_state.json: invalid JSON"),
+        ("trainer_state.json", {"new": 1}, "unexpected keyword argument 'new'"),
+        ("trainer_state.json", {"global_step": "3"}, "global_step must be an integer from 0, got '3'"),
+        ("trainer_state.json", {"stateful_callbacks": {"EarlyStopping": {}}}, "stateful_callbacks must be the states"),
+        ("totals.json", {"running_loss": []}, "running_loss must be a list of numbers"),
+        ("totals.json", {"settings": {"steps": "9"}}, "steps must be an integer"),
+        ("totals.json", {"seconds": float("nan")}, "seconds must be a finite number"),
+    ],
+)
+def test_a_file_that_is_not_what_a_run_writes(name, change, reason, checkpoint):
+    """Also if its checksum is right."""
+    content = json.loads((checkpoint / name).read_text())
+    (checkpoint / name).write_text(change if isinstance(change, str) else json.dumps(content | change))
+    write_manifest(checkpoint)
+    found, [skipped] = find_checkpoint("auto", checkpoint.parent, {}, [])
+    assert found is None and skipped.startswith("checkpoint-3 (") and reason in skipped
+    with pytest.raises(ValueError, match="--resume_from_checkpoint .* is not complete"):
+        find_checkpoint(str(checkpoint), checkpoint.parent, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("newest", "incomplete", "best", "kept"),
+    [
+        (6, (), None, [4, 6]),
+        (6, (4,), None, [2, 6]),
+        (4, (), None, [2, 4]),  # resumed after step 2, because later ones are damaged
+        (6, (), 2, [2, 6]),
+        (6, (2, 4), 2, [2, 6]),
+    ],
+)
+def test_old_checkpoints_are_deleted_in_order(newest, incomplete, best, kept, tmp_path):
+    """Whatever the times of the directories, which some file systems do not keep."""
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path / f"checkpoint-{step}")
+        os.utime(tmp_path / f"checkpoint-{step}", (0, 0))
+    for step in incomplete:
+        (tmp_path / f"checkpoint-{step}/totals.json").unlink()
+    rotate_checkpoints(tmp_path / f"checkpoint-{newest}", 2, str(tmp_path / f"checkpoint-{best}") if best else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
+
+
 def test_a_missing_checkpoint_and_one_whose_manifest_is_a_fifo(checkpoint):
     (checkpoint / "complete.json").unlink()
     os.mkfifo(checkpoint / "complete.json")
@@ -78,9 +129,7 @@ def test_a_missing_checkpoint_and_one_whose_manifest_is_a_fifo(checkpoint):
 
 def test_the_last_complete_checkpoint_is_found(tmp_path):
     for step in (9, 10, 11):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/totals.json").write_text('{"settings": {}}')
-        write_manifest(tmp_path / f"checkpoint-{step}")
+        save_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11" / "complete.json").unlink()
     (tmp_path / "checkpoint-best").mkdir()
     assert find_checkpoint("auto", tmp_path, {}, []) == (
@@ -92,9 +141,7 @@ def test_the_last_complete_checkpoint_is_found(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
     for step, seed in ((5, 1), (6, 2)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/totals.json").write_text(json.dumps({"settings": {"--seed": seed}}))
-        write_manifest(tmp_path / f"checkpoint-{step}")
+        save_checkpoint(tmp_path / f"checkpoint-{step}", **{"--seed": seed})
     found, [skipped] = find_checkpoint("auto", tmp_path, {"--seed": 1}, [])
     assert found == tmp_path / "checkpoint-5" and "another run" in skipped and "--seed is 1, but the" in skipped
     with pytest.raises(ValueError, match="--seed is 3, but .* had 2.*, or accept .* --accept_changes seed"):
@@ -103,10 +150,8 @@ def test_a_checkpoint_of_another_run_is_skipped_or_refused(tmp_path):
 
 
 def test_the_number_of_steps_may_grow(tmp_path):
-    checkpoint = tmp_path / "copy"
-    checkpoint.mkdir()
-    TrainerState(global_step=4).save_to_json(str(checkpoint / "trainer_state.json"))
-    (checkpoint / "totals.json").write_text(json.dumps({"settings": {"data": "4 rows", "steps": 6}}))
+    checkpoint = tmp_path / "copy-4"
+    save_checkpoint(checkpoint, data="4 rows", steps=6)
     assert check_plan(checkpoint, {"data": "4 rows", "steps": 6}, []) is None
     assert "as in a run of 8 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 8}, [])
     assert "as in a run of 5 steps" in check_plan(checkpoint, {"data": "4 rows", "steps": 5}, ["steps"])
@@ -159,6 +204,12 @@ def test_an_output_directory_is_locked(tmp_path):
     lock_output_dir(tmp_path)
     with pytest.raises(ValueError, match="cannot be written to"):
         lock_output_dir(tmp_path / "_lock" / "below")
+    check_output_dir_locked(tmp_path)
+    shutil.rmtree(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: was removed or replaced during the run"):
+            check_output_dir_locked(tmp_path)
+        tmp_path.mkdir(exist_ok=True)
 
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):
@@ -189,7 +240,7 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, pr
     ],
 )
 def test_a_run_resumes_only_with_the_same_settings(words, changes, name, tmp_path):
-    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of()}))
+    (tmp_path / "totals.json").write_text(json.dumps(TOTALS | {"settings": settings_of()}))
     check_resumable(tmp_path, settings_of("--save_strategy", "epoch", deepspeed="common/deepspeed/zero2_offload.json"), [])
     with pytest.raises(ValueError, match=f"--resume_from_checkpoint {tmp_path}: {name} is .*, but the checkpoint's run had"):
         check_resumable(tmp_path, settings_of(*words, **changes), [])
@@ -199,10 +250,10 @@ def test_settings_that_do_not_change_the_result_may_change(tmp_path):
     """Under DDP also the number of processes, except with streaming."""
     (other := tmp_path / "other").mkdir()
     save_file({"weight": torch.zeros(2, 2)}, other / "model.safetensors")
-    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of("--use_lora", deepspeed=None)}))
+    (tmp_path / "totals.json").write_text(json.dumps(TOTALS | {"settings": settings_of("--use_lora", deepspeed=None)}))
     check_resumable(tmp_path, settings_of("--use_lora", "--batch_size_per_gpu", "2", deepspeed=None, processes=4), [])
     streaming = ("--use_lora", "--streaming")
-    (tmp_path / "totals.json").write_text(json.dumps({"settings": settings_of(*streaming, deepspeed=None)}))
+    (tmp_path / "totals.json").write_text(json.dumps(TOTALS | {"settings": settings_of(*streaming, deepspeed=None)}))
     with pytest.raises(ValueError, match="number of processes is 4, but the checkpoint's run had 2"):
         check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4), [])
     for words, name in (
@@ -261,3 +312,20 @@ def test_other_errors_while_saving_are_not_attributed_to_the_disk():
     for error in (RuntimeError("Connection closed by peer"), FileNotFoundError(2, "No such file or directory")):
         with pytest.raises(type(error)), saving():
             raise error
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOSPC])
+def test_an_error_of_the_file_system_is_reported_in_one_line(number, tmp_path, capfd, monkeypatch):
+    def read(_):
+        raise OSError(number, os.strerror(number), f"{tmp_path}/a.json")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        run(read, None)
+    said = capfd.readouterr().err
+    assert re.fullmatch(r"error: reading or writing failed \(\[Errno \d+\] .*a.json'\): (check|free) .* auto\n", said), said
+    with (
+        pytest.raises(ValueError, match=r"saving failed .*a.json'\): (check|free) .* are intact"),
+        saving(),
+    ):
+        read(None)

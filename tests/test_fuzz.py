@@ -23,14 +23,19 @@ import torch
 from adapters import save_adapter
 from clips import write_clip
 from conftest import TINY
+from huggingface_hub import save_torch_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from report_runs import make_run
+from runs import save_checkpoint
+from safetensors.torch import load_file
 
 import convert_ucf101
 import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as memes
 import finetune_hf_trainer_nlvr2 as nlvr2
+from common import arguments
 from common.data import shards
 from common.data.checks import check_rows
 from common.data.conversations import encode_conversation, pictures
@@ -40,10 +45,15 @@ from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.data.sources import find_image_dir, load_conversations, load_hub, read_rows
 from common.data.streaming import StreamedData
+from common.model import checkpoint
 from common.model.checkpoint import load_processor
 from common.model.inference import attach_adapter, find_adapter, find_base, load_base, load_full
+from common.report.model_card import write_model_card
+from common.report.page import write_report
+from common.report.run import FILES
 from common.runtime.files import read_json
 from common.runtime.process import InputError
+from common.training.checkpoints import check_plan, find_checkpoint, write_manifest
 from common.training.deepspeed import choose_deepspeed, zero_stage
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", 500))
@@ -143,16 +153,20 @@ KEYS = ["rope_parameters", "head_dim", "quantization_config", "return_dict", "to
 @pytest.mark.parametrize(
     ("name", "share"),
     [
-        ("config.json", 0.12),
+        ("config.json", 0.1),
         ("generation_config.json", 0.02),
         ("tokenizer_config.json", 0.08),
         ("tokenizer.json", 0.06),
         ("preprocessor_config.json", 0.04),
         ("processor_config.json", 0.02),
+        ("model.safetensors.index.json", 0.03),
     ],
 )
 def test_a_file_of_a_checkpoint(name, share, random_model, tmp_path):
     directory = shutil.copytree(random_model, tmp_path / "model")
+    if name == "model.safetensors.index.json":
+        whole = load_file(directory / "model.safetensors")
+        save_torch_state_dict(whole, directory, max_shard_size=sum(tensor.nbytes for tensor in whole.values()) // 2)
     content = json.loads((directory / name).read_text(encoding="utf-8"))
 
     @inputs(share)
@@ -184,6 +198,26 @@ def test_what_fuzzing_has_found(name, change, refused, random_model, tmp_path):
     assert (read(lambda: load_full(str(directory), "cpu")) is None) == refused
 
 
+LOOP = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template(random_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "TEMPLATE_SECONDS", 1)
+    directory = shutil.copytree(random_model, tmp_path / "model")
+    whole = (directory / "chat_template.jinja").read_bytes()
+    (directory / "chat_template.jinja").write_bytes(whole + LOOP)
+    with pytest.raises(InputError, match="the chat template takes more than 1 s"):
+        load_processor(str(directory))
+
+    @inputs(0.02)
+    @given(damaged(whole) | st.just(b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"))
+    def check(text):
+        (directory / "chat_template.jinja").write_bytes(text)
+        read(lambda: load_processor(str(directory)))
+
+    check()
+
+
 def test_weights(random_model, tmp_path):
     directory = shutil.copytree(random_model, tmp_path / "model")
     whole = (directory / "model.safetensors").read_bytes()
@@ -194,6 +228,41 @@ def test_weights(random_model, tmp_path):
     def check(text):
         (directory / "model.safetensors").write_bytes(text + whole[len(head) :])
         read(lambda: load_full(str(directory), "cpu"))
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["complete.json", "trainer_state.json", "totals.json"])
+def test_a_file_of_a_resumed_checkpoint(name, tmp_path):
+    directory = tmp_path / "checkpoint-4"
+    save_checkpoint(directory, data="4 rows", steps=6)
+    content = json.loads((directory / name).read_text())
+
+    @inputs(0.03)
+    @given(broken(content, ["../a", "/dev/zero", "new"]))
+    def check(text):
+        (directory / name).write_bytes(text)
+        if name != "complete.json":
+            write_manifest(directory)
+        outcome = read(lambda: find_checkpoint("auto", tmp_path, {"data": "4 rows"}, []))
+        assert outcome is None or any(outcome)
+        if outcome and outcome[0]:
+            read(lambda: check_plan(directory, {"data": "4 rows", "steps": 6}, []))
+
+    check()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_run(name, tmp_path):
+    make_run(tmp_path, "UCF-101", samples=4, steps=3)
+    content = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+
+    @inputs(0.01)
+    @given(broken(content, ["accuracy_per_class", "datasets"]))
+    def check(text):
+        (tmp_path / name).write_bytes(text)
+        read(lambda: write_report([tmp_path], tmp_path / "report.html"))
+        read(lambda: write_model_card(tmp_path))
 
     check()
 
@@ -209,9 +278,45 @@ def test_a_file_of_an_adapter(name, share, random_model, answering, tmp_path):
         (directory / name).write_bytes(text)
         if name == "base_model.json":
             read(lambda: load_base(directory, "cpu", base=str(random_model)))
-        elif adapter := read(lambda: find_adapter(directory)):
+            return
+        arguments.adapter_settings(str(directory))
+        if adapter := read(lambda: find_adapter(directory)):
             read(lambda: find_base(adapter))
             read(lambda: attach_adapter(copy.deepcopy(answering), adapter))
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": []},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": float("inf")},
+        {"base_model_name_or_path": "x" * 5000},
+        None,
+    ],
+)
+def test_an_adapter_that_cannot_be_one(changes, tmp_path):
+    content = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "lora_dropout": 0, "target_modules": "", "use_dora": False}
+    content |= {"use_rslora": False, "init_lora_weights": True} | (changes or {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content) if changes else '{"a":' * 100_000)
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert bool(arguments.adapter_settings(str(tmp_path))) == ("base_model_name_or_path" in content)
+    with pytest.raises(InputError, match=r"adapter_config\.json"):
+        find_adapter(tmp_path)
+
+
+def test_weights_of_an_adapter(random_model, answering, tmp_path):
+    directory = save_adapter(tmp_path / "adapter", "--use_lora", base=random_model)
+    whole = (directory / "adapter_model.safetensors").read_bytes()
+    head = whole[: 8 + int.from_bytes(whole[:8], "little")]
+
+    @inputs(0.03)
+    @given(damaged(head))
+    def check(text):
+        (directory / "adapter_model.safetensors").write_bytes(text + whole[len(head) :])
+        read(lambda: attach_adapter(copy.deepcopy(answering), directory))
 
     check()
 
@@ -371,7 +476,7 @@ def load_lines(name, script, to_row, folder, text):
     ids=["docvqa", "hateful_memes", "nlvr2"],
 )
 def test_an_official_release(script, row, load, folder):
-    @inputs(0.04)
+    @inputs(0.03)
     @given(broken(row))
     def check(text):
         rows = read(lambda: load(folder, text))
@@ -443,6 +548,8 @@ def test_what_is_not_a_regular_file_is_refused_at_once(make, random_model, tmp_p
     assert read(lambda: read_json(tmp_path / "a.png", "put a file there")) is None
     assert read(lambda: load_conversations(tmp_path / "a.png", tmp_path)) is None
     directory = shutil.copytree(random_model, tmp_path / "model")
+    make(directory / "z.safetensors")  # which nothing loads
+    assert read(lambda: load_full(str(directory), "cpu")) is not None
     for name in ("config.json", "tokenizer.json", "model.safetensors", "generation_config.json", "chat_template.jinja"):
         (directory / name).rename(tmp_path / "kept")
         make(directory / name)

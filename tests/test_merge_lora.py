@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import sys
 import termios
 from pathlib import Path
@@ -17,7 +18,7 @@ from adapters import logits, save_adapter
 from conftest import GOLDEN, TINY, needs_golden
 from peft import PromptTuningConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tools.merge_lora
@@ -154,6 +155,16 @@ def test_a_full_disk_leaves_no_files(lora, merge_lora, tmp_path, monkeypatch, ca
     said = capsys.readouterr().err
     assert re.search(f"error: --output_dir {tmp_path / 'merged'} cannot be written .*No space left", said), said
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_not_finite_is_refused(lora, tmp_path):
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = float("inf")
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"--adapter {adapter} cannot be merged"):
+        merge(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_of_another_type_is_refused(tmp_path):

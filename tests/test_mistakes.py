@@ -1,6 +1,7 @@
 """What newcomers get wrong on the command line, and the one line that they are told, before anything slow is done."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from benchmarks import meter, roofline
 from common import arguments
 from common.phi3v import image_processing, parts
 from common.runtime import process
+from common.runtime.parser import Parser
 from common.training import memory
 
 # Flags, and what is said about them.
@@ -259,3 +261,13 @@ def test_a_message_in_training_is_printed_before_torchruns_summary(tmp_path, mon
         process.fail("no rows are left", others_may_continue=True)
     assert capsys.readouterr().err == "error: no rows are left\n"
     assert (tmp_path / "error.json").exists()
+
+
+def test_ctrl_c_while_libraries_are_imported(monkeypatch, capfd):
+    """From the moment a program has a parser; training handles signals itself."""
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    Parser("")
+    with pytest.raises(SystemExit) as ended:
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert ended.value.code == 130 and capfd.readouterr().err == "stopped by SIGINT\n"

@@ -19,6 +19,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from common.report.model_card import write_model_card
 from common.report.run import launch_command, write_run
 from common.runtime.machine import cpu_name
+from common.runtime.process import InputError
 from tools.merge_lora import merge
 
 # What the script evaluates on: rows of the Hub, or the official release.
@@ -110,6 +111,30 @@ def test_a_card_without_results_or_run(tmp_path):
     assert "## Results" not in (tmp_path / "README.md").read_text()
     assert "model-index" not in metadata_load(tmp_path / "README.md")
     assert "base_model" not in metadata_load(tmp_path / "README.md"), "a directory is no hub id"
+
+
+def test_texts_in_a_card_are_not_html(tmp_path):
+    write_tiny_run(tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    odd = "<script>alert(1)</script>\n# Title"
+    run |= dict.fromkeys(("task", "method", "data", "date", "hardware"), odd) | {"base_model": f"`{odd}`"}
+    run |= {"hyperparameters": {odd: odd}, "versions": {odd: odd}, "command": f"```\n{odd}"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    write_model_card(tmp_path, name=odd)
+    blocks = re.split(r"^```.*$", ModelCard.load(tmp_path / "README.md").text, flags=re.MULTILINE)
+    assert len(blocks) == 5, "texts before, between and after two blocks of code"
+    for text in blocks[::2]:
+        text = re.sub(r"`[^`\n]*`", "", text)  # code
+        assert "<script" not in text and "\n# Title" not in text
+
+
+@pytest.mark.parametrize("changes", [{"base_model": None}, {"hyperparameters": []}, {"datasets": "a"}, {"versions": 1}])
+def test_a_card_of_a_run_that_is_not_described(changes, tmp_path):
+    write_tiny_run(tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(run | changes))
+    with pytest.raises(InputError, match=f"run.json.*{next(iter(changes))} must be"):
+        write_model_card(tmp_path)
 
 
 def test_the_code_in_a_card_loads_adapter_and_merged_model(lora, tmp_path, receipts):

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import nn
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
 from common.evaluation.predictions import Evaluation, exact_match, write_evaluation
 from common.training.callbacks import SKIPPED_STEPS, CheckNumbers
@@ -16,13 +17,13 @@ DECODER, VISION, PROJECTOR = (
 )
 
 
-def train(losses, max_steps=100, limit=3, fp16=False, stuck=(VISION,), frozen=PROJECTOR):
+def train(losses, max_steps=100, limit=3, fp16=False, skipped=True, stuck=(VISION,), frozen=PROJECTOR):
     """Make steps with these losses, in which all weights change except stuck and frozen ones; return the number of steps."""
     weights = {name: nn.Parameter(torch.ones(4), requires_grad=name != frozen) for name in (DECODER, VISION, PROJECTOR)}
     weights[DECODER].data = weights[DECODER].data.bfloat16()
     trainer = SimpleNamespace(
         model=SimpleNamespace(named_parameters=weights.items),
-        accelerator=SimpleNamespace(optimizer_step_was_skipped=True),
+        accelerator=SimpleNamespace(optimizer_step_was_skipped=skipped),
         grad_norm=1.0,
         rows_of=lambda step: f" (row {step})",
     )
@@ -55,6 +56,31 @@ def test_several_nonfinite_losses_in_a_row_end_a_run(bad):
     assert train([bad] * (SKIPPED_STEPS - 1), fp16=True) == SKIPPED_STEPS - 1  # while fp16 looks for its loss scale
     with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} step"):
         train([bad] * SKIPPED_STEPS, fp16=True)
+    with pytest.raises(ValueError, match="not finite for 3 step"):
+        train([bad] * SKIPPED_STEPS, fp16=True, skipped=False)
+
+
+def test_fp16_that_overflows_ends_before_deepspeed_fails(monkeypatch):
+    """With its initial loss scale; with a lower one, what DeepSpeed raises is reported in the same way."""
+    monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.dist", SimpleNamespace(get_rank=lambda: 1))  # prints nothing
+    scaler = DynamicLossScaler(2**16, 1000, 1, delayed_shift=2, consecutive_hysteresis=False)
+    for _ in range(SKIPPED_STEPS):
+        scaler.update_scale(True)
+    with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} steps in a row, first in step 1"):
+        train([1.0] * SKIPPED_STEPS, fp16=True)  # DeepSpeed hides gradients that are not finite
+
+    def step(*_):
+        for _ in range(SKIPPED_STEPS):
+            scaler.update_scale(True)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    trainer = object.__new__(FinetuningTrainer)
+    trainer.throughput, trainer.state = SimpleNamespace(add=list), TrainerState(global_step=6)
+    trainer.rows_of = lambda step: f" (row {step})"
+    trainer.check_numbers = CheckNumbers(trainer, 3)
+    trainer.check_numbers.bad = 2
+    with pytest.raises(ValueError, match=r"not finite for 3 steps in a row, first in step 5 \(row 4\)"):
+        trainer.training_step(None, {})
 
 
 @pytest.mark.parametrize(("answers", "same"), [(["1", "2"], True), (["1", "3"], False)])

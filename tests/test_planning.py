@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
+from runs import save_checkpoint
 
 from common.arguments import Setup
 from common.data import loader as loader_module
@@ -204,9 +204,8 @@ def test_the_budget_follows_the_memory(free, fits, tmp_path):
         assert all(tokens[rows].sum() <= batches.max_tokens for rows in taken)
     # Resumed, it goes on with the budget of its checkpoint if it fits.
     for saved, expected in ((1500, 1500), (10**9, batches.max_tokens), (None, batches.max_tokens)):
-        (tmp_path / "trainer_state.json").write_text('{"global_step": 0}')
-        (tmp_path / "totals.json").write_text(json.dumps({"settings": {"max_tokens_per_batch": saved}}))
-        resumed = dataclasses.replace(SETUP, checkpoint=tmp_path)
+        save_checkpoint(tmp_path / "checkpoint-0", max_tokens_per_batch=saved)
+        resumed = dataclasses.replace(SETUP, checkpoint=tmp_path / "checkpoint-0")
         assert plan_of(trial, resumed, max_tokens_per_batch="auto")[0].max_tokens == expected
 
 

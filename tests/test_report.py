@@ -111,6 +111,9 @@ def test_a_missing_file_is_named_and_a_corrupt_one_is_an_error(tmp_path, name):
     assert ("torchrun" in page) == (name != "run.json")
 
 
+SAMPLE = {"id": 1, "question": "Q?", "prediction": "A", "answers": ["A"], "score": 1.0}
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
@@ -118,6 +121,9 @@ def test_a_missing_file_is_named_and_a_corrupt_one_is_an_error(tmp_path, name):
         ({"anls": 0.5}, "'metric' must be the key of a number"),
         ({"metric": "anls"}, "'metric' must be the key of a number"),
         ({"metric": "anls", "anls": 1, "predictions": [{"id": 1, "score": 1}]}, "prediction 0 is missing answers, predict"),
+        ({"metric": "anls", "anls": 1, "predictions": None}, "predictions must be a list of objects"),
+        ({"metric": "anls", "anls": 1, "predictions": [SAMPLE | {"score": "high"}]}, "score must be a finite number"),
+        ({"metric": "anls", "anls": 1, "predictions": [SAMPLE | {"answers": "A"}]}, "answers must be a list of strings"),
     ],
 )
 def test_an_invalid_evaluation_is_an_error_that_names_it(tmp_path, contents, message):

@@ -99,7 +99,10 @@ def merge(
     processor = adapter_processor(adapter, model)
     say("Merging the adapter")
     adapted = attach_adapter(model, adapter)
-    model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
+    try:
+        model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
+    except ValueError as error:  # of weights that are not finite
+        raise InputError(f"--adapter {adapter_name} cannot be merged ({error}): use an earlier checkpoint") from None
 
     say(f"Writing {output_dir}")
     output_dir.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from common.model.loading import autocast, base_model
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
 from common.phi3v.cache import new_cache
 from common.phi3v.processing import control_token_ids, pad_rows, stop_token_ids
-from common.runtime.collectives import gather
+from common.runtime.collectives import gather, interrupted, raise_if_interrupted
 from common.runtime.process import InputError, rank, world_size
 from common.runtime.progress import Progress
 
@@ -205,6 +205,11 @@ def generate_with_log_probabilities(
     log_probabilities : numpy.ndarray
         float64 (conversations, candidates), summed over the tokens of each answer, in the order of ``conversations``, on every
         process.
+
+    Raises
+    ------
+    Interrupted
+        On all processes, if a signal ends the training that this is part of.
     """
     candidate_ids = [
         torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
@@ -215,11 +220,14 @@ def generate_with_log_probabilities(
     results: dict[int, tuple[str, list[float]]] = {}
     with _evaluating(model):
         for indices, batch in _prompt_batches(base, processor, conversations, settings, max_tokens):
+            if interrupted(in_step=is_deepspeed_zero3_enabled()):
+                break
             prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]
             rows = torch.stack(columns, dim=1).double().tolist() if columns else [[]] * len(indices)
             texts = _generate(base, processor, prompts, limit) if generate else [""] * len(indices)
             results.update(zip(indices, zip(texts, rows, strict=True), strict=True))
+    raise_if_interrupted()
     answers, log_probabilities = zip(*_gather_by_index(results), strict=True)
     return list(answers) if generate else [], np.array(log_probabilities)
 

@@ -20,16 +20,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from common.arguments import LORA_DEFAULTS, adapter_settings
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM
 from common.phi3v.parts import fully_trained_modules, lora_targets
-from common.runtime.files import read_json, write_file
+from common.runtime.files import OBJECT, OPTIONAL_PATH, TEXT, Check, check_config, is_path, read_json, write_file
 from common.runtime.process import InputError
 
 from .checkpoint import find_snapshot
 from .checks import (
     BAD_VALUES,
-    OPTIONAL_TEXT,
-    TEXT,
-    Check,
-    check_config,
     first_line,
     is_positive,
     open_file,
@@ -39,10 +35,10 @@ from .checks import (
 
 BASE_DESCRIPTION = "base_model.json"
 BASE_FIELDS: dict[str, Check] = {
-    "name": TEXT,
-    "revision": OPTIONAL_TEXT,
-    "path": OPTIONAL_TEXT,
-    "settings": ("an object", lambda value: isinstance(value, dict)),
+    "name": ("a name or a path", is_path),
+    "revision": OPTIONAL_PATH,
+    "path": OPTIONAL_PATH,
+    "settings": OBJECT,
     "weights": TEXT,
     "quantization": ("an object or null", lambda value: value is None or isinstance(value, dict)),
 }
@@ -58,8 +54,8 @@ def _is_names(value: Any) -> bool:
 _NULL: Check = ("null, since it is not supported", lambda value: value is None)
 ADAPTER_FIELDS: dict[str, Check] = {
     "peft_type": ("LORA, the only type that is supported", lambda value: value == "LORA"),
-    "base_model_name_or_path": OPTIONAL_TEXT,
-    "revision": OPTIONAL_TEXT,
+    "base_model_name_or_path": OPTIONAL_PATH,
+    "revision": OPTIONAL_PATH,
     "r": ("an integer from 1 to 4096", lambda value: type(value) is int and 1 <= value <= 4096),
     "lora_alpha": ("a number above 0", is_positive),
     "lora_dropout": ("from 0 to 1", lambda value: value == 0 or (is_positive(value) and value < 1)),
@@ -114,10 +110,9 @@ def read_base_description(adapter: Path) -> dict[str, Any]:
     path = adapter / BASE_DESCRIPTION
     if not path.exists():
         return {}
-    description = read_json(path, "copy it again, or delete it to skip its checks")
-    if missing := [key for key in BASE_FIELDS if key not in description]:
-        raise InputError(f"{path} has no {missing[0]}: copy it again, or delete it to skip its checks")
-    check_config(description, BASE_FIELDS, path)
+    remedy = "copy it again, or delete it to skip its checks"
+    description = read_json(path, remedy)
+    check_config(description, BASE_FIELDS, path, remedy, required=True)
     return description
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ from common.phi3v.processing import stop_token_ids
 from common.runtime.process import InputError
 
 from .checks import BAD_VALUES, COPY_AGAIN, check_checkpoint, first_line, open_tensors, read_config
+
+TEMPLATE_SECONDS = 5  # a template takes milliseconds
 
 
 def fetch_checkpoint(name_or_path: str, flag: str | None = "--model_name_or_path", revision: str | None = None) -> str | None:
@@ -140,6 +146,25 @@ def read_tensors(directory: Path, names: list[str]) -> dict[str, torch.Tensor]:
     return {name: files[name].get_tensor(name) for name in names}
 
 
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """End a chat template that loops. Only the main thread can."""
+
+    def end(*_: Any) -> None:
+        raise ValueError(f"the chat template takes more than {TEMPLATE_SECONDS} s")
+
+    if current_thread() is not main_thread():
+        yield
+        return
+    handler, left = signal.signal(signal.SIGALRM, end), signal.alarm(TEMPLATE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.alarm(left)
+
+
 def _check_tokenizer(processor: Phi3VProcessor) -> None:
     tokenizer = processor.tokenizer
     if None in (tokenizer.eos_token_id, tokenizer.pad_token_id):
@@ -147,7 +172,8 @@ def _check_tokenizer(processor: Phi3VProcessor) -> None:
     if stop_token_ids(processor)[1] in (None, tokenizer.unk_token_id):
         raise ValueError("the tokenizer has no token that ends a turn")
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}]
-    text = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False, add_generation_prompt=True)
+    with _time_limit():
+        text = tokenizer.apply_chat_template(turns + turns[:1], tokenize=False, add_generation_prompt=True)
     if text.count("What?") != 2 or text.count("This.") != 1:
         raise ValueError("the chat template does not repeat the messages")
     processor.tokenize(text, [])

@@ -7,7 +7,7 @@ PyTorch or PEFT would fail on is checked first, so that a broken file is reporte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,6 @@ from .quantization import SCALES, quantization_scheme, quantized_layers
 
 COPY_AGAIN = "copy the checkpoint's files to this directory again"
 SUPPORTED = "these recipes support only Phi-3-vision and Phi-3.5-vision"
-
-# What is expected of a value in a JSON file, and whether it is that.
-Check = tuple[str, Callable[[Any], bool]]
-TEXT: Check = ("a string", lambda value: isinstance(value, str))
-OPTIONAL_TEXT: Check = ("a string or null", lambda value: value is None or isinstance(value, str))
 
 # What values of a wrong type or form in a file cause in the libraries that read it; any other error is one of the code.
 BAD_VALUES = (OSError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -94,8 +89,7 @@ def check_checkpoint(name_or_path: str, flag: str | None = None, revision: str |
     if config.get("model_type", "phi3_v") != "phi3_v":
         raise InputError(f"{place} is a {config['model_type']} checkpoint, expected phi3_v; {SUPPORTED}")
     needed = ["config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
-    index = directory / "model.safetensors.index.json"
-    needed += _shards(index) if index.is_file() else ["model.safetensors"]
+    needed += [path.name for path in _weight_files(directory)] or ["model.safetensors"]
     missing = [name for name in needed if not (directory / name).is_file()]
     # As published, the template is in the tokenizer configuration.
     has_template = (directory / "chat_template.jinja").is_file()
@@ -139,8 +133,8 @@ def read_config(name_or_path: str, revision: str | None = None, place: str | Non
 
 
 def open_tensors(directory: Path) -> dict[str, Any]:
-    """Open the files of a checkpoint; return the open file for each tensor name."""
-    return {name: file for path in sorted(directory.glob("*.safetensors")) for name, file in open_file(path).items()}
+    """Open the files of a checkpoint that are loaded; return the open file for each tensor name."""
+    return {name: file for path in _weight_files(directory) for name, file in open_file(path).items()}
 
 
 def open_file(path: Path) -> dict[str, Any]:
@@ -151,24 +145,13 @@ def open_file(path: Path) -> dict[str, Any]:
     InputError
         If it is damaged.
     """
+    if not path.is_file():  # opening a FIFO would wait
+        raise InputError(f"{path} is {'not a file' if path.exists() else 'missing'}: copy it again")
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is corrupted ({first_line(error)}): copy it again") from None
     return dict.fromkeys(file.keys(), file)
-
-
-def check_config(content: dict[str, Any], fields: dict[str, Check], path: Path) -> None:
-    """Check the values of the JSON object in a file, where it has them.
-
-    Raises
-    ------
-    InputError
-        For the first value that is not as expected.
-    """
-    for key, (expected, accepts) in fields.items():
-        if key in content and not accepts(content[key]):
-            raise InputError(f"{key} must be {expected}, got {str(content[key])[:50]!r}: copy it again", str(path))
 
 
 def first_line(error: Any) -> str:
@@ -245,6 +228,14 @@ def _check_weights(directory: Path, config: Phi3VConfig, place: str) -> None:
     if wrong:
         what = f"weight {wrong[0]} is missing or has the wrong shape ({len(wrong)} in total)"
         raise InputError(f"{what}: {COPY_AGAIN}", place)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Return what transformers and PEFT load: one file, even if there are also shards; they ignore all other files."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if index.is_file() and not single.exists():
+        return [directory / name for name in _shards(index)]
+    return [path for path in (single, directory / "adapter_model.safetensors") if path.exists()][:1]
 
 
 def _shards(index: Path) -> list[str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from common.runtime.files import read_json, write_file
+from common.runtime.files import check_config, read_json, write_file
 from common.runtime.process import InputError, is_main_process
+
+from .run import EVALUATION_FIELDS, OPTIONAL_FIELDS, RUN_FIELDS
 
 RUN_FILES = ("run.json", "eval_before.json", "eval_after.json")
 
@@ -90,6 +94,10 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     )
     if not run:
         raise InputError(f"{directory} has no run.json, which the model card requires; pass the --output_dir of a training run")
+    check_config(run, RUN_FIELDS, directory / "run.json", required=True)
+    check_config(run, OPTIONAL_FIELDS, directory / "run.json")
+    for file, evaluation in ((RUN_FILES[1], before), (RUN_FILES[2], after)):
+        check_config(evaluation, EVALUATION_FIELDS, directory / file)
     adapter, quantized = (directory / "adapter_config.json").is_file(), "quantization_config" in config
     base, datasets, hyperparameters = run["base_model"], run.get("datasets"), run["hyperparameters"]
     # A quantized model is derived from the finetuned one, if that is on the Hub.
@@ -100,7 +108,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         {key: value for key, value in evaluation.items() if isinstance(value, float) and math.isfinite(value)}
         for evaluation in (before, after)
     )
-    metrics = sorted(first | last, key=lambda metric: metric != (after or before)["metric"])
+    metrics = sorted(first | last, key=lambda metric: metric != (after or before).get("metric"))
     # The Hub requires a type. Files have none, so it is the task then.
     dataset = {"dataset_type": task} | {f"dataset_{key}": value for key, value in run.get("eval_set", {}).items()}
     samples = (after or before).get("samples", 0)
@@ -128,22 +136,31 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     )
     card = jinja2.Template(CARD, trim_blocks=True, keep_trailing_newline=True).render(
         front_matter=front_matter.to_yaml(),
-        title=Path(name).name,
+        title=_escaped(Path(name).name),
         name=repr(name),
         adapter=adapter,
         loader="peft.AutoPeftModel" if adapter else "transformers.AutoModel",
         quantized=quantized,
-        base=f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{base}`",
-        run=run,
+        base=f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{_escaped(base.replace('`', ''))}`",
+        run=_escaped(run) | {"command": run["command"].replace("```", "")},
         samples=f"{samples:,}",
-        metrics=[(metric, *(f"{of[metric]:.4f}" if metric in of else "—" for of in (first, last))) for metric in metrics],
+        metrics=[
+            (_escaped(metric), *(f"{of[metric]:.4f}" if metric in of else "—" for of in (first, last))) for metric in metrics
+        ],
         hyperparameters={
-            key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            _escaped(key): _escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             for key, value in hyperparameters.items()
             if value is not None
         },
     )
     write_file(directory / "README.md", str(ModelCard(card)))
+
+
+def _escaped(value: Any) -> Any:
+    """Return a text that Markdown does not take for HTML or for several lines; of an object, all its texts."""
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(content) for key, content in value.items()}
+    return " ".join(html.escape(value, quote=False).splitlines()) if isinstance(value, str) else value
 
 
 def on_hub(name: str) -> bool:

@@ -9,7 +9,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.runtime.files import read_json, write_file
+from common.runtime.files import (
+    COUNT,
+    NUMBER,
+    OBJECT,
+    OBJECTS,
+    TEXT,
+    Check,
+    check_config,
+    is_number,
+    is_path,
+    read_json,
+    write_file,
+)
 from common.runtime.machine import hardware, versions
 from common.runtime.process import InputError, is_main_process, local_world_size, world_size
 
@@ -20,6 +32,59 @@ FILES = {
     "trainer_state.json": "no training curves",
     "train_results.json": "the training time is unknown",
 }
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _is_data_set(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() <= {"type", "config", "split"} and _are_texts(list(value.values()))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
+def _is_log(value: Any) -> bool:
+    entries = value if isinstance(value, list) else [None]
+    return all(isinstance(entry, dict) and all(of is None or is_number(of) for of in entry.values()) for entry in entries)
+
+
+RUN_FIELDS: dict[str, Check] = {
+    "base_model": ("a name or a path", is_path),
+    **dict.fromkeys(("task", "method", "data", "command", "date", "hardware"), TEXT),
+    **dict.fromkeys(("hyperparameters", "versions"), OBJECT),
+}
+OPTIONAL_FIELDS: dict[str, Check] = {  # of run.json
+    "base_revision": ("a string or null", lambda value: value is None or isinstance(value, str)),
+    "datasets": ("a list of strings or null", lambda value: value is None or _are_texts(value)),
+    "eval_set": ("an object of type, config and split", _is_data_set),
+}
+EVALUATION_FIELDS: dict[str, Check] = {
+    "metric": TEXT,
+    "samples": COUNT,
+    "predictions": OBJECTS,
+    "accuracy_per_class": ("an object of numbers", _are_numbers),
+}
+PREDICTION_FIELDS: dict[str, Check] = {
+    "id": ("a string or an integer", lambda value: type(value) in (str, int)),
+    "question": TEXT,
+    "prediction": TEXT,
+    "answers": ("a list of strings", lambda value: _are_texts(value) and value != []),
+    "score": ("a finite number", lambda value: is_number(value) and abs(value) < 2**63),
+}
+STATE_FIELDS: dict[str, Check] = {
+    "log_history": ("a list of objects of numbers", _is_log),
+    "global_step": COUNT,
+    "epoch": NUMBER,
+}
+RESULTS_FIELDS: dict[str, Check] = {
+    "epoch": NUMBER,
+    "train_loss": NUMBER,
+    "train_runtime": ("seconds", lambda value: is_number(value) and 0 <= value < 2**63),
+}
+DELETE = "delete it, or run the training again"
 RIGHT = 0.5  # minimum score of an answer that counts as right; lower ANLS scores are 0
 
 
@@ -94,11 +159,12 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         If the directory contains no file of a run, or a file is invalid; the message names it.
     """
     paths = [Path(directory, name) for name in FILES]
-    run = Run(
-        Path(directory), *(read_json(path, "delete it, or run the training again") if path.is_file() else {} for path in paths)
-    )
+    run = Run(Path(directory), *(read_json(path, DELETE) if path.is_file() else {} for path in paths))
     if len(run.missing) == len(FILES):
         raise InputError(f"{directory} contains no file of a run ({', '.join(FILES)}); pass the --output_dir of a training run")
+    expected = (RUN_FIELDS | OPTIONAL_FIELDS, EVALUATION_FIELDS, EVALUATION_FIELDS, STATE_FIELDS, RESULTS_FIELDS)
+    for path, content, fields in zip(paths, run[1:], expected, strict=True):
+        check_config(content, fields, path, DELETE)
     for name, evaluation in (("eval_before.json", run.before), ("eval_after.json", run.after)):
         metric = evaluation.get("metric")
         if evaluation and (not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float)):
@@ -108,6 +174,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         for row, prediction in enumerate(evaluation.get("predictions", [])):
             missing = {"id", "question", "prediction", "answers", "score"} - set(prediction)
             if missing or not prediction["answers"]:
-                fields = ", ".join(sorted(missing)) or "answers"
-                raise InputError(f"prediction {row} is missing {fields}", str(run.directory / name))
+                names = ", ".join(sorted(missing)) or "answers"
+                raise InputError(f"prediction {row} is missing {names}", str(run.directory / name))
+            check_config(prediction, PREDICTION_FIELDS, run.directory / name, DELETE)
     return run

@@ -14,6 +14,11 @@ from accelerate import PartialState
 from .process import InputError, is_main_process, world_size
 
 T = TypeVar("T")
+received: list[int] = []  # signals that end training after the current step; see common.training.callbacks.StopOnSignal
+
+
+class Interrupted(Exception):
+    """An evaluation was ended, on all processes, by a signal that ends training."""
 
 
 def gather(value: T) -> list[T]:
@@ -32,6 +37,21 @@ def broadcast(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def interrupted(in_step: bool) -> bool:
+    """Whether to end an evaluation before its next batch, because of a signal.
+
+    ``in_step`` tells that all processes have the same number of batches and have to end before the same one, as with ZeRO-3.
+    Otherwise each decides for itself. All of them call :func:`raise_if_interrupted` after their batches.
+    """
+    return any(gather(bool(received))) if in_step else bool(received)
+
+
+def raise_if_interrupted() -> None:
+    """Raise :class:`Interrupted` on all processes if any has received a signal. Must be called on all processes."""
+    if any(gather(bool(received))):
+        raise Interrupted
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,28 @@
-"""Atomic writes of files, and strict reading of JSON."""
+"""Atomic writes of files, and strict reading and checking of JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .process import InputError, excerpt
+
+# What is expected of a value in a JSON file, and whether it is that.
+Check = tuple[str, Callable[[Any], bool]]
+TEXT: Check = ("a string", lambda value: isinstance(value, str))
+OPTIONAL_PATH: Check = ("a name, a path or null", lambda value: value is None or is_path(value))
+OBJECT: Check = ("an object", lambda value: isinstance(value, dict))
+OBJECTS: Check = (
+    "a list of objects",
+    lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+)
+NUMBER: Check = ("a number", lambda value: is_number(value))
+COUNT: Check = ("an integer from 0", lambda value: type(value) is int and 0 <= value < 2**63)
 
 
 @contextmanager
@@ -68,6 +80,38 @@ def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict
     if not isinstance(content, dict):
         raise InputError(f"expected a JSON object, got {type(content).__name__}: {remedy}", place)
     return content
+
+
+def check_config(
+    content: dict[str, Any], fields: dict[str, Check], path: Path, remedy: str = "copy it again", required: bool = False
+) -> None:
+    """Check the values of the JSON object in a file, where it has them; if ``required``, it must have all.
+
+    Raises
+    ------
+    InputError
+        For the first value that is not as expected.
+    """
+    for key, (expected, accepts) in fields.items():
+        if required and key not in content:
+            raise InputError(f"{path} has no {key}: {remedy}")
+        if key in content and not accepts(content[key]):
+            raise InputError(f"{key} must be {expected}, got {str(content[key])[:50]!r}: {remedy}", str(path))
+
+
+def is_path(value: Any) -> bool:
+    """Whether a JSON value is a text that can be the name of a file or directory; the system fails for others."""
+    return (
+        isinstance(value, str)
+        and len(value) < 4096
+        and "\0" not in value
+        and all(len(part.encode("utf-8", "surrogatepass")) < 256 for part in value.split("/"))
+    )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number, possibly not finite, that a float can hold."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def reject_duplicate_keys(fields: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from .process import InputError, fail, local_rank
+from .process import InputError, fail, local_rank, stop_on_interrupt
 
 # Flags of transformers, PEFT and TRL, and what to use instead.
 OTHER_NAMES = {
@@ -39,6 +39,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        sys.excepthook = stop_on_interrupt  # also while libraries are imported
 
     def error(self, message: str) -> NoReturn:
         """Show the message and exit with code 1. All processes have the same flags."""

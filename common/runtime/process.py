@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, TextIO
 
 
@@ -78,6 +79,13 @@ def stop_at_once(number: int, _: Any = None) -> None:
     if is_main_process():
         os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
+
+
+def stop_on_interrupt(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Report an uncaught exception, as ``sys.excepthook``; after Ctrl-C, as :func:`stop_at_once` does."""
+    if issubclass(kind, KeyboardInterrupt):
+        stop_at_once(signal.SIGINT)
+    sys.__excepthook__(kind, error, traceback)
 
 
 def fail(message: str, show: bool = True, others_may_continue: bool = False) -> NoReturn:

@@ -20,7 +20,9 @@ import torch.distributed.distributed_c10d as c10d
 from .process import InputError, fail, local_rank, rank, stop_at_once, world_size
 
 SECONDS_TO_NOTICE = 10  # until the others have noticed the same timeout
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors of a file system. safetensors and tokenizers quote their texts, torch has its own for a full disk.
+FULL = [*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "inline_container.cc"]
+BROKEN = [os.strerror(number) for number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)]
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -46,13 +48,21 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             raise
         fail(reason, others_may_continue=True)
     except OSError as error:
-        if error.errno not in (*DISK_FULL, errno.EROFS):
+        if not (remedy := disk_remedy(error)):
             raise
-        remedy = "check the disk" if error.errno == errno.EROFS else "free disk space"
-        message = f"writing failed ({error}): {remedy}, and restart with --resume_from_checkpoint auto"
+        # The error of a data worker contains its traceback.
+        reason = str(error).strip().splitlines()[-1]
+        message = f"reading or writing failed ({reason}): {remedy}, and restart with --resume_from_checkpoint auto"
         fail(message, show=_is_first_with(message), others_may_continue=True)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def disk_remedy(error: Exception) -> str | None:
+    """Return what to do about an error of a file system, or None for another error."""
+    if any(text in str(error) for text in FULL):
+        return "free disk space"
+    return "check the disk and its permissions" if any(text in str(error) for text in BROKEN) else None
 
 
 def _is_first_with(message: str) -> bool:

@@ -12,37 +12,41 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.phi3v.parts import part_of
-from common.runtime.collectives import gather, sum_over_processes
+from common.runtime.collectives import gather, received, sum_over_processes
 from common.runtime.process import InputError, counted, say, stop_at_once
 
 FinetuningTrainer = Any  # the module of that class imports this one
 
 SECONDS_OF_ONE_SIGNAL = 3
-SKIPPED_STEPS = 20  # fp16 halves the loss scale of 65,536 at each
+SKIPPED_STEPS = 16  # fp16 halves the loss scale of 65,536 at each; at 1, DeepSpeed fails
 UNCHANGED_STEPS = 10
 
 
 class StopOnSignal(TrainerCallback):
     """After SIGTERM or SIGINT on any process, save a complete checkpoint at the end of the step and stop all processes.
 
+    In an evaluation, the step has ended: the evaluation is ended after its current batch, and made up by the resumed run.
+
     A second signal ends the process at once. One that follows within seconds is the same: torchrun passes on a Ctrl-C that its
     processes have already received from the terminal.
     """
 
     def __init__(self) -> None:
-        self.received, self._received_at = 0, 0.0
+        received.clear()
+        self._received_at = 0.0
         self.stopped = False
         self.evaluation_due = False
         self._previous_handlers: dict[int, Any] = {}
 
     def _receive(self, number: int, _: Any) -> None:
-        if self.received and time.monotonic() - self._received_at > SECONDS_OF_ONE_SIGNAL:
+        if received and time.monotonic() - self._received_at > SECONDS_OF_ONE_SIGNAL:
             stop_at_once(number)
-        if not self.received:
-            self.received, self._received_at = number, time.monotonic()
+        if not received:
+            received.append(number)
+            self._received_at = time.monotonic()
 
     def _received_anywhere(self) -> bool:
-        return bool(sum_over_processes(torch.tensor(self.received, device=PartialState().device)))
+        return bool(sum_over_processes(torch.tensor(sum(received), device=PartialState().device)))
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Install the signal handlers."""
@@ -54,13 +58,19 @@ class StopOnSignal(TrainerCallback):
     ) -> TrainerControl:
         """Stop if any process has received SIGTERM."""
         if self._received_anywhere():
-            self.stopped = True
             ends_epoch = state.epoch.is_integer() or state.global_step >= state.max_steps
             # There may be no time left for an evaluation. The resumed run does it instead.
-            self.evaluation_due = control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch)
-            control.should_evaluate = False
-            control.should_save = control.should_training_stop = True
+            self._stop(control, evaluation_due=control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch))
         return control
+
+    def stop_in_evaluation(self, control: TrainerControl) -> None:
+        """Stop because any process has received a signal in an evaluation, which is ended."""
+        self._stop(control, evaluation_due=True)
+
+    def _stop(self, control: TrainerControl, evaluation_due: bool) -> None:
+        self.stopped, self.evaluation_due = True, evaluation_due
+        control.should_evaluate = False
+        control.should_save = control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,10 +82,9 @@ class StopOnSignal(TrainerCallback):
 
     def end(self) -> int:
         """Restore the previous handlers; return the number of the signal that any process has received, or 0."""
-        received = self._received_anywhere()
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        return max(gather(self.received)) if received else 0
+        return max(gather(sum(received)))
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -114,19 +123,24 @@ class CheckNumbers(TrainerCallback):
         # The sum is not finite if it is not on any process. DeepSpeed hides such norms, but not such losses.
         total = sum_over_processes(torch.as_tensor(trainer.step_loss) + trainer.grad_norm)
         trainer.step_loss = torch.zeros(())
-        self.bad = 0 if torch.isfinite(total) else self.bad + 1
-        if self.bad >= (SKIPPED_STEPS if args.fp16 and trainer.accelerator.optimizer_step_was_skipped else self.limit):
-            first = state.global_step - self.bad
-            raise InputError(
-                f"loss or gradient was not finite for {counted(self.bad, 'step')} in a row, first in step {first + 1}"
-                f"{trainer.rows_of(first)}: nothing was saved since; check these rows, use a lower --learning_rate or a longer "
-                "--warmup_steps, and restart with --resume_from_checkpoint auto"
-            )
+        skipped = args.fp16 and trainer.accelerator.optimizer_step_was_skipped
+        self.bad = 0 if torch.isfinite(total) and not skipped else self.bad + 1
+        if self.bad >= (SKIPPED_STEPS if skipped else self.limit):
+            raise self.failure(state.global_step)
         steps = state.global_step - self._first_step
         if steps == UNCHANGED_STEPS or (steps >= 3 and state.global_step == state.max_steps and steps < UNCHANGED_STEPS):
             after = bit_sums(trainer.model)
             if unchanged := [part for part, total in self._before.items() if after[part] == total]:
                 say(f"warning: {' and '.join(unchanged)} did not change in {steps} steps: check learning rates and data")
+
+    def failure(self, step: int) -> InputError:
+        """Return the error that ends the run after a step."""
+        first = step - self.bad
+        return InputError(
+            f"loss or gradient was not finite for {counted(self.bad, 'step')} in a row, first in step {first + 1}"
+            f"{self.trainer.rows_of(first)}: nothing was saved since; check these rows, use a lower --learning_rate or a "
+            "longer --warmup_steps, and restart with --resume_from_checkpoint auto"
+        )
 
 
 def bit_sums(model: nn.Module) -> dict[str, int]:

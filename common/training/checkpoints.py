@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +28,101 @@ from common.data.streaming import StreamedData
 from common.model.adapters import fingerprint
 from common.model.checkpoint import find_snapshot
 from common.runtime.collectives import gather, on_main_process
-from common.runtime.files import read_json, replacing
+from common.runtime.files import (
+    COUNT,
+    NUMBER,
+    OBJECT,
+    OBJECTS,
+    OPTIONAL_PATH,
+    Check,
+    check_config,
+    is_number,
+    read_json,
+    replacing,
+)
 from common.runtime.process import InputError, counted, local_rank
 
 # Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"
 TOTALS = "totals.json"
+EARLIER = "use an earlier checkpoint"
+
+
+def _has_counters(callbacks: Any) -> bool:
+    """Whether the state of early stopping, if there is one, has its counter."""
+    if not isinstance(callbacks, dict) or "EarlyStopping" not in callbacks:
+        return isinstance(callbacks, dict)
+    try:
+        return type(callbacks["EarlyStopping"]["attributes"]["early_stopping_patience_counter"]) is int
+    except (TypeError, LookupError):
+        return False
+
+
+TOTALS_FIELDS: dict[str, Check] = {
+    "loss": NUMBER,
+    "running_loss": ("a list of numbers", lambda value: isinstance(value, list) and value != [] and all(map(is_number, value))),
+    "settings": OBJECT,
+    "last_logged": COUNT,
+    "seconds": ("a finite number", lambda value: is_number(value) and abs(value) < 2**63),
+    "evaluation_due": ("true or false", lambda value: isinstance(value, bool)),
+}
+SETTINGS_FIELDS: dict[str, Check] = {
+    "steps": COUNT,
+    "max_tokens_per_batch": ("an integer or null", lambda value: value is None or type(value) is int),
+}
+STATE_FIELDS: dict[str, Check] = {
+    **dict.fromkeys(("global_step", "max_steps", "train_batch_size", "num_train_epochs", "num_input_tokens_seen"), COUNT),
+    "epoch": NUMBER,
+    "total_flos": ("a number", lambda value: type(value) in (int, float)),
+    "best_metric": ("a number or null", lambda value: value is None or is_number(value)),
+    "best_global_step": ("an integer or null", lambda value: value is None or type(value) is int),
+    "best_model_checkpoint": OPTIONAL_PATH,
+    "log_history": OBJECTS,
+    "stateful_callbacks": ("the states of the callbacks", _has_counters),
+}
 
 
 def write_manifest(directory: Path) -> None:
     """Mark a checkpoint as complete by recording the size and the checksum of its files. The file is written atomically."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
     with ThreadPoolExecutor(8) as threads:
-        checksums = list(threads.map(checksum, files))
+        checksums = list(threads.map(partial(checksum, flush=True), files))
     entries = {
         str(path.relative_to(directory)): [path.stat().st_size, found] for path, found in zip(files, checksums, strict=True)
     }
+    for folder in {path.parent for path in files} | {directory.parent}:
+        _flush_directory(folder)
     with replacing(directory / MANIFEST) as temporary, temporary.open("w") as file:
         json.dump(entries, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+    _flush_directory(directory)
 
 
-def checksum(path: Path) -> str:
-    """XXH3 (64 bits) of a file, which is computed faster than a disk reads."""
+def _flush_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot flush directories
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path, flush: bool = False) -> str:
+    """XXH3 (64 bits) of a file, which is computed faster than a disk reads. ``flush`` writes the file to the disk before."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def why_incomplete(directory: Path) -> str | None:
-    """Return why a checkpoint is incomplete or damaged, or None if it is neither."""
+def why_incomplete(directory: Path, checksums: bool = True) -> str | None:
+    """Return why a checkpoint is incomplete or damaged, or None if it is neither. Computing the checksums reads all files."""
     if not directory.is_dir():
         return "no such directory"
     if not (directory / MANIFEST).exists():
@@ -67,18 +132,75 @@ def why_incomplete(directory: Path) -> str | None:
         if entries and all(isinstance(entry, int) for entry in entries.values()):
             return "written by an earlier version, without checksums, so that its files cannot be verified"
         expected = {directory / name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
-    except (ValueError, TypeError, OverflowError):  # not JSON, or JSON of something else
+        names = [str(path.relative_to(directory)) for path in expected]  # fails for absolute ones
+        if not expected or any(".." in path.parts for path in expected):
+            return f"{MANIFEST} is corrupted"
+        for (path, (size, _)), name in zip(expected.items(), names, strict=True):
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    except (ValueError, TypeError, OverflowError, OSError):  # not JSON, or JSON of something else
         return f"{MANIFEST} is corrupted"
-    for path, (size, _) in expected.items():
-        if not path.is_file():
-            return f"{path.relative_to(directory)} is missing"
-        if path.stat().st_size != size:
-            return f"{path.relative_to(directory)} has {path.stat().st_size} bytes, expected {size}"
-    with ThreadPoolExecutor(8) as threads:
-        for (path, (_, digest)), found in zip(expected.items(), threads.map(checksum, expected), strict=True):
-            if found != digest:
-                return f"{path.relative_to(directory)} is damaged"
+    if not checksums:
+        return None
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            for name, (_, digest), found in zip(names, expected.values(), threads.map(checksum, expected), strict=True):
+                if found != digest:
+                    return f"{name} is damaged"
+        read_state(directory)
+        read_totals(directory)
+    except (OSError, InputError) as error:
+        return str(error)
     return None
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Read ``trainer_state.json``.
+
+    Raises
+    ------
+    InputError
+        If it is missing, or not what the Trainer writes.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    content = read_json(path, EARLIER)
+    check_config(content, STATE_FIELDS, path, EARLIER, required=True)
+    try:
+        return TrainerState(**content)
+    except TypeError as error:  # an unknown key
+        raise InputError(f"{error}: {EARLIER}", str(path)) from None
+
+
+def read_totals(checkpoint: Path) -> dict[str, Any]:
+    """Read ``totals.json``, as :func:`read_state`."""
+    path = checkpoint / TOTALS
+    content = read_json(path, EARLIER)
+    check_config(content, TOTALS_FIELDS, path, EARLIER, required=True)
+    check_config(content["settings"], SETTINGS_FIELDS, path, EARLIER)
+    return content
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
+    """Delete old checkpoints next to the ``newest`` one, so that at most ``limit`` are left. The ``best`` one is kept too.
+
+    Incomplete ones are deleted first, then those of later steps, which a run that resumed from an earlier step does not use.
+    """
+    if not limit:
+        return
+    kept = {newest.resolve(), *([Path(best).resolve()] if best else [])}
+    steps = {path: path.name.rpartition("-")[2] for path in newest.parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()}
+    order = {
+        path: (why_incomplete(path, checksums=False) is None, int(step) < int(steps[newest]), int(step))
+        for path, step in steps.items()
+        if step.isdigit()
+    }
+    old = sorted((path for path in order if path.resolve() not in kept), key=lambda path: order[path])
+    for path in old[: max(0, len(order) - limit)]:
+        # Without its manifest, what is left of it if this is interrupted does not count as a checkpoint.
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def find_checkpoint(
@@ -203,9 +325,7 @@ def check_resumable(checkpoint: Path, identity: dict[str, Any], accepted: list[s
         If a setting differs; the message names it.
     """
     place = f"--resume_from_checkpoint {checkpoint}"
-    saved = read_json(checkpoint / TOTALS, "use an earlier checkpoint").get("settings")
-    if not isinstance(saved, dict):
-        raise InputError(f"{TOTALS} has no settings: use an earlier checkpoint", place)
+    saved = read_totals(checkpoint)["settings"]
     for name, value in identity.items():
         flag = name.removeprefix("--")
         if saved.get(name) == value or flag in accepted:
@@ -223,9 +343,9 @@ def check_plan(checkpoint: Path, plan: dict[str, Any], accepted: list[str]) -> s
 
     Returns what is done about another number of steps, or None.
     """
-    done = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    done = read_state(checkpoint).global_step
     now = plan["steps"]
-    before = read_json(checkpoint / TOTALS, "use an earlier checkpoint")["settings"].get("steps", now)
+    before = read_totals(checkpoint)["settings"].get("steps", now)
     if now < done:
         raise InputError(
             f"it has made {counted(done, 'step')}, more than the {now} of this run", f"--resume_from_checkpoint {checkpoint}"

@@ -22,7 +22,7 @@ OTHER_FILES = (
     *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
 )
-_held: list[TextIO] = []  # a lock lasts as long as its file is open
+_held: dict[Path, tuple[TextIO, str]] = {}  # a lock lasts as long as its file is open
 
 
 def lock_output_dir(directory: Path) -> None:
@@ -49,10 +49,34 @@ def lock_output_dir(directory: Path) -> None:
         ) from None
     except OSError:
         pass  # a file system without locks
-    _held.append(file)
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    _held[directory] = file, owner
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.write(owner)
     file.flush()
+
+
+def check_output_dir_locked(directory: Path) -> None:
+    """Check that an output directory is still the one that this process has locked.
+
+    The lock is recognized by its content, because some file systems change the numbers of their files.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if directory not in _held:
+        return
+    try:
+        found = (directory / LOCK).read_text()
+    except FileNotFoundError:
+        found = ""
+    if found != _held[directory][1]:
+        raise InputError(
+            "was removed or replaced during the run, with its checkpoints: nothing is saved; start the run again",
+            f"--output_dir {directory}",
+        )
 
 
 def note_bad_sample(directory: Path, step: int, message: str) -> None:

@@ -9,18 +9,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainingArguments
 
 from common.arguments import Setup, steps_between_evaluations, trained_parts
 from common.data.batches import Lengths, PlannedBatches, accumulation_for_budget
 from common.data.samples import TrainingData
 from common.data.streaming import StreamedBatches, StreamedData
 from common.phi3v.flops import TrainingFlops
-from common.runtime.files import read_json
 from common.runtime.process import InputError, rank, world_size
 
-from .checkpoints import TOTALS
+from .checkpoints import read_state, read_totals
 from .memory import Trial, fastest_budget, mean_flops, recomputation_modes
 
 
@@ -42,7 +40,7 @@ def plan_batches(
     estimate : callable
         Returns the trial on the device; called on all processes, if ``--max_tokens_per_batch auto`` requires it.
     """
-    state = setup.checkpoint and TrainerState.load_from_json(str(setup.checkpoint / TRAINER_STATE_NAME))
+    state = setup.checkpoint and read_state(setup.checkpoint)
     steps_done = state.global_step if state else 0
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if isinstance(data, StreamedData):
@@ -93,8 +91,7 @@ def _choose_budget(
     if trial is None:
         return None
     if setup.checkpoint:
-        settings = read_json(setup.checkpoint / TOTALS, "use an earlier checkpoint")["settings"]
-        saved = settings.get("max_tokens_per_batch")
+        saved = read_totals(setup.checkpoint)["settings"].get("max_tokens_per_batch")
         if isinstance(saved, int) and saved <= trial.most_tokens(modes[-1], lengths):
             return saved
     forward, backward = (batch_size / world_size() * each for each in mean_flops(flops, lengths))

@@ -16,32 +16,29 @@ from common.model.adapters import write_base_description
 from common.model.checkpoint import read_tensors
 from common.phi3v import Phi3VProcessor
 from common.runtime.process import InputError
-from common.runtime.script import DISK_FULL
+from common.runtime.script import disk_remedy
 
 from .output import SAVING
 
-# Error texts of a full disk: Python, safetensors and tokenizers quote the operating system, torch does not.
-DISK_FULL_TEXTS = (*map(os.strerror, DISK_FULL), "inline_container.cc")
 Weights = dict[str, torch.Tensor]
 
 
 @contextlib.contextmanager
 def saving() -> Iterator[None]:
-    """Report a full disk as an :class:`InputError` which says that earlier checkpoints are intact.
+    """Report an error of the file system as an :class:`InputError` which says that earlier checkpoints are intact.
 
     Raises
     ------
     InputError
-        If the disk is full. All other errors are raised unchanged.
+        If the disk is full, read-only or broken. All other errors are raised unchanged.
     """
     try:
         yield
     except Exception as error:
-        if not any(text in str(error) for text in DISK_FULL_TEXTS):
+        if not (remedy := disk_remedy(error)):
             raise
         raise InputError(
-            f"saving failed ({error}): free disk space and restart with --resume_from_checkpoint auto; "
-            "earlier checkpoints are intact"
+            f"saving failed ({error}): {remedy} and restart with --resume_from_checkpoint auto; earlier checkpoints are intact"
         ) from error
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from common.arguments import Setup
 from common.data.batches import PlannedBatches
@@ -31,15 +31,23 @@ from common.model.checks import first_line
 from common.model.loading import autocast
 from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops
-from common.runtime.collectives import broadcast, set_timeout, sum_over_processes
+from common.runtime.collectives import (
+    Interrupted,
+    broadcast,
+    interrupted,
+    on_main_process,
+    raise_if_interrupted,
+    set_timeout,
+    sum_over_processes,
+)
 from common.runtime.files import read_json, replacing, write_file
 from common.runtime.process import InputError, counted, is_main_process, rank, say, world_size
 from common.runtime.progress import Progress
 
 from .callbacks import CheckNumbers, EarlyStopping, PrepareFirstStep, StopOnSignal, find_nonfinite
-from .checkpoints import MANIFEST, TOTALS, write_manifest
+from .checkpoints import MANIFEST, TOTALS, read_totals, rotate_checkpoints, write_manifest
 from .optimizer import MasterWeights, group_by_part, restore_settings
-from .output import BAD_SAMPLES, count_bad_samples, note_bad_sample
+from .output import BAD_SAMPLES, check_output_dir_locked, count_bad_samples, note_bad_sample
 from .progress import TrainingProgress
 from .saving import saving, write_model, write_result
 from .throughput import Throughput
@@ -85,7 +93,8 @@ class FinetuningTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(TrainingProgress(flags.tqdm))
         self.stop_on_signal = StopOnSignal()
-        self.add_callback(CheckNumbers(self, flags.max_nonfinite_steps))
+        self.check_numbers = CheckNumbers(self, flags.max_nonfinite_steps)
+        self.add_callback(self.check_numbers)
         self.add_callback(self.stop_on_signal)
         if flags.early_stopping_patience:
             self.add_callback(EarlyStopping(flags.early_stopping_patience))
@@ -167,6 +176,7 @@ class FinetuningTrainer(Trainer):
     def save_result(self) -> None:
         """Write the model or adapter, the processor, ``train_results.json`` and ``trainer_state.json``."""
         assert self.result is not None, "called after train()"
+        on_main_process(lambda: check_output_dir_locked(self.flags.output_dir))
         self.require_finite("the result is")
         with saving():
             self.save_model(_internal_call=True)  # without pushing, which is done at the end
@@ -255,7 +265,7 @@ class FinetuningTrainer(Trainer):
         restore_settings(self.optimizer, self.lr_scheduler, self._settings_of_groups)
         if name := find_nonfinite(self.model, self.optimizer):
             raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
-        totals = read_json(checkpoint / TOTALS, "use an earlier checkpoint")
+        totals = read_totals(checkpoint)
         running = totals["running_loss"]
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
         self._total_loss_scalar, self._globalstep_last_logged = totals["loss"], totals["last_logged"]
@@ -308,7 +318,13 @@ class FinetuningTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.throughput.add(inputs)
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # raised by DeepSpeed after an overflow, on all processes
+                raise
+            self.check_numbers.bad += 1
+            raise self.check_numbers.failure(self.state.global_step + 1) from error
         self.step_loss = self.step_loss + loss.detach()
         return loss
 
@@ -327,12 +343,15 @@ class FinetuningTrainer(Trainer):
             total = -(-len(self.eval_dataset) // self.setup.batch_size_per_gpu)
             with Progress("Evaluating the loss", "batches", total, self.flags.tqdm, shared=True) as progress:
                 for number, inputs in enumerate(dataloader):
+                    if interrupted(in_step=self.setup.zero_stage == 3):
+                        break
                     inputs = self._prepare_inputs(inputs)
                     # num_items_in_batch=1: the sum over the supervised tokens, not their mean.
                     loss = self.model(**inputs, num_items_in_batch=1, skip_logits=True).loss
                     if number < self._num_eval_batches:
                         totals += torch.tensor([loss.item(), (inputs["labels"] != -100).sum().item()])
                     progress.update()
+        raise_if_interrupted()
         totals = sum_over_processes(totals.float().to(self.args.device))
         metrics = {"eval_loss": (totals[0] / totals[1]).item()}
         every = self.flags.eval_metric_steps
@@ -344,12 +363,24 @@ class FinetuningTrainer(Trainer):
         with self.throughput.excluded():
             return super().evaluate(*args, **kwargs)
 
+    # Overridden to save and stop instead of completing an evaluation for which there may be no time.
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except Interrupted:
+            self.stop_on_signal.stop_in_evaluation(self.control)
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
     # Overridden because the public callbacks are called per process, and not before and after all processes have saved.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.throughput.excluded():
             self._save_complete_checkpoint(*args, **kwargs)
 
     def _save_complete_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        on_main_process(lambda: check_output_dir_locked(self.flags.output_dir))
         self.require_finite("the checkpoint is")
         directory = self.flags.output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -370,7 +401,7 @@ class FinetuningTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            rotate_checkpoints(str(self.flags.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(directory, limit, self.state.best_model_checkpoint)
 
     # Overridden to choose the format. save_model gathers DeepSpeed's shards, then calls this method to write them.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:

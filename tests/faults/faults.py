@@ -69,6 +69,27 @@ KILLED = [
         **strike("common.phi3v.Phi3VProcessor.save_pretrained", struck.kill, 4, (0,)),
         check=lambda output: check_no_result(output),
     ),
+    Fault(
+        "killed while weights are written",
+        GONE,
+        BOTH,
+        **strike(f"{TRAINER}._save", struck.kill_in_writing, 2, (0,)),
+        codes=(-signal.SIGXFSZ, 1),
+        check=has_checkpoints(2),
+    ),
+    Fault(
+        "killed while the result's weights are written",
+        GONE,
+        **strike(f"{TRAINER}._save", struck.kill_in_writing, 4, (0,)),
+        codes=(-signal.SIGXFSZ, 1),
+        check=lambda output: check_no_result(output),
+    ),
+    Fault(
+        "killed while an answer is generated",
+        GONE,
+        **strike("common.evaluation.generation._generate", struck.kill, 2, (0,)),
+        codes=(-9, 1),
+    ),
     Fault("killed while the report is written", "results saved", **strike(f"{TRAINER}.report", struck.kill)),
     Fault(
         "a data worker killed",
@@ -112,10 +133,28 @@ SIGNALS = [
     ),
     Fault(
         "SIGINT in the evaluation loss",
-        STOPPED.format("SIGINT", 4),
+        STOPPED.format("SIGINT", 3),
         **strike(f"{TRAINER}.evaluation_loop", struck.interrupt),
         codes=(130, 130),
+        check=lambda output: check_evaluation_due(output, 3),
     ),
+    Fault(
+        "SIGTERM to one process in the metric's evaluation",
+        STOPPED.format("SIGTERM", 3),
+        ("ZeRO-3", "LoRA"),
+        **strike("common.evaluation.generation._prompt_batches", struck.term, 2, (0,)),
+        options={"eval_metric_steps": 3},
+        codes=(143, 143),
+        check=lambda output: check_evaluation_due(output, 3),
+    ),
+    Fault(
+        "SIGINT while old checkpoints are rotated",
+        STOPPED.format("SIGINT", 5),
+        **strike("common.training.trainer.rotate_checkpoints", struck.interrupt, 2),
+        codes=(130, 130),
+        check=has_checkpoints(5),
+    ),
+    Fault("SIGTERM while the report is written", "stopped by SIGTERM", **strike(f"{TRAINER}.report", struck.term)),
     Fault(
         "SIGTERM while the result is saved",
         "stopped by SIGTERM after training; the model is saved",
@@ -126,6 +165,12 @@ SIGNALS = [
     Fault("SIGTERM twice in a step", "stopped by SIGTERM\n", **strike(STEP, struck.term_twice, 4), codes=(143, 143)),
     Fault("SIGINT twice in a step", "stopped by SIGINT\n", **strike(STEP, struck.interrupt_twice, 4), codes=(130, 130)),
 ]
+
+
+def check_evaluation_due(output: Path, step: int):
+    assert json.loads((output / f"checkpoint-{step}/totals.json").read_text())["evaluation_due"]
+    check_checkpoints([f"checkpoint-{step}"], output)
+
 
 HUNG = r"error: process 1 did not respond within --ddp_timeout.*"
 HANGS = {"options": {"ddp_timeout": 5}, "frozen": True}
@@ -161,7 +206,7 @@ LAUNCHED = [
     Fault("Ctrl-C under torchrun", STOPPED.format("SIGINT", 3), launcher=interrupt_group),
 ]
 
-WRITING = r"error: writing failed \(\[Errno \d+\] "
+WRITING = r"error: reading or writing failed \(\[Errno \d+\] "
 FULL = "error: saving failed .*: free disk space and restart"
 
 
@@ -211,13 +256,14 @@ DISK = [
     ),
     Fault(
         "file system turns read-only",
-        f"{WRITING}Read-only file system.*check the disk",
+        "error: saving failed .*Read-only file system.*check the disk",
         **strike(f"{TRAINER}._write_totals", partial(struck.fail, errno.EROFS), 2, (0,)),
     ),
     Fault(
         "output directory removed in a step",
-        "error: .* has no run.json, which the model card requires",
+        "error: --output_dir .*: was removed or replaced during the run",
         **strike(STEP, struck.remove_output, 4, (0,)),
+        codes=(1, 1),
     ),
     Fault(
         "a second run in the same directory",

@@ -106,6 +106,13 @@ def fill_disk(place: Place) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
 
+def kill_in_writing(place: Place) -> None:
+    """The process is killed while it writes the first file that gets longer than 50 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    fill_disk(place)
+
+
 def fail(number: int, *_: Any, **__: Any) -> None:
     """Fail with an error of the operating system."""
     raise OSError(number, os.strerror(number))
