@@ -220,7 +220,7 @@ def generate_with_log_probabilities(
     results: dict[int, tuple[str, list[float]]] = {}
     with _evaluating(model):
         for indices, batch in _prompt_batches(base, processor, conversations, settings, max_tokens):
-            if interrupted(in_step=is_deepspeed_zero3_enabled()):
+            if interrupted():
                 break
             prompts = _prefill(base, batch)
             columns = [_answer_log_probabilities(base, prompts, ids.to(base.device)) for ids in candidate_ids]

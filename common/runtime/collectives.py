@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from accelerate import PartialState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .process import InputError, is_main_process, world_size
 
@@ -39,18 +40,18 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
-def interrupted(in_step: bool) -> bool:
+def interrupted() -> bool:
     """Whether to end an evaluation before its next batch, because of a signal.
 
-    ``in_step`` tells that all processes have the same number of batches and have to end before the same one, as with ZeRO-3.
-    Otherwise each decides for itself. All of them call :func:`raise_if_interrupted` after their batches.
+    Each process decides for itself, and all of them call :func:`raise_if_interrupted` after their batches. With ZeRO-3, which
+    needs the same number of batches on all processes, evaluations are completed.
     """
-    return any(gather(bool(received))) if in_step else bool(received)
+    return bool(received) and not is_deepspeed_zero3_enabled()
 
 
 def raise_if_interrupted() -> None:
     """Raise :class:`Interrupted` on all processes if any has received a signal. Must be called on all processes."""
-    if any(gather(bool(received))):
+    if any(gather(interrupted())):
         raise Interrupted
 
 

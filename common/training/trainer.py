@@ -343,7 +343,7 @@ class FinetuningTrainer(Trainer):
             total = -(-len(self.eval_dataset) // self.setup.batch_size_per_gpu)
             with Progress("Evaluating the loss", "batches", total, self.flags.tqdm, shared=True) as progress:
                 for number, inputs in enumerate(dataloader):
-                    if interrupted(in_step=self.setup.zero_stage == 3):
+                    if interrupted():
                         break
                     inputs = self._prepare_inputs(inputs)
                     # num_items_in_batch=1: the sum over the supervised tokens, not their mean.

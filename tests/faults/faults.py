@@ -141,7 +141,6 @@ SIGNALS = [
     Fault(
         "SIGTERM to one process in the metric's evaluation",
         STOPPED.format("SIGTERM", 3),
-        ("ZeRO-3", "LoRA"),
         **strike("common.evaluation.generation._prompt_batches", struck.term, 2, (0,)),
         options={"eval_metric_steps": 3},
         codes=(143, 143),
