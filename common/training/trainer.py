@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import signal
 import sys
@@ -361,18 +362,11 @@ class FinetuningTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.throughput.excluded():
-            return super().evaluate(*args, **kwargs)
-
-    # Overridden to save and stop instead of completing an evaluation for which there may be no time.
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        try:
-            return super()._evaluate(*args, **kwargs)
-        except Interrupted:
-            self.stop_on_signal.stop_in_evaluation(self.control)
-            return {}
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+            try:
+                return super().evaluate(*args, **kwargs)
+            except Interrupted:  # there may be no time for it: save and stop
+                self.stop_on_signal.stop_in_evaluation(self.control)
+                return {self.args.metric_for_best_model or "eval_loss": math.nan}  # which is never the best
 
     # Overridden because the public callbacks are called per process, and not before and after all processes have saved.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
