@@ -79,6 +79,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from assets.samples.docvqa import FIELDS, draw_value
+from common.data.rows import Rows
 from common.model.checkpoint import load_processor
 from common.model.loading import base_model, load_model
 from common.phi3v import Phi3VConfig
@@ -262,7 +263,8 @@ def measure(args, values, directory):
     setup = start(flags)
     processor = load_processor(flags.model_name_or_path, setup.revision, flags.num_crops)
     pages = find_pages(args.image_dir) if args.image_dir else draw_pages(directory / "pages", args.num_images)
-    rows = draw_rows(pages, args.batch_size * (args.warmup + args.steps), np.random.default_rng(args.seed))
+    drawn = draw_rows(pages, args.batch_size * (args.warmup + args.steps), np.random.default_rng(args.seed))
+    rows = Rows(drawn, place="drawn row {}".format)
     model = load_model(flags, setup, processor)
     trainer = build_trainer(flags, setup, model, processor, rows, rows, lambda row, _: row, evaluate=None, source="drawn pages")
     watch = Watch(trainer, args.warmup, args.steps)

@@ -226,7 +226,8 @@ def test_several_samples_at_once_are_the_default_on_a_gpu(samples, max_tokens, m
 @pytest.mark.parametrize("workers, accumulation, expected", [(2, 1, 2), (2, 65, 33), (1, 64, 64), (0, 64, None)])
 def test_workers_prefetch_all_micro_batches_of_a_step(workers, accumulation, expected, monkeypatch):
     monkeypatch.setattr(loader_module, "cores_per_process", lambda: 2)
-    trainer = argparse.Namespace(args=argparse.Namespace(dataloader_num_workers=workers), data_collator=list)
+    asked = argparse.Namespace(dataloader_num_workers=workers), argparse.Namespace(ddp_timeout=60)
+    trainer = argparse.Namespace(args=asked[0], flags=asked[1], data_collator=list)
     loader = FinetuningTrainer._loader(trainer, [1, 2], [[0], [1]], ahead=accumulation)
     assert loader.prefetch_factor == expected
 

@@ -196,7 +196,7 @@ def test_names_in_parquet_do_not_leave_the_image_folder(tmp_path):
             [row] = stream.rows(0, 0)
             assert row.content["conversations"][0]["images"] == [str(tmp_path / "images/a.png")]
         else:
-            with pytest.raises(InputError, match=r"a.parquet, row 0: image .*secret.png is outside"):
+            with pytest.raises(InputError, match=r"a.parquet, row 0: image .* is outside"):
                 list(stream.rows(0, 0))
 
 
