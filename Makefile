@@ -36,8 +36,8 @@ all-tests quick faults: export OMP_NUM_THREADS = 1
 demo: .venv/installed
 	$(BIN)/python -m tools.embedded $(TASK)
 
-# The tests of a file share runs, so they stay on one worker.
-PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# The tests of a file share runs, so they stay on one worker. tests/conftest.py puts the files that take longest first.
+PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Types are checked beside the tests: that takes a minute of one core.
 test: style

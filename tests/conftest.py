@@ -24,6 +24,14 @@ needs_golden = pytest.mark.skipif(
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data (../shared/data) is not here")
 
 
+# Files that take more than a minute. A worker that gets one of them at the end would let the other wait.
+LONGEST = [f"test_{name}.py" for name in ("readme", "zero", "custom_dataset", "multi_node", "bad_input", "docvqa", "resume")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # collections during tests do not visit what has been imported
 
