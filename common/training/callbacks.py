@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from common.phi3v.parts import part_of
 from common.runtime.collectives import gather, received, sum_over_processes
@@ -59,8 +60,11 @@ class StopOnSignal(TrainerCallback):
         """Stop if any process has received SIGTERM."""
         if self._received_anywhere():
             ends_epoch = state.epoch.is_integer() or state.global_step >= state.max_steps
-            # There may be no time left for an evaluation. The resumed run does it instead.
-            self._stop(control, evaluation_due=control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch))
+            due = control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch)
+            # There may be no time left for an evaluation, so the resumed run does it instead. With ZeRO-3 it cannot: after an
+            # evaluation before its first step, the backward pass of that step fails.
+            self._stop(control, evaluation_due=due and not is_deepspeed_zero3_enabled())
+            control.should_evaluate = due and is_deepspeed_zero3_enabled()
         return control
 
     def stop_in_evaluation(self, control: TrainerControl) -> None:

@@ -118,6 +118,13 @@ SIGNALS = [
         codes=(143, 143),
     ),
     Fault(
+        "SIGTERM in a step before an evaluation",
+        STOPPED.format("SIGTERM", 3),
+        ("LoRA", "ZeRO-3"),
+        **strike(STEP, struck.term, 3, (1,)),
+        codes=(143, 143),
+    ),
+    Fault(
         "SIGINT to both in a step",
         STOPPED.format("SIGINT", 5),
         **strike(STEP, struck.interrupt, 5),
