@@ -122,6 +122,7 @@ SIGNALS = [
         STOPPED.format("SIGTERM", 3),
         ("LoRA", "ZeRO-3"),
         **strike(STEP, struck.term, 3, (1,)),
+        options={"eval_metric_steps": 3},
         codes=(143, 143),
     ),
     Fault(
