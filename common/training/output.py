@@ -59,7 +59,7 @@ def lock_output_dir(directory: Path) -> None:
 def check_output_dir_locked(directory: Path) -> None:
     """Check that an output directory is still the one that this process has locked.
 
-    The lock is recognized by its content, because some file systems change the numbers of their files.
+    Some file systems change the numbers of their files. There, the lock is recognized by its content.
 
     Raises
     ------
@@ -68,11 +68,13 @@ def check_output_dir_locked(directory: Path) -> None:
     """
     if directory not in _held:
         return
+    (file, owner), path = _held[directory], directory / LOCK
     try:
-        found = (directory / LOCK).read_text()
+        # Not read if it is the same file, because closing that once would drop the lock.
+        same = os.path.samestat(path.stat(), os.fstat(file.fileno())) or path.read_text() == owner
     except FileNotFoundError:
-        found = ""
-    if found != _held[directory][1]:
+        same = False
+    if not same:
         raise InputError(
             "was removed or replaced during the run, with its checkpoints: nothing is saved; start the run again",
             f"--output_dir {directory}",
