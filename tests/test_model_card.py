@@ -81,7 +81,7 @@ def test_the_hubs_library_reads_the_card(tmp_path, file, content, base, relation
     write_model_card(tmp_path, name="someone/phi-memes")
     data = ModelCard.load(tmp_path / "README.md", ignore_metadata_errors=False).data
     assert (data.base_model, data.base_model_relation) == (base, relation)
-    assert data.library_name == ("peft" if relation == "adapter" else "transformers")
+    assert data.to_dict()["library_name"] == ("peft" if relation == "adapter" else "transformers")
     assert (data.license, data.pipeline_tag, data.model_name) == ("mit", "image-text-to-text", "phi-memes")
     assert data.datasets == ["HuggingFaceM4/the_cauldron"] and {"phi3_v", "hateful-memes", "full"} <= set(data.tags)
     index = metadata_load(tmp_path / "README.md")["model-index"]
