@@ -298,7 +298,7 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         choices=("raise", "skip"),
         default="raise",
         help="what to do about invalid rows, and about images that become unusable during training: stop, or skip and count "
-        "them, the latter in bad_samples.jsonl (default: %(default)s)",
+        "them in bad_samples.jsonl (default: %(default)s)",
     )
     add("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute its loss")
     add(

@@ -123,6 +123,9 @@ def test_invalid_rows_are_skipped_on_request(tmp_path, image_dir, capsys):
         assert [row["id"] for row in rows] == ["0", "1", "2"]
         said = capsys.readouterr().err
         assert "data.jsonl: 2 invalid rows skipped" in said and "none.png is missing" in said
+    load_conversations(path, image_dir, limit=2, skip_bad=True)
+    said = capsys.readouterr().err
+    assert "data.jsonl: 1 invalid row skipped" in said and "line 2" in said
     with pytest.raises(ValueError, match=r"data\.jsonl, line 2"):
         load_conversations(path, image_dir)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from forked import be_process, finetune_forked
 from PIL import Image
-from runs import weights
+from runs import weights, write_docvqa
 
 from common.data.batches import epoch_steps
 
@@ -57,6 +57,24 @@ def test_a_process_without_images_does_not_block_the_others(without, deepspeed, 
     apart = finetune_forked(tmp_path, tmp_path / "apart", batch_size_per_gpu=1, **options)
     together = finetune_forked(tmp_path, tmp_path / "together", processes=1, **options)
     assert_same_steps(apart, together)
+
+
+def test_rows_skipped_at_the_start_are_listed_once(random_model, tmp_path):
+    data, output = write_docvqa(tmp_path / "data"), tmp_path / "run"
+    (data / "documents/train3.png").unlink()
+    (data / "documents/val1.png").write_bytes(b"no image")
+    release = json.loads((data / "train_v1.0_withQT.json").read_text())
+    del release["data"][5]["answers"]
+    (data / "train_v1.0_withQT.json").write_text(json.dumps(release))
+    options = {"model_name_or_path": random_model, "on_bad_sample": "skip", "save_strategy": "steps", "save_steps": 1}
+    finetune_forked(data, output, **options, max_steps=1)
+    finetune_forked(data, output, **options, max_steps=2, resume_from_checkpoint="auto")
+    entries = [json.loads(line) for line in (output / "bad_samples.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [0, 0, 0]
+    wanted = ["val1.png", 'entry 5 of "data": requires "question"', "train3.png is missing"]
+    assert all(text in entry["error"] for text, entry in zip(wanted, entries, strict=True))
+    assert "skipped_samples" not in json.loads((output / "train_results.json").read_text())
+    assert "skipped in training" not in (tmp_path / "run.log").read_text()
 
 
 def test_best_checkpoint_and_early_stopping(random_model, docvqa_data, tmp_path):

@@ -88,8 +88,9 @@ def check_rows(
         known.append((index, content_hash(variants, keys), max(map(max_text_tokens, variants)), len(keys)))
 
     bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)[0])
-    doubts = [result for result in found.values() if isinstance(result, str)]
-    rows = rows.checked(bad, np.array(known, dtype=np.int64).reshape(-1, 4), list(found), doubts)
+    usable = {key: doubt for key, doubt in found.items() if not isinstance(doubt, InputError)}
+    doubts = [doubt for doubt in usable.values() if doubt]
+    rows = rows.checked(bad, np.array(known, dtype=np.int64).reshape(-1, 4), list(usable), doubts)
     if not len(rows):
         raise InputError(f"no {name}s are left: the dataset has fewer rows than requested")
     return rows

@@ -16,7 +16,8 @@ from common.runtime.process import InputError, counted, say
 
 from .mixing import Mixture
 
-MAX_REPORTED = 10  # further invalid rows are only counted
+MAX_REPORTED = 10  # further invalid rows are not printed, only counted
+skipped_rows: list[str] = []  # errors of the rows that BadRows has skipped in this process, for bad_samples.jsonl
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,7 @@ class BadRows:
         if not self.skip:
             raise error
         self.count += 1
+        skipped_rows.append(str(error))
         if self.count <= MAX_REPORTED:
             say(f"skipped: {error}")
 

@@ -5,6 +5,7 @@ On all processes that see the same files, a function returns the same rows or ra
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,9 +21,9 @@ from datasets import Dataset, Image, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from common.runtime.collectives import first_on_each_machine, gather
-from common.runtime.files import read_json
+from common.runtime.files import read_json, write_file
 from common.runtime.machine import cores_per_process
-from common.runtime.process import InputError, counted, local_world_size, rank, say, world_size
+from common.runtime.process import InputError, local_world_size, rank, say, world_size
 
 from .checks import check_all, content_hash, hash_text
 from .conversations import max_text_tokens, pictures
@@ -191,9 +192,13 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     InputError
         If the file, a row or an image is invalid; the message names the file and line, or the image.
     """
-    source = PreparedRows(first_on_each_machine(lambda: _prepare(path, skip_bad)), limit)
-    if skip_bad and limit is None and (count := sum(1 for _ in read_json_lines(path)) - len(source)):
-        say(f"{path}: {counted(count, 'invalid row')} skipped (--on_bad_sample skip)")
+    prepared = first_on_each_machine(lambda: _prepare(path, skip_bad))
+    source = PreparedRows(prepared, limit)
+    bad_rows = BadRows(skip_bad)
+    for rows_before, message in json.loads(_errors_of(prepared).read_text()):
+        if rows_before < len(source) or limit is None:
+            bad_rows.add(InputError(message))
+    bad_rows.report(str(path))
     table = source.columns("conversations", "hash", "size", "num_images")
     names = pc.list_flatten(pc.struct_field(pc.list_flatten(table["conversations"]), "images")).unique()
 
@@ -258,29 +263,39 @@ def _prepare(path: Path, skip_bad: bool = False) -> Path:
     state = path.stat()
     version = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {SCHEMA}{' skip bad' if skip_bad else ''}"
     prepared = cache_file(version, "arrow")
-    if not can_be_opened(prepared):
-        bad, lines = BadRows(skip_bad), read_json_lines(path)
+    if not can_be_opened(prepared) or not _errors_of(prepared).is_file():
+        lines, total = read_json_lines(path), 0
+        messages: list[tuple[int, str]] = []
         num_workers = cores_per_process() * local_world_size() if state.st_size > SMALL_FILE else 0
         chunks = iter(lambda: list(islice(lines, LINES_AT_ONCE)), [])
 
         def tables() -> Iterator[pa.Table]:
+            nonlocal total
             for table, errors in in_parallel(partial(_convert, path), chunks, num_workers):
-                for error in errors:
-                    bad.add(error)
+                if errors and not skip_bad:
+                    raise errors[0][1]
+                messages.extend((total + before, str(error)) for before, error in errors)
+                total += len(table)
                 yield table
 
         write_rows(prepared, SCHEMA, tables())
+        write_file(_errors_of(prepared), json.dumps(messages))
     return prepared
 
 
-def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list[InputError]]:
-    """Convert lines of a file to a table of the valid rows, and return the errors of the others."""
+def _errors_of(prepared: Path) -> Path:
+    """The file beside an Arrow file with the errors of the rows that were skipped, each with the number of rows before it."""
+    return prepared.with_suffix(".json")
+
+
+def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list[tuple[int, InputError]]]:
+    """Return the valid rows among lines of a file, and the errors of the others, each with the number of rows before it."""
     rows, errors, prefix = [], [], f"{path}, "
     for place, line in lines:
         try:
             row = parse_conversation(line, place)
         except InputError as error:
-            errors.append(error)
+            errors.append((len(rows), error))
             continue
         images = pictures(row)
         known = {

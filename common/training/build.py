@@ -18,7 +18,7 @@ from common.data.batches import PlannedBatches
 from common.data.collator import Collator
 from common.data.conversations import Conversation
 from common.data.review import longest_evaluation_answer, review_data
-from common.data.rows import Rows
+from common.data.rows import Rows, skipped_rows
 from common.data.samples import TrainingData
 from common.data.streaming import Stream, StreamedBatches, training_data
 from common.evaluation.generation import answer_limit
@@ -34,7 +34,7 @@ from common.runtime.process import InputError, counted, is_main_process, say
 from .callbacks import find_nonfinite
 from .checkpoints import check_plan, data_fingerprint
 from .memory import estimate_memory, least_recomputation, recomputation_modes
-from .output import is_checkpoint_of, remove_outputs
+from .output import is_checkpoint_of, note_skipped_rows, remove_outputs
 from .plan import plan_batches, training_arguments
 from .summary import number_of_steps, summarize
 from .trainer import FinetuningTrainer
@@ -104,6 +104,7 @@ def build_trainer(
         say(change, sys.stdout)
     if args.overwrite_output_dir and not is_checkpoint_of(args.output_dir, setup.checkpoint):
         on_main_process(lambda: remove_outputs(args.output_dir))
+    on_main_process(lambda: note_skipped_rows(args.output_dir, skipped_rows))
     settings = _settings(args, setup, batches, logging_steps, longest)
     write_run(
         args.output_dir,

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from torch import nn
 
 from common.arguments import Setup
-from common.data.rows import Rows
+from common.data.rows import Rows, skipped_rows
 from common.evaluation.predictions import Evaluation, write_evaluation
 from common.model.inference import load_for_inference
 from common.model.loading import DTYPES
 from common.phi3v import Phi3VProcessor
-from common.runtime.collectives import set_timeout
+from common.runtime.collectives import on_main_process, set_timeout
 from common.runtime.process import say
+
+from .output import note_skipped_rows
 
 RESULT = "evaluation.json"
 
@@ -43,5 +45,6 @@ def evaluate_only(
         processor.image_processor.num_crops = args.num_crops
     set_timeout(args.ddp_timeout)
     result = evaluate(model, processor, rows, args)
+    on_main_process(lambda: note_skipped_rows(args.output_dir, skipped_rows))
     write_evaluation(args.output_dir / RESULT, result)
     say(f"{result}; all answers are in {args.output_dir / RESULT}", sys.stdout)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -88,10 +89,21 @@ def note_bad_sample(directory: Path, step: int, message: str) -> None:
         file.write(json.dumps({"step": step, "error": message}) + "\n")
 
 
-def count_bad_samples(directory: Path) -> int:
-    """Number of samples in ``bad_samples.jsonl``; a step that was taken again after a resume counts once."""
+def note_skipped_rows(directory: Path, messages: Sequence[str]) -> None:
+    """List the rows that were skipped when the data was loaded in ``bad_samples.jsonl``, as of step 0, unless it lists them."""
+    lines = dict.fromkeys(json.dumps({"step": 0, "error": message}) + "\n" for message in messages)
     file = directory / BAD_SAMPLES
-    return len(set(file.read_text().splitlines())) if file.is_file() else 0
+    listed = set(file.read_text().splitlines(keepends=True)) if lines and file.is_file() else set()
+    if new := [line for line in lines if line not in listed]:
+        with file.open("a") as opened:
+            opened.writelines(new)
+
+
+def count_bad_samples(directory: Path) -> int:
+    """Number of samples in ``bad_samples.jsonl`` of steps; a step that was taken again after a resume counts once."""
+    file = directory / BAD_SAMPLES
+    lines = set(file.read_text().splitlines()) if file.is_file() else set()
+    return sum(json.loads(line)["step"] > 0 for line in lines)
 
 
 def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -26,8 +27,9 @@ from common.model.checks import read_config
 from common.model.loading import choose_attention, training_precision
 from common.model.quantization import quantization_scheme
 from common.runtime.collectives import first_on_each_machine, on_main_process
+from common.runtime.heartbeat import Heartbeat
 from common.runtime.machine import cores_per_process
-from common.runtime.process import InputError, counted, local_world_size, say, world_size
+from common.runtime.process import InputError, counted, local_world_size, rank, say, world_size
 from common.runtime.progress import limit_library_bars
 
 from .checkpoints import find_checkpoint, run_identity
@@ -65,6 +67,10 @@ def start(args: argparse.Namespace) -> Setup:
         say(f"Connecting {world_size()} processes on several machines")
     device = PartialState(cpu=not on_gpu, timeout=TIMEOUT).device
     atexit.register(_leave_process_group)
+    if world_size() > 1:
+        heartbeat = Heartbeat(c10d._get_default_store().clone(), rank(), world_size(), args.ddp_timeout)
+        heartbeat.start()
+        atexit.register(heartbeat.end)
     _silence_libraries(args.tqdm)
     _check_integrations(args.optim, args.report_to, on_cpu=not on_gpu)
     precision = training_precision(args.bf16, device)

@@ -24,7 +24,6 @@ TRAINER = "common.training.trainer.FinetuningTrainer"
 STEP = f"{TRAINER}.training_step"
 BOTH = ("ZeRO-2", "LoRA")
 GONE = r"error: another process has ended \(.*Connection (closed|reset) by peer.*"
-STOPPED = r"stopped by {} after step {}; resume with --resume_from_checkpoint auto"
 
 
 def strike(at, do, call=1, ranks=(0, 1)):
@@ -106,72 +105,14 @@ def check_no_result(output: Path):
     assert not list(output.glob("*.safetensors"))
 
 
-STOP = "common.training.start.run_identity"
-SIGNALS = [
-    Fault("SIGTERM at the start", "stopped by SIGTERM", **strike(STOP, struck.term), codes=(143, 143)),
-    Fault("SIGTERM in the evaluation before", "stopped by SIGTERM", **strike(f"{TRAINER}.evaluate_before", struck.term)),
-    Fault(
-        "SIGTERM to one process in a step",
-        STOPPED.format("SIGTERM", 5),
-        BOTH,
-        **strike(STEP, struck.term, 5, (1,)),
-        codes=(143, 143),
-    ),
-    Fault(
-        "SIGTERM in a step before an evaluation",
-        STOPPED.format("SIGTERM", 3),
-        ("LoRA", "ZeRO-3"),
-        **strike(STEP, struck.term, 3, (1,)),
-        options={"eval_metric_steps": 3},
-        codes=(143, 143),
-    ),
-    Fault(
-        "SIGINT to both in a step",
-        STOPPED.format("SIGINT", 5),
-        **strike(STEP, struck.interrupt, 5),
-        codes=(130, 130),
-        check=has_checkpoints(5),
-        fast=True,
-    ),
-    Fault(
-        "SIGTERM while saving",
-        STOPPED.format("SIGTERM", 5),
-        **strike(f"{TRAINER}._write_totals", struck.term, 2),
-        codes=(143, 143),
-    ),
-    Fault(
-        "SIGINT in the evaluation loss",
-        STOPPED.format("SIGINT", 3),
-        **strike(f"{TRAINER}.evaluation_loop", struck.interrupt),
-        codes=(130, 130),
-        check=lambda output: check_evaluation_due(output, 3),
-    ),
-    Fault(
-        "SIGTERM to one process in the metric's evaluation",
-        STOPPED.format("SIGTERM", 3),
-        **strike("common.evaluation.generation._prompt_batches", struck.term, 2, (0,)),
-        options={"eval_metric_steps": 3},
-        codes=(143, 143),
-        check=lambda output: check_evaluation_due(output, 3),
-    ),
-    Fault(
-        "SIGINT while old checkpoints are rotated",
-        STOPPED.format("SIGINT", 5),
-        **strike("common.training.trainer.rotate_checkpoints", struck.interrupt, 2),
-        codes=(130, 130),
-        check=has_checkpoints(5),
-    ),
-    Fault("SIGTERM while the report is written", "stopped by SIGTERM", **strike(f"{TRAINER}.report", struck.term)),
-    Fault(
-        "SIGTERM while the result is saved",
-        "stopped by SIGTERM after training; the model is saved",
-        **strike(f"{TRAINER}.save_result", struck.term),
-        codes=(143, 143),
-    ),
-    Fault("SIGINT in the evaluation after", "stopped by SIGINT", **strike(f"{TRAINER}.evaluate_after", struck.interrupt)),
-    Fault("SIGTERM twice in a step", "stopped by SIGTERM\n", **strike(STEP, struck.term_twice, 4), codes=(143, 143)),
-    Fault("SIGINT twice in a step", "stopped by SIGINT\n", **strike(STEP, struck.interrupt_twice, 4), codes=(130, 130)),
-]
+def signaled(phase, expected, at, call=1, ranks=(0, 1), exact=True, methods=("LoRA",), fast=None, **options):
+    """SIGTERM and SIGINT in a phase: the same is expected of both. ``fast`` is the one that belongs to ``make test``."""
+    faults = []
+    for name, do, code in (("SIGTERM", struck.term, 143), ("SIGINT", struck.interrupt, 130)):
+        said = expected.format(name)
+        options |= {"codes": (code, code)} if exact else {}
+        faults.append(Fault(f"{name} {phase}", said, methods, **strike(at, do, call, ranks), fast=name == fast, **options))
+    return faults
 
 
 def check_evaluation_due(output: Path, step: int):
@@ -179,9 +120,41 @@ def check_evaluation_due(output: Path, step: int):
     check_checkpoints([f"checkpoint-{step}"], output)
 
 
+STOPPED = "stopped by {{}} after step {}; resume with --resume_from_checkpoint auto"
+SAVED = {step: STOPPED.format(step) for step in (3, 5)}
+METRIC = {"eval_metric_steps": 3}
+DUE = {"check": lambda output: check_evaluation_due(output, 3)}
+FIVE = {"check": has_checkpoints(5)}
+SIGNALS = [
+    *signaled("at the start", "stopped by {}", "common.training.start.run_identity"),
+    *signaled("in the evaluation before", "stopped by {}", f"{TRAINER}.evaluate_before", exact=False),
+    *signaled("in a step", SAVED[5], STEP, 5, fast="SIGINT", **FIVE),
+    *signaled("to one process in a step", SAVED[5], STEP, 5, (1,), methods=BOTH),
+    *signaled("in a step before an evaluation", SAVED[3], STEP, 3, (1,), methods=("LoRA", "ZeRO-3"), options=METRIC),
+    *signaled("while saving", SAVED[5], f"{TRAINER}._write_totals", 2),
+    *signaled("while old checkpoints are rotated", SAVED[5], "common.training.trainer.rotate_checkpoints", 2, **FIVE),
+    *signaled("in the evaluation loss", SAVED[3], f"{TRAINER}.evaluation_loop", **DUE),
+    *signaled(
+        "to one process in the metric's evaluation",
+        SAVED[3],
+        "common.evaluation.generation._prompt_batches",
+        2,
+        (0,),
+        options=METRIC,
+        **DUE,
+    ),
+    *signaled("while the result is saved", "stopped by {} after training; the model is saved", f"{TRAINER}.save_result"),
+    *signaled("in the evaluation after", "stopped by {}", f"{TRAINER}.evaluate_after", exact=False),
+    *signaled("while the report is written", "stopped by {}", f"{TRAINER}.report", exact=False),
+    Fault("SIGTERM twice in a step", "stopped by SIGTERM\n", **strike(STEP, struck.term_twice, 4), codes=(143, 143)),
+    Fault("SIGINT twice in a step", "stopped by SIGINT\n", **strike(STEP, struck.interrupt_twice, 4), codes=(130, 130)),
+]
+
 HUNG = r"error: process 1 did not respond within --ddp_timeout.*"
 HANGS = {"options": {"ddp_timeout": 5}, "frozen": True}
+SILENT = r"warning: process 1 on \S+ has not responded for \d+ seconds; the others end after --ddp_timeout \(5 seconds\)"
 HANGING = [
+    Fault("a process hangs in a step, while the others wait", SILENT, **strike(STEP, struck.stop, 4, (1,)), **HANGS),
     Fault("a process hangs in a step", HUNG, BOTH, **strike(STEP, struck.stop, 4, (1,)), **HANGS),
     Fault("a process hangs while saving", HUNG, BOTH, **strike(f"{TRAINER}._write_totals", struck.stop, 2, (1,)), **HANGS),
     Fault("a process hangs in an evaluation", HUNG, **strike(f"{TRAINER}.evaluation_loop", struck.stop, 1, (1,)), **HANGS),
@@ -209,8 +182,8 @@ def interrupt_group(launcher: subprocess.Popen):
 LAUNCHED = [
     Fault("torchrun alone killed", "step 2 of 6", launcher=subprocess.Popen.kill),
     Fault("one process of torchrun killed", "Signal 9 .SIGKILL. received by PID", launcher=kill_one_process, codes=(1,)),
-    Fault("SIGTERM to torchrun", STOPPED.format("SIGTERM", 3), launcher=subprocess.Popen.terminate),
-    Fault("Ctrl-C under torchrun", STOPPED.format("SIGINT", 3), launcher=interrupt_group),
+    Fault("SIGTERM to torchrun", SAVED[3].format("SIGTERM"), launcher=subprocess.Popen.terminate),
+    Fault("Ctrl-C under torchrun", SAVED[3].format("SIGINT"), launcher=interrupt_group),
 ]
 
 WRITING = r"error: reading or writing failed \(\[Errno \d+\] "

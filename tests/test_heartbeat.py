@@ -1,0 +1,55 @@
+"""Processes that stop responding are named. tests/faults/faults.py stops a real one."""
+
+import time
+
+import torch.distributed as dist
+
+from common.runtime.heartbeat import BEATS, Heartbeat
+
+TIMEOUT = 2  # a silence of one second is reported
+
+
+def watch_three(store: dist.Store) -> list[Heartbeat]:
+    beats = [Heartbeat(store, rank, 3, TIMEOUT) for rank in range(3)]
+    for heartbeat in beats:
+        heartbeat.start()
+    time.sleep(4 * TIMEOUT / 2 / BEATS)
+    return beats
+
+
+def hang(heartbeat: Heartbeat) -> None:
+    heartbeat._ended.set()
+    heartbeat.join()
+
+
+def test_a_process_that_hangs_is_reported_once_by_the_main_process(capsys):
+    beats = watch_three(dist.HashStore())
+    hang(beats[2])
+    time.sleep(TIMEOUT)
+    for heartbeat in beats[:2]:
+        heartbeat.end()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: process 2 on ")
+    assert line.endswith(" has not responded for 1 second; the others end after --ddp_timeout (2 seconds)")
+
+
+def test_the_second_process_reports_the_main_process(capsys):
+    beats = watch_three(dist.HashStore())
+    hang(beats[0])
+    time.sleep(TIMEOUT)
+    for heartbeat in beats[1:]:
+        heartbeat.end()
+    assert capsys.readouterr().err.startswith("warning: process 0 on ")
+
+
+def test_processes_that_have_ended_or_not_begun_are_not_reported(capsys):
+    store = dist.HashStore()
+    beats = watch_three(store)
+    for heartbeat in beats[1:]:
+        heartbeat.end()
+    late = Heartbeat(store, 0, 5, TIMEOUT)  # processes 3 and 4 are still being started
+    late.start()
+    time.sleep(TIMEOUT)
+    late.end()
+    beats[0].end()
+    assert not capsys.readouterr().err
