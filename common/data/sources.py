@@ -290,7 +290,9 @@ def _errors_of(prepared: Path) -> Path:
 
 def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list[tuple[int, InputError]]]:
     """Return the valid rows among lines of a file, and the errors of the others, each with the number of rows before it."""
-    rows, errors, prefix = [], [], f"{path}, "
+    rows: list[dict[str, Any]] = []
+    errors: list[tuple[int, InputError]] = []
+    prefix = f"{path}, "
     for place, line in lines:
         try:
             row = parse_conversation(line, place)

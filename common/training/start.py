@@ -68,7 +68,8 @@ def start(args: argparse.Namespace) -> Setup:
     device = PartialState(cpu=not on_gpu, timeout=TIMEOUT).device
     atexit.register(_leave_process_group)
     if world_size() > 1:
-        heartbeat = Heartbeat(c10d._get_default_store().clone(), rank(), world_size(), args.ddp_timeout)
+        store = c10d._get_default_store().clone()  # type: ignore[attr-defined]  # not in PyTorch's annotations
+        heartbeat = Heartbeat(store, rank(), world_size(), args.ddp_timeout)
         heartbeat.start()
         atexit.register(heartbeat.end)
     _silence_libraries(args.tqdm)
