@@ -1,5 +1,5 @@
 # make demo [TASK=docvqa|hateful_memes|nlvr2|ucf101]   finetune the tiny checkpoint on generated sample data
-# make test                                             lint and all tests, as in CI;  make quick: without slow tests
+# make test                                             all tests;  make quick: without slow tests
 # make lint | format                                    check style, types and spelling, or format the code
 # make faults                                           all faults of docs/reliability.md, 10,000 broken inputs, and load
 # make audit                                            known vulnerabilities of the pinned packages
@@ -16,9 +16,9 @@ BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 # Two test workers share the cores, so more threads per worker would only compete.
-all-tests quick faults: export OMP_NUM_THREADS = 1
+test quick faults: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test all-tests quick faults audit lint style types format serving-test lmms-test matrix bench-table
+.PHONY: demo test quick faults audit lint style types format serving-test lmms-test matrix bench-table
 
 # torch is installed first, because DeepSpeed's setup imports it. DS_IGNORE_CUDA_DETECTION keeps that setup from requiring the
 # CUDA compiler. An environment that exists is installed into.
@@ -39,11 +39,7 @@ demo: .venv/installed
 # The tests of a file share runs, so they stay on one worker. tests/conftest.py puts the files that take longest first.
 PYTEST = $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Types are checked beside the tests: that takes a minute of one core.
-test: style
-	$(MAKE) --jobs 2 types all-tests
-
-all-tests: .venv/installed-for-tests
+test: .venv/installed-for-tests
 	$(PYTEST) -rs --durations=25
 
 quick: .venv/installed-for-tests
