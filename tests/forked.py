@@ -128,6 +128,7 @@ def be_process(
         ample = memory.Trial(*footprints, num_layers=3, states=0, step=0, free=1e12, flops_per_second=1e9, launching=1e-3)
         memory._measure = lambda *_: ample
     print_to(log)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, the default of a program
     os.environ.update(member_of_group(rank, processes, port))
     os.chdir(ROOT)
     sys.argv = [script, *words]
@@ -152,7 +153,7 @@ def finetune_forked(
 ) -> list[dict]:
     """Run a script, which must succeed, and return what it logged for each step; ``options`` are its flags."""
     log = output.with_name(f"{output.name}.log")
-    # Workers would not be forked, so that their start would take longer than the run.
+    # A worker takes longer to start than these few rows to read.
     words = flags(data, output, **({"dataloader_num_workers": 0} | options))
     assert run_script(words, log, processes, script, target) == [0] * processes, log.read_text()[-6000:]
     return steps(output)

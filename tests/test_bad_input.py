@@ -1,7 +1,6 @@
 """Bad input ends a run before any training, with a message that names the file, row or flag and what to do."""
 
 import io
-import multiprocessing
 import pickle
 import random
 import re
@@ -159,7 +158,6 @@ def be_process_with_hub(mini: Path, *arguments: object) -> None:
     """One process of a run for which a folder takes the place of the Hub's DocVQA examples."""
     datasets.config.HF_DATASETS_CACHE = mini.parent / "cache"
     docvqa.MINI = str(mini)
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a script
     be_process(*arguments)
 
 

@@ -130,7 +130,6 @@ class Watch(TrainerCallback):
 
 
 def be_watched(rank: int, *arguments) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as under torchrun
     if rank == 0:
         DEFAULT_CALLBACKS.append(Watch)
     be_process(rank, *arguments)

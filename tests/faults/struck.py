@@ -75,7 +75,6 @@ def be_struck(strike: Strike | None, output: Path, data: Path, rank: int, *argum
     """Be one process of a run, as :func:`forked.be_process`."""
     from forked import be_process
 
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as under torchrun
     if strike and rank in strike.ranks:
         arm(strike, output, data)
     be_process(rank, *arguments, whole=strike is not None)
