@@ -1,6 +1,8 @@
 """Processes that stop responding are named. tests/faults/faults.py stops a real one."""
 
 import time
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
@@ -18,8 +20,7 @@ def watch_three(store: dist.Store) -> list[Heartbeat]:
 
 
 def hang(heartbeat: Heartbeat) -> None:
-    heartbeat._ended.set()
-    heartbeat.join()
+    heartbeat.store = dist.HashStore()  # the others do not see its beats
 
 
 def test_a_process_that_hangs_is_reported_once_by_the_main_process(capsys):
@@ -30,7 +31,9 @@ def test_a_process_that_hangs_is_reported_once_by_the_main_process(capsys):
         heartbeat.end()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: process 2 on ")
-    assert line.endswith(" has not responded for 1 second; the others end after --ddp_timeout (2 seconds)")
+    assert line.endswith(
+        " has not responded for 1 second; the others end after --ddp_timeout (2 seconds), once the data is ready"
+    )
 
 
 def test_the_second_process_reports_the_main_process(capsys):
@@ -53,3 +56,14 @@ def test_processes_that_have_ended_or_not_begun_are_not_reported(capsys):
     late.end()
     beats[0].end()
     assert not capsys.readouterr().err
+
+
+def test_a_process_ends_although_the_one_with_the_store_hangs():
+    hanging = SimpleNamespace(set=lambda *_: Event().wait())
+    heartbeat = Heartbeat(hanging, 1, 2, TIMEOUT)
+    heartbeat.start()
+    time.sleep(2 * heartbeat.patience / BEATS)
+    ending = Thread(target=heartbeat.end, daemon=True)
+    ending.start()
+    ending.join(5)
+    assert not ending.is_alive()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import time
 from contextlib import suppress
 from threading import Event, Thread
 
@@ -39,7 +38,8 @@ class Heartbeat(Thread):
         self._ended = Event()
 
     def run(self) -> None:
-        last = {other: ("", time.monotonic()) for other in self.watched}  # each one's newest beat, and when it was noticed
+        # Each one's newest beat, and the own beat at which it was noticed. Time would also pass while all are stopped together.
+        last = {other: ("", 0) for other in self.watched}
         reported: set[int] = set()
         host, beat = socket.gethostname(), 0
         with suppress(RuntimeError):  # the process that holds the store has ended, and with it the run
@@ -49,11 +49,12 @@ class Heartbeat(Thread):
                 for other in self.watched:
                     newest = self._newest(other)
                     if newest != last[other][0]:
-                        last[other] = newest, time.monotonic()
+                        last[other] = newest, beat
                         reported.discard(other)
-                    elif newest and other not in reported and time.monotonic() - last[other][1] > self.patience:
+                    elif newest and other not in reported and beat - last[other][1] > BEATS:
                         reported.add(other)
                         self._warn(other, newest.split()[0])
+            self.store.set(f"beat/{self.rank}", "")
 
     def _newest(self, other: int) -> str:
         """Host and count of a process's beats; empty before its first one and after it has ended."""
@@ -62,12 +63,10 @@ class Heartbeat(Thread):
 
     def _warn(self, other: int, host: str) -> None:
         silence = f"process {other} on {host} has not responded for {counted(round(self.patience), 'second')}"
-        limit = f"the others end after --ddp_timeout ({counted(self.timeout, 'second')})"
+        limit = f"the others end after --ddp_timeout ({counted(self.timeout, 'second')}), once the data is ready"
         print(f"warning: {silence}; {limit}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Stop, and have the other processes expect no more beats."""
         self._ended.set()
-        self.join(1)
-        with suppress(RuntimeError):  # the process that holds the store has ended
-            self.store.set(f"beat/{self.rank}", "")
+        self.join(1)  # longer, if the process that holds the store hangs: then this one ends without it
