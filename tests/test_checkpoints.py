@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from forked import server
 from runs import TOTALS, message, save_checkpoint
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import nn
+from transformers import TrainerState
 
 from common.arguments import check_arguments, training_parser
 from common.data.rows import Rows
@@ -32,8 +35,10 @@ from common.training.checkpoints import (
     write_manifest,
 )
 from common.training.deepspeed import zero_stage
+from common.training.optimizer import MasterWeights
 from common.training.output import check_output_dir_locked, check_output_dir_unused, lock_output_dir, remove_outputs
 from common.training.saving import saving
+from common.training.trainer import FinetuningTrainer
 
 
 @pytest.fixture
@@ -170,13 +175,45 @@ def test_an_output_directory_holds_one_result(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(ValueError, match="holds adapter_model.safetensors of another run: .*--overwrite_output_dir"):
         check_output_dir_unused(tmp_path, overwrite=False, resuming=True)
-    check_output_dir_unused(tmp_path, overwrite=True, resuming=False)
+    check_output_dir_unused(tmp_path, overwrite=True, resuming=False, models=[str(tmp_path.parent), "no/model"])
+    for model in (tmp_path, tmp_path / "checkpoint-3"):
+        with pytest.raises(ValueError, match=f"--overwrite_output_dir would delete {model}, which this run reads"):
+            check_output_dir_unused(tmp_path, overwrite=True, resuming=False, models=[str(model)])
     remove_outputs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     (tmp_path / "checkpoint-3").mkdir()
     check_output_dir_unused(tmp_path, overwrite=False, resuming=True)  # an incomplete one
     with pytest.raises(ValueError, match="holds checkpoint-3"):
         check_output_dir_unused(tmp_path, overwrite=False, resuming=False)
+
+
+def test_the_best_checkpoint_of_a_run_that_was_moved(tmp_path, capsys):
+    """It is used only if it was the best by the metric that is compared now."""
+
+    def find(metric):
+        log = [{"step": 2, "eval_loss": 1.5, "eval_anls": 0.5}]
+        state = TrainerState(best_metric=0.5, best_global_step=2, best_model_checkpoint="moved/checkpoint-2", log_history=log)
+        trainer = SimpleNamespace(state=state, args=SimpleNamespace(metric_for_best_model=metric))
+        FinetuningTrainer._find_best_checkpoint(trainer, tmp_path)
+        return state.best_model_checkpoint, state.best_metric, state.best_global_step
+
+    assert find("eval_anls") == (None, None, None)
+    assert "moved/checkpoint-2 is missing" in capsys.readouterr().err
+    (tmp_path / "checkpoint-2").mkdir()
+    assert find("eval_anls") == (str(tmp_path / "checkpoint-2"), 0.5, 2) and not capsys.readouterr().err
+    assert find("eval_loss") == (None, None, None)
+    assert "was not the best by eval_loss" in capsys.readouterr().err
+
+
+def test_master_weights_take_the_states_that_an_optimizer_has():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = torch.optim.Adagrad([weight], lr=0.1, initial_accumulator_value=0.5)  # creates its states at once
+    masters = MasterWeights(optimizer, {"weight": weight})
+    assert optimizer.state_dict()["state"][0]["sum"].dtype == torch.float32
+    weight.grad = torch.ones_like(weight)
+    masters.take_gradients()
+    optimizer.step()
+    assert (weight < 1).all()
 
 
 def test_a_directory_in_use_is_refused_before_data_is_read(tmp_path, monkeypatch):

@@ -59,8 +59,11 @@ def hub():
 
 @pytest.mark.slow
 def test_push_to_hub(hub, random_model, docvqa_data, tmp_path):
-    """One repository is created, and its last commit is the finished run, without checkpoints and images of the dataset."""
-    options = {"max_steps": 1, "use_lora": True, "push_to_hub": True, "hub_model_id": "someone/tiny", "hub_private_repo": True}
+    """One repository is created, and its only commit is the finished run, without checkpoints and images of the dataset.
+
+    The card has the name with which the model is loaded, although the flag leaves the user out.
+    """
+    options = {"max_steps": 1, "use_lora": True, "push_to_hub": True, "hub_model_id": "tiny", "hub_private_repo": True}
     options |= {"model_name_or_path": random_model, "save_strategy": "steps", "save_steps": 1}
     (tmp_path / "gallery").mkdir()
     (tmp_path / "gallery/of an earlier run.jpg").write_bytes(b"")
@@ -71,7 +74,8 @@ def test_push_to_hub(hub, random_model, docvqa_data, tmp_path):
     run = subprocess.run([sys.executable, SCRIPT, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     assert [(repository["name"], repository["visibility"]) for repository in hub.created] == [("tiny", "private")]
-    pushed = hub.commits[-1]
+    [pushed] = hub.commits
+    assert "from_pretrained('someone/tiny'" in (tmp_path / "README.md").read_text()
     expected = {
         "adapter_model.safetensors",
         "adapter_config.json",

@@ -149,11 +149,15 @@ def test_the_evaluation_of_an_epoch_whose_last_step_was_stopped_is_done_on_resum
 
 
 def test_an_extended_run_is_the_longer_run(straight, tmp_path):
-    """ZeRO-2; learning rate and weight decay change too, which had no effect in the first step, whose rate is 0."""
+    """ZeRO-2; learning rate and weight decay change too, which had no effect in the first step, whose rate is 0.
+
+    The evaluation before training is done again if it is to be of other rows.
+    """
     expected, log, options = straight
     output = tmp_path / "run"
     finetune_forked(options["data_dir"], output, **options | {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "wd": 0.3})
-    assert resume(output, **options, accept_changes=["learning_rate", "wd"]) == log
+    assert resume(output, **options, accept_changes=["learning_rate", "wd"], max_eval_samples=2) == log
+    assert [read(output, f"eval_{when}")["samples"] for when in ("before", "after")] == [2, 2]
     assert "planned for 10 steps instead of 1" in (tmp_path / "run.log").read_text()
     assert_same_result(output, expected)
     remove_outputs(output)

@@ -115,7 +115,7 @@ def build_trainer(
         data=f"{source}: {counted(len(train_data), 'training row')}, {counted(len(eval_data), 'evaluation row')}"
         + (f" ({' '.join(eval_set.values())})" if eval_set else ""),
         hyperparameters=settings,
-        datasets=[name for name in source.split() if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()],
+        datasets=[source] if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else [],
         eval_set=eval_set or {},
         question=eval_data.conversation(0, 0)["conversations"][0]["user"],
     )

@@ -77,6 +77,10 @@ class MasterWeights:
             for name, weight in weights.items()
         }
         by_weight = {weight: self.fp32[name] for name, weight in weights.items()}
+        for weight, master in by_weight.items():
+            if weight in optimizer.state:  # Adagrad creates its states at once
+                state = optimizer.state.pop(weight)
+                optimizer.state[master] = {name: value.float() for name, value in state.items()}
         for group in optimizer.param_groups:
             group["params"] = [by_weight.get(parameter, parameter) for parameter in group["params"]]
         optimizer.register_step_post_hook(self._write_weights)

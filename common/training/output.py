@@ -111,16 +111,24 @@ def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:
     return checkpoint is not None and checkpoint.resolve().parent == directory.resolve()
 
 
-def check_output_dir_unused(directory: Path, overwrite: bool, resuming: bool) -> None:
+def check_output_dir_unused(directory: Path, overwrite: bool, resuming: bool, models: Sequence[str] = ()) -> None:
     """Refuse a new run in a directory that holds the result or the checkpoints of another one.
 
     If ``resuming``, ``--resume_from_checkpoint auto`` found no checkpoint that it can use; incomplete ones are ignored.
+    ``models`` are the names of the models that the run reads, which it must not delete.
 
     Raises
     ------
     InputError
         The message names a file, and what can be done.
     """
+    for model in models if overwrite else ():
+        path = Path(model).resolve()
+        if directory.resolve() == path or (directory.resolve() == path.parent and path.match("checkpoint-*")):
+            raise InputError(
+                f"--overwrite_output_dir would delete {model}, which this run reads: choose another directory",
+                f"--output_dir {directory}",
+            )
     patterns = RESULTS if resuming else (*RESULTS, "checkpoint-*")
     found = next((path for pattern in patterns for path in sorted(directory.glob(pattern))), None)
     if found and not overwrite:

@@ -142,6 +142,7 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
         ddp_find_unused_parameters=False,
         deepspeed=setup.deepspeed,
         push_to_hub=args.push_to_hub,
+        hub_strategy="end",  # pushing a checkpoint would first copy its weights to the output directory
         hub_model_id=args.hub_model_id,
         hub_private_repo=args.hub_private_repo or None,
     )

@@ -64,6 +64,7 @@ def write_result(
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     if hasattr(model, "peft_config"):
         write_model(temporary, model, processor, arguments, weights)
+        (temporary / "README.md").unlink(missing_ok=True)  # a form of PEFT; the model card may be there already
     else:
         dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
         weights = {name: tensor.to(dtype) for name, tensor in (weights or model.state_dict()).items()}

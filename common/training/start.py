@@ -108,7 +108,8 @@ def start(args: argparse.Namespace) -> Setup:
         say(f"resuming from {checkpoint}", sys.stdout)
     if not is_checkpoint_of(args.output_dir, checkpoint):
         auto = args.resume_from_checkpoint == "auto"
-        on_main_process(lambda: check_output_dir_unused(args.output_dir, args.overwrite_output_dir, auto))
+        models = [args.model_name_or_path, base]
+        on_main_process(lambda: check_output_dir_unused(args.output_dir, args.overwrite_output_dir, auto, models))
     set_seed(args.seed)
     return Setup(
         device=device,

@@ -34,7 +34,6 @@ from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops
 from common.runtime.collectives import (
     Interrupted,
-    broadcast,
     interrupted,
     on_main_process,
     raise_if_interrupted,
@@ -153,9 +152,14 @@ class FinetuningTrainer(Trainer):
         return optimizer
 
     def evaluate_before(self) -> None:
-        """Evaluate the model before training and write ``eval_before.json``. A resumed run keeps the existing file."""
+        """Evaluate the model before training and write ``eval_before.json``. A resumed run keeps a file of as many rows."""
         path = self.flags.output_dir / "eval_before.json"
-        if not broadcast(self.setup.checkpoint is not None and path.is_file()):
+
+        def is_done() -> bool:
+            found = read_json(path, "delete it") if self.setup.checkpoint and path.is_file() else {}
+            return (found.get("metric"), found.get("samples")) == (self.flags.metric, len(self.eval_dataset))
+
+        if not on_main_process(is_done):
             before = self.evaluate_task(self.model)
             write_evaluation(path, before)
             say(f"before finetuning: {before}", sys.stdout)
@@ -215,7 +219,7 @@ class FinetuningTrainer(Trainer):
 
         output_dir = self.flags.output_dir
         if is_main_process():
-            write_model_card(output_dir, name=self.flags.hub_model_id)
+            write_model_card(output_dir, name=self.hub_model_id)  # with the user's name, which the flag may leave out
         try:
             if self.flags.push_to_hub:
                 self.push_to_hub()
@@ -266,6 +270,7 @@ class FinetuningTrainer(Trainer):
         restore_settings(self.optimizer, self.lr_scheduler, self._settings_of_groups)
         if name := find_nonfinite(self.model, self.optimizer):
             raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
+        self._find_best_checkpoint(checkpoint.parent)
         totals = read_totals(checkpoint)
         running = totals["running_loss"]
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
@@ -274,6 +279,21 @@ class FinetuningTrainer(Trainer):
         self.start_time -= totals["seconds"]
         if totals["evaluation_due"] and self._determine_best_metric(self._evaluate(None, None), None):
             self.state.best_model_checkpoint = str(checkpoint)
+
+    def _find_best_checkpoint(self, directory: Path) -> None:
+        """Find the best checkpoint so far of a run that is resumed from ``directory``, which may have been moved."""
+        state, metric = self.state, self.args.metric_for_best_model
+        if not metric or not state.best_model_checkpoint:
+            state.best_metric = None
+            return
+        found = [entry.get(metric) for entry in state.log_history if entry.get("step") == state.best_global_step]
+        best = Path(state.best_model_checkpoint)
+        places = [place for place in (directory / best.name, best) if place.is_dir()]
+        if state.best_metric in found and places:
+            state.best_model_checkpoint = str(places[0])
+        else:
+            say(f"warning: {best} is missing, or was not the best by {metric}: the best of the next checkpoints will be loaded")
+            state.best_model_checkpoint = state.best_global_step = state.best_metric = None
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         # On resume, accelerate replaces the loader of the epoch by its own.
