@@ -51,10 +51,13 @@ def parse_args():
         help="folder that the images' names are relative to and must not leave; / allows all (default: the folder of the file "
         "or, if its first image is not there, images/ in it)",
     )
+    parser.training_flags -= {"seed", "max_train_samples"}  # with --eval_fraction, they determine which rows are held out
     args = parser.parse_args()
     files, weights, fraction = args.train_file or ["train.jsonl"], args.train_weights, args.eval_fraction
     if fraction is not None and (args.eval_file or args.streaming or not 0 < fraction < 1):
         parser.error("--eval_fraction must be between 0 and 1, and excludes --eval_file and --streaming")
+    if args.eval_only and not fraction and (args.max_train_samples or args.seed != parser.get_default("seed")):
+        parser.error("--seed and --max_train_samples have no effect with --eval_only without --eval_fraction: remove them")
     if weights and (args.streaming or len(weights) != len(files) or not all(0 < weight < 1e6 for weight in weights)):
         parser.error("--train_weights takes one number above 0 for each --train_file, and excludes --streaming")
     if not (args.train_file or args.eval_only or (args.data_dir / "train.jsonl").is_file()):

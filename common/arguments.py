@@ -30,6 +30,7 @@ PARTS = ("decoder", "vision", "projector")
 MAX_CROPS = 16
 # The schedules of transformers that need no further settings.
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+POLYNOMIAL_END = 1e-7  # of transformers
 # What may change when a run is resumed, if it is named in --accept_changes.
 CHANGEABLE = (
     *("learning_rate", "vision_learning_rate", "projector_learning_rate", "wd", "lr_scheduler_type", "warmup_steps"),
@@ -375,7 +376,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def _check_batches(args: argparse.Namespace) -> None:
     processes, per_gpu, limited = world_size(), args.batch_size_per_gpu or 1, args.max_tokens_per_batch is not None
-    if args.batch_size % (processes * per_gpu):
+    if not args.eval_only and args.batch_size % (processes * per_gpu):
         raise InputError(
             f"--batch_size {args.batch_size} is not divisible by {counted(processes, 'process', 'processes')} × "
             f"--batch_size_per_gpu {per_gpu}: use a multiple of {processes * per_gpu}"
@@ -391,6 +392,8 @@ def _check_batches(args: argparse.Namespace) -> None:
         raise InputError("--on_bad_sample skip requires checking all rows before training, which --streaming does not do")
     if args.max_steps > 0 and args.num_train_epochs != NUM_TRAIN_EPOCHS:
         raise InputError("--max_steps and --num_train_epochs both set the length of the run: remove one of them")
+    if args.lr_scheduler_type == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        raise InputError(f"--lr_scheduler_type polynomial ends at {POLYNOMIAL_END:g}: --learning_rate must be above it")
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
         raise InputError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} are incompatible")
     if args.gradient_checkpointing == "elementwise" and (args.torch_compile or not args.fused_layers):
@@ -417,6 +420,8 @@ def _check_method(args: argparse.Namespace) -> None:
             f"--init_lora_weights {args.init_lora_weights} modifies the base weights, which 4-bit weights do not allow: "
             "choose another initialization with --use_qlora"
         )
+    if args.use_qlora and args.init_lora_weights == "orthogonal":
+        raise InputError("--init_lora_weights orthogonal: PEFT does not support it for 4-bit weights, choose another one")
     for flag, accepted in (("train_only", PARTS), ("train_fully", ("vision", "projector"))):
         if unknown := sorted(set(getattr(args, flag) or ()) - set(accepted)):
             message = f"unknown part {unknown[0]!r}, expected {', '.join(accepted)}"

@@ -1,6 +1,7 @@
 """Bad input ends a run before any training, with a message that names the file, row or flag and what to do."""
 
 import io
+import json
 import pickle
 import random
 import re
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import torchrun
+from conftest import ROOT, torchrun
 from forked import be_process, run_script
 from PIL import Image
 from runs import SCRIPT, flags, message, write_docvqa
@@ -69,10 +70,20 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(visible, refused, monkeypatch
         training._check_gpus()
 
 
-def test_a_deepspeed_file_with_an_optimizer_is_refused(monkeypatch, data, tmp_path):
-    (tmp_path / "zero.json").write_text('{"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}')
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, 'has an "optimizer" section, which would override --optim'),
+        ({"scheduler": {"type": "WarmupLR"}}, 'has a "scheduler" section, which would override --lr_scheduler_type'),
+        ({"gradient_accumulation_steps": 2}, 'gradient_accumulation_steps must be "auto", because the flags determine it'),
+        ({"bf16": {"enabled": True}}, 'bf16.enabled must be "auto", because the flags determine it'),
+    ],
+)
+def test_a_deepspeed_file_that_overrides_flags_is_refused(changes, expected, monkeypatch, data, tmp_path):
+    content = json.loads((ROOT / "common/deepspeed/zero2.json").read_text()) | changes
+    (tmp_path / "zero.json").write_text(json.dumps(content))
     said = message(monkeypatch, data, tmp_path / "out", deepspeed=tmp_path / "zero.json")
-    assert 'zero.json has an "optimizer" section' in said and "remove that section" in said
+    assert f"zero.json {expected}" in said or f"zero.json: {expected}" in said
 
 
 @pytest.mark.parametrize(
@@ -84,6 +95,7 @@ def test_a_deepspeed_file_with_an_optimizer_is_refused(monkeypatch, data, tmp_pa
             {"optim": "adamw_bnb_8bit", "deepspeed": "common/deepspeed/zero2_offload.json"},
             "ignores --optim adamw_bnb_8bit: remove --optim",
         ),
+        ({"torch_compile": True, "deepspeed": "common/deepspeed/zero3.json"}, "sharded weights cannot be compiled"),
         ({"use_lora": True, "lora_dropout": 1.5}, "--lora_dropout must be below 1, got 1.5"),
         ({"use_lora": True, "lora_rank": 1, "lora_alpha_ratio": 0.4}, "--lora_rank 1 × --lora_alpha_ratio 0.4 must give"),
         ({"use_qlora": True, "init_lora_weights": "olora"}, "--init_lora_weights olora modifies the base weights"),

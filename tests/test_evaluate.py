@@ -48,6 +48,12 @@ def test_both_ways_give_the_same_answers(lora, run, tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
+def test_any_number_of_processes_may_evaluate(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # which the default of --batch_size is not divisible by
+    monkeypatch.setattr(sys, "argv", ["docvqa", "--eval_only"])
+    assert docvqa.parse_args().eval_only
+
+
 def test_a_question_without_an_answer_is_named(lora, run, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"conversations": [{"user": "Why?"}]}\n')
     with pytest.raises(SystemExit):

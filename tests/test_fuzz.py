@@ -22,7 +22,7 @@ import pytest
 import torch
 from adapters import save_adapter
 from clips import write_clip
-from conftest import TINY
+from conftest import ROOT, TINY
 from huggingface_hub import save_torch_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -491,8 +491,10 @@ def test_an_official_release(script, row, load, folder):
 
 
 def test_a_deepspeed_file(tmp_path):
-    content = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": "auto"}}
-    flags = Namespace(deepspeed=tmp_path / "zero.json", optim="adamw_torch", use_lora=False, use_qlora=False)
+    content = json.loads((ROOT / "common/deepspeed/zero2_offload.json").read_text())
+    flags = Namespace(
+        deepspeed=tmp_path / "zero.json", optim="adamw_torch", use_lora=False, use_qlora=False, torch_compile=False
+    )
 
     @inputs(0.06)
     @given(broken(content, ["optimizer"]))

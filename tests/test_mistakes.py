@@ -82,6 +82,8 @@ MISTAKES = [
         "set --save_steps (200) to --eval_steps (100)",
     ),
     ("--early_stopping_patience 2", "--early_stopping_patience requires --load_best_model_at_end"),
+    ("--lr_scheduler_type polynomial --learning_rate 1e-7", "--lr_scheduler_type polynomial ends at 1e-07: --learning_rate"),
+    ("--use_qlora --init_lora_weights orthogonal", "PEFT does not support it for 4-bit weights, choose another one"),
     ("--eval_only --use_lora --learning_rate=1e-4", "--eval_only does not train: remove --use_lora, --learning_rate"),
 ]
 OF_TASKS = [
@@ -96,6 +98,11 @@ OF_TASKS = [
     ),
     (jsonl, "--data_dir launch", "there is no launch/train.jsonl to train on: pass --train_file, or its folder as --data_dir"),
     (jsonl, "--train_file a.jsonl", "there is no val.jsonl to evaluate on: pass --eval_file, or --eval_fraction 0.1"),
+    (
+        jsonl,
+        "--eval_only --eval_file a.jsonl --seed 1",
+        "--seed and --max_train_samples have no effect with --eval_only without --eval_fraction",
+    ),
     (ucf101, "", "the following arguments are required: --data_dir"),
     (ucf101, "--data_dri clips", "unknown flag --data_dri: did you mean --data_dir?"),
     (hateful_memes, "--eval_by_likelihood --max_new_tokens 4", "--max_new_tokens has no effect with --eval_by_likelihood"),

@@ -65,10 +65,19 @@ def test_invalid_rows_are_named(row, message, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "--prompt a --data_file b", "--data_file b --images c", "--prompt a --image_dir b", "--prompt a --max_new_tokens 0"],
+    [
+        *(
+            "",
+            "--prompt a --data_file b",
+            "--data_file b --images c",
+            "--prompt a --image_dir b",
+            "--prompt a --max_new_tokens 0",
+        ),
+        "--data_file b --dataloader_num_workers -1",
+    ],
 )
 def test_contradicting_flags_are_refused(flags, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["predict", "--model", str(TINY), *flags.split()])
     with pytest.raises(SystemExit):
         tools.predict.parse_args()
-    assert re.search("error: .*--(prompt|images|image_dir|max_new_tokens)", capsys.readouterr().err)
+    assert re.search("error: .*--(prompt|images|image_dir|max_new_tokens|dataloader_num_workers)", capsys.readouterr().err)

@@ -50,7 +50,7 @@ def prediction_parser(description: str | None) -> Parser:
 
 
 def check_positive(parser: Parser, args: argparse.Namespace) -> None:
-    """End the program if a flag that must be positive is not."""
-    for name in ("eval_batch_size", "max_new_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    """End the program if a flag is below its least value."""
+    for name, least in (("eval_batch_size", 1), ("max_new_tokens", 1), ("dataloader_num_workers", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")

@@ -11,6 +11,11 @@ from common.runtime.process import InputError
 
 DIRECTORY = Path(__file__).parents[1] / "deepspeed"
 REMEDY = "see common/deepspeed/ for examples"
+# What the flags determine.
+AUTOMATIC = (
+    *("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping"),
+    *("bf16.enabled", "fp16.enabled"),
+)
 
 
 def choose_deepspeed(args: argparse.Namespace) -> str | None:
@@ -28,15 +33,21 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DIRECTORY.glob("*.json")))
         raise InputError(f"no such file; use one of {shipped}, or none for plain DDP", f"--deepspeed {path}")
     config = read_json(path, REMEDY)
-    if "optimizer" in config:
-        raise InputError(
-            f'--deepspeed {path} has an "optimizer" section, which would override --optim and all learning rates: '
-            "remove that section"
-        )
+    for section, flags in (("an optimizer", "--optim and all learning rates"), ("a scheduler", "--lr_scheduler_type")):
+        article, name = section.split()
+        if name in config:
+            raise InputError(f'--deepspeed {path} has {article} "{name}" section, which would override {flags}: remove it')
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or not 0 <= stage <= 3:
         raise InputError(f'--deepspeed {path}: "zero_optimization" must be an object with a "stage" from 0 to 3; {REMEDY}')
+    for entry in AUTOMATIC:
+        section, _, key = entry.partition(".")
+        value = config.get(section)
+        if key:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value != "auto":
+            raise InputError(f'--deepspeed {path}: {entry} must be "auto", because the flags determine it; {REMEDY}')
     if "offload_optimizer" in zero and not args.optim.startswith("adamw_torch"):
         raise InputError(
             f"--deepspeed {path} offloads the optimizer. DeepSpeed then runs its own AdamW on the CPU and ignores "
@@ -45,6 +56,10 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
     if args.use_qlora and stage == 3:
         raise InputError(
             f"--deepspeed {path} is ZeRO-3, which cannot shard a 4-bit base model; use ZeRO-2 or none with --use_qlora"
+        )
+    if args.torch_compile and stage == 3:
+        raise InputError(
+            f"--deepspeed {path} is ZeRO-3, whose sharded weights cannot be compiled: remove --torch_compile, or use ZeRO-2"
         )
     return str(path)
 
