@@ -42,6 +42,8 @@ from common.runtime.files import (
 )
 from common.runtime.process import InputError, counted, local_rank
 
+from .deepspeed import zero_settings, zero_stage
+
 # Written last, after every process has written its part: size and checksum of every file.
 MANIFEST = "complete.json"
 TOTALS = "totals.json"
@@ -265,7 +267,7 @@ def _incomplete_anywhere(directory: Path) -> str | None:
 
 def run_identity(
     args: argparse.Namespace,
-    zero_stage: int | None,
+    deepspeed: str | None,
     num_processes: int,
     precision: str,
     revision: str | None,
@@ -281,12 +283,17 @@ def run_identity(
         "method": method_name(args),
         "base model (--model_name_or_path)": weights,
         "precision (--bf16)": precision,
-        "sharding (--deepspeed)": "none" if zero_stage is None else f"ZeRO-{zero_stage}",
+        "sharding (--deepspeed)": "none",
     }
+    stage = zero_stage(deepspeed)
+    if deepspeed:
+        # Another optimizer, which cannot read the states.
+        offloads = "offload_optimizer" in zero_settings(deepspeed)
+        identity["sharding (--deepspeed)"] = f"ZeRO-{stage}{' with offloading' if offloads else ''}"
     identity |= {f"--{name}": getattr(args, name) for name in names}
     if adapter:
         identity["adapter (--model_name_or_path)"] = on_main_process(lambda: fingerprint(adapter))
-    if zero_stage or args.streaming:  # each process has its own states, or its own part of the stream
+    if stage or args.streaming:  # each process has its own states, or its own part of the stream
         identity["number of processes"] = num_processes
     return identity
 

@@ -99,7 +99,7 @@ def start(args: argparse.Namespace) -> Setup:
         allow_deepspeed_states()
     if deepspeed and not on_gpu:
         disable_shm_op()
-    identity = run_identity(args, stage, world_size(), precision, revision, base, adapter)
+    identity = run_identity(args, deepspeed, world_size(), precision, revision, base, adapter)
     on_main_process(lambda: lock_output_dir(args.output_dir))
     checkpoint, skipped = find_checkpoint(args.resume_from_checkpoint, args.output_dir, identity, args.accept_changes)
     for name in skipped:
