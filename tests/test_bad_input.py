@@ -76,6 +76,7 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(visible, refused, monkeypatch
         ({"optimizer": {"type": "AdamW"}}, 'has an "optimizer" section, which would override --optim'),
         ({"scheduler": {"type": "WarmupLR"}}, 'has a "scheduler" section, which would override --lr_scheduler_type'),
         ({"gradient_accumulation_steps": 2}, 'gradient_accumulation_steps must be "auto", because the flags determine it'),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, '"offload_optimizer" without a "device"'),
         ({"bf16": {"enabled": True}}, 'bf16.enabled must be "auto", because the flags determine it'),
     ],
 )

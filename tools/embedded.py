@@ -97,6 +97,8 @@ def main() -> None:
     parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     args = parser.parse_args()
     output_dir = args.output_dir or Path("output") / f"demo-{args.task}"
+    if not output_dir.name:
+        parser.error(f"--output_dir {output_dir} must be a folder of its own, with the data beside it")
     flags = METHOD_FLAGS[args.method]
     try:
         usage = run_embedded(args.task, args.method, output_dir, flags + ["--no-tqdm"] * (not args.tqdm), args.smoke)

@@ -48,6 +48,9 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
             value = value.get(key) if isinstance(value, dict) else None
         if value != "auto":
             raise InputError(f'--deepspeed {path}: {entry} must be "auto", because the flags determine it; {REMEDY}')
+    offload = zero.get("offload_optimizer", {"device": "cpu"})
+    if not isinstance(offload, dict) or offload.get("device", "none") == "none":
+        raise InputError(f'--deepspeed {path}: "offload_optimizer" without a "device" does nothing: remove it')
     if "offload_optimizer" in zero and not args.optim.startswith("adamw_torch"):
         raise InputError(
             f"--deepspeed {path} offloads the optimizer. DeepSpeed then runs its own AdamW on the CPU and ignores "
