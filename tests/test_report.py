@@ -141,6 +141,9 @@ def test_without_evaluations_and_with_values_that_are_not_finite(tmp_path):
     words = text(report(tmp_path))
     assert "AUROC after —" in words and "2 → 2, between 2 and 2, 1 not finite" in words
     assert "nan" not in words.lower()
+    write_json(tmp_path / "eval_before.json", evaluation({"a": 1.0}, metric="auroc", auroc=0.5, accuracy=None))
+    write_json(tmp_path / "eval_after.json", evaluation({"a": 1.0}, metric="auroc", auroc=0.6, accuracy=0.5))
+    assert "Accuracy — 50.0%" in text(report(tmp_path))
 
 
 def test_all_text_is_escaped(tmp_path):

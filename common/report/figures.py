@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from common.evaluation.metrics import normalize_answer
+from common.runtime.files import is_number
 
 from .charts import Chart, confusion_chart, number, series
 from .run import Run
@@ -25,11 +26,14 @@ MOST_CLASSES = 30  # more distinct answers than this are treated as free text, w
 
 def metric_table(run: Run) -> list[dict[str, Any]]:
     """Return all scalar values of the evaluations, the main metric first."""
-    found = run.before | run.after
-    keys = [key for key, value in found.items() if isinstance(value, int | float) and key != "samples"]
+    values: list[dict[str, float]] = [
+        {key: value for key, value in evaluation.items() if is_number(value) and key != "samples"}
+        for evaluation in (run.before, run.after)
+    ]
+    main = (run.before | run.after).get("metric")
     rows = []
-    for key in sorted(keys, key=lambda key: key != found["metric"]):
-        before, after = (evaluation.get(key, math.nan) for evaluation in (run.before, run.after))
+    for key in sorted(values[0] | values[1], key=lambda key: key != main):
+        before, after = (of_key.get(key, math.nan) for of_key in values)
         change = after - before
         rows.append(
             {

@@ -167,7 +167,7 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
         check_config(content, fields, path, DELETE)
     for name, evaluation in (("eval_before.json", run.before), ("eval_after.json", run.after)):
         metric = evaluation.get("metric")
-        if evaluation and (not isinstance(metric, str) or not isinstance(evaluation.get(metric), int | float)):
+        if evaluation and (not isinstance(metric, str) or not is_number(evaluation.get(metric))):
             raise InputError(
                 f"'metric' must be the key of a number in the same file, got {metric!r}", str(run.directory / name)
             )
