@@ -143,7 +143,9 @@ def test_without_evaluations_and_with_values_that_are_not_finite(tmp_path):
     assert "nan" not in words.lower()
     write_json(tmp_path / "eval_before.json", evaluation({"a": 1.0}, metric="auroc", auroc=0.5, accuracy=None))
     write_json(tmp_path / "eval_after.json", evaluation({"a": 1.0}, metric="auroc", auroc=0.6, accuracy=0.5))
-    assert "Accuracy — 50.0%" in text(report(tmp_path))
+    write_json(tmp_path / "run.json", {"task": "Memes"})
+    words = text(report(tmp_path))
+    assert "Accuracy — 50.0%" in words and "Command and settings" in words
 
 
 def test_all_text_is_escaped(tmp_path):
