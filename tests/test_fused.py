@@ -180,6 +180,39 @@ def test_layers_are_compiled_for_all_batches_at_once(method, random_model, monke
     assert counts[0] >= 2 and counts[1:] == [counts[1]] * 3 and counts[1] <= 6
 
 
+def test_a_kernel_is_compiled_once_for_each_width(monkeypatch):
+    """For all numbers of tokens, with the width as a constant; in this process, tensors pass as CUDA tensors."""
+    widths = []
+    compile = torch.compile
+
+    def count(graph, inputs):
+        widths.append([str(node.meta["example_value"].shape[-1]) for node in graph.graph.nodes if node.name == "l_weight_"])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=count))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(fused, "can_compile", lambda device: True)
+    torch._dynamo.reset()
+    norm = fused._kernel(fused._normalize)
+    for tokens, width in ((5, 8), (7, 8), (6, 16), (9, 16), (3, 8)):
+        states, weight = torch.randn(tokens, width), torch.randn(width)
+        expected = torch.nn.functional.rms_norm(states, (width,), weight, 1e-5)
+        torch.testing.assert_close(norm(states, weight, None, 1e-5), expected)
+    assert widths == [["8"], ["16"]]
+
+
+@pytest.mark.parametrize(
+    ("capability", "header", "expected"), [((7, 5), True, True), ((6, 0), True, False), ((9, 0), False, False)]
+)
+def test_kernels_are_compiled_only_where_triton_can(capability, header, expected, monkeypatch, tmp_path):
+    (tmp_path / ("Python.h" if header else "other.h")).touch()
+    monkeypatch.setattr(fused, "find_spec", lambda name: name)
+    monkeypatch.setattr(fused.shutil, "which", lambda name: name)
+    monkeypatch.setattr(fused.sysconfig, "get_path", lambda *names: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fused.can_compile.__wrapped__(torch.device("cuda:0")) is expected
+
+
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "DoRA"])
 def test_what_one_step_cannot_run_is_left_to_peft(options, random_model, batches):
     found = []

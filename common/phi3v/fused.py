@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sysconfig
 import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +22,14 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 
 @functools.cache
-def can_compile() -> bool:
-    """Whether ``torch.compile`` can build kernels for a GPU here: it needs Triton and a C compiler."""
-    return find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+def can_compile(device: torch.device) -> bool:
+    """Whether ``torch.compile`` can build kernels for a GPU: it needs Triton, a C compiler and the headers of Python.
+
+    Triton supports NVIDIA GPUs of the Volta generation or newer.
+    """
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # where Triton looks for them
+    tools = find_spec("triton") is not None and headers.is_file() and any(map(shutil.which, ("gcc", "clang")))
+    return tools and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,13 +38,16 @@ def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        if not args[0].is_cuda or torch.compiler.is_compiling() or not can_compile():
+        if not args[0].is_cuda or torch.compiler.is_compiling() or not can_compile(args[0].device):
             return function(*args)
         # torch.compile would build another kernel for tensors that require gradients.
         args = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
         for arg in args:
-            if isinstance(arg, torch.Tensor) and arg.ndim > 1:
-                torch._dynamo.maybe_mark_dynamic(arg, 0)
+            if isinstance(arg, torch.Tensor):
+                # Widths of tower and decoder differ, but stay constants of a kernel: it then reads several elements at once.
+                torch._dynamo.mark_static(arg, list(range(arg.ndim > 1, arg.ndim)))
+                if arg.ndim > 1:
+                    torch._dynamo.maybe_mark_dynamic(arg, 0)
         return compiled(*args)
 
     return call
