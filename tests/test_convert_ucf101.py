@@ -11,7 +11,7 @@ import tarfile
 import termios
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from unittest import mock
 
 import av
@@ -22,8 +22,11 @@ import pytest
 from clips import frame_number, truncate, write_clip
 from conftest import ROOT, SHARED, needs_data
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import convert_ucf101
+from common.runtime.process import InputError
+from tools.clips import convert_clips
 
 SPLITS = ("train", "val", "test")
 COMMAND = [sys.executable, str(ROOT / "convert_ucf101.py"), "--num_workers", "2"]
@@ -256,6 +259,21 @@ def test_a_killed_worker_ends_the_run(tmp_path):
     assert process.returncode == 1 and "a worker process died" in message and "Traceback" not in message
 
 
+def test_a_worker_that_is_killed_while_the_next_clip_is_read(tmp_path):
+    video = write_clip(tmp_path / "a.avi", 9).read_bytes()
+
+    def kill_worker():
+        [worker] = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+        worker.kill()
+        time.sleep(1)
+        return video
+
+    readers = {PurePosixPath("a.avi"): lambda: video, PurePosixPath("b.avi"): kill_worker}
+    paths = {clip: [tmp_path / f"{clip}.jpg"] for clip in readers}
+    with pytest.raises(InputError, match=r"a worker process died, .* one of: a\.avi"):
+        convert_clips(readers, paths, num_workers=1, show_progress=False)
+
+
 def test_only_lost_and_damaged_images_are_converted_again(source, tmp_path):
     out = tmp_path / "out"
     convert(out, "--source", source)
@@ -277,7 +295,10 @@ def test_other_settings_and_another_source_replace_all_images_and_no_other_files
     for num_frames in (8, 3, 8):
         convert(out, "--source", source, "--num_frames", num_frames)
     assert contents(out) == contents(tmp_path / "fresh")
-    Image.new("RGB", (8, 8)).save(out / "images/train/Run/mine.jpg")
+    info = PngInfo()
+    info.add_text("comment", "mine")
+    for name in ("mine.jpg", "mine.png"):
+        Image.new("RGB", (8, 8)).save(out / "images/train/Run" / name, pnginfo=info)
     other = tmp_path / "other"
     write_clip(other / "train/Run/a.avi", 50)  # of the same name
     write_clip(other / "val/Swim/x.avi", 20)
@@ -285,7 +306,7 @@ def test_other_settings_and_another_source_replace_all_images_and_no_other_files
     convert(out, "--source", other)
     convert(tmp_path / "fresh of the other", "--source", other)
     left = contents(out)
-    assert left.pop("images/train/Run/mine.jpg")
+    assert left.pop("images/train/Run/mine.jpg") and left.pop("images/train/Run/mine.png")
     assert left == contents(tmp_path / "fresh of the other")
     assert not (out / "images/val/Jump").exists()
 

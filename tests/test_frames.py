@@ -1,12 +1,16 @@
 """tools.frames: clips of any folder, questions from folder names or a table."""
 
 import json
+import struct
 import sys
 
+import av
+import numpy as np
 import pytest
 from clips import frame_number, write_clip
 
 import tools.frames
+from tools.clips import sample_frames
 
 
 @pytest.fixture
@@ -77,3 +81,33 @@ def test_clips_that_would_share_their_images_are_refused(clips, tmp_path, monkey
         frames(monkeypatch, "--clips", clips, *flags)
     with pytest.raises(SystemExit, match="no such file or folder"):
         frames(monkeypatch, "--clips", clips / "none", *flags)
+    (clips / "run/a.mkv").rename(clips / "\udcff.mkv")
+    with pytest.raises(SystemExit, match=r"udcff\.mkv' is not valid UTF-8; rename it"):
+        frames(monkeypatch, "--clips", clips, *flags)
+
+
+def test_links_and_folders_keep_their_names(clips, tmp_path, monkeypatch):
+    (tmp_path / "sorted/swim.mov").mkdir(parents=True)
+    (tmp_path / "sorted/swim.mov/c.avi").symlink_to(clips / "c.avi")
+    frames(monkeypatch, "--clips", tmp_path / "sorted", "--out_dir", tmp_path / "out", "--question", "What?")
+    [row] = rows(tmp_path / "out")
+    assert (row["id"], row["conversations"][0]["assistant"]) == ("swim.mov/c.avi", "swim.mov")
+
+
+def test_frames_are_turned_as_a_player_shows_them(tmp_path):
+    """A clip with a white upper half; its header says that it is to be turned to the right."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24] = 255
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    video = bytearray((tmp_path / "a.mp4").read_bytes())
+    [lying] = sample_frames(bytes(video), 1)
+    matrix = video.index(b"tkhd") + 44  # behind type, version, times, id, duration, layer and volume
+    assert struct.unpack_from(">9i", video, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", video, matrix, 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
+    [upright] = sample_frames(bytes(video), 1)
+    assert lying.size == (64, 48) and upright.size == (48, 64)
+    assert lying.getpixel((32, 2))[0] > 200 > 50 > lying.getpixel((32, 45))[0]
+    assert upright.getpixel((45, 32))[0] > 200 > 50 > upright.getpixel((2, 32))[0]

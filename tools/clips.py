@@ -74,18 +74,20 @@ def sample_frames(video: bytes, num_frames: int) -> list[Image.Image]:
         if not total:
             raise BrokenClip("no frame can be decoded")
         wanted = [i * total // num_frames for i in range(num_frames)]
-        pictures = {i: frame.to_image() for i, frame in enumerate(decode_frames(video)) if i in wanted}
+        # Phones record upright videos lying, with a rotation.
+        frames = {i: frame for i, frame in enumerate(decode_frames(video)) if i in wanted}
+        pictures = {i: frame.to_image().rotate(frame.rotation, expand=True) for i, frame in frames.items()}
     except av.FFmpegError as error:
         raise BrokenClip(error.strerror) from error
     return [pictures[i] for i in wanted]
 
 
 def read_comment(path: Path) -> str:
-    """Return the JPEG comment of a file; empty if it has none or is not an image."""
+    """Return the JPEG comment of a file; empty if it has none or is not a JPEG image."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("JPEG",)) as image:
             return image.info.get("comment", b"").decode("utf-8", "replace")
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return ""
 
 
@@ -141,9 +143,6 @@ def convert_in_parallel(
                 yield pending[future], future.result()
             except BrokenClip as error:
                 yield pending[future], error
-            except BrokenProcessPool as error:
-                suspects = ", ".join(str(clip) for clip in pending.values())
-                raise InputError(f"a worker process died, either out of memory or while decoding one of: {suspects}") from error
             del pending[future]
 
     # "spawn", because forking a process with threads (from the pool or FFmpeg) can deadlock the child.
@@ -155,6 +154,9 @@ def convert_in_parallel(
                     yield from finished()
             while pending:
                 yield from finished()
+        except BrokenProcessPool as error:
+            suspects = ", ".join(str(clip) for clip in pending.values())
+            raise InputError(f"a worker process died, either out of memory or while decoding one of: {suspects}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -59,11 +59,15 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
     for place in places:
         if not place.exists():
             raise InputError(f"--clips {place}: no such file or folder")
-        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES) if place.is_dir() else [place]
-        for file in files:
+        found_here = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir())
+        for file in sorted(found_here) if place.is_dir() else [place]:
             clip = PurePosixPath(file.relative_to(place if place.is_dir() else place.parent).as_posix())
             if any(part.startswith(".") for part in clip.parts):
                 continue  # metadata of macOS and editors
+            try:
+                os.path.abspath(file).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"the name of {str(file)[-80:]!r} is not valid UTF-8; rename it") from error
             other = images.setdefault(clip.with_suffix(""), file)
             if other != file:
                 raise InputError(f"{other} and {file} would have the same image names; rename one of them")
@@ -78,7 +82,7 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
 def questions_of(clips: dict[PurePosixPath, Path], question: str, table: Path | None) -> list[tuple[PurePosixPath, str, str]]:
     """Return clip, question and answer of each row."""
     if table is None:
-        return [(clip, question, file.resolve().parent.name) for clip, file in clips.items()]
+        return [(clip, question, Path(os.path.abspath(file)).parent.name) for clip, file in clips.items()]
     rows = list(read_clip_table(table, clips))
     if not rows:
         raise InputError(f"--table {table}: no rows")
