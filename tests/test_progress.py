@@ -104,6 +104,13 @@ def test_progress_bars_of_libraries_are_switched_off(screen, monkeypatch, termin
     assert switched_off == ([] if bars else ["transformers", "datasets"])
 
 
+def test_nothing_to_do_that_takes_its_time(screen, clock):
+    screen(terminal=False)
+    with Progress("Checking data", "bytes", 0) as progress:
+        clock.now += 5
+        progress.update(0)
+
+
 @pytest.mark.parametrize("no_tqdm", [False, True])
 def test_counting_rows_shows_progress(screen, tmp_path, monkeypatch, no_tqdm):
     shown = screen(terminal=True)

@@ -70,7 +70,7 @@ class Progress:
         else:
             tenth = self.done * 10 // self.total > before * 10 // self.total
             due = tenth and now - self._last_line >= SECONDS_BETWEEN_LINES
-        if due or self.done == self.total > before:
+        if self.done and (due or self.done == self.total > before):
             self._last_line, elapsed = now, now - self._start
             remaining = elapsed / self.done * (self.total - self.done)
             times = f"{tqdm.format_interval(elapsed)} elapsed, {tqdm.format_interval(remaining)} left"
