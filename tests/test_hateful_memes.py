@@ -110,8 +110,9 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
         load_rows(flags(monkeypatch))
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
-    with pytest.raises(ValueError, match="no training rows are left: the dataset has fewer rows than requested"):
-        load_rows(flags(monkeypatch))
+    for more in ([], ["--streaming"]):
+        with pytest.raises(ValueError, match="no training rows are left: the dataset is too small"):
+            load_rows(flags(monkeypatch, *more))
 
 
 @pytest.mark.parametrize("by_likelihood", [False, True])

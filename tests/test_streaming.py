@@ -16,6 +16,7 @@ from runs import message, weights
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor
 
+import finetune_hf_trainer_docvqa as docvqa
 import finetune_hf_trainer_hateful_memes as hateful_memes
 import finetune_hf_trainer_jsonl as jsonl
 import finetune_hf_trainer_nlvr2 as nlvr2
@@ -200,6 +201,17 @@ def test_names_in_parquet_do_not_leave_the_image_folder(tmp_path):
                 list(stream.rows(0, 0))
 
 
+def test_images_are_found_beside_each_shard(tmp_path):
+    row = {"conversations": [{"images": ["a.png"], "user": "What?", "assistant": "That."}]}
+    for name in ("one[1]", "two"):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "two/a.png").touch()
+    stream = stream_conversations([tmp_path / "one[1]/a.jsonl", tmp_path / "two/*.jsonl"], None)
+    images = [row.content["conversations"][0]["images"] for row in stream.rows(0, 0)]
+    assert sorted(images) == [[f"{tmp_path}/one[1]/images/a.png"], [f"{tmp_path}/two/a.png"]]
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_a_shard_that_is_not_a_file_is_refused_at_once(make, tmp_path):
     make(tmp_path / "a.jsonl")
@@ -299,6 +311,20 @@ def test_nlvr2_from_the_hub_trains_on_every_question(hub, monkeypatch):
     row = next(train_rows.rows(0, 0))
     asked = nlvr2.to_conversation(row.content)["conversations"][0]
     assert asked["user"] == row.content["question"] and asked["images"] == row.content["images"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "row 1: fields are missing"), ([{"user": "<|image_2|>", "assistant": "A"}], "row 1: the text's")],
+)
+def test_an_invalid_row_at_the_beginning_is_named_before_training(texts, message, tmp_path):
+    (tmp_path / "hub").mkdir()
+    rows = [{"images": [{"bytes": PICTURE, "path": None}], "texts": [{"user": "What?", "assistant": "That."}]}] * 3
+    write_table(tmp_path / "hub/train.parquet", [rows[0], rows[1] | {"texts": texts}, rows[2]])
+    stream = stream_hub(str(tmp_path / "hub"), columns=["images", "texts"]).map(docvqa.from_full)
+    data = StreamedData(stream, docvqa.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    with pytest.raises(InputError, match=f"hub, train, {message}"):
+        data.sample_lengths()
 
 
 def test_an_unreachable_hub():

@@ -61,7 +61,10 @@ def check_rows(
     InputError
         If a row is invalid; the message names the row.
     """
+    none_left = InputError(f"no {name}s are left: the dataset is too small, or all of them were skipped")
     if isinstance(rows, Stream):
+        if not len(rows):
+            raise none_left
         return rows
     found: dict[str | bytes, str | None | InputError] = {}  # rows may share images; what is suspicious or wrong about them
     known: list[tuple[int, int, int, int]] = []
@@ -92,7 +95,7 @@ def check_rows(
     doubts = [doubt for doubt in usable.values() if doubt]
     rows = rows.checked(bad, np.array(known, dtype=np.int64).reshape(-1, 4), list(usable), doubts)
     if not len(rows):
-        raise InputError(f"no {name}s are left: the dataset has fewer rows than requested")
+        raise none_left
     return rows
 
 
@@ -154,5 +157,5 @@ def check_all(
     bad = BadRows(skip_bad)
     for _, error in all_failures:
         bad.add(error)
-    bad.report(what)
+    bad.report("checking", what.removesuffix("s"))
     return [index for index, _ in all_failures], results

@@ -214,7 +214,7 @@ class BadRows:
         if self.count <= MAX_REPORTED:
             say(f"skipped: {error}")
 
-    def report(self, what: str) -> None:
-        """Print the number of skipped rows, if any."""
+    def report(self, where: str, what: str = "row") -> None:
+        """Print the number of skipped rows, or of ``what`` else was checked, if any."""
         if self.count:
-            say(f"{what}: {counted(self.count, 'invalid row')} skipped (--on_bad_sample skip)")
+            say(f"{where}: {counted(self.count, f'invalid {what}')} skipped (--on_bad_sample skip)")

@@ -10,7 +10,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from .formats import is_array, is_table
 from .pictures import Picture, picture_path
 from .reading import check_conversation, parse_conversation, read_conversation
 from .rows import Rows, converting
-from .sources import load_hub, require_stored_images
+from .sources import find_image_dir, load_hub, require_stored_images
 from .streaming import Span, Stream
 
 LINES_PER_BLOCK = 64
@@ -44,15 +44,15 @@ def open_hub(
     return (stream_hub if streaming else load_hub)(*name, columns=columns, split=split, each=each)
 
 
-def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit: int | None = None) -> Stream:
+def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path | None, limit: int | None = None) -> Stream:
     """Stream shards in the general format: JSON Lines or Parquet files. Parquet files can contain the images.
 
     Parameters
     ----------
     patterns : Path or sequence of Path
         Files, or several with wildcards, for example ``data/train-*.parquet``.
-    image_dir : Path
-        Folder that image names are relative to.
+    image_dir : Path, optional
+        Folder that image names are relative to; by default :func:`~.sources.find_image_dir` of each shard.
     limit : int, optional
         Use only the first ``limit`` rows.
 
@@ -62,17 +62,22 @@ def stream_conversations(patterns: Path | Sequence[Path], image_dir: Path, limit
         If no shard matches, a shard cannot be read, or all shards are empty.
     """
 
+    @cache
+    def folder_of(shard: str) -> Path:
+        return image_dir or find_image_dir(Path(shard))
+
     def read(span: Span) -> Iterator[tuple[str, Conversation]]:
         for place, row in _read_table(span) if span.shard.endswith(".parquet") else _read_lines(span):
             for turn in row["conversations"]:
                 with converting(place):
-                    turn["images"] = [_locate(image, image_dir) for image in turn.get("images") or []]
+                    turn["images"] = [_locate(image, folder_of(span.shard)) for image in turn.get("images") or []]
             yield place, row
 
     def index() -> list[Span]:
         shards = []
         for pattern in [patterns] if isinstance(patterns, Path) else patterns:
-            if not (found := sorted(glob.glob(str(pattern)))):
+            # A folder may have brackets in its name.
+            if not (found := [str(pattern)] if pattern.is_file() else sorted(glob.glob(str(pattern)))):
                 raise InputError(f"{pattern} is missing: put the shards there, or name other ones")
             shards += found
         for shard in shards:

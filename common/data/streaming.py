@@ -195,8 +195,13 @@ class StreamedData(torch.utils.data.Dataset):
         return len(self.rows)
 
     def sample_lengths(self) -> Lengths:
-        """Measure the first rows."""
-        return TrainingData(self.rows.peek(), self.to_conversation, self.processor, self.seed).sample_lengths()
+        """Check and measure the first rows."""
+        data = TrainingData(self.rows.peek(), self.to_conversation, self.processor, self.seed)
+        for index in range(len(data)):
+            with converting(data.place(index)):
+                conversation = data.conversation(0, index)
+            check_conversation(conversation, data.place(index))
+        return data.sample_lengths()
 
     def __getitem__(self, row: Row | None) -> dict[str, Any]:
         if row is None:
