@@ -98,8 +98,7 @@ def load_rows(args) -> tuple[Rows | Stream, Rows]:
     if args.eval_only and not args.eval_fraction:
         return Rows([], str), load(eval_file, args.max_eval_samples)
     if args.streaming:
-        train_rows = stream_conversations(files, args.image_dir or find_image_dir(files[0]), args.max_train_samples)
-        return train_rows, load(eval_file, args.max_eval_samples)
+        return stream_conversations(files, args.image_dir, args.max_train_samples), load(eval_file, args.max_eval_samples)
     parts = [load(file, args.max_train_samples) for file in files]
     if args.eval_fraction:
         parts, eval_rows = split_by_picture(parts, args.eval_fraction, args.seed, args.max_eval_samples, args.tqdm)

@@ -151,6 +151,13 @@ def test_all_problems_in_one_report(folder, check):
     assert "14 problems: invalid row 9, unusable image 4, row too long 1" in output
     assert "1 warning: duplicate row 1" in output
 
+    (folder / "data.csv").write_text("image,question,answer\n,What, now?,a\n,What?,\n")
+    _, output = check("--data_file", folder / "data.csv")
+    assert [message.partition(", ")[2][:30] for _, message in problems(output)] == [
+        "line 2: 4 fields, but the head",
+        'line 3, turn 1: "assistant" mu',
+    ]
+
 
 def test_quick_checks_pictures_as_a_run_does(folder, check):
     noise = bytearray((folder / "wide.jpg").read_bytes())

@@ -23,7 +23,7 @@ from common.data.formats import read_lines
 from common.data.mixing import Mixture
 from common.data.rows import Rows
 from common.data.samples import TrainingData
-from common.data.sources import load_conversations
+from common.data.sources import find_image_dir, load_conversations
 from common.runtime.parser import Parser
 from common.runtime.process import InputError
 
@@ -128,6 +128,12 @@ def test_a_table_with_a_mistake_is_refused_by_its_line(text, message, folder):
     assert message in str(error.value)
 
 
+def test_a_row_of_a_table_without_quotes_can_be_skipped(folder):
+    (folder / "data.csv").write_text("image,question,answer\n0.png,What?,Red\n0.png,Red, or not?,d\n1.png,Or?,Green\n")
+    rows = load_conversations(folder / "data.csv", folder / "images", skip_bad=True)
+    assert places(rows) == ["data.csv, line 2", "data.csv, line 4"]
+
+
 def test_a_row_of_a_table_without_a_picture_is_text(folder):
     (folder / "data.csv").write_text("id,image,question,answer,system\n7,,What?,Red,Be brief.\n,,,,\n")
     [(place, line)] = read_lines(folder / "data.csv")
@@ -148,6 +154,7 @@ def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, mon
     assert args.num_crops == 16
     assert train_rows[0]["conversations"][0]["images"] == [f"{folder}/images/0.png"]
     assert eval_rows[1]["conversations"][0]["images"] == [f"{folder}/images/1.png"]
+    assert find_image_dir(write(folder / "bad.jsonl", [{}, row("images/1.png")])) == folder
 
 
 @pytest.mark.parametrize(
@@ -166,6 +173,7 @@ def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, mon
             ["--data_dir", "{}", "--eval_fraction", "0.1"],
             "--eval_fraction 0.1: rows that share an image stay together, and the",
         ),
+        (["--data_dir", "{}", "--eval_fraction", "0.9", "--max_eval_samples", "1"], "use a larger --max_eval_samples, "),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, folder, monkeypatch):
@@ -279,25 +287,27 @@ def test_schedules_need_no_further_settings_and_can_be_resumed_at_another_rate(n
 @pytest.mark.slow
 def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
     """Seven steps in two and a half epochs; gone on from the middle of the second with the other half of a file."""
-    write(folder / "a.jsonl", [row("0.png", user=f"a {number}?", assistant=str(number)) for number in range(6)])
-    write(folder / "b.jsonl", [row("1.png", user=f"b {number}?", assistant=str(number)) for number in range(3)])
-    write(folder / "val.jsonl", [row("2.png")])
+    shutil.copytree(folder / "images", (data := folder / "my data/receipts") / "images")
+    write(data / "a.jsonl", [row("0.png", user=f"a {number}?", assistant=str(number)) for number in range(6)])
+    write(data / "b.jsonl", [row("1.png", user=f"b {number}?", assistant=str(number)) for number in range(3)])
+    write(data / "val.jsonl", [row("2.png")])
     options = {"script": "finetune_hf_trainer_jsonl.py", "model_name_or_path": write_random_model(folder / "model")}
     options |= {"train_file": ["a.jsonl", "b.jsonl"], "train_weights": [0.5, 2], "batch_size_per_gpu": 1, "max_steps": None}
     options |= {"num_train_epochs": 2.1, "use_lora": True, "lora_rank": 4, "save_strategy": "steps", "save_steps": 4}
     options |= {"task_name": "my receipts", "metric": ["f1", "anls"], "lr_scheduler_type": "cosine_with_restarts"}
-    log = finetune_forked(folder, folder / "straight", **options)
+    log = finetune_forked(data, folder / "straight", **options)
     assert [entry["step"] for entry in log] == list(range(1, 8))  # 9 rows in 3 steps per epoch
     shutil.copytree(folder / "straight/checkpoint-4", folder / "resumed/checkpoint-4")
-    assert finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **options) == log
+    assert finetune_forked(data, folder / "resumed", resume_from_checkpoint="auto", **options) == log
     straight, resumed = weights(folder / "straight"), weights(folder / "resumed")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
     after = json.loads((folder / "straight/eval_after.json").read_text())
     assert after["metric"] == "f1" and {"f1", "anls"} <= after.keys()
-    assert json.loads((folder / "straight/run.json").read_text())["task"] == "my receipts"
+    run = json.loads((folder / "straight/run.json").read_text())
+    assert (run["task"], run["datasets"]) == ("my receipts", []), "data/receipts is no dataset of the Hub"
     assert "finetuned on my receipts" in (folder / "straight/README.md").read_text()
     other = options | {"train_weights": [1, 1]}  # as many steps
     with pytest.raises(
         AssertionError, match=r"data is 9 rows, \w+, --train_weights 1 1, but the checkpoint's run had 9 rows, \w+, "
     ):
-        finetune_forked(folder, folder / "resumed", resume_from_checkpoint="auto", **other)
+        finetune_forked(data, folder / "resumed", resume_from_checkpoint="auto", **other)

@@ -126,6 +126,15 @@ def test_what_a_run_warns_of_is_a_warning(train, evaluation, of_run, of_check, f
         assert all(part.format(folder, folder) in message for part, message in zip(expected, found, strict=True)), found
 
 
+def test_images_of_the_same_name_in_different_folders_differ(folder, monkeypatch, processor):
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        Image.effect_noise((90, 50), 80).save(folder / split / "0.png")
+        write(folder / split / "rows.jsonl", [row("0.png")])
+    files = ("--data_dir", folder, "--train_file", "train/rows.jsonl", "--eval_file", "val/rows.jsonl")
+    assert review(jsonl, monkeypatch, processor, *files) == []
+
+
 def test_images_stored_in_the_dataset_are_compared_by_content(folder, monkeypatch, processor):
     """In the release, whose files may be copies, and in rows that contain their images."""
     (folder / "img").mkdir()

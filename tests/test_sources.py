@@ -117,12 +117,14 @@ def test_an_invalid_row_is_named(tmp_path, image_dir, row, message):
 def test_invalid_rows_are_skipped_on_request(tmp_path, image_dir, capsys):
     good = [{"id": str(number), "conversations": [turn(images=["a/left.png"])]} for number in range(3)]
     bad = ['["a"]', {"conversations": []}, {"id": "no picture", "conversations": [turn(images=["none.png"])]}]
-    path = write(tmp_path / "data.jsonl", good[0], bad[0], good[1], bad[1], bad[2], good[2])
-    for _ in range(2):  # the second time from the cache
-        rows = load_conversations(path, image_dir, skip_bad=True)
+    path = write(tmp_path / "data.jsonl", good[0], bad[0], good[1], bad[1], bad[2], bad[2], good[2], bad[0])
+    for limit in (None, 9, None):  # from the second time on from the cache
+        rows = load_conversations(path, image_dir, limit, skip_bad=True)
         assert [row["id"] for row in rows] == ["0", "1", "2"]
-        said = capsys.readouterr().err
-        assert "data.jsonl: 2 invalid rows skipped" in said and "none.png is missing" in said
+        said, counts = capsys.readouterr()[::-1]
+        assert "data.jsonl: 5 invalid rows skipped" in said and "line 6: one of its images cannot be used" in said
+        assert "none.png is missing" in said and "checking: 1 invalid image skipped" in said
+        assert "3 rows with 1 image from" in counts
     load_conversations(path, image_dir, limit=2, skip_bad=True)
     said = capsys.readouterr().err
     assert "data.jsonl: 1 invalid row skipped" in said and "line 2" in said

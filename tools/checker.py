@@ -104,7 +104,7 @@ class Checker:
         self.processor, self.max_length, self.quick = processor, max_length, quick
         self.check_image = lru_cache(CHECKS_REMEMBERED)(self._check_image)
 
-    def check(self, lines: list[tuple[str, bytes]], image_dir: Path) -> list[CheckedRow]:
+    def check(self, lines: list[tuple[str, bytes | InputError]], image_dir: Path) -> list[CheckedRow]:
         """Check rows of a file, given as pairs of place and content."""
         rows: list[CheckedRow] = []
         usable: list[tuple[CheckedRow, Conversation]] = []
@@ -165,15 +165,15 @@ def check_in_parallel(
     total = sum(path.stat().st_size for path in files)
     folders = {path: image_dir or find_image_dir(path) for path in files}
 
-    def chunks() -> Iterator[tuple[Path, list[tuple[str, bytes]]]]:
+    def chunks() -> Iterator[tuple[Path, list[tuple[str, bytes | InputError]]]]:
         for path in files:
             lines = read_lines(path)
             while chunk := list(islice(lines, LINES_PER_TASK)):
                 yield path, chunk
 
-    def check(chunk: tuple[Path, list[tuple[str, bytes]]]) -> tuple[Path, int, list[CheckedRow]]:
+    def check(chunk: tuple[Path, list[tuple[str, bytes | InputError]]]) -> tuple[Path, int, list[CheckedRow]]:
         path, lines = chunk
-        return path, sum(len(line) for _, line in lines), checker.check(lines, folders[path])
+        return path, sum(len(line) for _, line in lines if isinstance(line, bytes)), checker.check(lines, folders[path])
 
     with Progress("Checking data", "bytes", total, bar) as progress:
         for path, size, rows in in_parallel(check, chunks(), cores_per_process()):

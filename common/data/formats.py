@@ -11,23 +11,23 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.runtime.files import parse_json, reject_duplicate_keys
+from common.runtime.files import reject_duplicate_keys
 from common.runtime.process import InputError
 
-from .reading import check_fields, format_name
+from .reading import check_fields, format_name, parse_object
 
 COLUMNS = ("image", "question", "answer")
 OPTIONAL_COLUMNS = ("id", "system")
 DELIMITERS = ",;\t"
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[str, bytes | InputError]]:
     """Read the rows of a file: the non-blank lines of a JSON Lines file, the entries of a JSON array, the rows of a CSV table.
 
     Yields
     ------
-    tuple of (str, bytes)
-        Location (file and line, or entry) of the row, and the row as JSON.
+    tuple of (str, bytes or InputError)
+        Location (file and line, or entry) of the row, and the row as JSON, or what is wrong with it.
 
     Raises
     ------
@@ -48,15 +48,16 @@ def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
             yield from ((f"{path}, line {number}", line) for number, line in enumerate(file, start=1) if line.strip())
 
 
-def read_table(path: Path) -> Iterator[tuple[str, bytes]]:
+def read_table(path: Path) -> Iterator[tuple[str, bytes | InputError]]:
     """Read the rows of a CSV table with the columns ``image``, ``question``, ``answer`` and, optionally, ``id`` and ``system``.
 
     An empty ``image`` is a row of text only. The delimiter is the comma, semicolon or tab that is most frequent in the header.
+    A row with more or fewer fields than the header is yielded as an :class:`InputError`, so that it can be skipped.
 
     Raises
     ------
     InputError
-        If the file is not UTF-8, a column is missing or unknown, or a row has more or fewer fields than the header.
+        If the file is not UTF-8, its quotes do not match, or a column is missing or unknown.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -74,7 +75,8 @@ def read_table(path: Path) -> Iterator[tuple[str, bytes]]:
             elif any(field.strip() for field in fields):
                 if len(fields) != len(names):
                     remedy = "put quotes around texts that contain the delimiter"
-                    raise InputError(f"{len(fields)} fields, but the header has {len(names)}: {remedy}", place)
+                    yield place, InputError(f"{len(fields)} fields, but the header has {len(names)}: {remedy}", place)
+                    continue
                 yield place, json.dumps(_row_of_table(dict(zip(names, fields, strict=True)))).encode()
     except csv.Error as error:
         raise InputError(
@@ -105,7 +107,7 @@ def describe_format(path: Path) -> str:
     layout = "a JSON array" if is_array(path) else "one JSON object per line"
     try:
         _, line = next(read_lines(path))
-        return f"{format_name(parse_json(line, ''))}, {layout}"
+        return f"{format_name(parse_object(line))}, {layout}"
     except (InputError, StopIteration):  # reading the rows reports the error
         return layout
 

@@ -25,15 +25,17 @@ OF_ROW = {"system": 'move it from the turn to the row, next to "conversations"'}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def parse_object(line: bytes, place: str | None = None) -> dict[str, Any]:
-    """Parse one line of a JSON Lines file, or raise an :class:`InputError` if it is not a valid JSON object."""
+def parse_object(line: bytes | InputError, place: str | None = None) -> dict[str, Any]:
+    """Parse a row of :func:`~.formats.read_lines`, or raise an :class:`InputError` if it is not a valid JSON object."""
+    if isinstance(line, InputError):
+        raise line
     if len(line) > MAX_LINE:
         raise InputError(f"longer than {MAX_LINE:,} bytes: split the conversation", place)
     return parse_json(line, "write one object per line, in UTF-8", place)
 
 
-def parse_conversation(line: bytes, place: str) -> Conversation:
-    """Parse one line of a file of conversations, and raise the first of its :func:`file_faults`."""
+def parse_conversation(line: bytes | InputError, place: str) -> Conversation:
+    """Parse one row of a file of conversations, and raise the first of its :func:`file_faults`."""
     conversation = read_conversation(parse_object(line, place), place)
     for error in file_faults(conversation, place):
         raise error
@@ -79,7 +81,9 @@ def read_conversation(row: dict[str, Any], place: str) -> Conversation:
         if system and row.get("system"):
             raise InputError("the row has a system prompt twice: remove one", place)
         row["system"] = system or row.get("system")
-        _place_images(turns, row.get("images", row.get("image", [])), place)
+        if row.get("image") and row.get("images"):
+            raise InputError('the row has both "image" and "images": remove one', place)
+        _place_images(turns, row.get("images") or row.get("image", row.get("images", [])), place)
     else:
         check_fields(row, (name, *NOTES, "system"), OF_TURN, place)
         for number, turn in enumerate([] if keys.issubset(TURN_FIELDS) else turns, start=1):

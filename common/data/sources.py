@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from common.runtime.collectives import first_on_each_machine, gather
 from common.runtime.files import read_json, write_file
 from common.runtime.machine import cores_per_process
-from common.runtime.process import InputError, local_world_size, rank, say, world_size
+from common.runtime.process import InputError, counted, local_world_size, rank, say, world_size
 
 from .checks import check_all, content_hash, hash_text
 from .conversations import max_text_tokens, pictures
@@ -96,7 +96,7 @@ def require_stored_images(schema: pa.Schema, source: str) -> None:
             raise InputError(f'the column "{field.name}" does not contain images, but {kind}: store them in it', source)
 
 
-def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, bytes]]:
+def read_json_lines(path: Path, release: str | None = None) -> Iterator[tuple[str, bytes | InputError]]:
     """Read the rows of a file as :func:`~.formats.read_lines`.
 
     Parameters
@@ -196,9 +196,8 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     source = PreparedRows(prepared, limit)
     bad_rows = BadRows(skip_bad)
     for rows_before, message in json.loads(_errors_of(prepared).read_text()):
-        if rows_before < len(source) or limit is None:
+        if limit is None or rows_before < limit:
             bad_rows.add(InputError(message))
-    bad_rows.report(str(path))
     table = source.columns("conversations", "hash", "size", "num_images")
     names = pc.list_flatten(pc.struct_field(pc.list_flatten(table["conversations"]), "images")).unique()
 
@@ -211,6 +210,9 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     bad_files, found = check_all("images", (name.as_py() for name in names), check, len(names), bar, skip_bad, num_workers)
     unusable = {names[index].as_py() for index in bad_files}
     bad = {index for index, row in enumerate(source if unusable else []) if not unusable.isdisjoint(pictures(row))}
+    for index in sorted(bad):
+        bad_rows.add(InputError("one of its images cannot be used", f"{path}, {source[index]['place']}"))
+    bad_rows.report(str(path))
 
     folder = str(image_dir)
 
@@ -221,6 +223,8 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
 
     share = slice(rank(), None, world_size())
     known = np.stack([np.arange(len(source)), *(table[name].to_numpy() for name in ("hash", "size", "num_images"))], axis=1)
+    # Images of the same name in different folders are not the same.
+    known[known[:, 3] > 0, 1] ^= hash_text(str(image_dir))
     files = [os.path.join(image_dir, name.as_py()) for name in names[share] if name.as_py() not in unusable]
     images = sum(gather(sum(state for _, state in found)))
     rows = Rows(
@@ -232,7 +236,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     rows = rows.checked(bad, known[share], files, [doubt for doubt, _ in found if doubt])
     if not len(rows):
         raise InputError("no rows are left", str(path))
-    counts = f"{len(rows):,} row{'s' * (len(rows) > 1)} with {len(names):,} image{'s' * (len(names) != 1)}"
+    counts = f"{counted(len(rows), 'row')} with {counted(len(names) - len(unusable), 'image')}"
     say(f"{'data:':13}{path} ({describe_format(path)}): {counts} from {image_dir}", sys.stdout)
     return rows
 
@@ -240,7 +244,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
 def find_image_dir(path: Path) -> Path:
     """Return the folder of the images of a file: its own, if its first image is found there, otherwise ``images/`` in that.
 
-    Only the folders are looked at if ``path`` is a pattern of shards or a Parquet file.
+    Only the folders are looked at if ``path`` is a Parquet file.
     """
     folder = path.parent / "images"
     if not folder.is_dir():
@@ -249,8 +253,8 @@ def find_image_dir(path: Path) -> Path:
         for place, line in read_lines(path):
             try:
                 names = listed_images(read_conversation(parse_object(line, place), place))
-            except InputError:  # loading the file reports it
-                break
+            except InputError:  # loading the file reports or skips it
+                continue
             if names:
                 return path.parent if os.path.isfile(path.parent / str(names[0])) else folder
     return folder
@@ -288,7 +292,7 @@ def _errors_of(prepared: Path) -> Path:
     return prepared.with_suffix(".json")
 
 
-def _convert(path: Path, lines: list[tuple[str, bytes]]) -> tuple[pa.Table, list[tuple[int, InputError]]]:
+def _convert(path: Path, lines: list[tuple[str, bytes | InputError]]) -> tuple[pa.Table, list[tuple[int, InputError]]]:
     """Return the valid rows among lines of a file, and the errors of the others, each with the number of rows before it."""
     rows: list[dict[str, Any]] = []
     errors: list[tuple[int, InputError]] = []

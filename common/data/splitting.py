@@ -59,14 +59,16 @@ def split_by_picture(
     content = _identify(set(chain.from_iterable(names)), bar)
     hashes: dict[int, int] = dict(chain.from_iterable(gather(contents.rows[:, :2].tolist())))
     groups = _connected([[hashes[row], *(content[name] for name in names[row])] for row in range(len(rows))])
-    wanted, chosen = min(max(1, round(fraction * len(rows))), limit or len(rows)), set[int]()
+    share = max(1, round(fraction * len(rows)))
+    wanted, chosen = min(share, limit or share), set[int]()
     for index in np.random.default_rng(seed).permutation(len(groups)):
         if len(chosen) + len(groups[index]) <= wanted:
             chosen.update(groups[index])
     if not chosen or len(chosen) == len(rows):
+        larger = "a larger --max_eval_samples, " if wanted < share else ""
         raise InputError(
             f"rows that share an image stay together, and the smallest such group has {min(map(len, groups)):,} of "
-            f"{len(rows):,} rows: use another fraction, more data, or --eval_file",
+            f"{len(rows):,} rows: use {larger}another fraction, more data, or --eval_file",
             f"--eval_fraction {fraction:g}",
         )
 
