@@ -259,6 +259,8 @@ def test_a_killed_worker_ends_the_run(tmp_path):
     assert process.returncode == 1 and "a worker process died" in message and "Traceback" not in message
 
 
+# Python's own thread that feeds the worker may fail as well.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_is_killed_while_the_next_clip_is_read(tmp_path):
     video = write_clip(tmp_path / "a.avi", 9).read_bytes()
 

@@ -84,7 +84,7 @@ def test_a_changed_file_is_read_again(tmp_path, image_dir):
     assert len(load_conversations(path, image_dir)) == 1
     write(path, {"conversations": [turn()]}, {"conversations": [turn()]})
     assert len(load_conversations(path, image_dir)) == 2
-    names = sorted(file.name for file in (tmp_path / "cache/conversations").iterdir())
+    names = [file.name for file in (tmp_path / "cache/conversations").glob("*.arrow")]
     assert len(names) == 2 and all(re.fullmatch(r"[0-9a-f]{32}\.arrow", name) for name in names)
 
 
@@ -253,7 +253,7 @@ def test_a_damaged_dataset_of_the_hub_is_named(tmp_path):
 def test_a_truncated_file_in_the_cache_is_written_again(tmp_path, image_dir):
     path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(f"What {number}?")]} for number in range(100)])
     rows = list(load_conversations(path, image_dir))
-    [prepared] = (tmp_path / "cache/conversations").iterdir()
+    [prepared] = (tmp_path / "cache/conversations").glob("*.arrow")
     prepared.write_bytes(prepared.read_bytes()[:-500])
     assert list(load_conversations(path, image_dir)) == rows
 
