@@ -115,9 +115,11 @@ def score_all(rows: Rows, answers: list[str], metrics: list[str]) -> list[Predic
     """Compare the answer to each row's last turn with the expected one; the first metric is the score, others in ``more``."""
     predictions, seen = [], set()
     for number, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        # Rows may have no ids, or use the name of an image as the id of several questions.
-        place = Path(rows.place(number)).name  # "receipts.csv, line 15"
-        identifier = place if not row["id"] else row["id"] if row["id"] not in seen else f"{row['id']} ({place})"
+        # Rows may have no ids, or use the name of an image as the id of several questions. Files may have the same name.
+        place = rows.place(number)
+        name = Path(place).name  # "receipts.csv, line 15"
+        names = [row["id"], f"{row['id']} ({name})"] if row["id"] else [name]
+        identifier = next((candidate for candidate in names if candidate not in seen), place)
         seen.add(identifier)
         turn = row["conversations"][-1]
         scores = {name: METRICS[name](answer, [turn["assistant"]]) for name in metrics}

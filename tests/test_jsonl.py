@@ -256,6 +256,8 @@ def test_steps_of_a_mixture_take_its_rows_on_all_processes():
 
 def test_predictions_have_ids_of_their_own_and_every_score():
     rows = [row(user="What?", assistant="1,250", id=name) for name in ("a", "a", None, "b")]
+    twice = Rows([row(id=None)] * 2, lambda index: f"{'ab'[index]}/val.jsonl, line 1")
+    assert [entry.id for entry in script.score_all(twice, ["", ""], ["exact"])] == ["val.jsonl, line 1", "b/val.jsonl, line 1"]
     rows = Rows(rows, "data/val.jsonl, line {}".format)
     predictions = script.score_all(rows, ["$1,250", " 1,250. ", "It is 1,250 now", "1300"], ["relaxed", "exact", "contains"])
     assert [entry.id for entry in predictions] == ["a", "a (val.jsonl, line 1)", "val.jsonl, line 2", "b"]
