@@ -10,6 +10,7 @@ import resource
 import sys
 import termios
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from transformers import AutoProcessor
 
 import common.phi3v  # noqa: F401  registers the processor
 from common.data.conversations import encode_conversation
-from tools.check_data import main, parse_args
+from tools.check_data import Report, compare_looks, main, parse_args
+from tools.checker import CheckedImage, CheckedRow
 
 
 @pytest.fixture
@@ -222,6 +224,20 @@ def test_what_a_person_would_notice(folder, check):
     assert "&lt;b&gt;page.jpg?" in page and "<b>page.jpg?" not in page and "://" not in page
     shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])))
     assert shown.width % 336 == 0 and shown.height % 336 == 0
+
+
+def test_thousands_of_images_that_look_alike_need_no_memory():
+    images = [CheckedImage("", str(number), (9, 9), 1, None, bytes(35)) for number in range(2000)]
+    files = (Path("a.jsonl"), Path("b.jsonl"))
+    report = Report(
+        images={image.identity: ("", image, files[number >= 1500], CheckedRow("")) for number, image in enumerate(images)}
+    )
+    tracemalloc.start()
+    [(_, warning)] = compare_looks(report)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.num_alike == 1999 * 1000 and "750,000 pairs in b.jsonl and a.jsonl" in warning
+    assert peak < 150e6
 
 
 def test_many_rows_keep_their_order(folder, check):

@@ -108,8 +108,10 @@ class Report:
         Tokens of the longest answer, and the place of its row.
     tokens : list of int
         Number of tokens of each row without problems.
-    alike : list of (str or bytes, str or bytes)
-        Identities of images that look alike.
+    num_alike : int
+        Number of pairs of images that look alike; if all do, these are millions.
+    alike : tuple of (str or bytes), optional
+        Identities of the first pair.
     problems, warnings : list of (str, str)
         Kind and message of each problem or warning.
     """
@@ -121,7 +123,8 @@ class Report:
     answers: Counter[str] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     tokens: list[int] = field(default_factory=list)
-    alike: list[tuple[str | bytes, str | bytes]] = field(default_factory=list)
+    num_alike: int = 0
+    alike: tuple[str | bytes, str | bytes] | None = None
     problems: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
@@ -187,16 +190,23 @@ def check_files(
 def compare_looks(report: Report) -> Iterator[tuple[str, str]]:
     """Find images that look alike, and yield a warning for each pair of files that have such images."""
     compared = [image for _, image, _, _ in report.images.values() if image.look is not None][:MAX_COMPARED]
-    in_two_files: dict[tuple[Path, Path], list[tuple[str, str]]] = {}
-    for first, second in similar_pairs([image.look for image in compared if image.look is not None]):
-        pair = compared[first].identity, compared[second].identity
-        report.alike.append(pair)
-        (name, _, path, _), (other_name, _, other_path, row) = (report.images[identity] for identity in pair)
-        if path != other_path:
-            in_two_files.setdefault((other_path, path), []).append((f"{row.place}: {excerpt(other_name)}", excerpt(name)))
-    for (path, first_path), pairs in in_two_files.items():
-        example = f"for example {pairs[0][0]} like {pairs[0][1]}"
-        yield "similar images in two files", f"{counted(len(pairs), 'pair')} in {path} and {first_path}, {example}"
+    files = list(dict.fromkeys(path for _, _, path, _ in report.images.values()))
+    file_of = np.array([files.index(report.images[image.identity][2]) for image in compared], dtype=np.int64)
+    in_two_files: dict[tuple[Path, Path], tuple[int, str]] = {}  # number of pairs, and an example
+    for pairs in similar_pairs([image.look for image in compared if image.look is not None]):
+        report.num_alike += len(pairs)
+        if len(pairs) and not report.alike:
+            report.alike = compared[pairs[0, 0]].identity, compared[pairs[0, 1]].identity
+        of_two = pairs[file_of[pairs[:, 0]] != file_of[pairs[:, 1]]]
+        combinations = file_of[of_two[:, 0]] * len(files) + file_of[of_two[:, 1]]
+        for example, count in zip(*np.unique(combinations, return_index=True, return_counts=True)[1:], strict=True):
+            (name, _, path, _), (other_name, _, other_path, row) = (
+                report.images[compared[index].identity] for index in of_two[example]
+            )
+            before, said = in_two_files.get((other_path, path), (0, f"{row.place}: {excerpt(other_name)} like {excerpt(name)}"))
+            in_two_files[other_path, path] = before + int(count), said
+    for (path, first_path), (number, said) in in_two_files.items():
+        yield "similar images in two files", f"{counted(number, 'pair')} in {path} and {first_path}, for example {said}"
 
 
 def print_report(report: Report, files: list[Path]) -> None:
@@ -236,9 +246,9 @@ def print_images(report: Report) -> None:
         example = f"{excerpt(name)}, {size[0]:,} × {size[1]:,}"
         print(f"  {counted(len(elongated), 'image')} longer than {ELONGATED} times the other side, most of all {example}")
     if report.alike:
-        first, second = (excerpt(names[identity][0]) for identity in report.alike[0])
+        first, second = (excerpt(names[identity][0]) for identity in report.alike)
         print(
-            f"Near-duplicates: {counted(len(report.alike), 'pair')} of images that look alike, for example {first} and {second}"
+            f"Near-duplicates: {counted(report.num_alike, 'pair')} of images that look alike, for example {first} and {second}"
         )
     if len(report.images) > MAX_COMPARED:
         print(f"  (only the first {MAX_COMPARED:,} images are compared by their looks)")

@@ -25,8 +25,8 @@ def signature(image: Image.Image) -> bytes:
     return np.packbits(darker).tobytes() + color
 
 
-def similar_pairs(signatures: list[bytes]) -> Iterator[tuple[int, int]]:
-    """Yield the indices of two images that look alike, the smaller one first."""
+def similar_pairs(signatures: list[bytes]) -> Iterator[np.ndarray]:
+    """Yield the indices of images that look alike, the smaller one first, as arrays of int64 (pairs, 2)."""
     if not signatures:
         return
     table = np.frombuffer(b"".join(signatures), dtype=np.uint8).reshape(len(signatures), -1)
@@ -38,5 +38,4 @@ def similar_pairs(signatures: list[bytes]) -> Iterator[tuple[int, int]]:
         alike = bits[block] @ bits.T >= bits.shape[1] - 2 * MAX_BITS
         for channel in range(3):
             alike &= np.abs(colors[block, None, channel] - colors[None, :, channel]) <= MAX_LEVELS
-        for row, column in np.argwhere(np.triu(alike, start + 1)).tolist():
-            yield start + row, column
+        yield np.argwhere(np.triu(alike, start + 1)) + [start, 0]
