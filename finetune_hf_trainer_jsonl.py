@@ -27,13 +27,8 @@ def parse_args():
     group.add_argument("--task_name", dest="task", default="own data", help="name in report and model card")
     group.add_argument("--data_dir", type=Path, default=Path(), help="folder that the following names are relative to")
     group.add_argument("--train_file", nargs="+", help="training data (default: train.jsonl in --data_dir)")
-    group.add_argument(
-        "--train_weights",
-        type=float,
-        nargs="+",
-        help="how often the rows of each --train_file occur per epoch: with 2, all of them twice; with 0.5, one half of them, "
-        "and the other half in the next epoch (default: once)",
-    )
+    how_often = "occurrences of a file's rows per epoch; 0.5: one half, in the next epoch the other half (default: 1 for each)"
+    group.add_argument("--train_weights", type=float, nargs="+", help=how_often)
     group.add_argument("--eval_file", help="evaluation data (default: val.jsonl)")
     group.add_argument("--eval_fraction", type=float, help="hold out this share of the rows instead, with all rows of an image")
     group.add_argument(
