@@ -179,6 +179,18 @@ def test_a_stopped_tool_waits_for_its_run_to_save(number):
     assert process.exitcode == 128 + number
 
 
+def test_data_that_was_not_generated_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "run_command", lambda *_, **__: None)
+    for _ in range(2):
+        embedded.run_embedded("nlvr2", "full", tmp_path / "drawn", [], smoke=True)
+    own = tmp_path / "mine-data" / "own.txt"
+    own.parent.mkdir()
+    own.touch()
+    with pytest.raises(runs.RunFailed, match="mine-data would be replaced"):
+        embedded.run_embedded("nlvr2", "full", tmp_path / "mine", [], smoke=True)
+    assert own.is_file()
+
+
 @pytest.mark.slow
 def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model, tmp_path, monkeypatch, run_main):
     """On sample data, without torchrun, which `make demo` in test_readme.py uses."""
