@@ -59,3 +59,19 @@ def test_a_question_without_an_answer_is_named(lora, run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tools.evaluate, "--model", lora, "--data_file", tmp_path / "data.jsonl")
     assert "data.jsonl, line 1: the row has no answer" in capsys.readouterr().err
+
+
+def test_answers_have_the_ids_of_their_rows(lora, run, tmp_path):
+    rows = [{"conversations": [{"user": "Why?", "assistant": "so"}], "id": id} for id in (0, "a", None)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--model", lora, "--data_file", tmp_path / "data.jsonl", "--max_new_tokens", 1, "--dataloader_num_workers", 0]
+    run(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json")
+    found = [entry["id"] for entry in json.loads((tmp_path / "scores.json").read_text())["predictions"]]
+    assert found == ["0", "a", f"{tmp_path / 'data.jsonl'}, line 3"]
+
+
+def test_an_output_that_cannot_be_written_is_named_before_answering(run, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(SystemExit):
+        run(tools.evaluate, "--model", tmp_path, "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path)
+    assert f"--output_file {tmp_path} is a folder" in capsys.readouterr().err

@@ -152,8 +152,10 @@ def test_usage_and_failure_of_a_run():
 def test_a_stopped_tool_waits_for_its_run_to_save(number):
     saver = (
         "import signal, sys, time\n"
-        "def save(*_): print('saved', flush=True); sys.exit(1)\n"
-        "signal.signal(signal.SIGTERM, save); signal.signal(signal.SIGINT, save)\n"
+        "def handle(by): signal.signal(signal.SIGTERM, by); signal.signal(signal.SIGINT, by)\n"
+        "def save(*_):\n"
+        "    handle(signal.SIG_IGN); print('saving', flush=True); time.sleep(1); print('saved', flush=True); sys.exit(1)\n"
+        "handle(save)\n"
         "print('ready', flush=True); time.sleep(60)\n"
     )
     read, write = os.pipe()
@@ -169,9 +171,24 @@ def test_a_stopped_tool_waits_for_its_run_to_save(number):
     with open(read) as output:
         assert output.readline() == "ready\n"
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+        assert output.readline() == "saving\n"
+        os.kill(process.pid, number)  # users press Ctrl-C again when nothing seems to happen
         assert output.read() == "saved\n"
-    process.join()
+    process.join(30)
+    process.kill()
     assert process.exitcode == 128 + number
+
+
+def test_data_that_was_not_generated_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded, "run_command", lambda *_, **__: None)
+    for _ in range(2):
+        embedded.run_embedded("nlvr2", "full", tmp_path / "drawn", [], smoke=True)
+    own = tmp_path / "mine-data" / "own.txt"
+    own.parent.mkdir()
+    own.touch()
+    with pytest.raises(runs.RunFailed, match="mine-data would be replaced"):
+        embedded.run_embedded("nlvr2", "full", tmp_path / "mine", [], smoke=True)
+    assert own.is_file()
 
 
 @pytest.mark.slow

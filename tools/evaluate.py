@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> None:
     for question, prediction in zip(questions, answers, strict=True):
         references = [question.expected or ""]
         scores = {name: METRICS[name](prediction, references) for name in args.metric}
-        identifier, asked = str(question.row.get("id") or question.place), question.conversation["conversations"][-1]["user"]
+        identifier, asked = question.conversation["id"] or question.place, question.conversation["conversations"][-1]["user"]
         predictions.append(Prediction(identifier, asked, prediction, references, scores[args.metric[0]], scores))
     values = {name: fmean(entry.more[name] for entry in predictions) for name in args.metric}
     result = Evaluation(args.metric[0], values, predictions)

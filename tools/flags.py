@@ -50,7 +50,9 @@ def prediction_parser(description: str | None) -> Parser:
 
 
 def check_positive(parser: Parser, args: argparse.Namespace) -> None:
-    """End the program if a flag is below its least value."""
+    """End the program if a flag is below its least value, or the output cannot be a file, which is written last."""
     for name, least in (("eval_batch_size", 1), ("max_new_tokens", 1), ("dataloader_num_workers", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}")
+    if args.output_file is not None and args.output_file.is_dir():
+        parser.error(f"--output_file {args.output_file} is a folder: add the name of a file")

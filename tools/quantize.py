@@ -27,7 +27,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_file", type=Path, metavar="FILE", help="file of questions with answers to score on")
     parser.add_argument("--image_dir", type=Path, metavar="DIR", help="root folder of its images (default: as in training)")
     parser.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.image_dir and not args.data_file:
+        parser.error("--image_dir requires --data_file")
+    return args
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def run_command(command: Sequence[str], **environment: str) -> Usage:
     def stop(number: int, _: Any) -> None:
         if number == signal.SIGTERM:  # the terminal sends Ctrl-C to the run as well
             process.terminate()
-        process.wait()
+        with suppress(ChildProcessError):  # it has ended
+            os.waitpid(process.pid, 0)  # a second signal would block forever in process.wait(), on its lock
         sys.exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
