@@ -212,7 +212,8 @@ def generate_with_log_probabilities(
         On all processes, if a signal ends the training that this is part of.
     """
     candidate_ids = [
-        torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids) for candidate in candidates
+        torch.tensor(processor.tokenizer(candidate, add_special_tokens=False).input_ids, dtype=torch.long)
+        for candidate in candidates
     ]
     limit = settings.max_new_tokens or answer_limit(longest_answer(conversations, processor))
     max_tokens = max([limit if generate else 0, *map(len, candidate_ids)])

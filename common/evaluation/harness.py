@@ -54,6 +54,8 @@ class Phi3VNative(lmms):
         base: str | None = None,
     ) -> None:
         super().__init__()
+        if not str(batch_size).isdigit():
+            raise InputError(f"--batch_size {batch_size}: phi3v_native takes a number")
         if world_size() > 1:
             raise InputError("phi3v_native runs in one process: start lmms-eval without torchrun or accelerate launch")
         self.model, self.processor = load_for_inference(pretrained, device, base=base)

@@ -72,7 +72,8 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
     """1 if a prediction contains a reference answer as whole words, ignoring case and whitespace; otherwise 0."""
     text = " ".join(prediction.casefold().split())
     words = (" ".join(normalize_answer(answer).casefold().split()) for answer in answers)
-    return float(any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) for answer in words))
+    # An answer of punctuation only has no words; every prediction would contain it.
+    return float(any(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) if answer else text in answers for answer in words))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
