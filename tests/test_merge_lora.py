@@ -127,13 +127,15 @@ def test_qlora_merges_into_the_dequantized_or_the_original_base(qlora, tmp_path)
     assert all(len(block.div(block.abs().max()).mul(1e3).round().unique()) <= 16 for block in levels)
 
 
-def test_an_adapter_contains_no_copy_of_the_head(lora, tmp_path):
+def test_an_adapter_contains_no_copy_of_the_head(lora, tmp_path, monkeypatch):
     names = load_file(lora / "adapter_model.safetensors").keys()
     assert {name for name in names if "lm_head" in name} == {
         "base_model.model.lm_head.lora_A.weight",
         "base_model.model.lm_head.lora_B.weight",
     }
-    merge(str(lora), tmp_path / "merged")
+    (tmp_path / "merged").mkdir()
+    monkeypatch.chdir(tmp_path / "merged")
+    merge(str(lora), Path())  # into the working directory, which is empty
     head, base_head = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (tmp_path / "merged", TINY))
     assert not torch.equal(head, base_head)
 

@@ -105,9 +105,10 @@ def merge(
         raise InputError(f"--adapter {adapter_name} cannot be merged ({error}): use an earlier checkpoint") from None
 
     say(f"Writing {output_dir}")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        partial = Path(temporary) / output_dir.name
+    target = output_dir.resolve()  # of a link, or of the working directory
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        partial = Path(temporary) / target.name
         model.save_pretrained(partial)
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / "config.json").stat().st_mode)  # safetensors makes its files readable by the owner only
@@ -117,7 +118,7 @@ def merge(
                 shutil.copyfile(adapter / name, partial / name)
         if (partial / "run.json").is_file():
             write_model_card(partial, name=output_dir)
-        os.replace(partial, output_dir)
+        os.replace(partial, target)
 
 
 def base_dtype(adapter: Path, base: str | None) -> torch.dtype:

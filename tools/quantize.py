@@ -90,15 +90,16 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     model = load_weights(name, processor, **options)
     state = to_fp8(model, settings) if scheme == "fp8" else None
     say(f"Writing {output_dir}")
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        partial = Path(temporary) / output_dir.name
+    target = output_dir.resolve()  # of a link, or of the working directory
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
+        partial = Path(temporary) / target.name
         model.save_pretrained(partial, state_dict=state)
         processor.save_pretrained(partial)
         if (Path(name) / "run.json").is_file():  # its evaluations are not those of the quantized model
             shutil.copyfile(Path(name) / "run.json", partial / "run.json")
             write_model_card(partial, name=output_dir)
-        os.replace(partial, output_dir)
+        os.replace(partial, target)
 
 
 def to_fp8(model: Phi3VForCausalLM, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
