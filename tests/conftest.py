@@ -1,9 +1,11 @@
 """Paths, fixtures and helpers that tests share."""
 
+import ctypes
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +26,11 @@ needs_golden = pytest.mark.skipif(
 needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data (../shared/data) is not here")
 
 
-# Files that take more than a minute. A worker that gets one of them at the end would let the other wait.
-LONGEST = [f"test_{name}.py" for name in ("readme", "zero", "custom_dataset", "multi_node", "bad_input", "docvqa", "resume")]
+# Files that take more than a minute: a worker that gets one of them at the end would let the other wait. And the one that
+# needs most memory, before others have used some.
+LONGEST = [
+    f"test_{name}.py" for name in ("golden", "readme", "zero", "custom_dataset", "multi_node", "bad_input", "docvqa", "resume")
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +53,16 @@ def torchrun(*command: object, processes: int = 2, timeout: float = 600, **envir
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_memory_of_a_file() -> Iterator[None]:
+    """Return what the tests of a file have used to the system, so that a worker does not grow from file to file."""
+    yield
+    gc.collect()
+    gc.freeze()  # what is left, such as modules imported late, is not visited again
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
+        trim(0)
 
 
 @pytest.fixture(scope="session")
