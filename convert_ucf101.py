@@ -13,20 +13,18 @@ dataset are removed. The JSONL files are written last, when all images exist.
 """
 
 import argparse
-import json
 import lzma
-import os
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from common.runtime.parser import Parser
 from common.runtime.process import InputError
-from tools.clips import LARGEST_CLIP, convert_clips, positive_int, remove_strays, write_whole
+from tools.clips import LARGEST_CLIP, Readers, add_flags, check_names, convert_clips, run, write_json_lines
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
@@ -36,7 +34,6 @@ MOST_MEMBERS, LARGEST_ARCHIVE = 1_000_000, 1 << 40
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-
     group = parser.add_argument_group("data")
     group.add_argument("--out_dir", type=Path, required=True, help="output folder for images/ and ucf101_*.jsonl")
     group.add_argument(
@@ -45,20 +42,8 @@ def parse_args() -> argparse.Namespace:
         help="tar archive or folder with {train,val,test}/<class>/*.avi, at the top level or one level below "
         f"(default: {HUB_FILE} from {HUB_REPO} on the Hub)",
     )
-    group.add_argument("--num_frames", type=positive_int, default=8, help="images per clip (default: 8)")
-    group.add_argument("--skip_broken", action="store_true", help="skip and report clips that cannot be decoded")
-
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--num_workers", type=positive_int, default=os.cpu_count(), help="decoding processes (default: one per CPU)"
-    )
-    group.add_argument("--no-tqdm", action="store_true", help="print plain lines instead of progress bars")
+    add_flags(parser)
     return parser.parse_args()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Sources of clips
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def download(show_progress: bool) -> Path:
@@ -79,7 +64,7 @@ def download(show_progress: bool) -> Path:
 
 
 @contextmanager
-def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Callable[[], bytes]]]:
+def open_source(source: Path, out_dir: Path) -> Iterator[Readers]:
     """Open a folder or tar archive; map the path of each file that may be a clip to a function that reads it.
 
     Raises
@@ -95,16 +80,8 @@ def open_source(source: Path, out_dir: Path) -> Iterator[dict[PurePosixPath, Cal
     if not source.is_file():  # opening a FIFO would wait
         raise InputError(f"--source {source}: no such file or folder")
     with open_archive(source) as archive:
-        members: list[tarfile.TarInfo] = []
-        total = 0
         with blame_archive(source):
-            for member in archive:
-                refuse_unsafe(member, source, out_dir)
-                members.append(member)
-                total += member.size
-                if len(members) > MOST_MEMBERS or total > LARGEST_ARCHIVE:  # before what follows is decompressed
-                    limits = f"{MOST_MEMBERS:,} members or {LARGEST_ARCHIVE:,} bytes"
-                    raise InputError(f"--source {source}: more than {limits}; pass a smaller archive, or a folder")
+            members = list(safe_members(archive, source, out_dir))
 
         def read(member: tarfile.TarInfo) -> bytes:
             with blame_archive(source):
@@ -132,91 +109,71 @@ def blame_archive(source: Path) -> Iterator[None]:
         raise InputError(f"--source {source}: not a tar archive, or damaged ({error}); download it again") from error
 
 
-def refuse_unsafe(member: tarfile.TarInfo, source: Path, out_dir: Path) -> None:
-    """Raise InputError for a member that would be extracted outside the output folder.
+def safe_members(archive: tarfile.TarFile, source: Path, out_dir: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield all members, and raise InputError for too many, or for one that would be extracted outside the output folder.
 
     Nothing is extracted, but the path of a clip determines where its images are written, and an archive with a malicious
     member cannot be trusted.
     """
-    path = PurePosixPath(member.name)
-    try:
-        if path.is_absolute():
-            raise ValueError("its path is absolute")
-        if ".." in path.parts:
-            raise ValueError("its path contains '..'")
-        tarfile.data_filter(member, str(out_dir))
-    except (ValueError, tarfile.FilterError) as error:
-        raise InputError(
-            f"--source {source}: unsafe archive, member {member.name[:80]!r} would be extracted outside {out_dir} ({error}); "
-            "download the archive from a trusted source"
-        ) from error
-    if member.size > LARGEST_CLIP:
-        raise InputError(f"--source {source}: {member.name[:80]!r} has {member.size:,} bytes, which is too large for a clip")
+    total = 0
+    for number, member in enumerate(archive, start=1):
+        path = PurePosixPath(member.name)
+        try:
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError("its path is absolute, or contains '..'")
+            tarfile.data_filter(member, str(out_dir))
+        except (ValueError, tarfile.FilterError) as error:
+            raise InputError(
+                f"--source {source}: unsafe archive, member {member.name[:80]!r} would be extracted outside {out_dir} "
+                f"({error}); download the archive from a trusted source"
+            ) from error
+        if member.size > LARGEST_CLIP:
+            size = f"{member.size:,} bytes"
+            raise InputError(f"--source {source}: {member.name[:80]!r} has {size}, which is too large for a clip")
+        total += member.size
+        if number > MOST_MEMBERS or total > LARGEST_ARCHIVE:  # before what follows is decompressed
+            limits = f"{MOST_MEMBERS:,} members or {LARGEST_ARCHIVE:,} bytes"
+            raise InputError(f"--source {source}: more than {limits}; pass a smaller archive, or a folder")
+        yield member
 
 
-def clips_by_split(paths: Iterable[PurePosixPath], source: Path) -> dict[str, list[PurePosixPath]]:
-    """Find the clips among the files of a source.
-
-    Returns
-    -------
-    dict[str, list[PurePosixPath]]
-        Clips of train, val and test, sorted by class and file name.
+def find_clips(files: Readers, source: Path) -> Readers:
+    """Find the clips among the files of a source, and map `<split>/<class>/<clip>` to a function that reads it.
 
     Raises
     ------
     InputError
-        If there are no clips, a split is empty, the source has two datasets, or two clips map to the same images.
+        If there are no clips, a split is empty, the source has two datasets, or two clips would have the same images.
     """
-    splits: dict[str, list[PurePosixPath]] = {split: [] for split in SPLITS}
-    roots: set[tuple[str, ...]] = set()
-    taken: dict[PurePosixPath, PurePosixPath] = {}
-    for path in sorted(paths, key=lambda path: path.parts):
-        if len(path.parts) not in (3, 4) or path.parts[-3] not in SPLITS or path.suffix.lower() != ".avi":
-            continue
-        if any(part.startswith(".") for part in path.parts[-2:]):
-            continue  # metadata of macOS and editors
-        try:
-            str(path).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"--source {source}: the name of {str(path)[-80:]!r} is not valid UTF-8; rename it") from error
-        other = taken.setdefault(path.with_suffix(""), path)
-        if other != path:
-            raise InputError(f"--source {source}: {other} and {path} would have the same image names; rename one of them")
-        roots.add(path.parts[:-3])
-        splits[path.parts[-3]].append(path)
-    if not roots:
+    found = {}
+    for path in files:
+        # Names with a leading period are metadata of macOS and editors.
+        hidden = any(part.startswith(".") for part in path.parts[-2:])
+        if len(path.parts) in (3, 4) and path.parts[-3] in SPLITS and path.suffix.lower() == ".avi" and not hidden:
+            found[path] = PurePosixPath(*path.parts[-3:])
+    if not found:
         raise InputError(f"--source {source}: no clips; expected {{train,val,test}}/<class>/*.avi")
+    roots = {PurePosixPath(*path.parts[:-3]) for path in found}
     if len(roots) > 1:
-        places = " and ".join(str(PurePosixPath(*root)) for root in sorted(roots))
+        places = " and ".join(map(str, sorted(roots)))
         raise InputError(f"--source {source}: more than one dataset ({places}); pass one of them")
-    for split, clips in splits.items():
-        if not clips:
+    check_names((clip, path) for path, clip in sorted(found.items()))
+    for split in SPLITS:
+        if all(clip.parts[0] != split for clip in found.values()):
             raise InputError(f"--source {source}: split {split!r} is missing; expected {split}/<class>/*.avi")
-    return splits
+    return {clip: files[path] for path, clip in found.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The whole dataset
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def picture_names(clip: PurePosixPath, num_frames: int) -> list[str]:
-    """Return the paths of a clip's images relative to `images/`; `clip` is its path in the source."""
-    split, label = clip.parts[-3:-1]
-    return [f"{split}/{label}/{clip.stem}.{i}.jpg" for i in range(num_frames)]
-
-
-def make_rows(splits: dict[str, list[PurePosixPath]], classes: list[str], num_frames: int) -> dict[str, list[dict]]:
-    """Return the JSONL rows of each split; ids are numbered consecutively across the splits."""
+def make_rows(images: dict[PurePosixPath, list[str]]) -> dict[str, list[dict]]:
+    """Return the JSONL rows of each split, sorted by class and clip; ids are numbered consecutively across the splits."""
+    classes = sorted({clip.parts[1] for clip in images})
     question = f"Classify the video into one of the following classes: {', '.join(classes)}."
-    rows: dict[str, list[dict]] = {}
-    number = 0
-    for split, clips in splits.items():
-        rows[split] = []
-        for clip in clips:
-            turn = {"images": picture_names(clip, num_frames), "user": question, "assistant": clip.parent.name}
-            rows[split].append({"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]})
-            number += 1
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    in_order = sorted(images, key=lambda clip: (SPLITS.index(clip.parts[0]), clip.parts))
+    for number, clip in enumerate(in_order):
+        split, label, _ = clip.parts
+        turn = {"images": images[clip], "user": question, "assistant": label}
+        rows[split].append({"id": f"{split}-{number:010d}", "source": "ucf101", "conversations": [turn]})
     return rows
 
 
@@ -228,58 +185,25 @@ def convert(args: argparse.Namespace) -> None:
     InputError
         If the source is invalid, or has broken clips and `--skip_broken` is not set.
     """
-    show_progress = not args.no_tqdm and sys.stderr.isatty()
-    source = args.source or download(show_progress)
-    images_dir = args.out_dir / "images"
+    source = args.source or download(args.tqdm and sys.stderr.isatty())
     with open_source(source, args.out_dir) as files:
-        splits = clips_by_split(files, source)
-        clips = set().union(*splits.values())
-        classes = sorted({clip.parent.name for clip in clips})
-        sizes = ", ".join(f"{split} {len(found)}" for split, found in splits.items())
+        clips = find_clips(files, source)
+        sizes = ", ".join(f"{split} {sum(clip.parts[0] == split for clip in clips)}" for split in SPLITS)
+        classes = {clip.parts[1] for clip in clips}
         print(f"{source}: {len(clips)} clips of {len(classes)} classes ({sizes})", flush=True)
-
         # Images may change from here on, so the JSONL files are removed until all images are complete.
-        images_dir.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             (args.out_dir / f"ucf101_{split}.jsonl").unlink(missing_ok=True)
-
-        # In the order of the archive, to read it sequentially.
-        readers = {path: read for path, read in files.items() if path in clips}
-        paths = {clip: [images_dir / name for name in picture_names(clip, args.num_frames)] for clip in clips}
-        written, broken = convert_clips(readers, paths, args.num_workers, show_progress)
-
-    if broken and not args.skip_broken:
-        raise InputError(
-            f"--source {source}: {len(broken)} of {len(clips)} clips cannot be decoded (listed above); replace them, "
-            "or skip them with --skip_broken"
-        )
-    splits = {split: [clip for clip in found if clip not in broken] for split, found in splits.items()}
-    classes = sorted({clip.parent.name for clip in clips - broken})
-    for split, found in splits.items():
-        if not found:
-            raise InputError(f"--source {source}: no clip of split {split!r} can be decoded")
-    rows = make_rows(splits, classes, args.num_frames)
-    pictures = {images_dir / name for split in SPLITS for row in rows[split] for name in row["conversations"][0]["images"]}
-    remove_strays(args.out_dir, pictures)
+        rows = make_rows(convert_clips(clips, args))
+    if empty := [split for split in SPLITS if not rows[split]]:
+        raise InputError(f"--source {source}: no clip of split {empty[0]!r} can be decoded")
     for split in SPLITS:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[split])
-        write_whole(args.out_dir / f"ucf101_{split}.jsonl", lines.encode("utf-8"))
-    if broken:
-        print(f"Skipped {len(broken)} broken clips (listed above).")
-    print(
-        f"{args.out_dir}: {len(pictures)} images of {len(clips - broken)} clips ({written} converted, "
-        f"{len(clips - broken) - written} up to date), ucf101_train.jsonl, ucf101_val.jsonl, ucf101_test.jsonl"
-    )
+        write_json_lines(args.out_dir / f"ucf101_{split}.jsonl", rows[split])
 
 
-def main() -> None:
-    try:
-        convert(parse_args())
-    except (InputError, OSError) as error:
-        sys.exit(f"convert_ucf101.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; run the same command again to resume.")
+def main(args: argparse.Namespace) -> None:
+    run(convert, args)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -110,6 +110,27 @@ def receipts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """A cache of ``datasets`` that other tests do not use, also in forked processes."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses the flags of a script or tool, as from the command line."""
+
+    def parse(module, *words: object):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+        return module.parse_args()
+
+    return parse
+
+
+@pytest.fixture
 def run_main(monkeypatch, capsys):
     """Runs a script or tool in this process, as from the command line, and returns what it printed."""
 

@@ -2,14 +2,12 @@
 
 import io
 import json
-import os
-import pty
 import signal
 import subprocess
 import sys
 import tarfile
-import termios
 import time
+from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path, PurePosixPath
 from unittest import mock
@@ -43,29 +41,27 @@ def make_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
     return path
 
 
-def convert(out_dir: Path, *flags: object) -> str:
+def convert(out_dir: Path, *flags: object, terminal: bool = False, fails: bool = False) -> str:
     """Run the converter in this process and return what it printed."""
     printed = io.StringIO()
+    printed.isatty = lambda: terminal
     argv = ["convert_ucf101.py", "--num_workers", "2", "--out_dir", str(out_dir), *map(str, flags)]
+    failed = False
     with mock.patch("sys.argv", argv), redirect_stdout(printed), redirect_stderr(printed):
         try:
-            convert_ucf101.main()
+            convert_ucf101.main(convert_ucf101.parse_args())
         except SystemExit as ended:
             printed.write(str(ended.code))
-            raise ConversionFailed(printed.getvalue()) from None
+            failed = True
+    assert failed == fails, printed.getvalue()
     return printed.getvalue()
-
-
-class ConversionFailed(Exception):
-    """The converter exited with an error."""
 
 
 def refuse(out_dir: Path, *flags: object) -> str:
     """Run the converter, which must fail without leaving JSONL files, and return what it printed."""
-    with pytest.raises(ConversionFailed) as failed:
-        convert(out_dir, *flags)
+    printed = convert(out_dir, *flags, fails=True)
     assert not list(out_dir.glob("*.jsonl"))
-    return str(failed.value)
+    return printed
 
 
 def rows(out_dir: Path, split: str) -> list[dict]:
@@ -94,8 +90,8 @@ def test_the_documented_files_are_written(source, tmp_path):
     out = tmp_path / "out"
     printed = convert(out, "--source", source)
     clips = ("train/Run/a", "train/Run/b", "val/Jump/c", "test/Run/d")
-    pictures = [f"images/{clip}.{i}.jpg" for clip in clips for i in range(8)]
-    assert sorted(contents(out)) == sorted([*pictures, *(f"ucf101_{split}.jsonl" for split in SPLITS)])
+    pictures = {f"images/{clip}.{i}.jpg" for clip in clips for i in range(8)}
+    assert set(contents(out)) == pictures | {f"ucf101_{split}.jsonl" for split in SPLITS}
     assert "4 clips of 2 classes (train 2, val 1, test 1)" in printed
     assert "4 of 4 clips" in printed.splitlines()  # plain lines, because stderr is no terminal
     question = "Classify the video into one of the following classes: Jump, Run."
@@ -106,9 +102,8 @@ def test_the_documented_files_are_written(source, tmp_path):
     )
     ids = [row["id"] for split in SPLITS for row in rows(out, split)]
     assert ids == ["train-0000000000", "train-0000000001", "val-0000000002", "test-0000000003"]
-    first, second = rows(out, "train")
-    assert first["conversations"][0]["images"][0] == "train/Run/a.0.jpg"
-    assert second["conversations"][0]["images"][7] == "train/Run/b.7.jpg"
+    images = [row["conversations"][0]["images"] for row in rows(out, "train")]
+    assert images == [[f"train/Run/{clip}.{i}.jpg" for i in range(8)] for clip in "ab"]
 
 
 def test_frames_are_taken_evenly_from_what_decodes(source, tmp_path):
@@ -136,12 +131,10 @@ def test_class_names_with_spaces_and_other_scripts(source, tmp_path):
     write_clip(source / "test/跳水/v.1.avi", 8)
     out = tmp_path / "out"
     convert(out, "--source", source)
-    row = rows(out, "train")[-1]
-    assert row["conversations"][0]["assistant"] == "Saut à la perche"
-    assert row["conversations"][0]["user"].endswith("classes: Jump, Run, Saut à la perche, 跳水.")
-    for split in SPLITS:
-        for row in rows(out, split):
-            assert all((out / "images" / name).is_file() for name in row["conversations"][0]["images"])
+    turns = [row["conversations"][0] for split in SPLITS for row in rows(out, split)]
+    assert [turn["assistant"] for turn in turns] == ["Run", "Run", "Saut à la perche", "Jump", "Run", "跳水"]
+    assert turns[2]["user"].endswith("classes: Jump, Run, Saut à la perche, 跳水.")
+    assert all((out / "images" / name).is_file() for turn in turns for name in turn["images"])
     assert "跳水" in (out / "ucf101_test.jsonl").read_text("utf-8")
 
 
@@ -179,17 +172,14 @@ def test_real_clips(tmp_path):
 
     with tarfile.open(real) as archive:
         clips = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
-    wrong_counts = 0
-    for name, clip in clips.items():
+    for name, clip in list(clips.items())[::5]:
         with av.open(io.BytesIO(clip)) as container:
             frames = list(container.decode(video=0))
-            wrong_counts += container.streams.video[0].frames != len(frames)
         for i in range(8):
             picture = Image.open(out / "images" / f"{name.removeprefix('UCF101_subset/').removesuffix('.avi')}.{i}.jpg")
             expected = io.BytesIO()
             frames[i * len(frames) // 8].to_image().save(expected, "JPEG", quality=95)
             np.testing.assert_array_equal(np.asarray(picture), np.asarray(Image.open(expected)))
-    assert wrong_counts > 0  # such clips occur in practice
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,9 +188,9 @@ def test_real_clips(tmp_path):
 
 
 def many_clips(folder):
-    """60 clips, which take a few seconds to convert."""
+    """40 clips, which take seconds to convert."""
     clip = write_clip(folder / "clip.avi", 75)
-    for split, count in {"train": 40, "val": 10, "test": 10}.items():
+    for split, count in {"train": 20, "val": 10, "test": 10}.items():
         for i in range(count):
             path = folder / f"{split}/Class{i % 4}/clip{i:02d}.avi"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,18 +216,18 @@ def test_a_killed_conversion_resumes(tmp_path):
     flags = ["--source", str(source), "--out_dir", str(out)]
     convert(tmp_path / "whole", "--source", source)
 
-    for stop_at in (1, 300):
+    for stop_at in (1, 160):
         returncode = kill_when(lambda stop_at=stop_at: len(list(out.glob("images/*/*/*.jpg"))) >= stop_at, *flags)
         assert returncode == -signal.SIGKILL
         assert not list(out.glob("*.jsonl"))
         for path in out.glob("images/*/*/*.jpg"):
             with Image.open(path) as image:
                 image.load()
-    (out / "images/train/Class0/.99999.part").write_bytes(b"half an image")
+    (out / "images/train/Class0/.clip00.0.jpg.host.name-99999").write_bytes(b"half an image")
 
     printed = convert(out, "--source", source)
     assert contents(out) == contents(tmp_path / "whole")
-    assert 30 <= int(printed.split(" up to date")[0].split()[-1]) < 60
+    assert 15 <= int(printed.split(" up to date")[0].split()[-1]) < 40
 
     # While the JSONL files are written
     for path in out.glob("*.jsonl"):
@@ -245,18 +235,6 @@ def test_a_killed_conversion_resumes(tmp_path):
     kill_when(lambda: bool(list(out.glob("*.jsonl"))), *flags)
     for path in out.glob("*.jsonl"):
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
-
-
-def test_a_killed_worker_ends_the_run(tmp_path):
-    source, out = many_clips(tmp_path / "source"), tmp_path / "out"
-    command = [*COMMAND, "--source", str(source), "--out_dir", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(out.glob("images/*/*/*.jpg")):
-        time.sleep(0.001)
-    workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-    workers[0].kill()
-    message = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "a worker process died" in message and "Traceback" not in message
 
 
 # Python's own thread that feeds the worker may fail as well.
@@ -271,9 +249,9 @@ def test_a_worker_that_is_killed_while_the_next_clip_is_read(tmp_path):
         return video
 
     readers = {PurePosixPath("a.avi"): lambda: video, PurePosixPath("b.avi"): kill_worker}
-    paths = {clip: [tmp_path / f"{clip}.jpg"] for clip in readers}
+    args = Namespace(out_dir=tmp_path, num_frames=1, num_workers=1, skip_broken=False, tqdm=False)
     with pytest.raises(InputError, match=r"a worker process died, .* one of: a\.avi"):
-        convert_clips(readers, paths, num_workers=1, show_progress=False)
+        convert_clips(readers, args)
 
 
 def test_only_lost_and_damaged_images_are_converted_again(source, tmp_path):
@@ -294,7 +272,7 @@ def test_only_lost_and_damaged_images_are_converted_again(source, tmp_path):
 def test_other_settings_and_another_source_replace_all_images_and_no_other_files(source, tmp_path):
     out = tmp_path / "out"
     convert(tmp_path / "fresh", "--source", source)
-    for num_frames in (8, 3, 8):
+    for num_frames in (3, 8):
         convert(out, "--source", source, "--num_frames", num_frames)
     assert contents(out) == contents(tmp_path / "fresh")
     info = PngInfo()
@@ -313,18 +291,11 @@ def test_other_settings_and_another_source_replace_all_images_and_no_other_files
     assert not (out / "images/val/Jump").exists()
 
 
-@pytest.mark.parametrize("flags, bars", [((), True), (("--no-tqdm",), False)])
-def test_progress_bar_on_a_terminal(source, tmp_path, flags, bars):
-    terminal, its_end = pty.openpty()
-    termios.tcsetwinsize(its_end, (24, 100))
-    command = [*COMMAND, "--source", str(source), "--out_dir", str(tmp_path / "out"), *flags]
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=its_end, text=True)
-    os.write(its_end, b"end")
-    shown = os.read(terminal, 65536).decode()
-    os.close(terminal)
-    os.close(its_end)
-    assert ("clip/s" in shown) == bars
-    assert ("4 of 4 clips" in result.stdout) != bars
+def test_progress_on_a_terminal(source, tmp_path):
+    bar = convert(tmp_path / "out", "--source", source, terminal=True)
+    lines = convert(tmp_path / "out", "--source", source, "--no-tqdm", terminal=True)
+    assert "clip/s" in bar and "4 of 4 clips" not in bar
+    assert "clip/s" not in lines and "4 of 4 clips" in lines
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -341,7 +312,7 @@ def test_broken_clips_are_all_named_and_skipped_on_request(source, tmp_path):
     for part in ("Broken clip: train/Run/a.avi", "Broken clip: train/Walk/w.avi", "2 of 5 clips cannot be", "--skip_broken"):
         assert part in message
     printed = convert(out, "--source", source, "--skip_broken")
-    assert "Broken clip: train/Run/a.avi" in printed and "Skipped 2 broken clips" in printed
+    assert "Broken clip: train/Run/a.avi" in printed and "(listed above) and skipped" in printed
     ids = [row["id"] for split in SPLITS for row in rows(out, split)]
     assert ids == ["train-0000000000", "val-0000000001", "test-0000000002"]
     assert len(contents(out)) == 3 * 8 + 3
@@ -369,17 +340,14 @@ def link(name, target, kind=tarfile.SYMTYPE):
         ("train/Run/e.avi", link("train/Run/e.avi", "../../etc/passwd", tarfile.LNKTYPE)),
     ],
 )
-def test_an_archive_member_outside_the_target_is_refused(source, tmp_path, name, member):
-    clips = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
-    before = set(contents(tmp_path))
-    archive = make_tar(tmp_path / "bad.tar.gz", {**clips, name: member})
+def test_an_archive_member_outside_the_target_is_refused(tmp_path, name, member):
+    archive = make_tar(tmp_path / "bad.tar.gz", {"train/Run/a.avi": b"x", name: member})
     assert f"member {name!r} would be extracted outside" in refuse(tmp_path / "out", "--source", archive)
-    assert set(contents(tmp_path)) == before | {"bad.tar.gz"}
+    assert set(contents(tmp_path)) == {"bad.tar.gz"}
 
 
-def test_archives_made_to_take_memory_or_time_are_refused(source, tmp_path, monkeypatch):
-    clips = {str(path.relative_to(source)): path.read_bytes() for path in source.rglob("*.avi")}
-    archive = make_tar(tmp_path / "a.tar.gz", clips)
+def test_archives_made_to_take_memory_or_time_are_refused(tmp_path, monkeypatch):
+    archive = make_tar(tmp_path / "a.tar.gz", {f"train/Run/{number}.avi": b"x" for number in range(4)})
     for limit in ("MOST_MEMBERS", "LARGEST_ARCHIVE"):
         with monkeypatch.context() as patch:
             patch.setattr(convert_ucf101, limit, 3)

@@ -2,7 +2,7 @@
 
 import json
 import struct
-import sys
+from functools import partial
 
 import av
 import numpy as np
@@ -20,18 +20,19 @@ def clips(tmp_path):
     return tmp_path / "clips"
 
 
-def frames(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["frames", *map(str, flags), "--num_workers", "1"])
-    tools.frames.main()
+@pytest.fixture
+def frames(run_main):
+    """Runs the tool in this process and returns what it printed."""
+    return partial(run_main, tools.frames, "--num_workers", 1)
 
 
 def rows(out):
     return [json.loads(line) for line in (out / "clips.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_folder_names_are_the_answers(clips, tmp_path, monkeypatch, capsys):
+def test_folder_names_are_the_answers(clips, tmp_path, frames):
     out = tmp_path / "out"
-    frames(monkeypatch, "--clips", clips, "--out_dir", out, "--question", "What?", "--num_frames", 4)
+    frames("--clips", clips, "--out_dir", out, "--question", "What?", "--num_frames", 4)
     assert {row["id"]: row["conversations"][0]["assistant"] for row in rows(out)} == {
         "c.avi": "clips",
         "jump/deep/b.avi": "deep",
@@ -43,10 +44,9 @@ def test_folder_names_are_the_answers(clips, tmp_path, monkeypatch, capsys):
     # A table with two questions about one clip; the images of the others go, those of this one stay.
     (tmp_path / "table.csv").write_text('clip,question,answer\nrun/a.avi,Who?,"She, or he"\nrun/a.avi,Where?,There\n')
     (out / "images/mine.txt").write_text("kept")
-    capsys.readouterr()
-    frames(monkeypatch, "--clips", clips, "--out_dir", out, "--table", tmp_path / "table.csv", "--num_frames", 4)
-    assert "2 questions about 1 of 3 clips" in (said := capsys.readouterr().out)
-    assert "2 rows, 4 images of 1 clip (0 converted, 1 up to date)" in said
+    said = frames("--clips", clips, "--out_dir", out, "--table", tmp_path / "table.csv", "--num_frames", 4)
+    assert "2 questions about 1 of 3 clips" in said
+    assert "4 images of 1 clip (0 converted, 1 up to date)" in said and "clips.jsonl: 2 rows" in said
     turns = [row["conversations"][0] for row in rows(out)]
     assert [(turn["images"], turn["user"], turn["assistant"]) for turn in turns] == [
         (images, "Who?", "She, or he"),
@@ -66,30 +66,30 @@ def test_folder_names_are_the_answers(clips, tmp_path, monkeypatch, capsys):
         ("clip,question,answer\n", "table.csv: no rows"),
     ],
 )
-def test_what_cannot_be_converted_is_named(table, message, clips, tmp_path, monkeypatch):
+def test_what_cannot_be_converted_is_named(table, message, clips, tmp_path, frames):
     (tmp_path / "table.csv").write_text(table)
     (clips / "broken.avi").write_bytes(b"no video")
     with pytest.raises(SystemExit, match=message):
-        frames(monkeypatch, "--clips", clips, "--out_dir", tmp_path / "out", "--table", tmp_path / "table.csv")
+        frames("--clips", clips, "--out_dir", tmp_path / "out", "--table", tmp_path / "table.csv")
     assert not (tmp_path / "out/clips.jsonl").exists()
 
 
-def test_clips_that_would_share_their_images_are_refused(clips, tmp_path, monkeypatch):
+def test_clips_that_would_share_their_images_are_refused(clips, tmp_path, frames):
     write_clip(clips / "run/a.mkv.avi", 9).rename(clips / "run/a.mkv")
     flags = ("--out_dir", tmp_path / "out", "--question", "What?")
     with pytest.raises(SystemExit, match=r"a\.avi and .*a\.mkv would have the same image names"):
-        frames(monkeypatch, "--clips", clips, *flags)
+        frames("--clips", clips, *flags)
     with pytest.raises(SystemExit, match="no such file or folder"):
-        frames(monkeypatch, "--clips", clips / "none", *flags)
+        frames("--clips", clips / "none", *flags)
     (clips / "run/a.mkv").rename(clips / "\udcff.mkv")
-    with pytest.raises(SystemExit, match=r"udcff\.mkv' is not valid UTF-8; rename it"):
-        frames(monkeypatch, "--clips", clips, *flags)
+    with pytest.raises(SystemExit, match=r"udcff\.mkv' is not valid UTF-8: rename it"):
+        frames("--clips", clips, *flags)
 
 
-def test_links_and_folders_keep_their_names(clips, tmp_path, monkeypatch):
+def test_links_and_folders_keep_their_names(clips, tmp_path, frames):
     (tmp_path / "sorted/swim.mov").mkdir(parents=True)
     (tmp_path / "sorted/swim.mov/c.avi").symlink_to(clips / "c.avi")
-    frames(monkeypatch, "--clips", tmp_path / "sorted", "--out_dir", tmp_path / "out", "--question", "What?")
+    frames("--clips", tmp_path / "sorted", "--out_dir", tmp_path / "out", "--question", "What?")
     [row] = rows(tmp_path / "out")
     assert (row["id"], row["conversations"][0]["assistant"]) == ("swim.mov/c.avi", "swim.mov")
 

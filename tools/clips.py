@@ -7,32 +7,50 @@ where it ended, and images from other settings or another clip are replaced.
 import argparse
 import hashlib
 import io
+import json
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import connection, get_context, parent_process
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import av
 from PIL import Image
 from tqdm import tqdm
 
-from common.runtime.process import InputError
+from common.runtime.files import replacing, write_file
+from common.runtime.process import InputError, counted
 
 LARGEST_CLIP = 2**30  # bytes; a clip is read into memory
 JPEG_QUALITY = 95
 JPEG_END = b"\xff\xd9"  # missing from a truncated file
 COMMENT_START = "convert_ucf101:"
 
+# Reads each clip, in the order in which they are to be read.
+Readers = Mapping[PurePosixPath, Callable[[], bytes]]
+
 
 class BrokenClip(ValueError):
     """No frame of a clip can be decoded."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that :func:`convert_clips` reads."""
+    group = parser.add_argument_group("frames")
+    group.add_argument("--num_frames", type=positive_int, default=8, help="images per clip (default: %(default)s)")
+    group.add_argument("--skip_broken", action="store_true", help="skip and report clips that cannot be decoded")
+
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--num_workers", type=positive_int, default=os.cpu_count(), help="decoding processes (default: one per CPU)"
+    )
+    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
 
 
 def positive_int(text: str) -> int:
@@ -40,6 +58,35 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def run(convert: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Convert clips, and end the program with a message if that fails."""
+    try:
+        convert(args)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; run the same command again to resume.")
+
+
+def check_names(files: Iterable[tuple[PurePosixPath, PurePath]]) -> None:
+    """Check the names of clips, given with the files that contain them.
+
+    Raises
+    ------
+    InputError
+        If a name is not valid UTF-8, or two clips would have the same images.
+    """
+    names: dict[PurePosixPath, PurePath] = {}
+    for clip, file in files:
+        try:
+            os.path.abspath(file).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the name of {str(file)[-80:]!r} is not valid UTF-8: rename it") from None
+        other = names.setdefault(clip.with_suffix(""), file)
+        if other != file:
+            raise InputError(f"{other} and {file} would have the same image names: rename one of them")
 
 
 def decode_frames(video: bytes) -> Iterator[av.VideoFrame]:
@@ -102,19 +149,10 @@ def convert_clip(video: bytes, paths: list[Path]) -> bool:
     if all(there):
         return False
     pictures = sample_frames(video, len(paths))
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, comment, picture in zip(paths, comments, pictures, strict=True):
-        jpeg = io.BytesIO()
-        picture.save(jpeg, "JPEG", quality=JPEG_QUALITY, comment=comment)
-        write_whole(path, jpeg.getvalue())
+        with replacing(path) as temporary:
+            picture.save(temporary, "JPEG", quality=JPEG_QUALITY, comment=comment)
     return True
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f".{os.getpid()}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def start_worker() -> None:
@@ -132,7 +170,7 @@ def start_worker() -> None:
 
 
 def convert_in_parallel(
-    readers: Mapping[PurePosixPath, Callable[[], bytes]], paths: Mapping[PurePosixPath, list[Path]], num_workers: int
+    readers: Readers, paths: Mapping[PurePosixPath, list[Path]], num_workers: int
 ) -> Iterator[tuple[PurePosixPath, bool | BrokenClip]]:
     """Yield each finished clip with the result of `convert_clip` or its BrokenClip error."""
     pending: dict[Future, PurePosixPath] = {}
@@ -161,50 +199,56 @@ def convert_in_parallel(
             pool.shutdown(cancel_futures=True)
 
 
-def convert_clips(
-    readers: Mapping[PurePosixPath, Callable[[], bytes]],
-    paths: Mapping[PurePosixPath, list[Path]],
-    num_workers: int,
-    show_progress: bool,
-) -> tuple[int, set[PurePosixPath]]:
-    """Convert clips in parallel, show the progress, and name broken clips.
-
-    Parameters
-    ----------
-    readers : mapping of PurePosixPath to callable
-        Reads each clip, in the order in which they are to be read.
-    paths : mapping of PurePosixPath to list of Path
-        The images of each clip, evenly spaced over it.
-    num_workers : int
-        Decoding processes.
-    show_progress : bool
-        Show a bar instead of plain lines.
+def convert_clips(readers: Readers, args: argparse.Namespace) -> dict[PurePosixPath, list[str]]:
+    """Convert clips to `images/` in `args.out_dir`, from which the images of other clips and settings are removed.
 
     Returns
     -------
-    tuple of (int, set of PurePosixPath)
-        Number of clips whose images were written, because they were not up to date, and the broken clips.
+    dict of PurePosixPath to list of str
+        For each clip, the names of its images, evenly spaced over it. Broken clips are left out.
+
+    Raises
+    ------
+    InputError
+        If all clips are broken, or some are and `--skip_broken` is not set.
     """
-    done, written, broken = 0, 0, set()
-    with tqdm(desc="Converting", total=len(readers), unit="clip", disable=not show_progress) as bar:
-        for clip, outcome in convert_in_parallel(readers, paths, num_workers):
+    names = {clip: [f"{clip.with_suffix('')}.{i}.jpg" for i in range(args.num_frames)] for clip in readers}
+    paths = {clip: [args.out_dir / "images" / name for name in images] for clip, images in names.items()}
+    show_bar = args.tqdm and sys.stderr.isatty()
+    written = 0
+    with tqdm(desc="Converting", total=len(readers), unit="clip", disable=not show_bar) as bar:
+        for done, (clip, outcome) in enumerate(convert_in_parallel(readers, paths, args.num_workers), start=1):
             bar.update()
-            done += 1
             if isinstance(outcome, BrokenClip):
-                broken.add(clip)
+                del names[clip]
                 tqdm.write(f"Broken clip: {clip} ({outcome})", file=sys.stderr)
             else:
                 written += outcome
-            if not show_progress and done * 10 // len(readers) > (done - 1) * 10 // len(readers):
+            if not show_bar and done * 10 // len(readers) > (done - 1) * 10 // len(readers):
                 print(f"{done} of {len(readers)} clips", flush=True)
-    return written, broken
+    if len(names) < len(readers):
+        broken = f"{len(readers) - len(names):,} of {counted(len(readers), 'clip')} cannot be decoded (listed above)"
+        if not (names and args.skip_broken):
+            raise InputError(f"{broken}: replace them, or pass --skip_broken")
+        print(f"{broken} and skipped")
+    remove_strays(args.out_dir, {path for clip in names for path in paths[clip]})
+    print(
+        f"{args.out_dir}: {counted(len(names) * args.num_frames, 'image')} of {counted(len(names), 'clip')} "
+        f"({written:,} converted, {len(names) - written:,} up to date)"
+    )
+    return names
 
 
 def remove_strays(out_dir: Path, keep: set[Path]) -> None:
     """Remove partial files, and images that `convert_clip` wrote to `images/` and that are not in `keep`."""
-    for path in [*out_dir.glob(".*.part"), *(out_dir / "images").rglob("*.*")]:
-        half_written = re.fullmatch(r"\.\d+\.part", path.name)
+    for path in [*out_dir.glob(".*.jsonl.*"), *(out_dir / "images").rglob("*.*")]:
+        half_written = re.fullmatch(r"\..+\.(jpg|jsonl)\..+-\d+", path.name)  # see common.runtime.files.replacing
         if half_written or (path not in keep and read_comment(path).startswith(COMMENT_START)):
             path.unlink()
             with suppress(OSError):  # the folder is not empty
                 path.parent.rmdir()
+
+
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    """Write a JSON Lines file atomically."""
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

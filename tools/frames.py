@@ -12,15 +12,13 @@ with the same command; images of clips or settings that are not used any more ar
 
 import argparse
 import csv
-import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from common.runtime.parser import Parser
 from common.runtime.process import InputError, counted
-from tools.clips import LARGEST_CLIP, convert_clips, positive_int, remove_strays, write_whole
+from tools.clips import LARGEST_CLIP, add_flags, check_names, convert_clips, run, write_json_lines
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 TABLE_COLUMNS = {"clip", "question", "answer"}
@@ -28,21 +26,13 @@ TABLE_COLUMNS = {"clip", "question", "answer"}
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-
     group = parser.add_argument_group("data")
     group.add_argument("--clips", type=Path, nargs="+", required=True, metavar="PATH", help="clips, or folders of clips")
     group.add_argument("--out_dir", type=Path, required=True, metavar="DIR", help="output folder for images/ and clips.jsonl")
     answers = group.add_mutually_exclusive_group(required=True)
     answers.add_argument("--question", help="question about every clip, whose answer is the name of its folder")
     answers.add_argument("--table", type=Path, metavar="FILE", help="CSV file with the columns clip, question and answer")
-    group.add_argument("--num_frames", type=positive_int, default=8, help="images per clip (default: %(default)s)")
-    group.add_argument("--skip_broken", action="store_true", help="skip and report clips that cannot be decoded")
-
-    group = parser.add_argument_group("running")
-    group.add_argument(
-        "--num_workers", type=positive_int, default=os.cpu_count(), help="decoding processes (default: one per CPU)"
-    )
-    group.add_argument("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
+    add_flags(parser)
     return parser.parse_args()
 
 
@@ -54,8 +44,7 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
     InputError
         If a place does not exist, there are no clips, or two clips would have the same images.
     """
-    found: dict[PurePosixPath, Path] = {}
-    images: dict[PurePosixPath, Path] = {}
+    found: list[tuple[PurePosixPath, Path]] = []
     for place in places:
         if not place.exists():
             raise InputError(f"--clips {place}: no such file or folder")
@@ -64,19 +53,13 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
             clip = PurePosixPath(file.relative_to(place if place.is_dir() else place.parent).as_posix())
             if any(part.startswith(".") for part in clip.parts):
                 continue  # metadata of macOS and editors
-            try:
-                os.path.abspath(file).encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"the name of {str(file)[-80:]!r} is not valid UTF-8; rename it") from error
-            other = images.setdefault(clip.with_suffix(""), file)
-            if other != file:
-                raise InputError(f"{other} and {file} would have the same image names; rename one of them")
             if file.stat().st_size > LARGEST_CLIP:
                 raise InputError(f"{file} is larger than {LARGEST_CLIP:,} bytes; cut it into shorter clips")
-            found[clip] = file
+            found.append((clip, file))
     if not found:
         raise InputError(f"--clips {' '.join(map(str, places))}: no clips ({', '.join(SUFFIXES)})")
-    return found
+    check_names(found)
+    return dict(found)
 
 
 def questions_of(clips: dict[PurePosixPath, Path], question: str, table: Path | None) -> list[tuple[PurePosixPath, str, str]]:
@@ -128,42 +111,20 @@ def convert(args: argparse.Namespace) -> None:
     print(f"{counted(len(questions), 'question')} about {len(clips):,} of {counted(len(files), 'clip')}", flush=True)
 
     # Images may change from here on, so the file that lists them is removed until they are complete.
-    (args.out_dir / "images").mkdir(parents=True, exist_ok=True)
     (args.out_dir / "clips.jsonl").unlink(missing_ok=True)
-    names = {clip: [f"{clip.with_suffix('')}.{i}.jpg" for i in range(args.num_frames)] for clip in clips}
-    paths = {clip: [args.out_dir / "images" / name for name in images] for clip, images in names.items()}
-    readers = {clip: files[clip].read_bytes for clip in clips}
-    written, broken = convert_clips(readers, paths, args.num_workers, args.tqdm and sys.stderr.isatty())
-    if broken and (len(broken) == len(clips) or not args.skip_broken):
-        raise InputError(
-            f"{len(broken):,} of {counted(len(clips), 'clip')} cannot be decoded (listed above): replace them, or pass "
-            "--skip_broken"
-        )
+    images = convert_clips({clip: files[clip].read_bytes for clip in clips}, args)
     rows = [
-        {"id": str(clip), "conversations": [{"images": names[clip], "user": question, "assistant": answer}]}
+        {"id": str(clip), "conversations": [{"images": images[clip], "user": question, "assistant": answer}]}
         for clip, question, answer in questions
-        if clip not in broken
+        if clip in images
     ]
-    remove_strays(args.out_dir, {path for clip in clips if clip not in broken for path in paths[clip]})
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_whole(args.out_dir / "clips.jsonl", lines.encode("utf-8"))
-    if broken:
-        print(f"Skipped {counted(len(broken), 'broken clip')} (listed above).")
-    whole = len(clips) - len(broken)
-    print(
-        f"{args.out_dir}/clips.jsonl: {counted(len(rows), 'row')}, {counted(whole * args.num_frames, 'image')} of "
-        f"{counted(whole, 'clip')} ({written:,} converted, {whole - written:,} up to date)"
-    )
+    write_json_lines(args.out_dir / "clips.jsonl", rows)
+    print(f"{args.out_dir}/clips.jsonl: {counted(len(rows), 'row')}")
 
 
-def main() -> None:
-    try:
-        convert(parse_args())
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; run the same command again to resume.")
+def main(args: argparse.Namespace) -> None:
+    run(convert, args)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

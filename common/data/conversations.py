@@ -53,17 +53,8 @@ def prompt_text(conversation: Conversation, processor: Phi3VProcessor) -> str:
     return processor.chat_text(messages[:-1])
 
 
-def encode_prompt(
-    conversation: Conversation, processor: Phi3VProcessor, image_tokens: list[int] | None = None
-) -> dict[str, Any]:
+def encode_prompt(conversation: Conversation, processor: Phi3VProcessor) -> dict[str, Any]:
     """Encode a prompt for inference.
-
-    Parameters
-    ----------
-    conversation : Conversation
-    processor : Phi3VProcessor
-    image_tokens : list of int, optional
-        Number of tokens of each image, if known. By default, they are computed from the image headers.
 
     Returns
     -------
@@ -79,26 +70,17 @@ def encode_prompt(
     for image in images:
         if isinstance(image, dict):  # images stored in the dataset have not been checked before
             check_picture(image)
-    image_tokens = image_tokens or count_image_tokens(images, processor)
+    image_tokens = count_image_tokens(images, processor)
     input_ids = _tokenize(prompt_text(conversation, processor), image_tokens, processor)
     check_context(len(input_ids) + 1, processor)  # with at least one token of the answer
     return {"input_ids": input_ids, "images": images}
 
 
-def encode_conversation(
-    conversation: Conversation, processor: Phi3VProcessor, image_tokens: list[int] | None = None
-) -> dict[str, Any]:
+def encode_conversation(conversation: Conversation, processor: Phi3VProcessor) -> dict[str, Any]:
     """Encode a conversation with labels for training.
 
     All answers are supervised. Each answer ends with ``<|end|>`` and a newline, the last one also with ``<|endoftext|>``.
     The tokens before an answer are the same as at inference with this history.
-
-    Parameters
-    ----------
-    conversation : Conversation
-    processor : Phi3VProcessor
-    image_tokens : list of int, optional
-        As in :func:`encode_prompt`.
 
     Returns
     -------
@@ -113,7 +95,7 @@ def encode_conversation(
     """
     turns = conversation["conversations"]
     images = pictures(conversation)
-    image_tokens = image_tokens or count_image_tokens(images, processor)
+    image_tokens = count_image_tokens(images, processor)
     spans = []  # of all answers but the last one
     for number in range(1, len(turns)):
         part = conversation | {"conversations": turns[:number]}
