@@ -63,8 +63,7 @@ ANSWERS = {"True": "Yes.", "False": "No."}  # by label
 def from_hub(row: dict, identifier: str) -> dict:
     """Return the first question about an image pair; if each question is a row, this is the only one."""
     text = first_entry(row, "texts")
-    identifier = identifier if "-" in identifier else f"{identifier}-0"
-    return {"id": identifier, "images": row["images"], "question": text["user"], "answer": text["assistant"]}
+    return {"id": f"{identifier}-0", "images": row["images"], "question": text["user"], "answer": text["assistant"]}
 
 
 def from_official(data_dir: Path, split: str, row: dict) -> dict:

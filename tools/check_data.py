@@ -268,11 +268,6 @@ def print_tokens(tokens: np.ndarray) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    for path in args.data_file:
-        if not path.is_file():
-            fail(f"--data_file {path}: no such file")
-    if args.image_dir and not args.image_dir.is_dir():
-        fail(f"--image_dir {args.image_dir}: no such folder")
     limit_library_bars(args.tqdm)
     try:
         check_checkpoint(args.model_name_or_path, "--model_name_or_path")

@@ -50,10 +50,6 @@ class Rows(Sequence[Any]):
         Returns the location of a row of the source, by its index, for messages.
     numbers : sequence of int, optional
         For each row, its index in the source. By default, all rows.
-    entries : sequence of int, optional
-        For each row, the index of its entry in the column ``each``.
-    each : str, optional
-        A column of lists. Each row contains a single entry of its list.
     convert : callable, optional
         Converts a source row and an identifier to the row that the task reads.
     contents : Contents, optional
@@ -69,18 +65,15 @@ class Rows(Sequence[Any]):
         source: Sequence[Any],
         place: Callable[[int], str],
         numbers: Sequence[int] | np.ndarray | None = None,
-        entries: Sequence[int] | np.ndarray | None = None,
-        each: str | None = None,
         convert: Callable[[dict[str, Any], str], dict[str, Any]] | None = None,
         contents: Contents | None = None,
         mixture: Mixture | None = None,
         fingerprint: str | None = None,
     ) -> None:
-        self.source, self.each, self.convert, self.contents, self.mixture = source, each, convert, contents, mixture
+        self.source, self.convert, self.contents, self.mixture = source, convert, contents, mixture
         self._place, self.fingerprint = place, fingerprint
         # No lists, since every worker would soon have its own copy of millions of Python's numbers.
         self.numbers = range(len(source)) if numbers is None else numbers if isinstance(numbers, range) else np.asarray(numbers)
-        self.entries = None if entries is None else np.asarray(entries)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -101,13 +94,12 @@ class Rows(Sequence[Any]):
 
     def map(self, convert: Callable[[dict[str, Any], str], dict[str, Any]]) -> Rows:
         """Return the same rows with another conversion of source row and identifier."""
-        return Rows(self.source, self._place, self.numbers, self.entries, self.each, convert)
+        return Rows(self.source, self._place, self.numbers, convert)
 
     def select(self, begin: int, limit: int | None = None) -> Rows:
         """Return at most ``limit`` rows, starting at ``begin``."""
         part = slice(begin, None if limit is None else begin + limit)
-        entries = None if self.entries is None else self.entries[part]
-        return Rows(self.source, self._place, self.numbers[part], entries, self.each, self.convert)
+        return Rows(self.source, self._place, self.numbers[part], self.convert)
 
     def head(self, count: int) -> Rows:
         """Return the first ``count`` rows."""
@@ -127,19 +119,15 @@ class Rows(Sequence[Any]):
 
     def take(self, indices: Sequence[int] | np.ndarray, contents: Contents) -> Rows:
         """Return the rows with the given indices, in ascending order, with what is known about their contents."""
-        numbers, entries, fingerprint = self.numbers, self.entries, self.fingerprint
+        numbers, fingerprint = self.numbers, self.fingerprint
         if len(indices) < len(self):
             indices = np.asarray(indices, dtype=np.int64)
-            numbers, entries = np.asarray(numbers)[indices], None if entries is None else entries[indices]
+            numbers = np.asarray(numbers)[indices]
             fingerprint = fingerprint and f"{fingerprint} {hashlib.sha256(indices.tobytes()).hexdigest()}"
-        return Rows(self.source, self._place, numbers, entries, self.each, self.convert, contents, fingerprint=fingerprint)
+        return Rows(self.source, self._place, numbers, self.convert, contents, fingerprint=fingerprint)
 
     def _read(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
-        identifier = str(self.numbers[index])
-        if self.each and self.entries is not None:
-            entry = int(self.entries[index])
-            content, identifier = content | {self.each: [content[self.each][entry]]}, f"{identifier}-{entry}"
-        return self.convert(content, identifier) if self.convert else content
+        return self.convert(content, str(self.numbers[index])) if self.convert else content
 
 
 @contextmanager

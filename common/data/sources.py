@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -80,12 +80,32 @@ def load_hub(*name: str, columns: list[str], split: str = "train", each: str | N
             rows = rows.cast_column(column, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):
             rows = rows.cast_column(column, [Image(decode=False)])
-    numbers, entries = None, None
-    if each:
-        counts = [len(found or []) for found in rows[each]]
-        numbers = [number for number, count in enumerate(counts) for _ in range(count)]
-        entries = [entry for count in counts for entry in range(count)]
-    return Rows(rows, partial("{}, {}, row {}".format, " ".join(name), split), numbers, entries, each)
+    place = partial("{}, {}, row {}".format, " ".join(name), split)
+    if each is None:
+        return Rows(rows, place)
+    entries = _Entries(rows, each)
+    return Rows(entries, lambda index: place(entries.numbers[index]))
+
+
+class _Entries(Sequence[dict[str, Any]]):
+    """The rows of a dataset, once for each entry of a column of lists, with only this entry."""
+
+    def __init__(self, rows: Dataset, column: str) -> None:
+        self.rows, self.column = rows, column
+        counts = [len(found or []) for found in rows[column]]
+        self.numbers = np.repeat(np.arange(len(rows)), counts)
+        self.entries = np.array([entry for count in counts for entry in range(count)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        rows = self.rows.__getitems__(self.numbers[indices].tolist())
+        entries = self.entries[indices].tolist()
+        return [row | {self.column: [row[self.column][entry]]} for row, entry in zip(rows, entries, strict=True)]
 
 
 def require_stored_images(schema: pa.Schema, source: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from common.runtime.collectives import gather
 from common.runtime.process import InputError, rank, world_size
@@ -104,20 +106,11 @@ def _identify(names: set[str], bar: bool) -> dict[str, str | bytes]:
 
 def _connected(keys: list[list[int | str | bytes]]) -> list[list[int]]:
     """Group rows that have a key in common, directly or through other rows; groups in the order of their first rows."""
-    parent = list(range(len(keys)))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
-    first: dict[int | str | bytes, int] = {}
-    for row, found in enumerate(keys):
-        for key in found:
-            one, other = sorted((root(row), root(first.setdefault(key, row))))
-            parent[other] = one
+    nodes = {key: len(keys) + number for number, key in enumerate(set(chain.from_iterable(keys)))}
+    edges = np.array([(row, nodes[key]) for row, own in enumerate(keys) for key in own]).T
+    graph = coo_array((np.ones(edges.shape[1]), edges), shape=(len(keys) + len(nodes),) * 2)
+    _, labels = connected_components(graph, directed=False)
     groups: dict[int, list[int]] = {}
-    for row in range(len(keys)):
-        groups.setdefault(root(row), []).append(row)
+    for row, label in enumerate(labels[: len(keys)].tolist()):
+        groups.setdefault(label, []).append(row)
     return list(groups.values())
