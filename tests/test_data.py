@@ -3,7 +3,6 @@
 import io
 import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 
+from common.data import samples
 from common.data.batches import PlannedBatches, epoch_steps
 from common.data.collator import Collator, load_crops
 from common.data.loader import WorkerLoader
@@ -27,6 +27,11 @@ def processor():
     return AutoProcessor.from_pretrained(TINY, num_crops=4)
 
 
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch):
+    monkeypatch.setattr(samples, "ROWS_AT_ONCE", 16)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Conversations with one or two turns and up to four images, more than are measured at once."""
@@ -34,9 +39,9 @@ def rows(tmp_path_factory):
     names = []
     for number in range(5):
         names.append(str(folder / f"{number}.png"))
-        Image.new("RGB", (100 + 300 * number, 700 - 130 * number)).save(names[-1])
+        Image.new("RGB", (100 + 200 * number, 500 - 100 * number)).save(names[-1])
     rows = []
-    for number in range(80):
+    for number in range(24):
         own = [names[(number + index) % 5] for index in range(number % 4)]
         turns = [{"images": own, "user": "What is it? " * (number % 7 + 1), "assistant": f"Number {number}."}]
         if number % 3 == 0:
@@ -61,11 +66,11 @@ def drawing(row, rng):
 
 def encoded(data, epoch):
     """Tokens and views of the encoded samples."""
-    samples = [data[epoch, row] for row in range(len(data))]
-    loaded = [load_crops(s["images"], 4) if s["images"] else ([], torch.empty(0, 2)) for s in samples]
+    found = [data[epoch, row] for row in range(len(data))]
+    loaded = [load_crops(s["images"], 4) if s["images"] else ([], torch.empty(0, 2)) for s in found]
     # An image of one crop is its own global view.
     views = [len(crops) + sum(size != [336, 336] for size in sizes.tolist()) for crops, sizes in loaded]
-    return [len(s["input_ids"]) for s in samples], views
+    return [len(s["input_ids"]) for s in found], views
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
@@ -82,27 +87,21 @@ def test_lengths_are_those_of_the_encoded_samples(rows, processor, kind):
 def test_rows_without_random_choices_are_measured_once(rows, processor):
     asked = []
 
-    def counted(task):
-        def to_conversation(row, rng):
-            asked.append(row)
-            return task(row, rng)
+    def to_conversation(row, rng):
+        asked.append(row)
+        return drawing(row, rng)
 
-        return to_conversation
-
-    data = TrainingData(Rows(rows, str), counted(as_it_is), processor, seed=3)
-    first, second = data.lengths(0), data.lengths(1)
-    assert len(asked) == len(rows)
-    assert np.array_equal(first.tokens, second.tokens) and first.tokens is not second.tokens
+    data = TrainingData(Rows(rows, str), to_conversation, processor, seed=3)
+    first = data.lengths(0)
+    assert asked == rows
     asked.clear()
-    data = TrainingData(Rows(rows, str), counted(drawing), processor, seed=3)
-    data.lengths(0)
-    asked.clear()
-    data.lengths(1)
-    assert asked == [row for row in rows if len(row["conversations"][0]["assistant"]) % 2]
+    second = data.lengths(1)
+    draws = [len(row["conversations"][0]["assistant"]) % 2 == 1 for row in rows]
+    assert asked == [row for row, draw in zip(rows, draws, strict=True) if draw]
+    assert not np.any(first.tokens != second.tokens, where=np.logical_not(draws)) and first.tokens is not second.tokens
 
 
-def test_lengths_are_kept_until_an_image_changes(processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_lengths_are_kept_until_an_image_changes(processor, tmp_path, own_cache):
     Image.new("RGB", (100, 90)).save(tmp_path / "a.png")
     row = {"conversations": [{"images": ["a.png"], "user": "What?", "assistant": "That."}]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
@@ -135,18 +134,18 @@ def test_a_resumed_epoch_reads_only_what_is_left(rows, processor):
             return super().__getitem__(index)
 
     data = TrainingData(Rows(Counted(rows), str), as_it_is, processor, seed=3)
-    batches = PlannedBatches(len(rows), 8, seed=3, rank=0, world_size=1, accumulation=2, measure=data.measure)
-    batches.begin_at(5)
-    loader = skip_first_batches(WorkerLoader(data, Collator(processor, packing=True), batch_sampler=batches), 10)
-    assert len(list(loader)) == len(batches) - 10
-    left = epoch_steps(len(rows), 8, seed=3, epoch=0)[5:].flatten().tolist()
+    batches = PlannedBatches(len(rows), 4, seed=3, rank=0, world_size=1, accumulation=2, measure=data.measure)
+    batches.begin_at(3)
+    loader = skip_first_batches(WorkerLoader(data, Collator(processor, packing=True), batch_sampler=batches), 6)
+    assert len(list(loader)) == len(batches) - 6
+    left = epoch_steps(len(rows), 4, seed=3, epoch=0)[3:].flatten().tolist()
     assert sorted(read) == sorted(2 * left)  # measured and encoded
 
 
 def test_an_invalid_row_is_named(rows, processor, tmp_path):
     tagged = {"conversations": [{"images": [], "user": "See <|image_1|>?", "assistant": "No."}]}
-    with pytest.raises(ValueError, match=r"^row 70: the text's image tags"):
-        TrainingData(Rows([*rows[:70], tagged], "row {}".format), as_it_is, processor, seed=0).lengths(0)
+    with pytest.raises(ValueError, match=r"^row 20: the text's image tags"):
+        TrainingData(Rows([*rows[:20], tagged], "row {}".format), as_it_is, processor, seed=0).lengths(0)
     gone = {"conversations": [{"images": [str(tmp_path / "gone.png")], "user": "See?", "assistant": "No."}]}
     with pytest.raises(ValueError, match=r"^row 2: image .*gone\.png is missing"):
         TrainingData(Rows([*rows[:2], gone], "row {}".format), as_it_is, processor, seed=0).lengths(0)

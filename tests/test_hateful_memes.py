@@ -1,18 +1,14 @@
 """finetune_hf_trainer_hateful_memes.py: sources, answer probabilities, metrics, invalid data, runs."""
 
-import argparse
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from datasets import Dataset, Features, Image, List, Value
-from forked import finetune_forked, torchrun
+from forked import finetune_forked
 from PIL import Image as PillowImage
-from runs import flags as run_flags
 from runs import weights
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -21,7 +17,7 @@ import finetune_hf_trainer_hateful_memes as script
 from common.evaluation import generation
 from tools.merge_lora import merge
 
-FLAGS = argparse.Namespace(eval_batch_size=3, max_new_tokens=4, dataloader_num_workers=0, tqdm=False)
+SCRIPT = "finetune_hf_trainer_hateful_memes.py"
 
 
 def load_rows(args):
@@ -46,40 +42,19 @@ def release(tmp_path):
     return tmp_path / "memes"
 
 
-def flags(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    return script.parse_args()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return AutoProcessor.from_pretrained(TINY, num_crops=2)
-
-
-def test_official_rows(release, monkeypatch):
-    train_rows, eval_rows = load_rows(flags(monkeypatch, "--data_dir", release))
+def test_official_rows(release, parse):
+    train_rows, eval_rows = load_rows(parse(script, "--data_dir", release))
     assert (len(train_rows), len(eval_rows)) == (6, 5)
     assert [row["id"] for row in eval_rows] == ["1000", "1001", "1002", "1003", "1004"]
-    assert script.to_conversation(eval_rows[0]) == {
-        "conversations": [
-            {
-                "images": [str(release / "img/dev_seen00000.png")],
-                "user": "Does this meme promote hate speech?\nAnswer yes or no.",
-                "assistant": "Yes.",
-            }
-        ]
-    }
+    question = "Does this meme promote hate speech?\nAnswer yes or no."
+    turn = {"images": [str(release / "img/dev_seen00000.png")], "user": question, "assistant": "Yes."}
+    assert script.to_conversation(eval_rows[0]) == {"conversations": [turn]}
     assert script.to_conversation(eval_rows[1])["conversations"][0]["assistant"] == "No."
-    limited = flags(monkeypatch, "--data_dir", release, "--max_train_samples", 2, "--max_eval_samples", 3)
+    limited = parse(script, "--data_dir", release, "--max_train_samples", 2, "--max_eval_samples", 3)
     assert [len(rows) for rows in load_rows(limited)] == [2, 3]
 
 
-def test_hub_rows(tmp_path, monkeypatch, model, processor):
+def test_hub_rows(tmp_path, monkeypatch, parse):
     rows = [
         {
             "images": [PillowImage.new("RGB", (50 + number, 40))],
@@ -92,55 +67,47 @@ def test_hub_rows(tmp_path, monkeypatch, model, processor):
     Dataset.from_list(rows, features).to_parquet(tmp_path / "hateful_memes/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 2)
-    train_rows, eval_rows = load_rows(flags(monkeypatch))
+    train_rows, eval_rows = load_rows(parse(script))
     assert [row["label"] for row in eval_rows] == [1, 0]
     assert [row["label"] for row in train_rows] == [0, 1, 0]
     turn = script.to_conversation(train_rows[1])["conversations"][0]
     assert turn["user"] == script.QUESTION
     assert set(turn["images"][0]) == {"bytes", "path"}  # not decoded
-    limited = flags(monkeypatch, "--max_train_samples", 1)
+    limited = parse(script, "--max_train_samples", 1)
     assert [len(rows) for rows in load_rows(limited)] == [1, 2]
-    found = script.evaluate(model, processor, eval_rows, argparse.Namespace(**vars(limited) | vars(FLAGS)))
-    assert [(entry.id, entry.more["label"]) for entry in found.predictions] == [("0", 1), ("1", 0)]
 
     rows[1]["texts"][0]["assistant"] = "Maybe."
     Dataset.from_list(rows, features).to_parquet(tmp_path / "other/train-0.parquet")
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "other"),))
     with pytest.raises(ValueError, match=r'/other, train, row 1: expected the answer "No." or "Yes.", got "Maybe."'):
-        load_rows(flags(monkeypatch))
+        load_rows(parse(script))
     monkeypatch.setattr(script, "HUB", (str(tmp_path / "hateful_memes"),))
     monkeypatch.setattr(script, "HUB_EVAL_ROWS", 5)
     for more in ([], ["--streaming"]):
         with pytest.raises(ValueError, match="no training rows are left: the dataset is too small"):
-            load_rows(flags(monkeypatch, *more))
+            load_rows(parse(script, *more))
 
 
 @pytest.mark.parametrize("by_likelihood", [False, True])
-def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
-    args = flags(monkeypatch, "--data_dir", release, *["--eval_by_likelihood"] * by_likelihood)
+def test_evaluation(release, parse, monkeypatch, by_likelihood):
+    args = parse(script, "--data_dir", release, *["--eval_by_likelihood"] * by_likelihood)
     rows = load_rows(args)[1]
-    args.__dict__.update(vars(FLAGS))
-    if by_likelihood:
-        monkeypatch.delattr(generation, "_generate")  # which this flag avoids
-    found = script.evaluate(model, processor, rows, args)
-    predictions = found.predictions
-    labels, p_yes = [entry.more["label"] for entry in predictions], [entry.more["p_yes"] for entry in predictions]
-    assert labels == [1, 0, 0, 1, 1]
-    assert [entry.id for entry in predictions] == ["1000", "1001", "1002", "1003", "1004"]
-    conversations = [script.to_conversation(row) for row in rows]
-    _, log_probabilities = generation.generate_with_log_probabilities(
-        model, processor, conversations, ("No.", "Yes."), FLAGS, generate=False
-    )
-    p_answers = np.exp(log_probabilities)
-    assert p_yes == pytest.approx(p_answers[:, 1] / p_answers.sum(1), rel=1e-5)
-    assert found.metric == "auroc"
-    assert found.values["auroc"] == roc_auc_score(labels, p_yes)
-    right = [entry.prediction == entry.answers[0].lower().strip(".") for entry in predictions]
-    assert [entry.score for entry in predictions] == right
-    assert list(found.values) == ["auroc", "accuracy_by_likelihood" if by_likelihood else "accuracy"]
-    assert list(found.values.values())[1] == pytest.approx(np.mean(right))
-    if by_likelihood:
-        assert [entry.prediction for entry in predictions] == ["yes" if p > 0.5 else "no" for p in p_yes]
+    asked = []
+
+    def generate(model, processor, conversations, choices, args, generate):
+        asked.append((conversations, choices, generate))
+        return ["yes", "Yes.", "No.", "no", "?"], np.log([[0.1, 0.3], [0.3, 0.2], [0.2, 0.1], [0.2, 0.6], [0.3, 0.1]])
+
+    monkeypatch.setattr(script, "generate_with_log_probabilities", generate)
+    found = script.evaluate(None, None, rows, args)
+    assert asked == [([script.to_conversation(row) for row in rows], ("No.", "Yes."), not by_likelihood)]
+    assert [entry.id for entry in found.predictions] == ["1000", "1001", "1002", "1003", "1004"]
+    labels, p_yes = ([entry.more[name] for entry in found.predictions] for name in ("label", "p_yes"))
+    assert labels == [1, 0, 0, 1, 1] and p_yes == pytest.approx([0.75, 0.4, 1 / 3, 0.75, 0.25])
+    right = [1, 1, 1, 1, 0] if by_likelihood else [1, 0, 1, 0, 0]
+    assert [entry.score for entry in found.predictions] == right
+    name = "accuracy_by_likelihood" if by_likelihood else "accuracy"
+    assert found.metric == "auroc" and found.values == {"auroc": roc_auc_score(labels, p_yes), name: sum(right) / 5}
 
 
 @pytest.mark.parametrize(
@@ -157,22 +124,22 @@ def test_evaluation(release, model, processor, monkeypatch, by_likelihood):
         ('{"id": 1, "img": "img/gone.png", "label": 1}', "gone.png is missing: put the file there"),
     ],
 )
-def test_an_invalid_row_is_named(release, monkeypatch, line, message):
+def test_an_invalid_row_is_named(release, parse, line, message):
     with (release / "train.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError) as raised:
-        load_rows(flags(monkeypatch, "--data_dir", release))
+        load_rows(parse(script, "--data_dir", release))
     assert message in str(raised.value)
 
 
-def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypatch):
-    args = flags(monkeypatch, "--data_dir", release)
+def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, parse):
+    args = parse(script, "--data_dir", release)
     write_release(release, [1, 1], "dev_seen")
     with pytest.raises(ValueError, match=r"memes: AUROC requires rows with both labels, .* use a dataset"):
         load_rows(args)
     write_release(release, [1, 0], "dev_seen")
     with pytest.raises(ValueError, match=r"memes: AUROC .* but all have one: increase --max_eval_samples"):
-        load_rows(flags(monkeypatch, "--data_dir", release, "--max_eval_samples", 1))
+        load_rows(parse(script, "--data_dir", release, "--max_eval_samples", 1))
     (release / "dev_seen.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"dev_seen\.jsonl is empty"):
         load_rows(args)
@@ -184,16 +151,16 @@ def test_a_file_that_is_missing_empty_or_of_one_label_is_named(release, monkeypa
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(release, random_model, tmp_path, monkeypatch):
+def test_two_processes_evaluate_as_one_that_generates_nothing(release, random_model, tmp_path, parse, monkeypatch):
     out = tmp_path / "out"
     options = {"model_name_or_path": random_model, "batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2}
-    result = torchrun("finetune_hf_trainer_hateful_memes.py", *run_flags(release, out, **options, dataloader_num_workers=0))
-    assert result.returncode == 0, result.stdout
-    assert "before finetuning: auroc" in result.stdout
+    finetune_forked(release, out, script=SCRIPT, **options)
+    assert "before finetuning: auroc" in (tmp_path / "out.log").read_text()
     before, after = (json.loads((out / f"eval_{when}.json").read_text()) for when in ("before", "after"))
     assert (after["metric"], after["samples"]) == ("auroc", 5)
     assert [entry["p_yes"] for entry in before["predictions"]] != [entry["p_yes"] for entry in after["predictions"]]
-    args = argparse.Namespace(**vars(flags(monkeypatch, "--data_dir", release)) | vars(FLAGS))
+    args = parse(script, "--data_dir", release, "--eval_by_likelihood", "--dataloader_num_workers", 0, "--no-tqdm")
+    monkeypatch.delattr(generation, "_generate")  # which this flag avoids
     model, processor = AutoModelForCausalLM.from_pretrained(out), AutoProcessor.from_pretrained(out)
     alone = script.evaluate(model, processor, load_rows(args)[1], args)
     for entry, expected in zip(after["predictions"], alone.predictions, strict=True):
@@ -203,7 +170,7 @@ def test_two_processes_evaluate_as_one(release, random_model, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_a_qlora_adapter_trains_resumes_and_merges(release, random_model, tmp_path):
-    options = {"script": "finetune_hf_trainer_hateful_memes.py", "model_name_or_path": random_model, "use_qlora": True}
+    options = {"script": SCRIPT, "model_name_or_path": random_model, "use_qlora": True}
     options |= {"batch_size": 2, "batch_size_per_gpu": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     log = finetune_forked(release, tmp_path / "straight", lora_rank=4, **options)
     shutil.copytree(tmp_path / "straight/checkpoint-1", tmp_path / "resumed/checkpoint-1")

@@ -3,10 +3,9 @@
 import csv
 import json
 import shutil
-import sys
 from collections import Counter
+from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -26,15 +25,14 @@ from common.data.samples import TrainingData
 from common.data.sources import find_image_dir, load_conversations
 from common.runtime.parser import Parser
 from common.runtime.process import InputError
+from common.training.checkpoints import data_fingerprint
 
 QUESTIONS = {"0.png": "What is it, then?", "1.png": 'Say "red"', "2.png": "Über\nzwei Zeilen?"}
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Three pictures, a copy of the first, and a cache of the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def folder(tmp_path, own_cache):
+    """Three pictures, and a copy of the first."""
     (tmp_path / "images").mkdir()
     for number, colour in enumerate(("red", "green", "blue")):
         Image.new("RGB", (60 + number, 50), colour).save(tmp_path / f"images/{number}.png")
@@ -51,10 +49,10 @@ def row(*names, user="What?", assistant="Red.", **fields):
     return {"conversations": [{"images": list(names), "user": user, "assistant": assistant}], **fields}
 
 
-def load(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--no-tqdm"])
-    args = script.parse_args()
-    return args, *script.load_rows(args)
+@pytest.fixture
+def load(parse):
+    """Loads the rows of a run with these flags."""
+    return lambda *flags: script.load_rows(parse(script, *flags, "--no-tqdm"))
 
 
 def places(rows):
@@ -107,17 +105,12 @@ def test_every_format_is_the_same_conversations_and_is_named(folder, capsys):
     ("text", "message"),
     [
         ("image,question\n", 'line 1: the header has no column "answer": expected image, question, answer'),
-        ("image,question,answers\n", 'line 1: unknown column "answers" (known are "image", '),
         ("image,question,answers\n", 'did you mean "answer"?'),
         ("image,image,question,answer\n", "line 1: the header has a column twice"),
         ('image,question,answer\n0.png,"a\nb",c\n0.png,Red, or not?,d\n', "line 4: 4 fields, but the header has 3: put quotes"),
         ('image,question,answer\n0.png,"What?,Red\n', "line 2: invalid CSV (unexpected end of data): quote texts"),
-        (
-            "image,question,answer\n0.png,What?,\n",
-            'line 2, turn 1: "assistant" must be a non-empty string: it is the answer to',
-        ),
+        ("image,question,answer\n0.png,What?,\n", 'line 2, turn 1: "assistant" must be a non-empty string'),
         ("image,question,answer\n", "is empty: expected at least one row"),
-        ("image,question,answer\n\n9.png,What?,Red\n", "9.png is missing: put the file there"),
         (b"image,question,answer\n0.png,Stra\xdfe?,Red\n", "not UTF-8"),
     ],
 )
@@ -147,11 +140,10 @@ def test_a_row_of_a_table_without_a_picture_is_text(folder):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, monkeypatch):
+def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, load):
     write(folder / "train.jsonl", [row("0.png")])
     write(folder / "val.jsonl", [row(), row("images/1.png")])
-    args, train_rows, eval_rows = load(monkeypatch, "--data_dir", folder)
-    assert args.num_crops == 16
+    train_rows, eval_rows = load("--data_dir", folder)
     assert train_rows[0]["conversations"][0]["images"] == [f"{folder}/images/0.png"]
     assert eval_rows[1]["conversations"][0]["images"] == [f"{folder}/images/1.png"]
     assert find_image_dir(write(folder / "bad.jsonl", [{}, row("images/1.png")])) == folder
@@ -164,30 +156,24 @@ def test_images_are_found_beside_the_file_or_in_its_folder_of_images(folder, mon
         (["--data_dir", "{}"], "there is no {}/val.jsonl to evaluate on: pass --eval_file, or --eval_fraction 0.1"),
         (["--data_dir", "{}", "--eval_fraction", "0.5", "--eval_file", "a"], "excludes --eval_file"),
         (["--data_dir", "{}", "--eval_fraction", "1.5"], "--eval_fraction must be between 0 and 1"),
-        (
-            ["--data_dir", "{}", "--eval_fraction", "0.5", "--train_weights", "1", "2"],
-            "one number above 0 for each --train_file",
-        ),
-        (["--data_dir", "{}", "--eval_fraction", "0.5", "--train_weights", "nan"], "one number above 0 for each --train_file"),
-        (
-            ["--data_dir", "{}", "--eval_fraction", "0.1"],
-            "--eval_fraction 0.1: rows that share an image stay together, and the",
-        ),
+        (["--data_dir", "{}", "--eval_fraction", "0.5", "--train_weights", "1", "2"], "one number above 0 for each"),
+        (["--data_dir", "{}", "--eval_fraction", "0.5", "--train_weights", "nan"], "one number above 0 for each"),
+        (["--data_dir", "{}", "--eval_fraction", "0.1"], "--eval_fraction 0.1: rows that share an image stay together"),
         (["--data_dir", "{}", "--eval_fraction", "0.9", "--max_eval_samples", "1"], "use a larger --max_eval_samples, "),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(flags, message, folder, monkeypatch):
+def test_flags_that_do_not_fit_are_refused(flags, message, folder, load, monkeypatch):
     def refuse(parser, text):
         raise InputError(text)
 
     monkeypatch.setattr(Parser, "error", refuse)
     write(folder / "train.jsonl", [row("0.png"), row("copy.png", user="Other?")])
     with pytest.raises(InputError) as error:
-        load(monkeypatch, *(flag.format(folder) for flag in flags))
+        load(*(flag.format(folder) for flag in flags))
     assert message.format(folder) in str(error.value)
 
 
-def test_no_picture_is_on_both_sides_of_the_split(folder, monkeypatch):
+def test_no_picture_is_on_both_sides_of_the_split(folder, load):
     for number in range(40):
         Image.effect_noise((60, 50), 80).save(folder / f"images/noise{number}.png")
     chain = [row(f"noise{number}.png", f"noise{number + 1}.png", user=f"{number}?") for number in range(5)]
@@ -196,17 +182,16 @@ def test_no_picture_is_on_both_sides_of_the_split(folder, monkeypatch):
     write(folder / "a.jsonl", chain + same)
     write(folder / "b.jsonl", [*pages, row(user="Text"), row(user="Text", id="again")])
     flags = ["--data_dir", folder, "--train_file", "a.jsonl", "b.jsonl", "--train_weights", 2, 1, "--eval_fraction", 0.2]
-    _, train_rows, eval_rows = load(monkeypatch, *flags)
+    train_rows, eval_rows = load(*flags)
     assert (len(train_rows), len(eval_rows)) == (79, 20)
     assert sorted(places(train_rows) + places(eval_rows)) == sorted(
         [f"a.jsonl, line {number}" for number in range(1, 8)] + [f"b.jsonl, line {number}" for number in range(1, 93)]
     )
 
     def contents(rows):
-        names = [name for row in rows for name in row["conversations"][0]["images"]]
-        return {open(name, "rb").read() for name in names} | {row["conversations"][0]["user"] == "Text" for row in rows} - {
-            False
-        }
+        turns = [row["conversations"][0] for row in rows]
+        images = {Path(name).read_bytes() for turn in turns for name in turn["images"]}
+        return images | {turn["user"] for turn in turns if not turn["images"]}
 
     assert not contents(train_rows) & contents(eval_rows)
     known = {index: found for index, found, *_ in eval_rows.contents.rows.tolist()}
@@ -214,10 +199,11 @@ def test_no_picture_is_on_both_sides_of_the_split(folder, monkeypatch):
     assert sorted(known) == list(range(20)) and not set(known.values()) & everything.keys()
     in_a = sum(place.startswith("a") for place in places(train_rows))
     assert train_rows.mixture.per_epoch == [2 * in_a, 79 - in_a]
-    assert places(load(monkeypatch, *flags)[2]) == places(eval_rows)
-    other = places(load(monkeypatch, *flags, "--seed", 1)[2])
-    assert places(load(monkeypatch, *flags, "--seed", 1, "--eval_only")[2]) == other != places(eval_rows)
-    assert len(load(monkeypatch, *flags, "--max_eval_samples", 7)[2]) in (5, 6, 7)
+    assert data_fingerprint(TrainingData(train_rows, script.to_conversation, None, 0)).endswith(", --train_weights 2 1")
+    assert places(load(*flags)[1]) == places(eval_rows)
+    other = places(load(*flags, "--seed", 1)[1])
+    assert places(load(*flags, "--seed", 1, "--eval_only")[1]) == other != places(eval_rows)
+    assert len(load(*flags, "--max_eval_samples", 7)[1]) in (5, 6, 7)
 
 
 @pytest.mark.parametrize("weight", [1, 2, 0.5, 0.3, 1.5])
@@ -267,11 +253,11 @@ def test_predictions_have_ids_of_their_own_and_every_score():
     ]
 
 
-def test_rows_of_several_files_are_measured_and_named_as_one(folder, monkeypatch):
+def test_rows_of_several_files_are_measured_and_named_as_one(folder, load):
     write(folder / "train.jsonl", [row("0.png"), row("1.png", user="word " * 40)])
     write_table(folder / "val.csv")
     files = ["--train_file", "train.jsonl", "val.csv", "--eval_file", "val.csv"]
-    _, train_rows, _ = load(monkeypatch, "--data_dir", folder, *files)
+    train_rows, _ = load("--data_dir", folder, *files)
     assert places(train_rows) == ["train.jsonl, line 1", "train.jsonl, line 2", *(f"val.csv, line {n}" for n in (2, 3, 4))]
     data = TrainingData(train_rows, script.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
     lengths = [len(data[0, row]["input_ids"]) for row in range(5)]
@@ -287,7 +273,7 @@ def test_schedules_need_no_further_settings_and_can_be_resumed_at_another_rate(n
 
 
 @pytest.mark.slow
-def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
+def test_a_mixture_resumes_as_it_went(folder):
     """Seven steps in two and a half epochs; gone on from the middle of the second with the other half of a file."""
     shutil.copytree(folder / "images", (data := folder / "my data/receipts") / "images")
     write(data / "a.jsonl", [row("0.png", user=f"a {number}?", assistant=str(number)) for number in range(6)])
@@ -308,8 +294,3 @@ def test_a_mixture_resumes_as_it_went_and_is_checked(folder):
     run = json.loads((folder / "straight/run.json").read_text())
     assert (run["task"], run["datasets"]) == ("my receipts", []), "data/receipts is no dataset of the Hub"
     assert "finetuned on my receipts" in (folder / "straight/README.md").read_text()
-    other = options | {"train_weights": [1, 1]}  # as many steps
-    with pytest.raises(
-        AssertionError, match=r"data is 9 rows, \w+, --train_weights 1 1, but the checkpoint's run had 9 rows, \w+, "
-    ):
-        finetune_forked(data, folder / "resumed", resume_from_checkpoint="auto", **other)

@@ -54,20 +54,14 @@ def plan(rows, batch_size, world_size, accumulation, epoch=0, measured=None, max
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_every_step_has_the_batch_size(packing):
-    rows, batch_size = 83, 16
     for epoch in range(2):
-        measured = lengths(rows) if packing else None
-        steps = plan(rows, batch_size, 4, 2, epoch, measured)
-        assert len(steps) == 6
         taken = []
-        for processes in steps:
+        for processes in plan(83, 16, 4, 2, epoch, lengths(83) if packing else None):
             keys = [key for own in processes for batch in own for key in batch]
-            assert len(keys) == len(set(keys)) == batch_size
+            assert len(keys) == len(set(keys)) == 16
             assert all(batch for own in processes for batch in own)
             taken += keys
-        assert {key[0] for key in taken} == {epoch}
-        rows_taken = [row for _, row in taken]
-        assert set(rows_taken) == set(range(rows)) and len(rows_taken) == 96
+        assert len(taken) == 6 * 16 and set(taken) == {(epoch, row) for row in range(83)}
 
 
 def test_steps_do_not_depend_on_processes_or_accumulation():
@@ -83,17 +77,14 @@ def test_tokens_and_crops_are_balanced(budget):
     measured = mixed_lengths(640, 3)
     accumulation = accumulation_for_budget([measured], 64, 7, 8, budget) if budget else 2
     for sizes, most in ((measured.tokens, 1.2), (measured.views, 1.3)):
-        ratios = {}
-        for lengths_or_none in (measured, None):
-            ratios[lengths_or_none is not None] = np.mean(
-                [
-                    max(sum(sizes[row] for batch in own for _, row in batch) for own in processes)
-                    * 8
-                    / sum(sizes[row] for own in processes for batch in own for _, row in batch)
-                    for processes in plan(640, 64, 8, accumulation, measured=lengths_or_none, max_tokens=budget)
-                ]
-            )
-        assert ratios[True] < most and ratios[True] < ratios[False]
+
+        def ratio(measured, sizes=sizes):
+            """The largest share of a process, relative to the mean, averaged over the steps."""
+            steps = plan(640, 64, 8, accumulation, measured=measured, max_tokens=budget)
+            shares = np.array([[sum(sizes[row] for batch in own for _, row in batch) for own in step] for step in steps])
+            return (shares.max(1) / shares.mean(1)).mean()
+
+        assert ratio(measured) < min(most, ratio(None))
 
 
 def test_a_crop_counts_less_with_a_frozen_tower():
@@ -103,7 +94,7 @@ def test_a_crop_counts_less_with_a_frozen_tower():
 
 
 @pytest.mark.parametrize("budget", [2000, 3100, 4096, 8192])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_token_budget_holds(budget, seed):
     """Also where only best fit finds a solution, where single samples exceed it, and in epochs of other lengths."""
     epochs = [lengths(320, seed), lengths(320, 100 + seed)]
@@ -152,16 +143,9 @@ SETUP = Setup(torch.device("cpu"), "fp32", "varlen", packing=True)
 
 
 def plan_of(trial=None, setup=SETUP, **changes):
-    flags = {
-        "batch_size": 16,
-        "num_train_epochs": 2,
-        "max_steps": -1,
-        "gradient_checkpointing": "auto",
-        "fused_layers": True,
-        "torch_compile": False,
-    }
-    flags |= {"max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
-    flags |= {"freeze_vision_model": False, "train_only": None, "train_fully": (), "on_bad_sample": "raise"}
+    flags = {"batch_size": 16, "num_train_epochs": 2, "max_steps": -1, "seed": 0, "tqdm": False, "streaming": False}
+    flags |= {"gradient_checkpointing": "auto", "fused_layers": True, "torch_compile": False, "on_bad_sample": "raise"}
+    flags |= {"freeze_vision_model": False, "train_only": None, "train_fully": ()}
     flops = argparse.Namespace(count=lambda sizes: (sizes.tokens, 2 * sizes.tokens))
     setup = dataclasses.replace(setup, batch_size_per_gpu=4, max_tokens_per_batch=changes.pop("max_tokens_per_batch", None))
     return plan_batches(argparse.Namespace(**flags | changes), setup, Texts(1024), flops, lambda: trial)
@@ -181,15 +165,8 @@ def test_with_a_token_budget_all_lengths_are_measured(budget, longest):
 @pytest.mark.parametrize("free, fits", [(10_000, 0), (100_000, 1), (200_000, 1), (10**7, 1)])
 def test_the_budget_follows_the_memory(free, fits, tmp_path):
     """A pretend GPU: a token keeps 100 bytes, 10 with full recomputation, of which a step has up to 2,600 tokens."""
-    trial = Trial(
-        *(Footprint(0, size, 0) for size in (100, 70, 10)),
-        num_layers=10,
-        states=1000,
-        step=0,
-        free=free,
-        flops_per_second=1e9,
-        launching=1e-6,
-    )
+    footprints = [Footprint(0, size, 0) for size in (100, 70, 10)]
+    trial = Trial(*footprints, num_layers=10, states=1000, step=0, free=free, flops_per_second=1e9, launching=1e-6)
     batches, measured = plan_of(trial, max_tokens_per_batch="auto")
     if not fits:  # the longest sample: one micro-batch as --batch_size_per_gpu says
         assert batches.max_tokens is None and batches.accumulation == 4

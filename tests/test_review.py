@@ -1,9 +1,7 @@
 """A run and tools.check_data refuse, warn about, and accept the same data."""
 
-import argparse
 import json
 import shutil
-import sys
 
 import datasets
 import pytest
@@ -28,9 +26,8 @@ def processor():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, own_cache):
     """Images for training, and one for evaluation."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "images").mkdir()
     for number in range(3):
         Image.effect_noise((60 + number, 50), 80).save(tmp_path / f"images/{number}.png")
@@ -50,16 +47,21 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def review(script, monkeypatch, processor, *flags):
-    """The warnings of a run before training."""
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags), "--no-tqdm"])
-    args = script.parse_args()
-    loaded = script.load_rows(args) if script is jsonl else (script.load_train_rows(args), script.load_eval_rows(args))
-    data = [TrainingData(rows, script.to_conversation, processor, 0) for rows in loaded]
-    return review_data(*data, data[0].sample_lengths(), longest_evaluation_answer(data[1]), args.max_new_tokens, bar=False)
+@pytest.fixture
+def review(parse, processor):
+    """Returns the warnings of a run before training."""
+
+    def review(script, *flags):
+        args = parse(script, *flags, "--no-tqdm")
+        loaded = script.load_rows(args) if script is jsonl else (script.load_train_rows(args), script.load_eval_rows(args))
+        data = [TrainingData(rows, script.to_conversation, processor, 0) for rows in loaded]
+        longest = longest_evaluation_answer(data[1])
+        return review_data(*data, data[0].sample_lengths(), longest, args.max_new_tokens, bar=False)
+
+    return review
 
 
-def both(folder, monkeypatch, processor, train, evaluation):
+def both(folder, review, processor, train, evaluation):
     """The warnings or the error of a run, and the report of check_data."""
     write(folder / "train.jsonl", train)
     write(folder / "val.jsonl", evaluation)
@@ -68,7 +70,7 @@ def both(folder, monkeypatch, processor, train, evaluation):
     )
     try:
         files = ("--data_dir", folder, "--train_file", "train.jsonl", "--eval_file", "val.jsonl")
-        return review(jsonl, monkeypatch, processor, *files), report
+        return review(jsonl, *files), report
     except InputError as error:
         return error, report
 
@@ -88,8 +90,8 @@ SAID = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Noise."}]
         (row("2.png", "word " * 200_000), "tokens exceed the model's context of 131,072"),
     ],
 )
-def test_what_a_run_refuses_is_a_problem(bad, message, folder, monkeypatch, processor):
-    error, report = both(folder, monkeypatch, processor, [*GOOD, bad], [row("eval.png")])
+def test_what_a_run_refuses_is_a_problem(bad, message, folder, review, processor):
+    error, report = both(folder, review, processor, [*GOOD, bad], [row("eval.png")])
     [(_, problem)] = report.problems
     assert isinstance(error, InputError) and message in str(error) and message in problem
     named = "narrow.png" if "aspect" in message else f"{folder}/train.jsonl, line 3"
@@ -118,30 +120,30 @@ def test_what_a_run_refuses_is_a_problem(bad, message, folder, monkeypatch, proc
         ),
     ],
 )
-def test_what_a_run_warns_of_is_a_warning(train, evaluation, of_run, of_check, folder, monkeypatch, processor):
-    warnings, report = both(folder, monkeypatch, processor, train, evaluation)
+def test_what_a_run_warns_of_is_a_warning(train, evaluation, of_run, of_check, folder, review, processor):
+    warnings, report = both(folder, review, processor, train, evaluation)
     assert report.problems == []
     for found, expected in ((warnings, of_run), ([message for _, message in report.warnings], of_check)):
         assert len(found) == len(expected), found
         assert all(part.format(folder, folder) in message for part, message in zip(expected, found, strict=True)), found
 
 
-def test_images_of_the_same_name_in_different_folders_differ(folder, monkeypatch, processor):
+def test_images_of_the_same_name_in_different_folders_differ(folder, review):
     for split in ("train", "val"):
         (folder / split).mkdir()
         Image.effect_noise((90, 50), 80).save(folder / split / "0.png")
         write(folder / split / "rows.jsonl", [row("0.png")])
     files = ("--data_dir", folder, "--train_file", "train/rows.jsonl", "--eval_file", "val/rows.jsonl")
-    assert review(jsonl, monkeypatch, processor, *files) == []
+    assert review(jsonl, *files) == []
 
 
-def test_images_stored_in_the_dataset_are_compared_by_content(folder, monkeypatch, processor):
+def test_images_stored_in_the_dataset_are_compared_by_content(folder, review, monkeypatch):
     """In the release, whose files may be copies, and in rows that contain their images."""
     (folder / "img").mkdir()
     for split, names in (("train", ("0", "1")), ("dev_seen", ("copy", "eval"))):
         rows = [{"img": f"images/{name}.png", "label": label} for label, name in enumerate(names)]
         write(folder / f"{split}.jsonl", rows)
-    [warning] = review(hateful_memes, monkeypatch, processor, "--data_dir", folder)
+    [warning] = review(hateful_memes, "--data_dir", folder)
     assert warning.startswith("1 of 2 evaluation images is also a training image")
     table = [
         {"images": [{"bytes": (folder / f"images/{name}.png").read_bytes(), "path": None}], "texts": [{"assistant": answer}]}
@@ -151,32 +153,30 @@ def test_images_stored_in_the_dataset_are_compared_by_content(folder, monkeypatc
     datasets.Dataset.from_list(table).to_parquet(folder / "hub/train-0.parquet")
     monkeypatch.setattr(hateful_memes, "HUB", (str(folder / "hub"),))
     monkeypatch.setattr(hateful_memes, "HUB_EVAL_ROWS", 2)
-    assert review(hateful_memes, monkeypatch, processor) == [
+    assert review(hateful_memes) == [
         f"1 of 2 evaluation rows is also a training row: {folder}/hub, train, row 0",
         "1 of 2 evaluation images is also a training image",
     ]
 
 
-def test_the_longest_expected_answer_limits_the_answers(folder, monkeypatch, processor):
+def test_the_longest_expected_answer_limits_the_answers(folder, review, processor, parse, monkeypatch):
     write(folder / "train.jsonl", GOOD)
     write(folder / "val.jsonl", [row("eval.png"), row("eval.png", "Read it.", "word " * 90)])
     files = ("--data_dir", folder, "--train_file", "train.jsonl", "--eval_file", "val.jsonl")
     tokens = len(processor.tokenizer("word " * 90, add_special_tokens=False).input_ids) + 1
     assert tokens > generation.MIN_ANSWER_LIMIT
-    assert review(jsonl, monkeypatch, processor, *files) == []
-    assert review(jsonl, monkeypatch, processor, *files, "--max_new_tokens", tokens) == []
-    [warning] = review(jsonl, monkeypatch, processor, *files, "--max_new_tokens", 64)
+    assert review(jsonl, *files) == []
+    assert review(jsonl, *files, "--max_new_tokens", tokens) == []
+    [warning] = review(jsonl, *files, "--max_new_tokens", 64)
     assert f"--max_new_tokens 64 is less than the longest evaluation answer, {tokens} tokens" in warning
 
-    args = jsonl.parse_args()
-    args.max_new_tokens, args.dataloader_num_workers = None, 0
+    args = parse(jsonl, *files, "--no-tqdm", "--dataloader_num_workers", 0)
     rows = jsonl.load_rows(args)[1]
-    assert longest_evaluation_answer(TrainingData(rows, jsonl.to_conversation, processor, 0)) == tokens
     monkeypatch.setattr(generation, "_generate", lambda base, processor, prompts, limit: [str(limit)] * 2)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     assert generation.generate_answers(model, processor, rows, args) == [str(tokens)] * 2
-    args = argparse.Namespace(**vars(args) | {"max_new_tokens": 3})
-    assert generation.generate_answers(model, processor, rows, args) == ["3"] * 2
+    limited = parse(jsonl, *files, "--no-tqdm", "--dataloader_num_workers", 0, "--max_new_tokens", 3)
+    assert generation.generate_answers(model, processor, rows, limited) == ["3"] * 2
 
 
 def test_added_special_tokens_are_kept_in_answers(monkeypatch):

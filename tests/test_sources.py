@@ -4,7 +4,6 @@ import json
 import os
 import re
 
-import datasets
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -14,18 +13,13 @@ from PIL import Image
 
 from common.data import sources
 from common.data.checks import check_rows
-from common.data.pictures import check_picture
 from common.data.rows import Rows
 from common.data.shards import stream_hub
-from common.data.sources import find_image_dir, load_conversations, load_hub
+from common.data.sources import load_conversations, load_hub
 from common.data.streaming import Stream, StreamedData
 from common.runtime.process import InputError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache that other tests do not use."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -65,27 +59,26 @@ def test_rows_are_read_as_written(tmp_path, image_dir):
     assert list(load_conversations(path, image_dir, limit=1)) == list(rows)[:1]
 
 
-def test_a_json_array_in_llavas_format_is_read(tmp_path, image_dir):
-    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
-    (tmp_path / "llava.json").write_text(json.dumps([{"id": 3, "image": "a/left.png", "conversations": said}] * 2, indent=1))
-    rows = load_conversations(tmp_path / "llava.json", image_dir)
-    left = str(image_dir / "a/left.png")
-    assert rows[1] == {"id": "3", "system": None, "conversations": [turn("<image>\nWhat?", images=[left])]}
-    (tmp_path / "llava.json").write_text(json.dumps([{"image": "a/left.png", "conversations": said[1:]}]))
-    with pytest.raises(ValueError, match=r"llava\.json, entry 1, message 1: a message of the assistant is not expected"):
-        load_conversations(tmp_path / "llava.json", image_dir)
-    (tmp_path / "llava.json").write_text('[{"image": "a/left.png", "image": "a/right.jpg"}]')
-    with pytest.raises(ValueError, match=r'llava\.json: invalid JSON .duplicate key "image"'):
-        load_conversations(tmp_path / "llava.json", image_dir)
+def test_an_invalid_json_array_is_named(tmp_path, image_dir):
+    path = write(tmp_path / "a.json", json.dumps([{"conversations": [turn()]}, {"conversations": []}], indent=1))
+    with pytest.raises(InputError, match=r"a\.json, entry 2: .conversations. must be a list"):
+        load_conversations(path, image_dir)
+    write(path, '[{"image": "a/left.png", "image": "a/right.jpg"}]')
+    with pytest.raises(InputError, match=r'a\.json: invalid JSON .duplicate key "image"'):
+        load_conversations(path, image_dir)
 
 
-def test_a_changed_file_is_read_again(tmp_path, image_dir):
+def test_a_changed_file_is_read_again_and_a_truncated_one_in_the_cache_is_written_again(tmp_path, image_dir, own_cache):
     path = write(tmp_path / "data.jsonl", {"conversations": [turn()]})
     assert len(load_conversations(path, image_dir)) == 1
-    write(path, {"conversations": [turn()]}, {"conversations": [turn()]})
-    assert len(load_conversations(path, image_dir)) == 2
-    names = [file.name for file in (tmp_path / "cache/conversations").glob("*.arrow")]
-    assert len(names) == 2 and all(re.fullmatch(r"[0-9a-f]{32}\.arrow", name) for name in names)
+    [first] = (own_cache / "conversations").glob("*.arrow")
+    write(path, *[{"conversations": [turn(f"What {number}?")]} for number in range(100)])
+    rows = list(load_conversations(path, image_dir))
+    prepared = set((own_cache / "conversations").glob("*.arrow"))
+    assert len(rows) == 100 and len(prepared) == 2 and all(re.fullmatch(r"[0-9a-f]{32}\.arrow", file.name) for file in prepared)
+    [second] = prepared - {first}
+    second.write_bytes(second.read_bytes()[:-500])
+    assert list(load_conversations(path, image_dir)) == rows
 
 
 @pytest.mark.parametrize(
@@ -94,15 +87,10 @@ def test_a_changed_file_is_read_again(tmp_path, image_dir):
         ('{"conversations": [{"user": "a", "assistant":', "invalid JSON"),
         ('["a"]', "expected a JSON object, got list"),
         ({"conversations": [turn(), {"user": "a"}]}, 'turn 2: "assistant" must be a non-empty string'),
-        ({"conversations": [turn(images=[None])]}, '"images" must be a list of file names'),
-        ({"conversations": [turn("What is <s>struck</s> out?")]}, '"user" contains the special token <s>'),
-        ({"conversations": [turn(assistant="So.<|endoftext|>")]}, '"assistant" contains the special token <|endoftext|>'),
         ('{"id": "1", "id": "2", "conversations": [{"user": "a", "assistant": "b"}]}', 'duplicate key "id"'),
         (f'{{"{"w" * 999}": 1, "{"w" * 999}": 2}}', 'w… (999 characters)"'),
         (f"{json.dumps({'conversations': [turn()]})} {json.dumps({'conversations': [turn()]})}", "invalid JSON (Extra data"),
-        (json.dumps({"conversations": [turn()]}, indent=1), "invalid JSON"),
-        ({"conversations": [turn("a" * 40_000_000)]}, "longer than 16,777,216 bytes: split the conversation"),
-        ({"conversations": [turn("<|image_1|>")]}, "number the tags consecutively from <|image_1|>"),
+        ({"conversations": [turn("a" * 17_000_000)]}, "longer than 16,777,216 bytes: split the conversation"),
     ],
 )
 def test_an_invalid_row_is_named(tmp_path, image_dir, row, message):
@@ -152,41 +140,31 @@ def test_worker_processes_read_the_same(tmp_path, image_dir, monkeypatch):
 
 
 def test_missing_and_empty_files_are_named(tmp_path, image_dir):
-    with pytest.raises(ValueError, match=r"none\.jsonl is missing"):
+    with pytest.raises(InputError, match=r"none\.jsonl is missing"):
         load_conversations(tmp_path / "none.jsonl", image_dir)
-    with pytest.raises(ValueError, match=r"data\.jsonl is empty"):
+    with pytest.raises(InputError, match=r"data\.jsonl is empty"):
         load_conversations(write(tmp_path / "data.jsonl", "", " "), image_dir)
 
 
-def test_missing_truncated_and_outside_images_are_named(tmp_path, image_dir):
-    path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(images=[name])]} for name in ("a/left.png", "b.png")])
-    with pytest.raises(ValueError, match=r"images/b\.png is missing: put the file there"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.png", "none.png is missing: put the file there"),
+        ("cut.png", "cut.png cannot be (read|decoded)"),
+        ("a\0.png", "a\0.png cannot be read .embedded null byte.: replace it"),
+        ("a" * 256, "image …a+ cannot be read .File name too long"),
+        ("../b.png", "image ../b.png is outside {folder}"),
+        ("a/../../b.png", "image a/../../b.png is outside {folder}"),
+        ("{folder}/../b.png", "is outside {folder}"),
+    ],
+)
+def test_an_image_that_cannot_be_used_is_named(name, message, tmp_path, image_dir):
+    (image_dir / "cut.png").write_bytes((image_dir / "a/left.png").read_bytes()[:60])
+    names = ("a/left.png", name.format(folder=image_dir))
+    path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(images=[name])]} for name in names])
+    with pytest.raises(InputError, match=message.format(folder=image_dir)):
         load_conversations(path, image_dir)
-    content = (image_dir / "a/left.png").read_bytes()
-    (image_dir / "b.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"images/b\.png cannot be (read|decoded)"):
-        load_conversations(path, image_dir)
-    unheard_of = write(tmp_path / "name.jsonl", {"conversations": [turn(images=["a\0.png"])]})
-    with pytest.raises(ValueError, match="a\0.png cannot be read .embedded null byte.: replace it"):
-        load_conversations(unheard_of, image_dir)
-    for name in ("../b.png", "a/../../b.png", str(tmp_path / "b.png")):
-        outside = write(tmp_path / f"{len(name)}.jsonl", {"conversations": [turn(images=[name])]})
-        with pytest.raises(ValueError, match=f"image {name} is outside {image_dir}"):
-            load_conversations(outside, image_dir)
     assert len(load_conversations(path, image_dir, limit=1)) == 1  # images of unused rows are not checked
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_damage_within_a_file_is_found_by_decoding_it_whole(kind, tmp_path):
-    path = tmp_path / f"page.{kind.lower()}"
-    Image.effect_noise((300, 200), 50).save(path, kind)
-    check_picture(path, whole=True)
-    whole = path.read_bytes()
-    half = len(whole) // 2
-    path.write_bytes(whole[:half] + b"\xff\xc0" + bytes(100) + whole[half + 102 :])
-    check_picture(path)
-    with pytest.raises(ValueError, match=f"{path.name} cannot be decoded"):
-        check_picture(path, whole=True)
 
 
 def test_rows_that_contain_images_are_named_by_their_number(image_dir):
@@ -212,8 +190,10 @@ def test_rows_that_contain_images_are_named_by_their_number(image_dir):
 
 
 def test_an_unreachable_hub_is_named():
-    with pytest.raises(ValueError, match="nobody/nothing at_all cannot be loaded from the Hub .* use --data_dir"):
+    with pytest.raises(InputError, match="nobody/nothing at_all cannot be loaded from the Hub .* use --data_dir"):
         load_hub("nobody/nothing", "at_all", columns=["images"])
+    with pytest.raises(InputError, match="dataset nobody/nothing cannot be streamed from the Hub"):
+        stream_hub("nobody/nothing", columns=["images"])
 
 
 @pytest.mark.parametrize("load", [load_hub, stream_hub])
@@ -250,39 +230,25 @@ def test_a_damaged_dataset_of_the_hub_is_named(tmp_path):
         load_hub(str(tmp_path / "hub"), columns=["image"])
 
 
-def test_a_truncated_file_in_the_cache_is_written_again(tmp_path, image_dir):
-    path = write(tmp_path / "data.jsonl", *[{"conversations": [turn(f"What {number}?")]} for number in range(100)])
-    rows = list(load_conversations(path, image_dir))
-    [prepared] = (tmp_path / "cache/conversations").glob("*.arrow")
-    prepared.write_bytes(prepared.read_bytes()[:-500])
-    assert list(load_conversations(path, image_dir)) == rows
-
-
-def test_a_name_that_no_file_can_have(tmp_path, image_dir):
-    path = write(tmp_path / "data.jsonl", {"conversations": [turn(images=["a" * 256])]})
-    with pytest.raises(InputError, match=r"image …a+ cannot be read .File name too long"):
-        load_conversations(path, find_image_dir(path))
-
-
 def test_many_rows_are_read_fast_and_need_no_memory(tmp_path, image_dir):
     line = json.dumps({"id": "000001", "conversations": [turn("What is it? " * 10, images=["a/left.png"])]}) + "\n"
     path = tmp_path / "data.jsonl"
-    path.write_text(line * 50_000)
+    path.write_text(line * 30_000)
 
     def cpu_seconds():
         return sum(os.times()[:4])
 
     start = cpu_seconds()
     load_conversations(path, image_dir)
-    assert cpu_seconds() - start < 15  # 3 s on idle cores
+    assert cpu_seconds() - start < 9  # 2 s on idle cores
     start = cpu_seconds()
     rows = load_conversations(path, image_dir)  # from the cache
-    assert len(rows) == 50_000 and cpu_seconds() - start < 2
+    assert len(rows) == 30_000 and cpu_seconds() - start < 2
 
     pid = os.fork()
     if pid == 0:
         before = psutil.Process().memory_full_info()
-        texts = sum(len(rows[index]["conversations"][0]["user"]) for index in range(0, 50_000, 25))
+        texts = sum(len(rows[index]["conversations"][0]["user"]) for index in range(0, 30_000, 15))
         after = psutil.Process().memory_full_info()
         os._exit(0 if texts == 2000 * 120 and after.pss - before.pss < 8e6 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

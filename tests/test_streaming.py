@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +34,11 @@ PICTURE = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\x01\0\x01\0\0\
 def small_blocks(monkeypatch):
     monkeypatch.setattr(shards, "LINES_PER_BLOCK", 4)
     monkeypatch.setattr(streaming, "ROWS_PER_WINDOW", 7)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, num_crops=1)
 
 
 def line(number):
@@ -81,7 +85,7 @@ def ends_of_steps(world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [1, 3])
 def test_every_row_once_an_epoch(count, world_size, tmp_path, small_blocks):
     stream = stream_conversations(write_lines(tmp_path, 53, count), tmp_path)
     assert len(stream) == 53
@@ -97,10 +101,9 @@ def test_every_row_once_an_epoch(count, world_size, tmp_path, small_blocks):
     assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_give_the_same_batches(workers, tmp_path, small_blocks):
+def test_workers_give_the_same_batches(tmp_path, small_blocks):
     stream = stream_conversations(write_lines(tmp_path, 53, 3), tmp_path)
-    assert read(stream, 1, 2, workers, epochs=2) == read(stream, 1, 2, workers=0, epochs=2)
+    assert read(stream, 1, 2, workers=2, epochs=2) == read(stream, 1, 2, workers=0, epochs=2)
 
 
 def test_each_process_reads_only_its_own_blocks(tmp_path, small_blocks):
@@ -115,7 +118,7 @@ def test_each_process_reads_only_its_own_blocks(tmp_path, small_blocks):
     assert len(blocks_of_first & set(opened)) <= 1
 
 
-@pytest.mark.parametrize("step", range(10))
+@pytest.mark.parametrize("step", [0, 1, 4, 8, 9])
 def test_a_resumed_epoch_does_not_read_finished_rows_again(step, tmp_path, small_blocks):
     stream = stream_conversations(write_lines(tmp_path, 53, 2), tmp_path)
     whole = StreamedBatches(stream, 6, 1, 7, rank=1, world_size=2)
@@ -144,9 +147,8 @@ def test_rows_keep_their_numbers_and_places(tmp_path, small_blocks):
     assert rows[3].place == f"{tmp_path}/train-1.jsonl, line 1"
 
 
-def test_random_choices_depend_only_on_seed_epoch_and_row(tmp_path):
+def test_random_choices_depend_only_on_seed_epoch_and_row(tmp_path, processor):
     stream = stream_conversations(write_lines(tmp_path, 8, 1), tmp_path)
-    processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
 
     def to_conversation(row, rng):
         turn = {"user": row["id"], "assistant": str(rng.randrange(10**6))}
@@ -159,8 +161,7 @@ def test_random_choices_depend_only_on_seed_epoch_and_row(tmp_path):
     assert together == apart and together != later
 
 
-def test_fillers_have_no_labels(tmp_path):
-    processor = AutoProcessor.from_pretrained(TINY, num_crops=1)
+def test_fillers_have_no_labels(tmp_path, processor):
     data = StreamedData(stream_conversations(write_lines(tmp_path, 1, 1), tmp_path), lambda row, rng: row, processor, seed=0)
     batch = Collator(processor, packing=True)([data[None]])
     assert (batch["labels"] == -100).all() and batch["input_ids"].numel() > 0
@@ -168,7 +169,7 @@ def test_fillers_have_no_labels(tmp_path):
     assert sorted(row is None for rows in real for row in rows) == [False, True], "more processes than rows"
 
 
-def test_parquet_of_the_general_format_contains_its_images(tmp_path):
+def test_parquet_of_the_general_format_contains_its_images(tmp_path, processor):
     Image.new("RGB", (40, 30), "navy").save(tmp_path / "a.png")
     stored = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
     rows = [
@@ -178,7 +179,7 @@ def test_parquet_of_the_general_format_contains_its_images(tmp_path):
     write_table(tmp_path / "train-0.parquet", rows[:5])
     write_table(tmp_path / "train-1.parquet", rows[5:])
     stream = stream_conversations(tmp_path / "train-*.parquet", tmp_path)
-    data = StreamedData(stream, jsonl.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    data = StreamedData(stream, jsonl.to_conversation, processor, seed=0)
     taken = list(stream.rows(0, 0, 0, 2)) + list(stream.rows(0, 0, 1, 2))
     assert sorted(row.content["id"] for row in taken) == [str(number) for number in range(8)]
     assert all(data[row]["images"] == [stored] for row in taken)
@@ -212,11 +213,29 @@ def test_images_are_found_beside_each_shard(tmp_path):
     assert sorted(images) == [[f"{tmp_path}/one[1]/images/a.png"], [f"{tmp_path}/two/a.png"]]
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_shard_that_is_not_a_file_is_refused_at_once(make, tmp_path):
-    make(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match=r"a.jsonl is not a file"):
-        stream_conversations(tmp_path / "a.jsonl", tmp_path)
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("a.jsonl", os.mkfifo, "a.jsonl is not a file"),
+        ("a.jsonl", os.mkdir, "a.jsonl is not a file"),
+        ("train-*.jsonl", lambda path: None, r"train-\*.jsonl is missing"),
+        ("empty.jsonl", lambda path: path.write_text("\n"), "empty.jsonl: no rows"),
+        ("cut.parquet", lambda path: path.write_bytes(b"PAR1"), "cut.parquet cannot be read as a Parquet file"),
+        ("a.parquet", lambda path: write_table(path, [{"text": "?"}]), "a.parquet has no column conversations"),
+        ("a.csv", lambda path: path.write_text("image,question,answer\n"), "a.csv: CSV is not streamed: use JSON Lines or"),
+        ("a.json", lambda path: path.write_text(" [{}]"), "a.json: JSON arrays are not streamed: use JSON Lines or Parquet"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_at_once(name, make, message, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        stream_conversations(tmp_path / name, tmp_path)
+
+
+def test_a_dataset_of_the_hub_without_parquet(tmp_path):
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="has no Parquet files to stream"):
+        stream_hub(str(tmp_path), columns=["a"])
 
 
 def test_damage_within_a_shard_is_named(tmp_path):
@@ -225,25 +244,22 @@ def test_damage_within_a_shard_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2 :])
     with pytest.raises(InputError, match=r"a.parquet cannot be read as a Parquet file .*download or write it again"):
         list(stream_conversations(tmp_path / "a.parquet", tmp_path).rows(0, 0))
+    rows = [json.loads(line(number)) for number in range(8)]
+    rows[4]["conversations"][0]["user"] = ""
+    write_table(tmp_path / "b.parquet", rows)
+    with pytest.raises(InputError, match='b.parquet, row 4, turn 1: "user" must be'):
+        list(stream_conversations(tmp_path / "b.parquet", tmp_path).rows(0, 0))
     stream = stream_conversations(write_lines(tmp_path, 8, 1), tmp_path)
     (tmp_path / "train-0.jsonl").unlink()
     with pytest.raises(InputError, match=r"train-0.jsonl cannot be read"):
         list(stream.rows(0, 0))
 
 
-def test_a_malformed_row_of_parquet_is_named(tmp_path):
-    rows = [json.loads(line(number)) for number in range(8)]
-    rows[4]["conversations"][0]["user"] = ""
-    write_table(tmp_path / "a.parquet", rows)
-    with pytest.raises(ValueError, match='a.parquet, row 4, turn 1: "user" must be'):
-        list(stream_conversations(tmp_path / "a.parquet", tmp_path).rows(0, 0))
-
-
-def test_a_missing_or_truncated_image_is_named_with_its_row(tmp_path):
+def test_a_missing_or_truncated_image_is_named_with_its_row(tmp_path, processor):
     row = {"conversations": [{"images": ["no.png"], "user": "What?", "assistant": "That."}]}
     (tmp_path / "a.jsonl").write_text(line(0) + json.dumps(row) + "\n")
     stream = stream_conversations(tmp_path / "a.jsonl", tmp_path)
-    data = StreamedData(stream, jsonl.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    data = StreamedData(stream, jsonl.to_conversation, processor, seed=0)
     with pytest.raises(ValueError, match="a.jsonl, line 2: image .*no.png is missing"):
         [data[row] for row in stream.rows(0, 0)]
     Image.effect_noise((90, 90), 50).save(tmp_path / "no.png")
@@ -252,37 +268,20 @@ def test_a_missing_or_truncated_image_is_named_with_its_row(tmp_path):
         [data[row] for row in stream.rows(0, 0)]
 
 
-def test_missing_empty_and_invalid_shards_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"train-\*.jsonl is missing"):
-        stream_conversations(tmp_path / "train-*.jsonl", tmp_path)
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="empty.jsonl: no rows"):
-        stream_conversations(tmp_path / "empty.jsonl", tmp_path)
-    (tmp_path / "cut.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="cut.parquet cannot be read as a Parquet file"):
-        stream_conversations(tmp_path / "cut.parquet", tmp_path)
-    write_table(tmp_path / "other.parquet", [{"text": "?"}])
-    with pytest.raises(ValueError, match="other.parquet has no column conversations"):
-        stream_conversations(tmp_path / "other.parquet", tmp_path)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Two Parquet shards in the layout of the_cauldron, with two questions per row, in place of the Hub."""
     (tmp_path / "hub").mkdir()
-    row = {"images": [{"bytes": PICTURE, "path": None}]}
-    texts = [
-        [{"user": f"{number}.{text}?", "assistant": ("Yes.", "No.")[number % 2]} for text in (0, 1)] for number in range(510)
-    ]
-    rows = [row | {"texts": list(pair)} for pair in texts]
+    rows = []
+    for number in range(510):
+        texts = [{"user": f"{number}.{text}?", "assistant": ("Yes.", "No.")[number % 2]} for text in (0, 1)]
+        rows.append({"images": [{"bytes": PICTURE, "path": None}], "texts": texts})
     write_table(tmp_path / "hub/train-00000-of-00002.parquet", rows[:300], rows_per_group=100)
     write_table(tmp_path / "hub/train-00001-of-00002.parquet", rows[300:], rows_per_group=100)
     return str(tmp_path / "hub")
 
 
-def load(script, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    args = script.parse_args()
+def load(args, script):
     return script.load_train_rows(args), script.load_eval_rows(args)
 
 
@@ -291,18 +290,19 @@ def questions(stream):
     return sorted(text["user"] for row in Stream(stream.spans, stream.read).rows(0, 0) for text in row.content["texts"])
 
 
-def test_hateful_memes_from_the_hub(hub, monkeypatch):
+def test_hateful_memes_from_the_hub(hub, monkeypatch, parse):
     monkeypatch.setattr(hateful_memes, "HUB", (hub,))
-    train_rows, eval_rows = load(hateful_memes, monkeypatch, "--streaming")
+    train_rows, eval_rows = load(parse(hateful_memes, "--streaming"), hateful_memes)
     assert len(train_rows) == 10 and questions(train_rows)[0] == "500.0?" and len(eval_rows) == 500
     turn = {"images": [{"bytes": PICTURE, "path": None}], "user": hateful_memes.QUESTION, "assistant": "No."}
     assert hateful_memes.to_conversation(eval_rows[1]) == {"conversations": [turn]}
-    assert [len(rows) for rows in load(hateful_memes, monkeypatch, "--streaming", "--max_train_samples", 3)] == [3, 500]
+    limited = parse(hateful_memes, "--streaming", "--max_train_samples", 3)
+    assert [len(rows) for rows in load(limited, hateful_memes)] == [3, 500]
 
 
-def test_nlvr2_from_the_hub_trains_on_every_question(hub, monkeypatch):
+def test_nlvr2_from_the_hub_trains_on_every_question(hub, monkeypatch, parse):
     monkeypatch.setattr(nlvr2, "HUB", (hub,))
-    train_rows, eval_rows = load(nlvr2, monkeypatch, "--streaming", "--max_eval_samples", 4)
+    train_rows, eval_rows = load(parse(nlvr2, "--streaming", "--max_eval_samples", 4), nlvr2)
     assert questions(train_rows) == [f"{number}.{text}?" for number in range(500, 510) for text in (0, 1)]
     for row in train_rows.rows(0, 0):
         number = row.content["question"].partition(".")[0]
@@ -317,32 +317,14 @@ def test_nlvr2_from_the_hub_trains_on_every_question(hub, monkeypatch):
     ("texts", "message"),
     [([], "row 1: fields are missing"), ([{"user": "<|image_2|>", "assistant": "A"}], "row 1: the text's")],
 )
-def test_an_invalid_row_at_the_beginning_is_named_before_training(texts, message, tmp_path):
+def test_an_invalid_row_at_the_beginning_is_named_before_training(texts, message, tmp_path, processor):
     (tmp_path / "hub").mkdir()
     rows = [{"images": [{"bytes": PICTURE, "path": None}], "texts": [{"user": "What?", "assistant": "That."}]}] * 3
     write_table(tmp_path / "hub/train.parquet", [rows[0], rows[1] | {"texts": texts}, rows[2]])
     stream = stream_hub(str(tmp_path / "hub"), columns=["images", "texts"]).map(docvqa.from_full)
-    data = StreamedData(stream, docvqa.to_conversation, AutoProcessor.from_pretrained(TINY, num_crops=1), seed=0)
+    data = StreamedData(stream, docvqa.to_conversation, processor, seed=0)
     with pytest.raises(InputError, match=f"hub, train, {message}"):
         data.sample_lengths()
-
-
-def test_an_unreachable_hub():
-    with pytest.raises(ValueError, match="dataset nobody/nothing cannot be streamed from the Hub"):
-        stream_hub("nobody/nothing", columns=["images"])
-
-
-@pytest.mark.parametrize(("name", "text"), [("a.csv", "image,question,answer\n"), ("a.json", " [{}]")])
-def test_files_that_are_not_streamed(name, text, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"{name}: .* not streamed: use JSON Lines or Parquet, or remove --streaming"):
-        stream_conversations(tmp_path / name, tmp_path)
-
-
-def test_a_dataset_without_parquet(tmp_path):
-    (tmp_path / "train.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="has no Parquet files to stream"):
-        stream_hub(str(tmp_path), columns=["a"])
 
 
 @pytest.fixture(scope="module")
@@ -363,19 +345,14 @@ def data(tmp_path_factory):
     return folder
 
 
-OPTIONS = {
-    "streaming": True,
-    "train_file": "train-*.jsonl",
-    "eval_file": "val.jsonl",
-    "max_steps": None,
-    "deepspeed": "none",
-}
+OPTIONS = {"script": SCRIPT, "streaming": True, "train_file": "train-*.jsonl", "eval_file": "val.jsonl"}
+OPTIONS |= {"max_steps": None, "deepspeed": "none"}
 
 
 @pytest.mark.slow
 def test_a_resumed_run_gives_the_result_of_an_uninterrupted_one(data, random_model, tmp_path):
     """LoRA with dropout, two epochs of four steps, the last of one sample on one process; resumed within the second epoch."""
-    options = OPTIONS | {"script": SCRIPT, "model_name_or_path": random_model, "num_train_epochs": 2}
+    options = OPTIONS | {"model_name_or_path": random_model, "num_train_epochs": 2}
     options |= {"save_strategy": "steps", "save_steps": 6, "batch_size_per_gpu": 1}
     options |= {"use_lora": True, "lora_rank": 4, "lora_dropout": 0.1}
     log = finetune_forked(data, tmp_path / "straight", **options)
@@ -389,7 +366,7 @@ def test_a_resumed_run_gives_the_result_of_an_uninterrupted_one(data, random_mod
 @pytest.mark.slow
 def test_fillers_do_not_change_loss_and_gradient(data, random_model, tmp_path):
     """Three rows in steps of four: two processes, one of which has a filler, give what one process gives."""
-    options = OPTIONS | {"script": SCRIPT, "model_name_or_path": random_model, "max_train_samples": 3, "num_train_epochs": 2}
+    options = OPTIONS | {"model_name_or_path": random_model, "max_train_samples": 3, "num_train_epochs": 1}
     apart = finetune_forked(data, tmp_path / "apart", processes=2, batch_size_per_gpu=1, **options)
     together = finetune_forked(data, tmp_path / "together", processes=1, batch_size_per_gpu=4, **options)
     for one, other in zip(apart, together, strict=True):
