@@ -7,15 +7,12 @@ import os
 import re
 import resource
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from conftest import ROOT, TINY
-from forked import be_program, server
+from conftest import TINY
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -282,18 +279,6 @@ def test_progress_on_a_terminal(folder, flags, bar, check, monkeypatch):
     assert code == 0 and "Checking" not in printed
     assert ("bytes/s" in terminal.getvalue()) == bar
     assert ("Checking data: 100%, " in terminal.getvalue()) != bar
-
-
-def test_workers_end_with_a_killed_check(folder):
-    data = write(folder / "data.jsonl", [row(["wide.jpg"], (f"Question {number}", "Yes.")) for number in range(20_000)])
-    words = ["-m", "tools.check_data", "--model_name_or_path", str(TINY), "--data_file", str(data)]
-    process = server().Process(target=be_program, args=(words, ROOT, Path(os.devnull), {}))
-    process.start()
-    while not (workers := psutil.Process(process.pid).children()):
-        time.sleep(0.05)
-    process.kill()
-    process.join()
-    assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
 @pytest.mark.slow

@@ -110,12 +110,8 @@ def test_random_choices_depend_on_seed_epoch_and_row(load, arguments, row):
     turns = [data.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
     assert turns == [again.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
     assert turns != [other.conversation(epoch, row)["conversations"][0] for epoch in range(60)]
-    if arguments:
-        possible = [(f"Question 4.{text}?\nAnswer briefly.", f"4.{text}.") for text in range(5)]
-    else:
-        possible = [("What is 5?\nAnswer briefly.", answer) for answer in ("5", "5.", "Number 5")]
-    drawn = Counter((turn["user"], turn["assistant"]) for turn in turns)
-    assert set(drawn) == set(possible)
+    drawn = Counter(turn["assistant"] for turn in turns)
+    assert set(drawn) == ({f"4.{text}." for text in range(5)} if arguments else {"5", "5.", "Number 5"})
     assert max(drawn.values()) < 40
 
 

@@ -83,7 +83,6 @@ SAID = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Noise."}]
     ("bad", "message"),
     [
         (row(None, images=["0.png"]), 'unknown field "images"'),
-        ({"conversations": [{"from": "system", "value": "A"}, *SAID], "system": "B"}, "a system prompt twice"),
         (row("data:image/png;base64," + "A" * 26_711), "must be a list of file names or images, got data:image/png"),
         ({"image": "0.png", "conversations": SAID + SAID[:1]}, 'turn 2: "assistant" must be a non-empty string'),
         (row("narrow.png"), "5,000 × 3 pixels, an aspect ratio"),

@@ -27,7 +27,7 @@ from common.phi3v.processing import (
 )
 from common.runtime.process import InputError
 
-from .pictures import Picture, check_picture, picture_size
+from .pictures import Picture, picture_size
 
 Conversation = dict[str, Any]
 
@@ -67,9 +67,6 @@ def encode_prompt(conversation: Conversation, processor: Phi3VProcessor) -> dict
         If the image tags do not match the images, or the prompt exceeds the context of the model.
     """
     images = pictures(conversation)
-    for image in images:
-        if isinstance(image, dict):  # images stored in the dataset have not been checked before
-            check_picture(image)
     image_tokens = count_image_tokens(images, processor)
     input_ids = _tokenize(prompt_text(conversation, processor), image_tokens, processor)
     check_context(len(input_ids) + 1, processor)  # with at least one token of the answer
