@@ -98,6 +98,7 @@ def test_rows_of_the_hub(tmp_path, parse, monkeypatch):
     # The first question of each row evaluates, every question trains.
     assert [row["question"] for row in eval_rows] == ["Question 0.0", "Question 1.0"]
     assert [row["question"] for row in train_rows] == [f"Question {row}.{i}" for row in (2, 3) for i in range(row + 1)]
+    assert train_rows.place(3) == f"{tmp_path}/nlvr2, train, row 3"  # the number in the data set
     turn = {"images": [picture] * 2, "user": "Question 3.0", "assistant": "Yes."}  # images are not decoded
     assert script.to_conversation(train_rows[3]) == {"conversations": [turn]}
     limited = parse(script, "--max_train_samples", 4, "--max_eval_samples", 1)
