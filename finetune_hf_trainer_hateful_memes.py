@@ -86,7 +86,7 @@ def load_train_rows(args) -> Rows | Stream:
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub)
         rows = rows.select(HUB_EVAL_ROWS, args.max_train_samples)  # the first ones are for evaluation
-    return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
+    return check_rows(rows, lambda row: [to_conversation(row)], "training row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
@@ -96,7 +96,7 @@ def load_eval_rows(args) -> Rows:
     else:
         count = min(args.max_eval_samples or HUB_EVAL_ROWS, HUB_EVAL_ROWS)
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).map(from_hub).head(count)
-    rows = check_rows(rows, all_conversations, "evaluation row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
+    rows = check_rows(rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm, args.on_bad_sample == "skip")
     if len({row["label"] for row in rows}) < 2:
         remedy = "increase --max_eval_samples" if args.max_eval_samples else "use a dataset with both labels"
         raise InputError(f"AUROC requires rows with both labels, but all have one: {remedy}", str(args.data_dir or HUB[0]))
@@ -105,10 +105,6 @@ def load_eval_rows(args) -> Rows:
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
     return {"conversations": [{"images": [row["image"]], "user": QUESTION, "assistant": ANSWERS[row["label"]]}]}
-
-
-def all_conversations(row: dict) -> list[dict]:
-    return [to_conversation(row)]
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:

@@ -94,7 +94,7 @@ def load_train_rows(args) -> Rows | Stream:
         # The first image pairs are for evaluation. With each="texts", a row is one question: skip all questions about them.
         held_out = sum(len(row["texts"]) for row in hub().head(HUB_EVAL_ROWS))
         rows = hub(each="texts").map(from_hub).select(held_out, args.max_train_samples)
-    return check_rows(rows, all_conversations, "training row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
+    return check_rows(rows, lambda row: [to_conversation(row)], "training row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def load_eval_rows(args) -> Rows:
@@ -104,15 +104,11 @@ def load_eval_rows(args) -> Rows:
     else:
         rows = open_hub(*HUB, columns=["images", "texts"], streaming=args.streaming).head(HUB_EVAL_ROWS)
         rows = rows.map(from_hub).select(0, args.max_eval_samples)
-    return check_rows(rows, all_conversations, "evaluation row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
+    return check_rows(rows, lambda row: [to_conversation(row)], "evaluation row", args.tqdm, args.on_bad_sample == "skip")
 
 
 def to_conversation(row: dict, rng: random.Random | None = None) -> dict:
     return {"conversations": [{"images": row["images"], "user": row["question"], "assistant": row["answer"]}]}
-
-
-def all_conversations(row: dict) -> list[dict]:
-    return [to_conversation(row)]
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
