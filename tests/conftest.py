@@ -28,9 +28,7 @@ needs_data = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real
 
 # Files that take more than a minute: a worker that gets one of them at the end would let the other wait. And the one that
 # needs most memory, before others have used some.
-LONGEST = [
-    f"test_{name}.py" for name in ("golden", "readme", "zero", "custom_dataset", "multi_node", "bad_input", "docvqa", "resume")
-]
+LONGEST = [f"test_{name}.py" for name in ("golden", "readme", "zero", "custom_dataset", "multi_node", "bad_input", "resume")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
