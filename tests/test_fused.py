@@ -25,9 +25,9 @@ from common.training.deepspeed import disable_shm_op
 METHODS = ("full", "frozen vision", "LoRA", "LoRA, frozen vision", "QLoRA")
 
 
-def make_batches(path, num_crops=2, rows=slice(None)):
+def make_batches(path, rows=slice(None)):
     """Samples with and without images, packed and padded."""
-    processor = AutoProcessor.from_pretrained(path, num_crops=num_crops)
+    processor = AutoProcessor.from_pretrained(path, num_crops=1)
     samples = [encode_conversation(conversation, processor) for conversation in adapters.conversations()[rows]]
     return {packing: Collator(processor, packing=packing)(samples) for packing in (True, False)}
 
@@ -52,17 +52,17 @@ def batches(random_model):
     return make_batches(random_model)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("method", METHODS)
-def test_fused_layers_compute_the_same(random_model, batches, method, packing):
-    batch = batches[packing]
-    expected_loss, expected = run(build(random_model, method, plain=True), batch)
-    for recompute in ("none", "elementwise", "vision", "selective", "full"):
-        model = build(random_model, method)
-        assert any(isinstance(module, FusedLoraLinear4bit) for module in model.modules()) == (method == "QLoRA")
-        loss, gradients = run(model, batch, recompute)
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert_equal(gradients, expected)
+def test_fused_layers_compute_the_same(random_model, batches, method):
+    for packing, modes in ((True, ("none", "elementwise", "selective")), (False, ("elementwise",))):
+        expected_loss, expected = run(build(random_model, method, plain=True), batches[packing])
+        for recompute in modes:
+            model = build(random_model, method)
+            assert any(isinstance(module, FusedLoraLinear4bit) for module in model.modules()) == (method == "QLoRA")
+            loss, gradients = run(model, batches[packing], recompute)
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert_equal(gradients, expected)
+            assert not fused._recipes and not fused.is_recomputing(), "a recipe outlives its step"
 
 
 def assert_equal(gradients, expected):
@@ -98,7 +98,7 @@ def compare_in_two_processes(path, rank, port):
     disable_shm_op()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     distributed.init_process_group("gloo")
-    batch = make_batches(path, 1, slice(rank, rank + 2))[True]  # both have an image
+    batch = make_batches(path, slice(rank, rank + 2))[True]  # both have an image
     for sharded, method in itertools.product((False, True), ("full", "frozen vision", "LoRA", "QLoRA")):
         expected_loss, expected = run_distributed(build(path, method, plain=True), batch, "none", sharded)
         loss, gradients = run_distributed(build(path, method), batch, "elementwise", sharded)
@@ -127,15 +127,6 @@ def test_backward_passes_are_the_gradients(function):
     assert torch.autograd.gradcheck(run, (states, residual), eps=1e-2, atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_recipe_outlives_its_step(random_model, batches, method):
-    model = build(random_model, method)
-    with fused.recompute_elementwise():
-        loss = model(**batches[True]).loss
-    loss.backward()
-    assert not fused._recipes and not fused.is_recomputing()
-
-
 def test_adapters_follow_their_weights(random_model, batches):
     """However they change: by an optimizer that PyTorch does not see, too."""
     model, plain = build(random_model, "LoRA"), build(random_model, "LoRA", plain=True)
@@ -150,8 +141,7 @@ def test_adapters_follow_their_weights(random_model, batches):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # which the scripts leave out too
-@pytest.mark.parametrize("method", ["full", "LoRA"])
-def test_layers_are_compiled_for_all_batches_at_once(method, random_model, monkeypatch):
+def test_layers_are_compiled_for_all_batches_at_once(random_model, monkeypatch):
     """The tower's layers and the decoder's, each kind once for its first batch and once more for all others."""
     graphs = []
     compile = torch.nn.Module.compile
@@ -168,16 +158,16 @@ def test_layers_are_compiled_for_all_batches_at_once(method, random_model, monke
     monkeypatch.setattr(attention, "flash_attention", attend)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **options: compile(layer, backend=count, **options))
     torch._dynamo.reset()
-    model = build(random_model, method)
+    model = build(random_model, "LoRA")
     compile_layers(model)
     base = base_model(model).model
     assert all(layer._compiled_call_impl for layer in (*base.layers, *base.vision_embed_tokens.tower.encoder.layers[:-1]))
     counts = []
-    for rows in (slice(1, 2), slice(0, 3), slice(1, 3), slice(0, 2)):
+    for rows in (slice(1, 2), slice(0, 3), slice(0, 2)):
         with torch.autocast("cpu", torch.bfloat16):
-            model(**make_batches(random_model, rows=rows)[True]).loss.backward()
+            model(**make_batches(random_model, rows)[True]).loss.backward()
         counts.append(len(graphs))
-    assert counts[0] >= 2 and counts[1:] == [counts[1]] * 3 and counts[1] <= 6
+    assert counts[0] >= 2 and counts[1] == counts[2] <= 6
 
 
 def test_a_kernel_is_compiled_once_for_each_width(monkeypatch):

@@ -64,16 +64,20 @@ def alone(model, processor, conversation):
     """Greedy answer and log-probabilities of ANSWERS, computed from one prompt at a time without a cache."""
     images = [Image.open(image) if not isinstance(image, dict) else open_bytes(image) for image in pictures(conversation)]
     inputs = processor(prompt_text(conversation, processor), images or None)
-    ids, vision = inputs["input_ids"], {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+    inputs.pop("attention_mask")
+    prompt = model.model.embed(**inputs)
+
+    def logits_after(answer):
+        embedded = torch.cat([prompt, model.model.embed(torch.tensor([answer], dtype=torch.long))], dim=1)
+        return model(inputs_embeds=embedded).logits[0, prompt.shape[1] - 1 :]
+
     log_probabilities = []
     for answer in ANSWERS:
-        answer = torch.tensor([processor.tokenizer(answer, add_special_tokens=False).input_ids])
-        logits = model(torch.cat([ids, answer], 1), **vision).logits[:, ids.shape[1] - 1 : -1]
-        log_probabilities.append(logits.log_softmax(-1).gather(2, answer[..., None]).sum().item())
+        ids = processor.tokenizer(answer, add_special_tokens=False).input_ids
+        log_probabilities.append(logits_after(ids).log_softmax(-1)[range(len(ids)), ids].sum().item())
     answer = []
     while len(answer) < 12 and (not answer or answer[-1] not in stop_token_ids(processor)):
-        logits = model(torch.cat([ids, torch.tensor([answer], dtype=torch.long)], 1), **vision).logits
-        answer.append(logits[0, -1].argmax().item())
+        answer.append(logits_after(answer)[-1].argmax().item())
     return processor.tokenizer.decode(answer, skip_special_tokens=True), log_probabilities
 
 
@@ -89,7 +93,7 @@ def alone_at_a_limit(conversations, processor):
     return model, [alone(model, processor, conversation) for conversation in conversations]
 
 
-@pytest.mark.parametrize(("batch_size", "room"), [(1, 64), (4, 5), (8, 1)])
+@pytest.mark.parametrize(("batch_size", "room"), [(1, 1), (4, 5)])
 def test_answers_are_those_of_each_prompt_alone(conversations, processor, batch_size, room, alone_at_a_limit, monkeypatch):
     monkeypatch.setattr(cache, "PREALLOCATED_TOKENS", room)
     model, expected = alone_at_a_limit
