@@ -13,19 +13,7 @@ import tools.evaluate
 from common.evaluation.metrics import METRICS
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a program in this process, which spares the imports, and returns what it printed."""
-
-    def run(program, *words):
-        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, words)])
-        program.main(program.parse_args())
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_both_ways_give_the_same_answers(lora, run, tmp_path):
+def test_both_ways_give_the_same_answers(lora, run_main, tmp_path):
     """An adapter on DocVQA's rows, and on the same questions in a table."""
     data = write_docvqa(tmp_path / "data", train=0, val=3)
     entries = json.loads((data / "val_v1.0_withQT.json").read_text())["data"]
@@ -33,11 +21,11 @@ def test_both_ways_give_the_same_answers(lora, run, tmp_path):
     with (data / "data.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "question", "answer"), *rows])
     shared = ["--num_crops", 1, "--max_new_tokens", 6, "--no-tqdm"]
-    said = run(docvqa, "--eval_only", "--model_name_or_path", lora, "--data_dir", data, "--output_dir", tmp_path, *shared)
+    said = run_main(docvqa, "--eval_only", "--model_name_or_path", lora, "--data_dir", data, "--output_dir", tmp_path, *shared)
     by_script = json.loads((tmp_path / "evaluation.json").read_text())
     assert f"anls {by_script['anls']:.4f}" in said and "on 3 samples" in said
     flags = ["--model", lora, "--data_file", data / "data.csv", "--metric", "anls", "exact"]
-    said = run(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json", *shared)
+    said = run_main(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json", *shared)
     by_tool = json.loads((tmp_path / "scores.json").read_text())
     answers = [entry["prediction"] for entry in by_tool["predictions"]]
     assert answers == [entry["prediction"] for entry in by_script["predictions"]] and any(answers)
@@ -54,24 +42,24 @@ def test_any_number_of_processes_may_evaluate(monkeypatch):
     assert docvqa.parse_args().eval_only
 
 
-def test_a_question_without_an_answer_is_named(lora, run, tmp_path, capsys):
+def test_a_question_without_an_answer_is_named(lora, run_main, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"conversations": [{"user": "Why?"}]}\n')
     with pytest.raises(SystemExit):
-        run(tools.evaluate, "--model", lora, "--data_file", tmp_path / "data.jsonl")
+        run_main(tools.evaluate, "--model", lora, "--data_file", tmp_path / "data.jsonl")
     assert "data.jsonl, line 1: the row has no answer" in capsys.readouterr().err
 
 
-def test_answers_have_the_ids_of_their_rows(lora, run, tmp_path):
-    rows = [{"conversations": [{"user": "Why?", "assistant": "so"}], "id": id} for id in (0, "a", None)]
+def test_answers_have_the_ids_of_their_rows(lora, run_main, tmp_path):
+    rows = [{"conversations": [{"user": "Why?", "assistant": "so"}], "id": id} for id in (0, None, "a", "a")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--model", lora, "--data_file", tmp_path / "data.jsonl", "--max_new_tokens", 1, "--dataloader_num_workers", 0]
-    run(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json")
+    run_main(tools.evaluate, *flags, "--output_file", tmp_path / "scores.json")
     found = [entry["id"] for entry in json.loads((tmp_path / "scores.json").read_text())["predictions"]]
-    assert found == ["0", "a", f"{tmp_path / 'data.jsonl'}, line 3"]
+    assert found == ["0", *(f"{tmp_path / 'data.jsonl'}, line {number}" for number in (2, 3, 4))]
 
 
-def test_an_output_that_cannot_be_written_is_named_before_answering(run, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_named_before_answering(run_main, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(SystemExit):
-        run(tools.evaluate, "--model", tmp_path, "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path)
+        run_main(tools.evaluate, "--model", tmp_path, "--data_file", tmp_path / "data.jsonl", "--output_file", tmp_path)
     assert f"--output_file {tmp_path} is a folder" in capsys.readouterr().err

@@ -74,6 +74,12 @@ def test_base_on_the_hub_is_found_at_its_revision(hub_cache, tmp_path, receipts)
     assert model.get_base_model().name_or_path == "someone/tiny"
     assert load_for_inference("someone/tiny", "cpu")[1].image_processor.num_crops == 1
     merge(str(adapter), tmp_path / "merged")
+    # The processor of the base is read at the same revision, though the Hub has a newer one.
+    (adapter / "tokenizer.json").unlink()
+    shutil.copytree(hub_cache, hub_cache.with_name(40 * "b"), ignore=lambda *_: ["tokenizer.json"])
+    (hub_cache.parents[1] / "refs" / "main").write_text(40 * "b")
+    load_for_inference(adapter, "cpu")
+    shutil.rmtree(hub_cache.with_name(40 * "b"))
     edit_json(adapter / "adapter_config.json", revision=40 * "b")
     with pytest.raises(ValueError, match="requires its base model, someone/tiny, which cannot be loaded"):
         load_for_inference(adapter, "cpu")

@@ -8,8 +8,10 @@ import os
 import pty
 import re
 import shutil
+import signal
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tools.merge_lora
-import tools.predict
 from common.model.inference import load_for_inference
 from tools.merge_lora import merge
 
@@ -38,7 +39,6 @@ def tensors(directory: Path) -> dict[str, tuple[str, list[int]]]:
     [
         ("--use_lora",),
         ("--use_lora", "--use_dora", "--use_rslora", "--freeze_vision_model"),
-        ("--use_qlora",),
         ("--use_lora", "--train_fully", "vision,projector"),
         ("--use_qlora", "--train_fully", "projector"),
     ],
@@ -57,15 +57,10 @@ def test_merged_equals_adapter(flags, tmp_path, receipts):
 
 
 @pytest.fixture
-def merge_lora(monkeypatch):
+def merge_lora(monkeypatch, run_main):
     """Runs the tool in this process."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # which the tool sets
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["merge_lora", *map(str, arguments)])
-        tools.merge_lora.main(tools.merge_lora.parse_args())
-
-    return run
+    return partial(run_main, tools.merge_lora)
 
 
 @pytest.mark.parametrize("flags, bar", [((), True), (("--no-tqdm",), False)])
@@ -82,9 +77,9 @@ def test_progress_on_a_terminal(lora, merge_lora, monkeypatch, tmp_path, flags, 
     assert ("Unloading and merging model" in shown) == bar
 
 
-def test_a_merged_checkpoint_has_the_layout_of_its_base(lora, merge_lora, capsys, tmp_path):
-    merge_lora("--adapter", lora, "--output_dir", tmp_path / "merged")
-    assert capsys.readouterr().out == f"Wrote {tmp_path / 'merged'}\n"
+def test_a_merged_checkpoint_has_the_layout_of_its_base(lora, merge_lora, tmp_path):
+    said = merge_lora("--adapter", lora, "--output_dir", tmp_path / "merged")
+    assert said == f"Wrote {tmp_path / 'merged'}\n"
     assert tensors(tmp_path / "merged") == tensors(TINY)
     config, base_config = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "merged", TINY))
     assert config.keys() == base_config.keys()
@@ -147,16 +142,32 @@ def test_a_directory_in_use_is_refused(lora, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_full_disk_leaves_no_files(lora, merge_lora, tmp_path, monkeypatch, capsys):
-    def replace(source, destination):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def no_space(source, destination):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tools.merge_lora.os, "replace", replace)
+
+def terminate(source, destination):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [(no_space, "error: --output_dir {} cannot be written .*No space left"), (terminate, "Writing {}")],
+)
+def test_an_end_while_writing_leaves_no_files(fault, message, lora, merge_lora, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "replace", fault)
     with pytest.raises(SystemExit):
         merge_lora("--adapter", lora, "--output_dir", tmp_path / "merged")
-    said = capsys.readouterr().err
-    assert re.search(f"error: --output_dir {tmp_path / 'merged'} cannot be written .*No space left", said), said
+    assert re.search(message.format(tmp_path / "merged"), capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_json_of_another_program_is_refused_before_merging(lora, tmp_path, monkeypatch):
+    adapter = shutil.copytree(lora, tmp_path / "adapter")
+    (adapter / "run.json").write_text('{"name": "mine"}')
+    monkeypatch.setattr(tools.merge_lora, "load_base", None)
+    with pytest.raises(ValueError, match=f"{adapter}/run.json has no base_model: delete it"):
+        merge(str(adapter), tmp_path / "merged")
 
 
 def test_an_adapter_that_is_not_finite_is_refused(lora, tmp_path):

@@ -32,6 +32,7 @@ if __name__ == "__main__":
     check_inputs(args)
     say("Loading PyTorch and transformers")
 
+from collections import Counter
 from statistics import fmean
 
 from common.evaluation.metrics import METRICS
@@ -43,11 +44,14 @@ def evaluate(args: argparse.Namespace) -> None:
     """Answer the questions of the data file, print the scores, and write them with ``--output_file``."""
     questions = read_questions(args.data_file, args.image_dir, args.tqdm, answered=True)
     answers = answer([question.conversation for question in questions], args)
+    ids = Counter(question.conversation["id"] for question in questions)
     predictions = []
     for question, prediction in zip(questions, answers, strict=True):
         references = [question.expected or ""]
         scores = {name: METRICS[name](prediction, references) for name in args.metric}
-        identifier, asked = question.conversation["id"] or question.place, question.conversation["conversations"][-1]["user"]
+        identifier, asked = question.conversation["id"], question.conversation["conversations"][-1]["user"]
+        if not identifier or ids[identifier] > 1:
+            identifier = question.place
         predictions.append(Prediction(identifier, asked, prediction, references, scores[args.metric[0]], scores))
     values = {name: fmean(entry.more[name] for entry in predictions) for name in args.metric}
     result = Evaluation(args.metric[0], values, predictions)

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from common.runtime.parser import Parser, check_inputs
-from common.runtime.process import InputError, fail, say
+from common.runtime.process import InputError, say
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,18 +42,16 @@ if __name__ == "__main__":
     say("Loading PyTorch and transformers")
 
 import os
-import shutil
-import tempfile
-import warnings
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from common.model.checks import read_config
 from common.model.inference import adapter_processor, attach_adapter, find_adapter, find_base, load_base
-from common.report.model_card import RUN_FILES, write_model_card
-from common.runtime.progress import limit_library_bars, show_bars
+from common.report.model_card import RUN_FILES
+from common.runtime.progress import show_bars
+from tools.checkpoints import check_output, write_checkpoint
+from tools.predict import run_tool
 
 
 def merge(
@@ -84,66 +82,47 @@ def merge(
     Raises
     ------
     InputError
-        If the directory is not empty, the adapter is invalid, or its base is missing or does not match.
+        If the directory is not empty or cannot be written, the adapter is invalid, or its base is missing or does not match.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise InputError(f"--output_dir {output_dir} is not empty: choose a new directory")
     adapter = find_adapter(adapter_name)
     if adapter is None:
         raise InputError(f"--adapter {adapter_name} is not an adapter: expected a directory or Hub id with adapter_config.json")
+    check_output(output_dir, adapter)
     dtype = dtype or base_dtype(adapter, base)
     say(f"Loading the base model of {adapter_name}")
     model = load_base(adapter, "cpu", dtype, base, quantized=not original_base)
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype)
-    processor = adapter_processor(adapter, model)
+    processor = adapter_processor(adapter, base)
     say("Merging the adapter")
     adapted = attach_adapter(model, adapter)
     try:
         model = adapted.merge_and_unload(progressbar=show_bars(bar), safe_merge=True)
     except ValueError as error:  # of weights that are not finite
         raise InputError(f"--adapter {adapter_name} cannot be merged ({error}): use an earlier checkpoint") from None
-
-    say(f"Writing {output_dir}")
-    target = output_dir.resolve()  # of a link, or of the working directory
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        partial = Path(temporary) / target.name
-        model.save_pretrained(partial)
-        for path in partial.glob("*.safetensors"):
-            path.chmod((partial / "config.json").stat().st_mode)  # safetensors makes its files readable by the owner only
-        processor.save_pretrained(partial)
-        for name in RUN_FILES:
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
-        if (partial / "run.json").is_file():
-            write_model_card(partial, name=output_dir)
-        os.replace(partial, target)
+    write_checkpoint(model, processor, output_dir, adapter, RUN_FILES)
 
 
 def base_dtype(adapter: Path, base: str | None) -> torch.dtype:
     """Return the dtype in which an adapter's base was published."""
-    name, revision = (base, None) if base else find_base(adapter)
     try:
-        config: Any = read_config(name, revision)
+        config: Any = read_config(*find_base(adapter, base))
         return config.dtype or torch.float32
     except InputError:
         return torch.float32  # loading the base reports the error
 
 
-def main(args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
-    limit_library_bars(args.tqdm)
+def merge_adapter(args: argparse.Namespace) -> None:
+    """Merge the adapter that the flags name."""
     # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    try:
-        merge(args.adapter, args.output_dir, dtype, args.base, args.original_base, args.tqdm)
-    except (OSError, SafetensorError) as error:
-        fail(f"--output_dir {args.output_dir} cannot be written ({error}); no partial output was kept")
-    except InputError as error:
-        fail(str(error))
+    merge(args.adapter, args.output_dir, dtype, args.base, args.original_base, args.tqdm)
     print(f"Wrote {args.output_dir}")
+
+
+def main(args: argparse.Namespace) -> None:
+    run_tool(merge_adapter, args)
 
 
 if __name__ == "__main__":

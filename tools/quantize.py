@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from common.runtime.parser import Parser, check_inputs
-from common.runtime.process import InputError, counted, fail, say
+from common.runtime.process import InputError, counted, say
 
 SCHEMES = ("nf4", "int8", "fp8")
 
@@ -41,9 +41,6 @@ if __name__ == "__main__":
 import logging
 import math
 import os
-import shutil
-import tempfile
-import warnings
 from statistics import fmean
 from typing import Any
 
@@ -57,10 +54,9 @@ from common.model.checks import check_checkpoint, read_config
 from common.model.inference import load_for_inference
 from common.model.quantization import quantization_scheme, quantization_settings, quantized_layers
 from common.phi3v import Phi3VForCausalLM
-from common.report.model_card import write_model_card
 from common.runtime.files import write_file
-from common.runtime.progress import limit_library_bars
-from tools.predict import Question, read_questions
+from tools.checkpoints import check_output, write_checkpoint
+from tools.predict import Question, read_questions, run_tool
 
 FP8 = torch.float8_e4m3fn
 FP8_BLOCK = 128
@@ -72,10 +68,9 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     Raises
     ------
     InputError
-        If the model cannot be loaded, or the directory is not empty.
+        If the model cannot be loaded, or the directory is not empty or cannot be written.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise InputError(f"--output_dir {output_dir} is not empty: choose a new directory")
+    check_output(output_dir, Path(name))
     check_checkpoint(name, "--model")
     processor = load_processor(name)
     config: Any = read_config(name)
@@ -89,17 +84,8 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     say(f"Loading {name}")
     model = load_weights(name, processor, **options)
     state = to_fp8(model, settings) if scheme == "fp8" else None
-    say(f"Writing {output_dir}")
-    target = output_dir.resolve()  # of a link, or of the working directory
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        partial = Path(temporary) / target.name
-        model.save_pretrained(partial, state_dict=state)
-        processor.save_pretrained(partial)
-        if (Path(name) / "run.json").is_file():  # its evaluations are not those of the quantized model
-            shutil.copyfile(Path(name) / "run.json", partial / "run.json")
-            write_model_card(partial, name=output_dir)
-        os.replace(partial, target)
+    # Its evaluations are not those of the quantized model.
+    write_checkpoint(model, processor, output_dir, Path(name), ["run.json"], state)
 
 
 def to_fp8(model: Phi3VForCausalLM, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -134,27 +120,27 @@ def score(name: str, questions: list[Question], bar: bool) -> float:
     return fmean(anls(answer, [question.expected or ""]) for answer, question in zip(answers, questions, strict=True))
 
 
-def main(args: argparse.Namespace) -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # from libraries, about their own dependencies
+def quantize_and_score(args: argparse.Namespace) -> None:
+    """Quantize the model that the flags name, and score both on ``--data_file``."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a warning for every int8 product
-    limit_library_bars(args.tqdm)
     # Saving imports DeepSpeed if it is installed, which would warn that it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        questions = read_questions(args.data_file, args.image_dir, args.tqdm, answered=True) if args.data_file else []
-        quantize(args.model, args.scheme, args.output_dir)
-        print(f"Wrote {args.output_dir}: {gigabytes(args.model)} -> {gigabytes(args.output_dir)} GB")
-        if questions:
-            before, after = (score(str(name), questions, args.tqdm) for name in (args.model, args.output_dir))
-            print(f"ANLS of {counted(len(questions), 'answer')}: {before:.4f} -> {after:.4f}")
-            scores = {"metric": "anls", "samples": len(questions), "before": before, "after": after}
-            write_file(args.output_dir / "quantization.json", {"scheme": args.scheme} | scores)
-    except (OSError, InputError) as error:
-        fail(str(error))
+    questions = read_questions(args.data_file, args.image_dir, args.tqdm, answered=True) if args.data_file else []
+    quantize(args.model, args.scheme, args.output_dir)
+    print(f"Wrote {args.output_dir}: {gigabytes(args.model)} -> {gigabytes(args.output_dir)} GB")
+    if questions:
+        before, after = (score(str(name), questions, args.tqdm) for name in (args.model, args.output_dir))
+        print(f"ANLS of {counted(len(questions), 'answer')}: {before:.4f} -> {after:.4f}")
+        scores = {"metric": "anls", "samples": len(questions), "before": before, "after": after}
+        write_file(args.output_dir / "quantization.json", {"scheme": args.scheme} | scores)
 
 
 def gigabytes(name: str | Path) -> str:
     return f"{sum(path.stat().st_size for path in find_snapshot(str(name)).glob('*.safetensors')) / 1e9:.3f}"
+
+
+def main(args: argparse.Namespace) -> None:
+    run_tool(quantize_and_score, args)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,7 @@ from common.runtime.files import OBJECT, OPTIONAL_PATH, TEXT, Check, check_confi
 from common.runtime.process import InputError
 
 from .checkpoint import find_snapshot
-from .checks import (
-    BAD_VALUES,
-    first_line,
-    is_positive,
-    open_file,
-    open_tensors,
-    read_config,
-)
+from .checks import BAD_VALUES, first_line, is_positive, open_file, open_tensors, read_config
 
 BASE_DESCRIPTION = "base_model.json"
 BASE_FIELDS: dict[str, Check] = {
@@ -214,14 +207,16 @@ def find_adapter(name_or_path: str | Path) -> Path | None:
     return directory
 
 
-def find_base(adapter: Path) -> tuple[str, str | None]:
-    """Return the name or directory of an adapter's base model, and its revision on the Hub.
+def find_base(adapter: Path, base: str | None = None) -> tuple[str, str | None]:
+    """Return the name or directory of an adapter's base model, and its revision on the Hub; ``base`` replaces the saved name.
 
     Raises
     ------
     InputError
         If the adapter does not name its base model.
     """
+    if base:
+        return base, None
     config = read_json(adapter / "adapter_config.json", COPY_AGAIN)
     trained_on = read_base_description(adapter)
     name = config.get("base_model_name_or_path") or trained_on.get("name")

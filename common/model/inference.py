@@ -65,7 +65,7 @@ def load_for_inference(
         model = load_full(str(name_or_path), device, dtype)
         return model, load_processor(str(name_or_path))
     model = load_base(adapter, device, dtype, base)
-    return attach_adapter(model, adapter), adapter_processor(adapter, model)
+    return attach_adapter(model, adapter), adapter_processor(adapter, base)
 
 
 def inference_dtype(device: str | torch.device) -> torch.dtype:
@@ -149,7 +149,7 @@ def load_base(
         weights differ, this is a warning.
     """
     trained_on = read_base_description(adapter)
-    name, revision = (base, None) if base else find_base(adapter)
+    name, revision = find_base(adapter, base)
     try:
         model = load_full(name, device, dtype, revision, trained_on.get("quantization") if quantized else None)
     except InputError as error:
@@ -174,7 +174,8 @@ def rewrites_base(model: PeftModel) -> bool:
     )
 
 
-def adapter_processor(adapter: Path, model: Phi3VForCausalLM) -> Phi3VProcessor:
-    """Load the processor saved with an adapter, or that of its base model."""
-    saved = all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json"))
-    return load_processor(str(adapter if saved else model.name_or_path))
+def adapter_processor(adapter: Path, base: str | None = None) -> Phi3VProcessor:
+    """Load the processor saved with an adapter, or that of its base model, see :func:`load_base`."""
+    if all((adapter / name).is_file() for name in ("preprocessor_config.json", "tokenizer.json")):
+        return load_processor(str(adapter))
+    return load_processor(*find_base(adapter, base))
