@@ -50,7 +50,7 @@ from common.evaluation.generation import Answering, generate_answers
 from common.phi3v.processing import stop_token_ids
 from finetune_hf_trainer_docvqa import load_official, to_conversation
 
-from .measure import display_path, interleave, ratios, summarise, write_result
+from .measure import interleave, ratios, summarise, write_result
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
 NUM_CROPS = 1
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
         "times_faster": faster,
     }
     write_result(args.out, content)
-    print(f"Wrote {display_path(args.out)}")
+    print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from common.data.conversations import encode_conversation
 from common.phi3v.image_processing import CROP_SIZE, IMAGE_MEAN, IMAGE_STD, crop_grid_size
 from common.phi3v.processing import pad_rows
 
-from .measure import display_path, interleave, ratios, summarise, write_result
+from .measure import interleave, ratios, summarise, write_result
 from .pages import draw_pages, find_pages
 
 MODEL = Path(__file__).parents[1] / "assets" / "tiny_phi3v"
@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
             f"speedup {spread['median']:.2f}x ({spread['lowest']:.2f}x to {spread['highest']:.2f}x)"
         )
     write_result(args.out, {"benchmark": "inputs", "pictures": {"count": len(files), "modes": modes}, "results": results})
-    print(f"Wrote {display_path(args.out)}")
+    print(f"Wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ def interleave(
     variants: dict[str, Callable[[], Any]],
     repetitions: int,
     clock: Callable[[], float] = time.perf_counter,
-    uncounted: int = 1,
 ) -> dict[str, list[float]]:
     """Time variants alternately, so that other load on the machine affects all of them equally.
 
@@ -30,11 +29,9 @@ def interleave(
     ----------
     variants : dict of str to callable
     repetitions : int
-        Number of measured rounds.
+        Number of measured rounds, after one for warmup.
     clock : callable
         Returns seconds.
-    uncounted : int
-        Number of warmup rounds.
 
     Returns
     -------
@@ -42,13 +39,13 @@ def interleave(
         Seconds of each repetition; values with the same index were measured directly after each other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    rounds = tqdm(range(uncounted + repetitions), desc="Measuring", leave=False, disable=None)
+    rounds = tqdm(range(1 + repetitions), desc="Measuring", leave=False, disable=None)
     for number in rounds:
         for name, function in variants.items():
             rounds.set_postfix_str(name)
             start = clock()
             function()
-            if number >= uncounted:
+            if number > 0:
                 seconds[name].append(clock() - start)
     return seconds
 
@@ -87,9 +84,3 @@ def write_result(path: Path, content: dict[str, Any]) -> None:
         **content,
     }
     write_file(path, result)
-
-
-def display_path(path: Path) -> Path:
-    """Return a path relative to the current directory where possible, for messages."""
-    absolute = path.resolve()
-    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else path

@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from common.model.loading import base_model
 from common.phi3v import Phi3VConfig
 from common.phi3v.flops import BatchSizes, TrainingFlops
-from common.phi3v.parts import DECODER_LORA_MODULES, PROJECTOR_LORA_MODULES, TOWER_LINEARS
 from common.runtime.files import read_json, write_file
 from tools.runs import METHOD_TITLES, load_published, markdown_table
 
 from . import RESULTS
+from .micro_batch import build_model
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -43,15 +41,7 @@ def sample_flops() -> dict[str, float]:
     """Return the model FLOPs of the mean published sample by method, for LoRA rank 32."""
     found = {}
     for method in METHOD_TITLES:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(Phi3VConfig())
-            if method == "frozen":
-                model.model.vision_embed_tokens.requires_grad_(False)
-            elif method in ("lora", "qlora"):
-                used = "|".join(map(str, range(model.config.vision_config.num_hidden_layers - 1)))
-                tower = rf".*encoder\.layers\.({used})\.{TOWER_LINEARS}"
-                targets = f"{DECODER_LORA_MODULES}|{tower}|{PROJECTOR_LORA_MODULES}"
-                model = get_peft_model(model, LoraConfig(r=32, target_modules=targets))
+        model = build_model("lora" if method == "qlora" else method, Phi3VConfig(), torch.device("meta"))
         found[method] = sum(TrainingFlops(base_model(model)).count(PUBLISHED_BATCH))
     return found
 
@@ -152,9 +142,8 @@ def gpu_table(results: dict[str, list[dict]]) -> str:
         if not measured:
             rows.append([METHOD_TITLES[method], "–", "–", *["not measured"] * 6, mfu_target, memory_target, "–"])
         for result, row in measured:
-            packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
-            how = f"{row['attention']}, packing {packing}, {row['samples_at_once']} per micro-batch, {row['kernels']} kernels"
-            how += f", {row['optim']}" if "optim" in row else ""
+            how = f"{row['attention']}, packing {row['packing']}, {row['samples_at_once']} per micro-batch"
+            how += f", {row['kernels']} kernels" + (f", {row['optim']}" if "optim" in row else "")
             alone = row["checkpointing"] == "full" and row["samples_at_once"] == 1
             if "error" in row:
                 figures = [f"failed: {row['error']}"] + ["–"] * 5

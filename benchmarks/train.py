@@ -273,7 +273,7 @@ def measure(args, values, directory):
     return {
         "method": method,
         "attention": setup.attention,
-        "packing": setup.packing,
+        "packing": packing,
         "checkpointing": trainer.recomputation,
         "samples_at_once": samples_at_once,
         "kernels": kernels,
@@ -337,8 +337,7 @@ def main(args: argparse.Namespace) -> None:
 
 def describe(row):
     """One line for people."""
-    packing = row["packing"] if isinstance(row["packing"], str) else "on" if row["packing"] else "off"
-    name = f"{row['method']}, {row['attention']}, packing {packing}, recomputation {row['checkpointing']}"
+    name = f"{row['method']}, {row['attention']}, packing {row['packing']}, recomputation {row['checkpointing']}"
     name += f", {row['samples_at_once']} at once, {row['kernels']} kernels"
     if "error" in row:
         return f"{name}: failed: {row['error']}"

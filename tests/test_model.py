@@ -14,7 +14,7 @@ from common.data.collator import Collator
 from common.data.conversations import encode_conversation
 from common.model.loading import compile_layers, set_gradient_checkpointing
 from common.phi3v import Phi3VConfig, Phi3VForCausalLM, Phi3VProcessor
-from common.phi3v.image_processing import cut_crops, join_crops, normalize_with_global_view, to_crop_grid
+from common.phi3v.image_processing import grid_to_crops, join_crops, normalize_with_global_view, to_crop_grid
 
 
 def load(attention="varlen", dtype=torch.float32, **overrides):
@@ -163,13 +163,13 @@ def test_raw_crops_give_the_pixels_of_the_processor(samples):
     images = samples[2]["images"]
     prompt = "<|user|>\n<|image_1|><|image_2|>\nSame?<|end|>\n<|assistant|>\n"
     inputs = processor(prompt, images)
-    grids = [torch.from_numpy(to_crop_grid(image, 2)).permute(2, 0, 1) for image in images]
-    raw = torch.cat([cut_crops(grid) for grid in grids])
+    grids = [to_crop_grid(image, 2) for image in images]
+    raw = torch.cat([grid_to_crops(grid) for grid in grids])
     model = load()
     sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
     vision = model.model.vision_embed_tokens
     assert torch.equal(vision.views(raw, sizes), vision.views(inputs["pixel_values"], sizes))
-    assert torch.equal(join_crops(cut_crops(grids[0]), *sizes[0]), grids[0])
+    assert torch.equal(join_crops(grid_to_crops(grids[0]), *sizes[0]).permute(1, 2, 0), torch.from_numpy(grids[0]))
     assert len(normalize_with_global_view(raw, sizes)) == len(raw) + 2
 
 
@@ -205,6 +205,11 @@ def test_load_save_load_is_bit_identical(checkpoint, tmp_path):
     before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys() and not any("wte" in name for name in after)
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    config = json.loads((tmp_path / "config.json").read_text())  # as other loaders expect it
+    assert config["model_type"] == "phi3_v" and config["architectures"] == ["Phi3VForCausalLM"]
+    assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert config["rope_scaling"]["type"] == "su" and "rope_parameters" not in config
+    assert config["torch_dtype"] == "bfloat16"
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
@@ -229,15 +234,6 @@ def test_special_tokens_are_saved_under_the_key_of_earlier_versions(tmp_path):
     assert again.all_special_tokens == processor.tokenizer.all_special_tokens
     text = "<|user|>\nWhat?<|end|>\n<|assistant|>\n"
     assert again(text).input_ids == processor.tokenizer(text).input_ids
-
-
-def test_a_saved_config_is_what_other_loaders_expect(tmp_path):
-    AutoModelForCausalLM.from_pretrained(TINY).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "phi3_v" and config["architectures"] == ["Phi3VForCausalLM"]
-    assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
-    assert config["rope_scaling"]["type"] == "su" and "rope_parameters" not in config
-    assert config["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(

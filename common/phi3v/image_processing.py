@@ -35,19 +35,6 @@ UPRIGHT = {  # by EXIF orientation
 }
 
 
-def check_num_crops(num_crops: int) -> int:
-    """Check that ``num_crops`` is an integer from 1 to 16, the range of the published models, and return it.
-
-    Raises
-    ------
-    ValueError
-        If it is not.
-    """
-    if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
-        raise ValueError(f"num_crops must be an integer from 1 to {MAX_CROPS}, got {num_crops!r}")
-    return num_crops
-
-
 def crop_grid_size(width: int, height: int, num_crops: int) -> tuple[int, int]:
     """Compute the size of an image after resizing and padding to whole crops.
 
@@ -143,7 +130,7 @@ def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
     Parameters
     ----------
     image : PIL.Image.Image
-        Upright; :func:`convert_picture` is applied to other modes than L and RGB.
+        As returned by :func:`convert_picture`.
     num_crops : int
         Maximum number of crops per image.
 
@@ -153,8 +140,6 @@ def to_crop_grid(image: Image.Image, num_crops: int) -> np.ndarray:
         uint8, (height, width, 3), or (height, width, 1) for a grayscale image, whose channels are equal; both sides are
         multiples of 336.
     """
-    if image.mode not in ("L", "RGB"):
-        image = convert_picture(image)
     if image.width < image.height:
         height, width = _resized(image.height, image.width, num_crops)
         # The published code transposes portrait images, so that the long side is resized and rounded first.
@@ -183,18 +168,14 @@ def grid_to_crops(grid: np.ndarray) -> torch.Tensor:
     torch.Tensor
         (rows * columns, 3, 336, 336).
     """
-    return cut_crops(torch.from_numpy(grid).permute(2, 0, 1).expand(3, -1, -1))
-
-
-def cut_crops(pixels: torch.Tensor) -> torch.Tensor:
-    """Split an image, (3, height, width), into crops, (rows * columns, 3, 336, 336), in row-major order."""
-    channels, height, width = pixels.shape
-    crops = pixels.reshape(channels, height // CROP_SIZE, CROP_SIZE, width // CROP_SIZE, CROP_SIZE)
-    return crops.permute(1, 3, 0, 2, 4).reshape(-1, channels, CROP_SIZE, CROP_SIZE)
+    height, width, _ = grid.shape
+    pixels = torch.from_numpy(grid).permute(2, 0, 1).expand(3, -1, -1)
+    crops = pixels.reshape(3, height // CROP_SIZE, CROP_SIZE, width // CROP_SIZE, CROP_SIZE)
+    return crops.permute(1, 3, 0, 2, 4).reshape(-1, 3, CROP_SIZE, CROP_SIZE)
 
 
 def join_crops(crops: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Undo :func:`cut_crops`: (rows * columns, 3, 336, 336) to (3, height, width)."""
+    """Undo :func:`grid_to_crops`: (rows * columns, 3, 336, 336) to (3, height, width)."""
     rows, columns = height // CROP_SIZE, width // CROP_SIZE
     grid = crops.reshape(rows, columns, *crops.shape[1:])
     return grid.permute(2, 0, 3, 1, 4).reshape(crops.shape[1], height, width)
@@ -279,9 +260,11 @@ class Phi3VImageProcessor(BaseImageProcessor):
                 f"preprocessor_config.json has image_mean {image_mean} and image_std {image_std}, "
                 f"but only the values of CLIP are supported: {IMAGE_MEAN} and {IMAGE_STD}"
             )
+        if not isinstance(num_crops, int) or not 1 <= num_crops <= MAX_CROPS:
+            raise ValueError(f"num_crops must be an integer from 1 to {MAX_CROPS}, got {num_crops!r}")
         kwargs.pop("image_processor_type", None)
         super().__init__(**kwargs)
-        self.num_crops = check_num_crops(num_crops)
+        self.num_crops = num_crops
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.do_convert_rgb = do_convert_rgb
