@@ -35,8 +35,6 @@ if __name__ == "__main__":
     args = parse_args()  # before the imports below, which take seconds
     say("Loading PyTorch and transformers")
 
-import contextlib
-import io
 import random
 import tempfile
 
@@ -79,8 +77,7 @@ def main(args: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, attn_implementation="sdpa").eval()
     settings = Answering(args.batch_size, args.max_new_tokens, tqdm=False)
     with tempfile.TemporaryDirectory() as directory:
-        with contextlib.redirect_stdout(io.StringIO()):
-            draw_samples("docvqa", Path(directory), train=1, val=args.documents)
+        draw_samples("docvqa", Path(directory), train=1, val=args.documents)
         rows = load_official(Path(directory), "val", limit=None)
         conversations = [to_conversation(row, random.Random(0)) for row in rows]
         answers = {}

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forked import run_program
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -97,7 +98,8 @@ def test_evaluation_gives_the_same_answers(run):
 
 
 @pytest.mark.slow
-def test_train_runs_the_recipe_and_measures_its_phases(run):
+def test_train_runs_the_recipe_and_measures_its_phases(run, monkeypatch):
+    monkeypatch.setattr(train.subprocess, "run", lambda command, **_: run_program(*command[1:]))  # without starting Python
     flags = ["--random_weights", "--config", "tiny", "--methods", "full", "--checkpointing", "auto", "--num_images", 2]
     flags += ["--num_crops", 2, "--batch_size", 2, "--samples_at_once", 2, "--warmup", 1, "--steps", 1]
     flags += ["--dataloader_num_workers", 0]

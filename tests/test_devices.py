@@ -116,8 +116,8 @@ def test_the_memory_estimate(build, method, packing, monkeypatch):
 
 def test_generation_and_answer_probabilities():
     """Prompts that share their beginning, a cache that grows, answers that end at different steps."""
-    processor, asked = AutoProcessor.from_pretrained(TINY, num_crops=1), adapters.conversations()
-    asked += asked[1:2]
+    processor, (text, image, _) = AutoProcessor.from_pretrained(TINY, num_crops=1), adapters.conversations()
+    asked = [text, image, image]
     args = SimpleNamespace(eval_batch_size=2, max_new_tokens=6, dataloader_num_workers=0, tqdm=False)
     model = adapters.build("LoRA").requires_grad_(False)
     expected, expected_scores = generate_with_log_probabilities(model, processor, asked, ("Noise.", "A"), args)
