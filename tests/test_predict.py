@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-import tools.merge_lora
 import tools.predict
 
 
@@ -66,13 +65,11 @@ def test_invalid_rows_are_named(row, message, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        *(
-            "",
-            "--prompt a --data_file b",
-            "--data_file b --images c",
-            "--prompt a --image_dir b",
-            "--prompt a --max_new_tokens 0",
-        ),
+        "",
+        "--prompt a --data_file b",
+        "--data_file b --images c",
+        "--prompt a --image_dir b",
+        "--prompt a --max_new_tokens 0",
         "--data_file b --dataloader_num_workers -1",
     ],
 )
