@@ -59,9 +59,9 @@ def load_for_inference(
         If something is missing, or the adapter does not match its base model.
     """
     adapter = find_adapter(name_or_path)
-    if adapter is None and base is not None:
-        raise InputError(f"{name_or_path} is not an adapter (adapter_config.json is missing): remove --base")
     if adapter is None:
+        if base is not None:
+            raise InputError(f"{name_or_path} is not an adapter (adapter_config.json is missing): remove --base")
         model = load_full(str(name_or_path), device, dtype)
         return model, load_processor(str(name_or_path))
     model = load_base(adapter, device, dtype, base)
