@@ -1,7 +1,7 @@
 """Command-line flags shared by all task scripts, and the checks of their values.
 
-Imports only the standard library: a wrong flag is reported before PyTorch and transformers are imported, which takes seconds.
-Only the settings of an adapter that is to be trained further are read with :mod:`common.phi3v`.
+Imports only the standard library, so that a wrong flag is reported before PyTorch is imported, which takes seconds; only the
+settings of an adapter that is to be trained further are read with :mod:`common.phi3v`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class TrainingParser(Parser):
 
 
 def adapter_settings(name_or_path: str) -> dict[str, Any]:
-    """Return the values of the LoRA flags that an adapter was trained with; empty if the directory is not one."""
+    """Return the values of the LoRA flags that an adapter was trained with; empty if it is none, or will be refused."""
     path = Path(name_or_path) / "adapter_config.json"
     if not path.is_file():
         return {}
@@ -129,7 +129,7 @@ def adapter_settings(name_or_path: str) -> dict[str, Any]:
             "freeze_vision_model": not vision,
         }
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, AttributeError, RecursionError):
-        return {}  # an adapter that is refused when it is loaded
+        return {}
 
 
 def training_parser(description: str | None, task: str, metric: str) -> TrainingParser:
@@ -148,12 +148,8 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     parser.set_defaults(task=task, metric=metric)
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model_name_or_path",
-        default=DEFAULT_MODEL,
-        help="Hub id or directory; with --use_lora or --use_qlora also the directory of an adapter, which is trained further "
-        "(default: %(default)s)",
-    )
+    adapters = "with --use_lora or --use_qlora also the directory of an adapter, which is trained further"
+    add("--model_name_or_path", default=DEFAULT_MODEL, help=f"Hub id or directory; {adapters} (default: %(default)s)")
     add("--bf16", action="store_true", help="train in bf16 (default: fp16 on a GPU, fp32 on a CPU)")
     add("--use_flash_attention", action="store_true", help="require a flash attention kernel")
     add(
@@ -165,21 +161,16 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
 
     add = parser.add_argument_group("trainable parameters").add_argument
     add("--freeze_vision_model", action="store_true", help="train only the decoder")
-    add(
-        "--train_only",
-        type=lambda names: tuple(names.split(",")),
-        metavar="PARTS",
-        help=f"train only these parts, comma-separated: {', '.join(PARTS)}",
-    )
+    add("--train_only", type=_parts, metavar="PARTS", help=f"train only these parts, comma-separated: {', '.join(PARTS)}")
     add("--use_lora", action="store_true", help="train LoRA adapters instead of all weights")
     add("--use_qlora", action="store_true", help="train LoRA adapters on a base model quantized to 4 bits")
     add(
         "--train_fully",
-        type=lambda names: tuple(sorted(names.split(","))),
+        type=_parts,
         default=(),
         metavar="PARTS",
-        help="with adapters on the decoder only, train all weights of these parts, comma-separated: vision, projector (without "
-        "its two separators, which stay as they are: PEFT saves modules, and they are in none of their own)",
+        help="with adapters on the decoder only, train all weights of these parts, comma-separated: vision, projector (except "
+        "its two separators)",
     )
     add("--lora_rank", type=int, help="LoRA rank (default: %(default)s)")
     add("--lora_alpha_ratio", type=float, help="LoRA alpha divided by the rank (default: %(default)s)")
@@ -191,7 +182,6 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         choices=("gaussian", "True", "False", "orthogonal", "pissa", "olora"),
         help="LoRA initialization, as in PEFT's LoraConfig (default: %(default)s)",
     )
-
     parser.set_defaults(**LORA_DEFAULTS)
 
     add = parser.add_argument_group("training").add_argument
@@ -214,12 +204,7 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     add("--warmup_steps", type=float, default=50, help="linear warmup; if below 1, a fraction of all steps (default: 50)")
     add("--seed", type=int, default=42, help="random seed (default: %(default)s)")
     add("--max_nonfinite_steps", type=int, default=3, help="end after N steps without a finite loss or gradient (default: 3)")
-    add(
-        "--ddp_timeout",
-        type=int,
-        default=1800,
-        help="seconds after which a process that does not respond ends the run, once the data is ready (default: %(default)s)",
-    )
+    add("--ddp_timeout", type=int, default=1800, help="seconds until an unresponsive process ends the run (default: 1800)")
 
     add = parser.add_argument_group("speed and memory").add_argument
     add(
@@ -243,12 +228,8 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         help="recompute in the backward pass: all layers, every second layer, the vision tower, norms and activations "
         "only, or nothing (default: as little as memory allows)",
     )
-    add(
-        "--fused_layers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="run layers and adapters in fewer passes over memory than those of transformers and PEFT (default: on)",
-    )
+    fused = "fused layers and adapters, instead of those of transformers and PEFT (default: on)"
+    add("--fused_layers", action=argparse.BooleanOptionalAction, default=True, help=fused)
     add("--use_liger_kernel", action="store_true", help="use Liger's fused kernels (requires liger-kernel)")
     add("--torch_compile", action="store_true", help="compile the layers of the decoder and the tower")
     add("--dataloader_num_workers", type=int, default=4, help="workers per process, at most its CPU cores (default: 4)")
@@ -257,11 +238,8 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     add("--save_strategy", choices=("no", "steps", "epoch"), default="no", help="when to save checkpoints (default: never)")
     add("--save_steps", type=int, default=SAVE_STEPS, help="steps between checkpoints, if saved by steps (default: 500)")
     add("--save_total_limit", type=int, help="number of checkpoints to keep (default: all)")
-    add(
-        "--resume_from_checkpoint",
-        metavar="auto|DIR",
-        help="resume from the last complete checkpoint in --output_dir, if any (auto), or from this one",
-    )
+    resume = "resume from the last complete checkpoint in --output_dir, if any (auto), or from this one"
+    add("--resume_from_checkpoint", metavar="auto|DIR", help=resume)
     add(
         "--accept_changes",
         nargs="+",
@@ -272,28 +250,15 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     add("--overwrite_output_dir", action="store_true", help="delete what an earlier run wrote to --output_dir, unless resumed")
     add("--load_best_model_at_end", action="store_true", help="load the best checkpoint at the end")
     add("--early_stopping_patience", type=int, help="stop after N evaluations without improvement")
-    add(
-        "--save_on_each_node", action="store_true", help="save checkpoints on each node, for nodes without a shared file system"
-    )
-    add(
-        "--push_to_hub",
-        action="store_true",
-        help="upload the model to the Hub with run.json and the evaluations' questions and answers, without the report",
-    )
+    add("--save_on_each_node", action="store_true", help="save checkpoints on each node: there is no shared file system")
+    push = "upload the model to the Hub with run.json and the evaluations' questions and answers, without the report"
+    add("--push_to_hub", action="store_true", help=push)
     add("--hub_model_id", help="Hub repository to upload to (default: the name of --output_dir)")
     add("--hub_private_repo", action="store_true", help="make the Hub repository private (default: public)")
 
     add = parser.add_argument_group("data and evaluation").add_argument
-    add(
-        "--eval_only",
-        action="store_true",
-        help="do not train: evaluate the model or adapter --model_name_or_path, and write evaluation.json to --output_dir",
-    )
-    add(
-        "--streaming",
-        action="store_true",
-        help="read shards from the Hub, or in the general format, during training; each process reads its part of the rows",
-    )
+    add("--eval_only", action="store_true", help="do not train: evaluate --model_name_or_path, and write evaluation.json")
+    add("--streaming", action="store_true", help="read shards during training; each process reads its part of the rows")
     add(
         "--on_bad_sample",
         choices=("raise", "skip"),
@@ -302,30 +267,25 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         "them in bad_samples.jsonl (default: %(default)s)",
     )
     add("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute its loss")
-    add(
-        "--eval_steps", type=int, help="steps between evaluations, with --eval_strategy steps (default: --logging_steps, or 10)"
-    )
+    add("--eval_steps", type=int, help="steps between evaluations, if evaluated by steps (default: --logging_steps, or 10)")
     add("--eval_metric_steps", type=int, help="also compute the task's metric every N steps")
     add("--max_train_samples", type=int, help="train on the first N rows")
     add("--max_eval_samples", type=int, help="evaluate on the first N rows")
     add("--eval_batch_size", type=int, default=8, help="prompts per process per batch (default: 8)")
-    add(
-        "--max_new_tokens",
-        type=int,
-        help="maximum tokens per answer (default: those of the longest evaluation answer, at least 64)",
-    )
+    longest = "those of the longest evaluation answer, at least 64"
+    add("--max_new_tokens", type=int, help=f"maximum tokens per answer (default: {longest})")
 
     add = parser.add_argument_group("logging").add_argument
     add("--logging_steps", type=int, help="steps between log lines (default: 10, or fewer to log at least 20 times)")
-    add(
-        "--report_to",
-        nargs="+",
-        default=["none"],
-        help="where to report metrics: none, or one or several of tensorboard, trackio, … (default: none)",
-    )
+    add("--report_to", nargs="+", default=["none"], help="one or several of tensorboard, trackio, … (default: none)")
     add("--no-tqdm", dest="tqdm", action="store_false", help="print plain lines instead of progress bars")
     parser.training_flags = {action.dest for action in parser._actions} - set(EVALUATION_FLAGS)
     return parser
+
+
+def _parts(names: str) -> tuple[str, ...]:
+    """Read names of parts, whose order does not matter."""
+    return tuple(sorted(set(names.split(","))))
 
 
 def _number(text: str) -> float:
@@ -397,10 +357,8 @@ def _check_batches(args: argparse.Namespace) -> None:
     if args.use_flash_attention and args.attn_implementation in ("sdpa", "eager"):
         raise InputError(f"--use_flash_attention and --attn_implementation {args.attn_implementation} are incompatible")
     if args.gradient_checkpointing == "elementwise" and (args.torch_compile or not args.fused_layers):
-        raise InputError(
-            "--gradient_checkpointing elementwise is a part of the fused layers, and torch.compile decides itself what to "
-            f"recompute in a layer: remove it or {'--torch_compile' if args.torch_compile else '--no-fused_layers'}"
-        )
+        other = "--torch_compile" if args.torch_compile else "--no-fused_layers"
+        raise InputError(f"--gradient_checkpointing elementwise has no effect with {other}: remove one of them")
 
 
 def _check_method(args: argparse.Namespace) -> None:
@@ -415,26 +373,18 @@ def _check_method(args: argparse.Namespace) -> None:
         raise InputError(
             f"--lora_rank {args.lora_rank} × --lora_alpha_ratio {args.lora_alpha_ratio} must give an alpha of at least 1"
         )
-    if args.use_qlora and args.init_lora_weights in ("pissa", "olora"):
-        raise InputError(
-            f"--init_lora_weights {args.init_lora_weights} modifies the base weights, which 4-bit weights do not allow: "
-            "choose another initialization with --use_qlora"
-        )
-    if args.use_qlora and args.init_lora_weights == "orthogonal":
-        raise InputError("--init_lora_weights orthogonal: PEFT does not support it for 4-bit weights, choose another one")
+    if args.use_qlora and args.init_lora_weights in ("pissa", "olora", "orthogonal"):
+        raise InputError(f"--init_lora_weights {args.init_lora_weights} does not work with 4-bit weights: choose another one")
     for flag, accepted in (("train_only", PARTS), ("train_fully", ("vision", "projector"))):
         if unknown := sorted(set(getattr(args, flag) or ()) - set(accepted)):
-            message = f"unknown part {unknown[0]!r}, expected {', '.join(accepted)}"
-            raise InputError(message, f"--{flag} {','.join(getattr(args, flag))}")
+            raise InputError(f"--{flag}: unknown part {unknown[0]!r}, expected {', '.join(accepted)}")
     for part in PARTS[1:]:
         if getattr(args, f"{part}_learning_rate") is not None and part not in trained:
             raise InputError(f"--{part}_learning_rate: {part} is not trained, only {', '.join(trained)}: remove the flag")
     if args.train_fully and (args.freeze_vision_model or not adapters):
         raise InputError("--train_fully requires --use_lora or --use_qlora, and excludes --freeze_vision_model")
-    if args.train_only and args.freeze_vision_model and set(args.train_only) != {"decoder"}:
-        raise InputError(
-            "--freeze_vision_model trains only the decoder, but --train_only names other parts: remove one of them"
-        )
+    if args.train_only and args.freeze_vision_model:
+        raise InputError("--freeze_vision_model is --train_only decoder: remove one of them")
     if args.train_only and adapters:
         raise InputError("--train_only selects weights for full finetuning: remove it, or --use_lora and --use_qlora")
 
@@ -461,17 +411,14 @@ def _check_evaluation(args: argparse.Namespace) -> None:
         raise InputError(f"--eval_metric_steps {args.eval_metric_steps} must be a multiple of --eval_steps {eval_steps}")
     if not args.load_best_model_at_end:
         return
+    required = "--load_best_model_at_end requires"
     if args.save_strategy != args.eval_strategy or args.save_strategy == "no":
-        raise InputError("--load_best_model_at_end requires the same --save_strategy and --eval_strategy, steps or epoch")
+        raise InputError(f"{required} the same --save_strategy and --eval_strategy, steps or epoch")
     if args.save_strategy == "steps" and args.save_steps != eval_steps:
-        raise InputError(
-            "--load_best_model_at_end requires a checkpoint at every evaluation: "
-            f"set --save_steps ({args.save_steps}) to --eval_steps ({eval_steps})"
-        )
+        different = f"--save_steps ({args.save_steps}) to --eval_steps ({eval_steps})"
+        raise InputError(f"{required} a checkpoint at every evaluation: set {different}")
     if args.eval_metric_steps and args.eval_metric_steps != eval_steps:
-        raise InputError(
-            "--load_best_model_at_end requires the metric at every evaluation: set --eval_metric_steps to --eval_steps"
-        )
+        raise InputError(f"{required} the metric at every evaluation: set --eval_metric_steps to --eval_steps")
 
 
 def steps_between_evaluations(eval_steps: int | None, logging_steps: int | None) -> int:

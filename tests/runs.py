@@ -155,10 +155,11 @@ def message(monkeypatch, data, output, script=SCRIPT, **options):
     return str(error.value)
 
 
-def save_checkpoint(directory: Path, **settings: object) -> None:
+def save_checkpoint(directory: Path, best_model_checkpoint: str | None = None, **settings: object) -> None:
     """Save a complete checkpoint without weights."""
     directory.mkdir(parents=True, exist_ok=True)
-    step = directory.name.rpartition("-")[2]
-    TrainerState(global_step=int(step), train_batch_size=1).save_to_json(str(directory / "trainer_state.json"))
+    step = int(directory.name.rpartition("-")[2])
+    state = TrainerState(global_step=step, train_batch_size=1, best_model_checkpoint=best_model_checkpoint)
+    state.save_to_json(str(directory / "trainer_state.json"))
     (directory / "totals.json").write_text(json.dumps(TOTALS | {"settings": settings}))
     write_manifest(directory)

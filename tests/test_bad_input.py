@@ -73,8 +73,8 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(visible, refused, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"optimizer": {"type": "AdamW"}}, 'has an "optimizer" section, which would override --optim'),
-        ({"scheduler": {"type": "WarmupLR"}}, 'has a "scheduler" section, which would override --lr_scheduler_type'),
+        ({"optimizer": {"type": "AdamW"}}, 'has the section "optimizer", which would override --optim'),
+        ({"scheduler": {"type": "WarmupLR"}}, 'has the section "scheduler", which would override --lr_scheduler_type'),
         ({"gradient_accumulation_steps": 2}, 'gradient_accumulation_steps must be "auto", because the flags determine it'),
         ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, '"offload_optimizer" without a "device"'),
         ({"bf16": {"enabled": True}}, 'bf16.enabled must be "auto", because the flags determine it'),
@@ -99,7 +99,7 @@ def test_a_deepspeed_file_that_overrides_flags_is_refused(changes, expected, mon
         ({"torch_compile": True, "deepspeed": "common/deepspeed/zero3.json"}, "sharded weights cannot be compiled"),
         ({"use_lora": True, "lora_dropout": 1.5}, "--lora_dropout must be below 1, got 1.5"),
         ({"use_lora": True, "lora_rank": 1, "lora_alpha_ratio": 0.4}, "--lora_rank 1 × --lora_alpha_ratio 0.4 must give"),
-        ({"use_qlora": True, "init_lora_weights": "olora"}, "--init_lora_weights olora modifies the base weights"),
+        ({"use_qlora": True, "init_lora_weights": "olora"}, "--init_lora_weights olora does not work with 4-bit"),
     ],
 )
 def test_settings_that_a_library_refuses(options, expected, monkeypatch, data, tmp_path):

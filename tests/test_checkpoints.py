@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,24 +19,22 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import TrainerState
 
-from common.arguments import check_arguments, training_parser
+from common.arguments import training_parser
 from common.data.rows import Rows
 from common.data.samples import TrainingData
 from common.runtime.script import run
-from common.training.checkpoints import (
+from common.training.checkpoints import rotate_checkpoints, why_incomplete, write_manifest
+from common.training.optimizer import MasterWeights
+from common.training.output import check_output_dir_locked, check_output_dir_unused, lock_output_dir, remove_outputs
+from common.training.resuming import (
     check_plan,
     check_resumable,
     data_fingerprint,
+    find_best_checkpoint,
     find_checkpoint,
-    rotate_checkpoints,
     run_identity,
-    why_incomplete,
-    write_manifest,
 )
-from common.training.optimizer import MasterWeights
-from common.training.output import check_output_dir_locked, check_output_dir_unused, lock_output_dir, remove_outputs
 from common.training.saving import saving
-from common.training.trainer import FinetuningTrainer
 
 
 @pytest.fixture
@@ -56,14 +53,14 @@ def checkpoint(tmp_path):
         ("complete.json", None, "saving was interrupted"),
         ("complete.json", b'{"model', "complete.json is corrupted"),
         ("complete.json", b"\xff{}", "complete.json is corrupted"),
-        ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "complete.json is corrupted"),
+        ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "model.safetensors has 100 bytes, expected inf"),
         ("complete.json", b"[" * 100_000, "complete.json is corrupted"),
         ("complete.json", b"[1]", "complete.json is corrupted"),
         ("complete.json", b"{}", "complete.json is corrupted"),
         ("complete.json", b'{"/etc/passwd": [1, "a"]}', "complete.json is corrupted"),
         ("complete.json", b'{"../a": [1, "a"]}', "complete.json is corrupted"),
         ("complete.json", b'{"%s": [1, "a"]}' % (b"a" * 5000), "complete.json is corrupted"),
-        ("complete.json", b'{"model.safetensors": 100}', "by an earlier version, without checksums, so that .* be verified"),
+        ("complete.json", b'{"model.safetensors": 100}', "complete.json is corrupted"),
         ("model.safetensors", None, "model.safetensors is missing"),
         ("model.safetensors", bytes(99), "model.safetensors has 99 bytes, expected 100"),
         ("model.safetensors", bytes(50) + b"\1" + bytes(49), "model.safetensors is damaged"),
@@ -119,7 +116,7 @@ def test_old_checkpoints_are_deleted_in_order(newest, incomplete, best, kept, tm
         os.utime(tmp_path / f"checkpoint-{step}", (0, 0))
     for step in incomplete:
         (tmp_path / f"checkpoint-{step}/totals.json").unlink()
-    rotate_checkpoints(tmp_path / f"checkpoint-{newest}", 2, str(tmp_path / f"checkpoint-{best}") if best else None)
+    rotate_checkpoints(tmp_path, newest, 2, str(tmp_path / f"checkpoint-{best}") if best else None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
 
 
@@ -188,12 +185,12 @@ def test_an_output_directory_holds_one_result(tmp_path):
 
 def test_the_best_checkpoint_of_a_run_that_was_moved(tmp_path, capsys):
     """It is used only if it was the best by the metric that is compared now."""
+    save_checkpoint(tmp_path / "checkpoint-3", best_model_checkpoint="moved/checkpoint-2")
 
     def find(metric):
         log = [{"step": 2, "eval_loss": 1.5, "eval_anls": 0.5}]
-        state = TrainerState(best_metric=0.5, best_global_step=2, best_model_checkpoint="moved/checkpoint-2", log_history=log)
-        trainer = SimpleNamespace(state=state, args=SimpleNamespace(metric_for_best_model=metric))
-        FinetuningTrainer._find_best_checkpoint(trainer, tmp_path)
+        state = TrainerState(best_metric=0.5, best_global_step=2, log_history=log)  # as the Trainer loads it
+        find_best_checkpoint(state, metric, tmp_path / "checkpoint-3")
         return state.best_model_checkpoint, state.best_metric, state.best_global_step
 
     assert find("eval_anls") == (None, None, None)
@@ -250,8 +247,7 @@ def test_an_output_directory_is_locked(tmp_path):
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):
     args = training_parser("", task="test", metric="anls").parse_args(["--model_name_or_path", str(TINY), *words])
-    check_arguments(args)
-    return run_identity(args, deepspeed, processes, precision, None)
+    return run_identity(args, args.model_name_or_path, None, None, deepspeed, precision, processes)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,9 @@ from common.report.model_card import write_model_card
 from common.report.page import write_report
 from common.report.run import FILES
 from common.runtime.process import InputError
-from common.training.checkpoints import check_plan, find_checkpoint, write_manifest
+from common.training.checkpoints import write_manifest
 from common.training.deepspeed import choose_deepspeed, zero_stage
+from common.training.resuming import check_plan, find_checkpoint
 
 KEYS = ["rope_parameters", "head_dim", "quantization_config", "return_dict", "to_dict", "attribute_map", "num_labels", "dtype"]
 

@@ -58,7 +58,7 @@ MISTAKES = [
     ("--use_lora --lora_alpha_ratio inf", "--lora_alpha_ratio must be a finite number, got inf"),
     ("--max_eval_samples 0", "--max_eval_samples must be at least 1"),
     ("--max_steps 0", "--max_steps must be at least 1, got 0"),
-    ("--train_only decoder,head", "--train_only decoder,head: unknown part 'head', expected decoder, vision, projector"),
+    ("--train_only decoder,head", "--train_only: unknown part 'head', expected decoder, vision, projector"),
     # without effect, or in contradiction
     ("--lora_rank 8", "--lora_rank requires --use_lora or --use_qlora"),
     ("--use_dora", "--use_dora requires --use_lora or --use_qlora"),
@@ -69,8 +69,8 @@ MISTAKES = [
     ("--use_flash_attention --attn_implementation eager", "are incompatible"),
     ("--max_steps 5 --num_train_epochs 2", "--max_steps and --num_train_epochs both set the length of the run"),
     ("--max_tokens_per_batch 9000 --batch_size_per_gpu 2", "has no effect with --max_tokens_per_batch: remove one of them"),
-    ("--gradient_checkpointing elementwise --torch_compile", "remove it or --torch_compile"),
-    ("--gradient_checkpointing elementwise --no-fused_layers", "remove it or --no-fused_layers"),
+    ("--gradient_checkpointing elementwise --torch_compile", "has no effect with --torch_compile: remove one of them"),
+    ("--gradient_checkpointing elementwise --no-fused_layers", "has no effect with --no-fused_layers: remove one of them"),
     ("--save_steps 2", "--save_steps requires --save_strategy steps"),
     ("--save_total_limit 2", "--save_total_limit requires --save_strategy steps or epoch"),
     ("--eval_steps 2", "--eval_steps requires --eval_strategy steps"),
@@ -83,7 +83,7 @@ MISTAKES = [
     ),
     ("--early_stopping_patience 2", "--early_stopping_patience requires --load_best_model_at_end"),
     ("--lr_scheduler_type polynomial --learning_rate 1e-7", "--lr_scheduler_type polynomial ends at 1e-07: --learning_rate"),
-    ("--use_qlora --init_lora_weights orthogonal", "PEFT does not support it for 4-bit weights, choose another one"),
+    ("--use_qlora --init_lora_weights orthogonal", "does not work with 4-bit weights: choose another one"),
     ("--eval_only --use_lora --learning_rate=1e-4", "--eval_only does not train: remove --use_lora, --learning_rate"),
 ]
 OF_TASKS = [

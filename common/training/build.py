@@ -32,10 +32,10 @@ from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError, counted, is_main_process, say
 
 from .callbacks import find_nonfinite
-from .checkpoints import check_plan, data_fingerprint
 from .memory import estimate_memory, least_recomputation, recomputation_modes
 from .output import is_checkpoint_of, note_skipped_rows, remove_outputs
 from .plan import plan_batches, training_arguments
+from .resuming import check_plan, data_fingerprint
 from .summary import number_of_steps, summarize
 from .trainer import FinetuningTrainer
 

@@ -33,18 +33,16 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
         shipped = ", ".join(f"common/deepspeed/{file.name}" for file in sorted(DIRECTORY.glob("*.json")))
         raise InputError(f"no such file; use one of {shipped}, or none for plain DDP", f"--deepspeed {path}")
     config = read_json(path, REMEDY)
-    for section, flags in (("an optimizer", "--optim and all learning rates"), ("a scheduler", "--lr_scheduler_type")):
-        article, name = section.split()
-        if name in config:
-            raise InputError(f'--deepspeed {path} has {article} "{name}" section, which would override {flags}: remove it')
+    for section, flags in (("optimizer", "--optim and all learning rates"), ("scheduler", "--lr_scheduler_type")):
+        if section in config:
+            raise InputError(f'--deepspeed {path} has the section "{section}", which would override {flags}: remove it')
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or not 0 <= stage <= 3:
         raise InputError(f'--deepspeed {path}: "zero_optimization" must be an object with a "stage" from 0 to 3; {REMEDY}')
     for entry in AUTOMATIC:
-        section, _, key = entry.partition(".")
-        value = config.get(section)
-        if key:
+        value: Any = config
+        for key in entry.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if value != "auto":
             raise InputError(f'--deepspeed {path}: {entry} must be "auto", because the flags determine it; {REMEDY}')
@@ -57,9 +55,7 @@ def choose_deepspeed(args: argparse.Namespace) -> str | None:
             f"--optim {args.optim}: remove --optim, or use a file without offload_optimizer"
         )
     if args.use_qlora and stage == 3:
-        raise InputError(
-            f"--deepspeed {path} is ZeRO-3, which cannot shard a 4-bit base model; use ZeRO-2 or none with --use_qlora"
-        )
+        raise InputError(f"--deepspeed {path} is ZeRO-3, which cannot shard a 4-bit base model: use ZeRO-2 or none")
     if args.torch_compile and stage == 3:
         raise InputError(
             f"--deepspeed {path} is ZeRO-3, whose sharded weights cannot be compiled: remove --torch_compile, or use ZeRO-2"

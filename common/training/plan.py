@@ -40,8 +40,7 @@ def plan_batches(
     estimate : callable
         Returns the trial on the device; called on all processes, if ``--max_tokens_per_batch auto`` requires it.
     """
-    state = setup.checkpoint and read_state(setup.checkpoint)
-    steps_done = state.global_step if state else 0
+    steps_done = read_state(setup.checkpoint).global_step if setup.checkpoint else 0
     order = {"seed": args.seed, "rank": rank(), "world_size": world_size()}
     if isinstance(data, StreamedData):
         streamed = StreamedBatches(data.rows, args.batch_size, setup.batch_size_per_gpu, **order)
@@ -129,7 +128,6 @@ def training_arguments(args: argparse.Namespace, setup: Setup, accumulation: int
         disable_tqdm=True,  # FinetuningTrainer shows its own
         save_strategy=args.save_strategy,
         save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
         save_on_each_node=args.save_on_each_node,
         eval_strategy=args.eval_strategy,
         eval_steps=steps_between_evaluations(args.eval_steps, args.logging_steps),

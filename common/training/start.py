@@ -32,9 +32,9 @@ from common.runtime.machine import cores_per_process
 from common.runtime.process import InputError, counted, local_world_size, rank, say, world_size
 from common.runtime.progress import limit_library_bars
 
-from .checkpoints import find_checkpoint, run_identity
 from .deepspeed import allow_deepspeed_states, choose_deepspeed, disable_shm_op, zero_stage
 from .output import check_output_dir_unused, is_checkpoint_of, lock_output_dir
+from .resuming import find_checkpoint, run_identity
 
 PACKING_ATTENTION = ("varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 DEVICES = Path("/dev")
@@ -99,7 +99,7 @@ def start(args: argparse.Namespace) -> Setup:
         allow_deepspeed_states()
     if deepspeed and not on_gpu:
         disable_shm_op()
-    identity = run_identity(args, deepspeed, world_size(), precision, revision, base, adapter)
+    identity = run_identity(args, base, revision, adapter, deepspeed, precision, world_size())
     on_main_process(lambda: lock_output_dir(args.output_dir))
     checkpoint, skipped = find_checkpoint(args.resume_from_checkpoint, args.output_dir, identity, args.accept_changes)
     for name in skipped:

@@ -45,10 +45,11 @@ from common.runtime.process import InputError, counted, is_main_process, rank, s
 from common.runtime.progress import Progress
 
 from .callbacks import CheckNumbers, EarlyStopping, PrepareFirstStep, StopOnSignal, find_nonfinite
-from .checkpoints import MANIFEST, TOTALS, read_totals, rotate_checkpoints, write_manifest
+from .checkpoints import MANIFEST, TOTALS, checkpoint_of_step, read_totals, rotate_checkpoints, write_manifest
 from .optimizer import MasterWeights, group_by_part, restore_settings
 from .output import BAD_SAMPLES, check_output_dir_locked, count_bad_samples, note_bad_sample
 from .progress import TrainingProgress
+from .resuming import find_best_checkpoint
 from .saving import saving, write_model, write_result
 from .throughput import Throughput
 
@@ -270,7 +271,7 @@ class FinetuningTrainer(Trainer):
         restore_settings(self.optimizer, self.lr_scheduler, self._settings_of_groups)
         if name := find_nonfinite(self.model, self.optimizer):
             raise InputError(f"{name} is not finite: use an earlier one", f"--resume_from_checkpoint {checkpoint}")
-        self._find_best_checkpoint(checkpoint.parent)
+        find_best_checkpoint(self.state, self.args.metric_for_best_model, checkpoint)
         totals = read_totals(checkpoint)
         running = totals["running_loss"]
         self._tr_loss += running[rank()] if len(running) == world_size() else sum(running) / len(running)
@@ -279,21 +280,6 @@ class FinetuningTrainer(Trainer):
         self.start_time -= totals["seconds"]
         if totals["evaluation_due"] and self._determine_best_metric(self._evaluate(None, None), None):
             self.state.best_model_checkpoint = str(checkpoint)
-
-    def _find_best_checkpoint(self, directory: Path) -> None:
-        """Find the best checkpoint so far of a run that is resumed from ``directory``, which may have been moved."""
-        state, metric = self.state, self.args.metric_for_best_model
-        if not metric or not state.best_model_checkpoint:
-            state.best_metric = None
-            return
-        found = [entry.get(metric) for entry in state.log_history if entry.get("step") == state.best_global_step]
-        best = Path(state.best_model_checkpoint)
-        places = [place for place in (directory / best.name, best) if place.is_dir()]
-        if state.best_metric in found and places:
-            state.best_model_checkpoint = str(places[0])
-        else:
-            say(f"warning: {best} is missing, or was not the best by {metric}: the best of the next checkpoints will be loaded")
-            state.best_model_checkpoint = state.best_global_step = state.best_metric = None
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         # On resume, accelerate replaces the loader of the epoch by its own.
@@ -322,11 +308,10 @@ class FinetuningTrainer(Trainer):
                 wait_until_quiet()  # accelerate's loader, used on resume, does not do this
             super()._run_epoch(*args, **kwargs)
 
-    # Overridden to measure the training time from the start of the run, and to keep all checkpoints after SIGTERM.
+    # Overridden to measure the training time from the start of the run, and to load the best checkpoint only at its end.
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
         if self.stop_on_signal.stopped:
-            # The best checkpoint is loaded only at the end of the run. Until then, the last one is needed to resume.
-            self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+            self.args.load_best_model_at_end = False
         return super()._finalize_training(trial, num_train_samples, self.start_time)
 
     # Overridden because the Trainer would move all tensors, and wait for each copy.
@@ -390,32 +375,28 @@ class FinetuningTrainer(Trainer):
 
     # Overridden because the public callbacks are called per process, and not before and after all processes have saved.
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        step, output_dir = self.state.global_step, self.flags.output_dir
+        directory = checkpoint_of_step(output_dir, step)
         with self.throughput.excluded():
-            self._save_complete_checkpoint(*args, **kwargs)
-
-    def _save_complete_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        on_main_process(lambda: check_output_dir_locked(self.flags.output_dir))
-        self.require_finite("the checkpoint is")
-        directory = self.flags.output_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            # A checkpoint that is overwritten is incomplete until all of it is written again.
-            (directory / MANIFEST).unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        # Old checkpoints are deleted only after this one is complete on all processes.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        with saving():
-            super()._save_checkpoint(*args, **kwargs)
-            self._write_totals(directory)
-            self.accelerator.wait_for_everyone()
+            on_main_process(lambda: check_output_dir_locked(output_dir))
+            self.require_finite("the checkpoint is")
             if self.args.should_save:
-                if self.is_deepspeed_enabled and not (directory / "latest").exists():
-                    # DeepSpeed writes this file only on the first node. The other nodes need it if they have their own disks.
-                    (directory / "latest").write_text(f"global_step{self.state.global_step}")
-                write_manifest(directory)
-        self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            rotate_checkpoints(directory, limit, self.state.best_model_checkpoint)
+                # A checkpoint that is overwritten is incomplete until all of it is written again.
+                (directory / MANIFEST).unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
+            with saving():
+                super()._save_checkpoint(*args, **kwargs)
+                self._write_totals(directory)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    if self.is_deepspeed_enabled:
+                        # DeepSpeed writes this file only on the first node. Others need it if they have their own disks.
+                        (directory / "latest").write_text(f"global_step{step}")
+                    write_manifest(directory)
+            self.accelerator.wait_for_everyone()
+            # Old checkpoints are deleted only after this one is complete on all processes.
+            if self.args.should_save:
+                rotate_checkpoints(output_dir, step, self.flags.save_total_limit, self.state.best_model_checkpoint)
 
     # Overridden to choose the format. save_model gathers DeepSpeed's shards, then calls this method to write them.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
