@@ -4,14 +4,14 @@ import argparse
 import dataclasses
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from common.arguments import Setup
+from common.arguments import Setup, training_parser
 from common.data.batches import Lengths, PlannedBatches
 from common.model.loading import count_parameters, set_gradient_checkpointing
 from common.model.lora import add_lora
@@ -36,21 +36,12 @@ from common.training.memory import (
 from common.training.optimizer import split_parameters
 from common.training.summary import summarize
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "assets" / "tiny_phi3v"
 CPU = torch.device("cpu")
 
 
 def flags(**changes):
-    values = {"bf16": False, "optim": "adamw_torch_fused", "gradient_checkpointing": "auto"}
-    values |= {"use_lora": False, "use_qlora": False, "freeze_vision_model": False, "train_only": None, "train_fully": ()}
-    values |= {"lora_rank": 64, "lora_alpha_ratio": 2.0, "lora_dropout": 0.0, "learning_rate": 1e-4}
-    values |= {"vision_learning_rate": 1e-5, "projector_learning_rate": None, "use_liger_kernel": False, "torch_compile": False}
-    values |= {"fused_layers": True}
-    values |= {"model_name_or_path": str(MODEL), "max_tokens_per_batch": None}
-    values |= {"warmup_steps": 2, "lr_scheduler_type": "linear"}
-    values |= {"batch_size": 8, "batch_size_per_gpu": 2, "max_steps": -1, "num_train_epochs": 3}
-    return argparse.Namespace(**(values | changes))
+    defaults = training_parser("", task="test", metric="anls").parse_args([])
+    return argparse.Namespace(**(vars(defaults) | changes))
 
 
 def settled(bf16=False, packing=True, deepspeed=None):
@@ -58,11 +49,17 @@ def settled(bf16=False, packing=True, deepspeed=None):
     return Setup(CPU, precision, "varlen", "on a CPU", packing, deepspeed, zero_stage(deepspeed))
 
 
-def load(frozen=False, path=MODEL):
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="varlen")
-    if frozen:
-        model.model.vision_embed_tokens.requires_grad_(False)
-    return model
+@pytest.fixture
+def load(random_model):
+    """Loads the random model."""
+
+    def load(frozen=False):
+        model = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32, attn_implementation="varlen")
+        if frozen:
+            model.model.vision_embed_tokens.requires_grad_(False)
+        return model
+
+    return load
 
 
 def batch(texts, packing):
@@ -88,9 +85,8 @@ def batch(texts, packing):
 
 
 @pytest.mark.parametrize(("packing", "bf16", "frozen"), [(True, False, False), (False, False, False), (True, True, True)])
-def test_the_trial_predicts_what_a_batch_stores(packing, bf16, frozen, random_model):
-    # On a CPU, bf16 is slow.
-    model, setup = load(frozen, random_model if bf16 else MODEL), settled(bf16, packing)
+def test_the_trial_predicts_what_a_batch_stores(packing, bf16, frozen, load):
+    model, setup = load(frozen), settled(bf16, packing)
     flops = TrainingFlops(model)
     random_state = torch.get_rng_state()
     trial = estimate_memory(model, setup, "adamw_torch", flops)
@@ -120,8 +116,8 @@ def test_the_trial_predicts_what_a_batch_stores(packing, bf16, frozen, random_mo
     [(None, True), (str(ROOT / "common/deepspeed/zero2.json"), False)],
     ids=["fp32 weights", "DeepSpeed's, in bf16"],
 )
-def test_the_trial_uses_the_precision_of_training(deepspeed, by_autocast, random_model):
-    model, setup = load(path=random_model), settled(bf16=True, deepspeed=deepspeed)
+def test_the_trial_uses_the_precision_of_training(deepspeed, by_autocast, load):
+    model, setup = load(), settled(bf16=True, deepspeed=deepspeed)
     model.to(torch.float32 if by_autocast else torch.bfloat16)
     seen = set()
     model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
@@ -192,7 +188,7 @@ def test_groups_of_parameters_are_limited(sizes, lists):
     assert [id(parameter) for some in split for parameter in some] == list(map(id, parameters))
 
 
-def test_states_by_optimizer_and_sharding(tmp_path):
+def test_states_by_optimizer_and_sharding(load, tmp_path):
     model = load(frozen=True)
     count = sum(trained for trained, _ in count_parameters(model).values())
     assert state_bytes(model, "adamw_torch_fused", settled()) == (4 + 8) * count  # gradient, two moments
@@ -227,18 +223,16 @@ def published_model(args):
     return model, loaded
 
 
-FULL = {"optim": "adamw_torch_fused"}
-LORA = FULL | {"use_lora": True, "init_lora_weights": "gaussian", "use_dora": False, "use_rslora": False}
-QLORA = LORA | {"use_qlora": True}
+LORA = {"use_lora": True}
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("full, DDP (`--deepspeed none`)", FULL),
-        ("full, DDP, `--optim adamw_bnb_8bit`", FULL | {"optim": "adamw_bnb_8bit"}),
+        ("full, DDP (`--deepspeed none`)", {}),
+        ("full, DDP, `--optim adamw_bnb_8bit`", {"optim": "adamw_bnb_8bit"}),
         ("LoRA, DDP", LORA),
-        ("QLoRA, DDP", QLORA),
+        ("QLoRA, DDP", LORA | {"use_qlora": True}),
     ],
 )
 def test_states_of_the_published_model_are_documented(name, changes, monkeypatch):
@@ -254,7 +248,7 @@ def test_states_of_the_published_model_are_documented(name, changes, monkeypatch
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
-def test_the_tower_can_run_in_chunks(recomputation):
+def test_the_tower_can_run_in_chunks(recomputation, load):
     """Loss and gradients of nine views, in chunks of two and at once."""
     found = []
     for crops_per_chunk in (2, load().model.vision_embed_tokens.crops_per_chunk):
@@ -275,7 +269,7 @@ def test_the_tower_can_run_in_chunks(recomputation):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_adapters_do_not_cast_their_inputs():
+def test_adapters_do_not_cast_their_inputs(load):
     """PEFT would cast them to fp32, which autocast reverts."""
     args = flags(bf16=True, **LORA | {"lora_dropout": 0.1})
     model = add_lora(load().to(torch.bfloat16), args, None).train()
@@ -289,39 +283,33 @@ def test_adapters_do_not_cast_their_inputs():
     assert seen == {torch.bfloat16}
 
 
-def test_summary_of_a_run():
-    model, args, setup = load(), flags(), dataclasses.replace(settled(), batch_size_per_gpu=2)
-    flops = TrainingFlops(model)
-    trial = estimate_memory(model, setup, args.optim, flops)
+def test_summary_of_a_run(load):
+    model, setup = load(), dataclasses.replace(settled(), batch_size_per_gpu=2)
+    given = {"learning_rate": 1e-4, "vision_learning_rate": 1e-5, "warmup_steps": 2, "batch_size": 8, "num_train_epochs": 3}
     lengths = Lengths(tokens=np.array([300, 500]), views=np.array([2, 3]))
     batches = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=4)
-    text = summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)
-    lines = dict(line.split(":", 1) for line in text.splitlines())
-    assert len(lines) == 12 and all(len(line) < 130 for line in text.splitlines())
-    assert lines["batch"].strip() == "8 samples per step = 1 process × 2 per micro-batch × 4 accumulation"
-    assert lines["steps"].strip() == "6 on 16 rows, learning rate warmup for 2, then linear"
+    flops = TrainingFlops(model)
+
+    def summary(setup=setup, batches=batches, trial=TRIAL, **changes):
+        text = summarize(flags(**given | changes), setup, model, 16, batches, lengths, "none", trial, flops)
+        assert text.count("\n") == 11 and all(len(line) < 130 for line in text.splitlines())
+        return {name: said.strip() for name, said in (line.split(":", 1) for line in text.splitlines())}
+
+    said = summary()
+    assert said["batch"] == "8 samples per step = 1 process × 2 per micro-batch × 4 accumulation"
+    assert said["steps"] == "6 on 16 rows, learning rate warmup for 2, then linear"
+    assert "learning rate 0.0001, vision 1e-05" in said["optimizer"]
+    assert said["samples"] == "300 to 500 tokens (mean 400), 2.5 crops and global views on average"
+    assert "GiB" in said["memory"] and "about" in said["time"]
     budget = PlannedBatches(16, 8, seed=0, rank=0, world_size=1, accumulation=2, max_tokens=2000)
     auto = dataclasses.replace(setup, max_tokens_per_batch="auto")
-    text = summarize(args, auto, model, 16, budget, lengths, "none", trial, flops)
-    assert "8 samples per step = 1 process × 2 micro-batches of up to 2,000 tokens (auto)" in text
-    for warmup, said in (
-        (0.5, "warmup for 3, then cosine"),
-        (6, "all of them warmup (--warmup_steps 6): the learning rate never reaches"),
-    ):
-        args = flags(warmup_steps=warmup, lr_scheduler_type="cosine")
-        assert said in summarize(args, setup, model, 16, batches, lengths, "none", trial, flops)
-    assert "learning rate 0.0001, vision 1e-05" in lines["optimizer"]
-    assert lines["samples"].strip() == "300 to 500 tokens (mean 400), 2.5 crops and global views on average"
-    assert "GiB" in lines["memory"] and "about" in lines["time"]
-    untried = summarize(args, setup, model, 16, batches, lengths, "full", None, flops)
-    assert untried.count("not estimated: not even a small batch fits") == 2 and untried.count("\n") == 11
-    lora = flags(use_lora=True, lora_rank=5, lora_alpha_ratio=0.3)
-    assert "LoRA, rank 5, alpha 2," in summarize(
-        lora, setup, model, 16, batches, lengths, "none", trial, flops
-    )  # as PEFT gets it
-    zero3 = settled(deepspeed=str(ROOT / "common/deepspeed/zero3.json"))
-    sharded = summarize(args, zero3, model, 16, batches, lengths, "full", None, flops)
-    assert re.search(
-        r"^memory: +about 0\.0 GiB per process for weights and states; activations cannot be measured", sharded, re.M
-    )
-    assert "not estimated: no trial is possible under ZeRO-3" in sharded and "zero3.json" in sharded
+    assert "1 process × 2 micro-batches of up to 2,000 tokens (auto)" in summary(auto, budget)["batch"]
+    assert "warmup for 3, then cosine" in summary(warmup_steps=0.5, lr_scheduler_type="cosine")["steps"]
+    assert "all of them warmup (--warmup_steps 6)" in summary(warmup_steps=6)["steps"]
+    untried = summary(trial=None)
+    assert untried["memory"] == untried["time"] == "not estimated: not even a small batch fits"
+    # As PEFT gets it.
+    assert "LoRA, rank 5, alpha 2," in summary(use_lora=True, lora_rank=5, lora_alpha_ratio=0.3)["method"]
+    sharded = summary(settled(deepspeed=str(ROOT / "common/deepspeed/zero3.json")), trial=None)
+    assert sharded["memory"].startswith("about 0.0 GiB per process for weights and states")
+    assert "under ZeRO-3" in sharded["time"] and "zero3.json" in sharded["optimizer"]

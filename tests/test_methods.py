@@ -24,7 +24,7 @@ from runs import CURVE_TOLERANCE, CURVES, METHODS, QLORA_TOLERANCE, SCRIPT, flag
 from transformers import AutoProcessor
 
 import finetune_hf_trainer_docvqa as docvqa
-from common.arguments import Setup, check_arguments
+from common.arguments import Setup
 from common.model.loading import base_model, load_model, set_gradient_checkpointing
 from common.phi3v.parts import part_of
 
@@ -47,7 +47,7 @@ def finished(train, tmp_path_factory):
     def run(method):
         if method not in made:
             output = tmp_path_factory.mktemp(method) / "run"
-            target = partial(be_process, whole=True)
+            target = partial(be_process, whole=method == "full")
             made[method] = (output, train(output, target=target, **METHODS[method]))
         return made[method]
 
@@ -103,8 +103,9 @@ def test_a_run_learns_and_writes_its_files(method, finished):
         assert evaluation["metric"] == "anls" and 0 <= evaluation["anls"] <= 1 and evaluation["samples"] == 3
         assert [entry["id"] for entry in evaluation["predictions"]] == ["0", "1", "2"]
         assert evaluation["predictions"][1]["answers"] == ["1037", "No. 1037"]
-    for name in ("train_results.json", "trainer_state.json", "run.json", "README.md", "report.html", "tokenizer.json"):
+    for name in ("train_results.json", "trainer_state.json", "run.json", "README.md", "tokenizer.json"):
         assert (output / name).is_file(), name
+    assert (output / "report.html").is_file() == (method == "full")  # the others are without it
 
 
 @pytest.mark.slow
@@ -171,7 +172,6 @@ def test_qlora_quantizes_the_linear_layers(frozen, random_model, docvqa_data, tm
     options = {"use_qlora": True, "freeze_vision_model": frozen or None, "bf16": frozen or None}
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(docvqa_data, tmp_path, model_name_or_path=random_model, **options)])
     args = docvqa.parse_args()
-    check_arguments(args)
     setup = Setup(torch.device("cpu"), "bf16" if frozen else "fp32", "varlen")
     loaded = base_model(load_model(args, setup, AutoProcessor.from_pretrained(random_model, num_crops=1)))
     linears = {name: module for name, module in loaded.named_modules() if isinstance(module, Linear4bit)}
@@ -206,7 +206,7 @@ def test_no_fused_layers_are_left_if_they_are_switched_off(method, random_model,
     assert fused == {"fused_layers": expected, "no-fused_layers": set()}
 
 
-@pytest.mark.parametrize("recomputation", ["none", "elementwise", "vision", "selective", "full"])
+@pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
 def test_a_frozen_vision_tower_builds_no_graph(recomputation, random_model, docvqa_data, tmp_path, monkeypatch):
     command = [SCRIPT, *flags(docvqa_data, tmp_path, model_name_or_path=random_model, freeze_vision_model=True)]
     monkeypatch.setattr(sys, "argv", command)
@@ -237,7 +237,7 @@ def test_a_frozen_vision_tower_builds_no_graph(recomputation, random_model, docv
 )
 def test_variants_of_lora_train_and_are_loaded_by_peft(options, expected, train, docvqa_data, tmp_path):
     """PEFT gets the flags, and the adapter that PEFT loads has the loss of the last evaluation."""
-    log = train(tmp_path, eval_strategy="steps", eval_steps=5, **METHODS["lora"], **options)
+    log = train(tmp_path, eval_strategy="steps", eval_steps=5, max_new_tokens=1, **METHODS["lora"], **options)
     assert log[-1]["loss"] < log[0]["loss"] - 0.1
     if "deepspeed" in options:
         assert [entry["loss"] for entry in log] == pytest.approx(
@@ -270,5 +270,5 @@ def test_optimizers(optim, name, dtype, train, tmp_path):
 @pytest.mark.slow
 def test_eight_bit_states_under_zero2(train, tmp_path):
     """As on one GPU: bf16 weights with masters, and the states of a whole group in one tensor."""
-    log = train(tmp_path, optim="adamw_8bit", bf16=True)
+    log = train(tmp_path, optim="adamw_8bit", bf16=True, max_new_tokens=1, max_eval_samples=1)
     assert log[-1]["loss"] < log[0]["loss"] - 0.1

@@ -27,10 +27,11 @@ def config(name):
 
 @pytest.fixture(scope="module")
 def train(random_model, docvqa_data):
-    """Runs of five steps."""
+    """Runs of five steps, with short evaluations."""
+    defaults = {"model_name_or_path": random_model, "max_steps": 5, "max_eval_samples": 1, "max_new_tokens": 1}
 
     def run(output, **options):
-        return finetune_forked(docvqa_data, output, **({"model_name_or_path": random_model, "max_steps": 5} | options))
+        return finetune_forked(docvqa_data, output, **(defaults | options))
 
     return run
 
@@ -61,11 +62,22 @@ def be_process_with(variables, *arguments):
     be_process(*arguments)
 
 
+def be_process_that_compiles(directory, *arguments):
+    """Compiles DeepSpeed's CPU Adam as one file, which takes half the time."""
+    from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
+
+    builder = CPUAdamBuilder()
+    sources = [builder.deepspeed_src_path(source) for source in builder.sources()]
+    (directory / "adam.cpp").write_text("".join(f'#include "{source}"\n' for source in sources))
+    CPUAdamBuilder.sources = lambda _: [str(directory / "adam.cpp")]
+    be_process_with({"CXX": str(directory / "g++"), "TORCH_EXTENSIONS_DIR": str(directory)}, *arguments)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its CPU Adam with g++")
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
 def test_offloading_follows_the_saved_curve(name, train, extensions, tmp_path):
-    variables = {"CXX": str(extensions / "g++"), "TORCH_EXTENSIONS_DIR": str(extensions)}
-    assert_follows_the_curve(train(tmp_path, deepspeed=config(name), target=partial(be_process_with, variables)), "full")
+    log = train(tmp_path, deepspeed=config(name), target=partial(be_process_that_compiles, extensions))
+    assert_follows_the_curve(log, "full")
 
 
 def test_zero3_gives_the_weights_of_zero2_and_resumes_exactly(train, tmp_path):
@@ -91,7 +103,7 @@ def test_zero3_gives_the_weights_of_zero2_and_resumes_exactly(train, tmp_path):
 def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypatch):
     """The processes have different numbers of prompts, and answers of different lengths."""
     draw_samples("docvqa", tmp_path / "data", train=2, val=3)
-    options = {"model_name_or_path": TINY, "max_new_tokens": 16, "eval_batch_size": 2, "max_eval_samples": 9}
+    options = {"model_name_or_path": TINY, "max_new_tokens": 10, "eval_batch_size": 2, "max_eval_samples": 5}
     monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(tmp_path / "data", tmp_path / "run", **options)])
     args = docvqa.parse_args()
     args.dataloader_num_workers = 0
@@ -101,7 +113,7 @@ def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypat
     expected = [entry.prediction for entry in docvqa.evaluate(model, processor, rows, args).predictions]
     assert len({len(answer) for answer in expected}) > 1
     with torch.no_grad():
-        loss = model(**validation_batch(tmp_path / "data", processor, limit=9)).loss.item()
+        loss = model(**validation_batch(tmp_path / "data", processor, limit=5)).loss.item()
 
     # The learning rate of the first step is 0.
     options |= {"data_dir": tmp_path / "data", "max_steps": 1, "deepspeed": config("zero3")}
