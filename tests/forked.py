@@ -1,7 +1,7 @@
 """Programs without starting Python: processes forked from one that has already imported everything.
 
-Starting Python and importing the libraries takes ten times as long as a run of five steps. test_bad_input.py,
-test_multi_node.py and `make demo` in test_readme.py use torchrun itself.
+Starting Python and importing the libraries takes ten times as long as a run of five steps. test_bad_input.py and `make demo` in
+test_readme.py use torchrun itself.
 """
 
 import atexit
@@ -43,10 +43,11 @@ def server() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def run_processes(target: Callable, arguments: Sequence[tuple], timeout: float = 600) -> list[int | None]:
+def run_processes(target: Callable, arguments: Sequence[tuple], timeout: float = 600, patience: float = 30) -> list[int | None]:
     """Call ``target`` in a process per tuple of arguments and return the exit codes.
 
-    When one process fails, the others have 30 seconds to end by themselves. None is the code of a process that was killed here.
+    When one process fails, the others have ``patience`` seconds to end by themselves. None is the code of a process that was
+    killed here.
     """
     members = [server().Process(target=target, args=each) for each in arguments]
     for member in members:
@@ -55,7 +56,7 @@ def run_processes(target: Callable, arguments: Sequence[tuple], timeout: float =
     while (running := [member.sentinel for member in members if member.is_alive()]) and time.monotonic() < deadline:
         wait(running, timeout=deadline - time.monotonic())
         if any(member.exitcode for member in members):
-            deadline = min(deadline, time.monotonic() + 30)
+            deadline = min(deadline, time.monotonic() + patience)
     codes = [member.exitcode for member in members]
     for member in members:
         member.kill()
@@ -141,11 +142,11 @@ def be_process(
 
 
 def run_script(
-    words: list[str], log: Path, processes: int = 2, script: str = SCRIPT, target: Callable = be_process, timeout: float = 600
+    words: list[str], log: Path, processes: int = 2, script: str = SCRIPT, target: Callable = be_process, **limits: float
 ) -> list[int | None]:
-    """Run a script in forked processes, which print to ``log``, and return their exit codes."""
+    """Run a script in forked processes, which print to ``log``, and return their exit codes, as :func:`run_processes`."""
     port = free_port()
-    return run_processes(target, [(rank, processes, port, words, log, script) for rank in range(processes)], timeout)
+    return run_processes(target, [(rank, processes, port, words, log, script) for rank in range(processes)], **limits)
 
 
 def finetune_forked(

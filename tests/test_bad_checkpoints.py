@@ -8,7 +8,7 @@ import pytest
 import transformers
 from conftest import TINY
 from huggingface_hub import save_torch_state_dict
-from runs import message, save_checkpoint, write_docvqa
+from runs import message, write_docvqa
 from safetensors.torch import load_file, save_file
 
 from common.model.checks import check_checkpoint
@@ -78,20 +78,6 @@ def test_a_stale_file_beside_shards(random_model, monkeypatch, data, tmp_path):
     assert f"weight {next(iter(whole))} is missing" in said
 
 
-def test_an_adapter_in_place_of_a_model(monkeypatch, data, tmp_path):
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=tmp_path / "adapter")
-    assert "is an adapter: merge it into its base model first (python -m tools.merge_lora" in said
-
-
-def test_a_checkpoint_of_another_run(monkeypatch, data, tmp_path):
-    checkpoint = tmp_path / "out" / "checkpoint-2"
-    save_checkpoint(checkpoint, method="LoRA")
-    said = message(monkeypatch, data, tmp_path / "out", resume_from_checkpoint="auto")
-    assert said.startswith(f"--resume_from_checkpoint {checkpoint}: method is full, but the checkpoint's run had LoRA: use")
-
-
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
@@ -113,11 +99,3 @@ def test_missing_misshaped_and_nonfinite_weights(how, expected, monkeypatch, dat
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
     assert said.startswith(f"--model_name_or_path {model}{expected.format(name)}")
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
-def test_a_damaged_file_of_the_processor(name, monkeypatch, data, tmp_path):
-    model = shutil.copytree(TINY, tmp_path / "model")
-    (model / name).write_text("version https://git-lfs.github.com/spec/v1")
-    said = message(monkeypatch, data, tmp_path / "out", model_name_or_path=model)
-    assert said.startswith(f"{model}: ") and "copy" in said

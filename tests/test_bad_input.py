@@ -87,25 +87,6 @@ def test_a_deepspeed_file_that_overrides_flags_is_refused(changes, expected, mon
     assert f"zero.json {expected}" in said or f"zero.json: {expected}" in said
 
 
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"optim": "adam_w"}, "--optim adam_w: invalid optimizer; expected one of adamw_torch, "),
-        ({"optim": "galore_adamw"}, "galore_torch"),
-        (
-            {"optim": "adamw_bnb_8bit", "deepspeed": "common/deepspeed/zero2_offload.json"},
-            "ignores --optim adamw_bnb_8bit: remove --optim",
-        ),
-        ({"torch_compile": True, "deepspeed": "common/deepspeed/zero3.json"}, "sharded weights cannot be compiled"),
-        ({"use_lora": True, "lora_dropout": 1.5}, "--lora_dropout must be below 1, got 1.5"),
-        ({"use_lora": True, "lora_rank": 1, "lora_alpha_ratio": 0.4}, "--lora_rank 1 × --lora_alpha_ratio 0.4 must give"),
-        ({"use_qlora": True, "init_lora_weights": "olora"}, "--init_lora_weights olora does not work with 4-bit"),
-    ],
-)
-def test_settings_that_a_library_refuses(options, expected, monkeypatch, data, tmp_path):
-    assert expected in message(monkeypatch, data, tmp_path / "out", **options)
-
-
 def break_missing(data):
     (data / "documents" / "train2.png").unlink()
     return "train2.png is missing", "remove its row"
@@ -183,23 +164,9 @@ def assert_every_process_ends(log, words, *expected, **options):
     assert all(part in line for part in expected for line in lines), lines
 
 
-def test_a_bad_flag_ends_every_process(data, tmp_path):
-    words = flags(data, tmp_path / "out", model_name_or_path="/no/such/model")
-    assert_every_process_ends(tmp_path / "log", words, "no such directory")
-
-
 def test_bad_data_ends_every_process(data, tmp_path):
     expected = break_missing(data)
     assert_every_process_ends(tmp_path / "log", flags(data, tmp_path / "out"), *expected)
-
-
-def test_a_bad_row_of_the_general_format_ends_every_process(tmp_path):
-    good = '{"conversations": [{"user": "Why?", "assistant": "So."}]}\n'
-    (tmp_path / "train.jsonl").write_text(good + '{"conversations": [{"user": "Why?"}]}\n')
-    (tmp_path / "val.jsonl").write_text(good)
-    words = flags(tmp_path, tmp_path / "out", train_file="train.jsonl", eval_file="val.jsonl")
-    expected = 'train.jsonl, line 2, turn 1: "assistant" must be a non-empty string'
-    assert_every_process_ends(tmp_path / "log", words, expected, script="finetune_hf_trainer_jsonl.py")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

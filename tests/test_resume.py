@@ -75,7 +75,7 @@ def assert_same_result(output, expected):
 @pytest.fixture(scope="module")
 def options(random_model, docvqa_data):
     """Four steps per epoch."""
-    return {"model_name_or_path": random_model, "data_dir": docvqa_data, "dataloader_num_workers": 0}
+    return {"model_name_or_path": random_model, "data_dir": docvqa_data, "dataloader_num_workers": 0, "max_new_tokens": 1}
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,11 @@ def test_a_run_stopped_after_training_is_only_evaluated(straight, tmp_path):
 def test_patience_counts_across_a_stop(options, tmp_path):
     """LoRA is stopped when an evaluation is due: the resumed run does it, and it counts. The result is the best model.
 
-    The last checkpoint is kept beside the best one, although only one is kept in the end.
+    With --save_total_limit 1, the last checkpoint is kept beside the best one, also when training has ended.
     """
     options = options | {"max_steps": 8, "learning_rate": 1e-9, "use_lora": True, "save_strategy": "steps", "save_steps": 1}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1, "save_total_limit": 1}
-    options |= {"load_best_model_at_end": True, "early_stopping_patience": 3}
+    options |= {"load_best_model_at_end": True, "early_stopping_patience": 3, "max_eval_samples": 1}
     finetune_forked(options["data_dir"], tmp_path / "straight", **options)
     output = tmp_path / "run"
     interrupt(3, output, **options)
@@ -130,7 +130,7 @@ def test_patience_counts_across_a_stop(options, tmp_path):
     assert [entry["step"] for entry in evaluations(output)] == [1, 2, 3, 4]
     assert evaluations(output) == evaluations(tmp_path / "straight")
     assert_same_result(output, tmp_path / "straight")
-    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1"}
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
     best = weights(output / "checkpoint-1")
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(output).items())
 

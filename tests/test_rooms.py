@@ -2,14 +2,9 @@
 
 import ast
 import inspect
-import os
-import subprocess
-import sys
 from functools import cache
 
-import pytest
 from conftest import ROOT
-from runs import SCRIPT, flags, write_docvqa
 from transformers import Trainer
 
 from common.training.trainer import FinetuningTrainer
@@ -30,8 +25,12 @@ def room_of(path):
 
 def imported(path):
     """Full names of what a module of common/ imports, wherever in it."""
+    return imports(ast.parse(path.read_text(encoding="utf-8")), path)
+
+
+def imports(tree, path):
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -110,37 +109,21 @@ def test_flags_are_not_rewritten():
                 assert owner not in ("args", "flags", "self.flags"), (path, ast.unparse(node))
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes", "matplotlib", "sklearn"])
-def test_heavy_libraries_are_imported_late(name):
-    """Only modules of report/, which are themselves imported late, import them at the top."""
+def imported_at_the_top(path):
+    """Full names of what a module imports whenever it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return set(imports(tree, path))
+
+
+def test_heavy_libraries_are_imported_late():
+    """Only by modules of report/, which others import late as well, except for report/run.py."""
     for path in modules():
-        if room_of(path) != "report":
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            tops = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-            found = [alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names]
-            found += [node.module or "" for node in tops if isinstance(node, ast.ImportFrom)]
-            assert not any(module.split(".")[0] == name for module in found), path
-
-
-@pytest.mark.slow
-def test_training_loads_no_libraries_of_reports(random_model, tmp_path):
-    """Up to the report. The model does without bitsandbytes too, which transformers' Trainer imports, by way of PEFT."""
-    data = write_docvqa(tmp_path / "data", train=4, val=1)
-    lora = {"model_name_or_path": random_model, "use_lora": True, "lora_rank": 4}
-    words = flags(data, tmp_path / "output", max_steps=1, dataloader_num_workers=0, **lora)
-    code = f"""
-import sys, common.phi3v
-assert "bitsandbytes" not in sys.modules
-import finetune_hf_trainer_docvqa as script
-from common.training.trainer import FinetuningTrainer
-found = []
-FinetuningTrainer.report = lambda trainer: found.append({{"matplotlib", "sklearn"}} & set(sys.modules))
-sys.argv = {[SCRIPT, *words]}
-script.main(script.parse_args())
-assert found == [set()], found
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+        names = imported_at_the_top(path)
+        if room_of(path) != "report" or path.name == "run.py":
+            heavy = {"bitsandbytes", "matplotlib", "sklearn"} & {name.split(".")[0] for name in names}
+            late = {name for name in names if name.startswith("common.report.") and name != "common.report.run"}
+            assert not heavy | late, path
 
 
 def test_private_methods_of_transformers():

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from conftest import ROOT
-from forked import server
-from runs import flags, free_port, weights, write_docvqa, write_random_model
+from forked import run_script
+from runs import flags, weights, write_docvqa, write_random_model
 from safetensors.torch import load_file
 
 from .struck import Strike, be_struck
@@ -112,20 +112,8 @@ def run(output: Path, data: Path, options: dict, fault: Fault | None = None) -> 
         codes: tuple[int | None, ...] = (launch(output, data, words, log, fault.launcher),)
     else:
         target = partial(be_struck, fault.strike if fault else None, output, data)
-        arguments = (2, free_port(), words, log)
-        members = [server().Process(target=target, args=(rank, *arguments)) for rank in range(2)]
-        for member in members:
-            member.start()
-        deadline = time.monotonic() + SECONDS
-        frozen = fault is not None and fault.frozen
-        while any(member.exitcode is None for member in members) and time.monotonic() < deadline:
-            if frozen and any(member.exitcode is not None for member in members):
-                break
-            time.sleep(0.02)
-        codes = tuple(member.exitcode for member in members)
-        for member in members:
-            member.kill()
-            member.join()
+        patience = 0 if fault and fault.frozen else SECONDS
+        codes = tuple(run_script(words, log, target=target, timeout=SECONDS, patience=patience))
     said = log.read_text(errors="replace")
     assert None not in codes or (fault and fault.frozen), f"hangs: {codes}\n{said[-5000:]}"
     deadline = time.monotonic() + 3

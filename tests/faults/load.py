@@ -15,9 +15,9 @@ from pathlib import Path
 
 import datasets
 import psutil
-from forked import be_process, server
+from forked import be_process, run_script
 from PIL import Image
-from runs import flags, free_port, write_docvqa, write_random_model
+from runs import flags, write_docvqa, write_random_model
 from transformers import TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -149,14 +149,10 @@ def measure_steps(count: int) -> None:
     options |= {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 100, "max_new_tokens": 2}
     options |= {"model_name_or_path": write_random_model(folder / "model")}
     words = flags(write_docvqa(folder / "data"), folder / "run", **options)
-    begin, port = time.monotonic(), free_port()
-    members = [server().Process(target=be_watched, args=(rank, 2, port, words, folder / "log")) for rank in range(2)]
-    for member in members:
-        member.start()
-    for member in members:
-        member.join()
+    begin = time.monotonic()
+    codes = run_script(words, folder / "log", target=be_watched, timeout=3600)
     lines = [line for line in (folder / "log").read_text().splitlines() if "file handles" in line]
-    print("\n".join(lines), f"\n{count:,} steps: {time.monotonic() - begin:.0f} s, exit codes", *(m.exitcode for m in members))
+    print("\n".join(lines), f"\n{count:,} steps: {time.monotonic() - begin:.0f} s, exit codes", *codes)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def be_struck(strike: Strike | None, output: Path, data: Path, rank: int, *argum
 
     if strike and rank in strike.ranks:
         arm(strike, output, data)
-    be_process(rank, *arguments, whole=strike is not None)
+    be_process(rank, *arguments, whole=strike is not None and strike.at.endswith(".report"))
 
 
 def send(number: int, times: int, place: Place) -> None:
