@@ -19,9 +19,7 @@ def data(tmp_path):
     return write_docvqa(tmp_path / "data", train=4, val=2)
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_checkpoint_without_a_file_it_needs(name, monkeypatch, data, tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / name).unlink()

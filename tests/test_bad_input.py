@@ -74,7 +74,6 @@ def test_a_gpu_that_pytorch_cannot_use_is_an_error(visible, refused, monkeypatch
     ("changes", "expected"),
     [
         ({"optimizer": {"type": "AdamW"}}, 'has the section "optimizer", which would override --optim'),
-        ({"scheduler": {"type": "WarmupLR"}}, 'has the section "scheduler", which would override --lr_scheduler_type'),
         ({"gradient_accumulation_steps": 2}, 'gradient_accumulation_steps must be "auto", because the flags determine it'),
         ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, '"offload_optimizer" without a "device"'),
         ({"bf16": {"enabled": True}}, 'bf16.enabled must be "auto", because the flags determine it'),
@@ -90,11 +89,6 @@ def test_a_deepspeed_file_that_overrides_flags_is_refused(changes, expected, mon
 def break_missing(data):
     (data / "documents" / "train2.png").unlink()
     return "train2.png is missing", "remove its row"
-
-
-def break_no_picture(data):
-    (data / "documents" / "train1.png").write_text("not a picture")
-    return "train1.png cannot be read", "replace it"
 
 
 def break_cut_short(data):
@@ -115,7 +109,7 @@ def break_folder(data):
     return "_v1.0_withQT.json is missing", "--data_dir must be the folder"
 
 
-@pytest.mark.parametrize("damage", [break_missing, break_no_picture, break_cut_short, break_empty, break_folder])
+@pytest.mark.parametrize("damage", [break_missing, break_cut_short, break_folder])
 def test_data(damage, monkeypatch, data, tmp_path):
     expected = damage(data)
     said = message(monkeypatch, data, tmp_path / "out")
@@ -129,11 +123,9 @@ ENTRY = '{"questionId": 1, "question": "Which?", "image": "documents/train0.png"
 @pytest.mark.parametrize(
     ("text", "expected", "remedy"),
     [
-        ("{", ": invalid JSON", "download it again"),
         ('{"data": [{"question": "\\ud800"}]}', ": invalid JSON", "surrogates not allowed"),
         ('{"rows": []}', " does not have the DocVQA format", '"data"'),
         ('{"question": "Which?", "image": "documents/train0.png"}', 'entry 1 of "data"', '"answers"'),
-        (ENTRY.replace('["1"]', '["1", " "]'), 'entry 1 of "data"', "nonempty list of nonempty"),
         (ENTRY.replace("Which", "<|image_1|> or <|image_2|>"), 'entry 1 of "data": the text', "match its 1 image"),
         # The answer that is drawn depends on the epoch.
         (ENTRY.replace('["1"]', '["1", "2<|end|>3"]'), '"assistant" contains the special token <|end|>', "remove it"),
@@ -209,13 +201,6 @@ def as_damaged_jpeg(picture):
     return content[:half] + b"\xff\xc0" + content[half + 2 :]
 
 
-def test_an_image_damaged_in_the_middle_is_named_before_training(monkeypatch, data, tmp_path):
-    page = data / "documents/train0.png"
-    whole = page.read_bytes()
-    page.write_bytes(whole[: len(whole) // 2] + bytes(100) + whole[len(whole) // 2 + 100 :])
-    assert f"{page.name} cannot be decoded" in message(monkeypatch, data, tmp_path / "out")
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_has_the_same_message_with_and_without_workers(workers, capsys):
     def collate(rows):
@@ -236,16 +221,9 @@ def test_a_worker_that_hangs_ends_the_run(capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("collate", "complaint"),
-    [
-        (lambda rows: random.sample(rows, 2), "Sample larger than population"),
-        (lambda rows: list(zip(rows, [], strict=True)), r"zip\(\) argument 2 is shorter"),
-    ],
-)
-def test_other_errors_keep_their_traceback(collate, complaint, workers):
-    loader = WorkerLoader([0], collate, batch_sampler=[[0]], num_workers=workers)
-    with pytest.raises(ValueError, match=complaint):
+def test_other_errors_keep_their_traceback(workers):
+    loader = WorkerLoader([0], lambda rows: random.sample(rows, 2), batch_sampler=[[0]], num_workers=workers)
+    with pytest.raises(ValueError, match="Sample larger than population"):
         run(lambda args: next(iter(loader)), None)
 
 

@@ -51,11 +51,8 @@ def checkpoint(tmp_path):
     ("name", "content", "reason"),
     [
         ("complete.json", None, "saving was interrupted"),
-        ("complete.json", b'{"model', "complete.json is corrupted"),
         ("complete.json", b"\xff{}", "complete.json is corrupted"),
         ("complete.json", b'{"model.safetensors": [Infinity, "a"]}', "model.safetensors has 100 bytes, expected inf"),
-        ("complete.json", b"[" * 100_000, "complete.json is corrupted"),
-        ("complete.json", b"[1]", "complete.json is corrupted"),
         ("complete.json", b"{}", "complete.json is corrupted"),
         ("complete.json", b'{"/etc/passwd": [1, "a"]}', "complete.json is corrupted"),
         ("complete.json", b'{"../a": [1, "a"]}', "complete.json is corrupted"),
@@ -120,22 +117,15 @@ def test_old_checkpoints_are_deleted_in_order(newest, incomplete, best, kept, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in kept]
 
 
-def test_a_missing_checkpoint_and_one_whose_manifest_is_a_fifo(checkpoint):
-    (checkpoint / "complete.json").unlink()
-    os.mkfifo(checkpoint / "complete.json")
-    assert why_incomplete(checkpoint) == "complete.json is corrupted"
-    shutil.rmtree(checkpoint)
-    assert why_incomplete(checkpoint) == "no such directory"
-
-
 def test_the_last_complete_checkpoint_is_found(tmp_path):
     for step in (9, 10, 11):
         save_checkpoint(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11" / "complete.json").unlink()
+    os.mkfifo(tmp_path / "checkpoint-11" / "complete.json")
     (tmp_path / "checkpoint-best").mkdir()
     assert find_checkpoint("auto", tmp_path, {}, []) == (
         tmp_path / "checkpoint-10",
-        ["checkpoint-11 (saving was interrupted)"],
+        ["checkpoint-11 (complete.json is corrupted)"],
     )
     assert find_checkpoint(None, tmp_path, {}, []) == (None, [])
 
@@ -253,22 +243,13 @@ def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, pr
 @pytest.mark.parametrize(
     ("words", "changes", "name"),
     [
-        (("--use_lora",), {"deepspeed": None}, "method"),
         (("--freeze_vision_model",), {}, "method"),
-        (("--optim", "adafactor"), {}, "--optim"),
         ((), {"deepspeed": None}, r"sharding \(--deepspeed\)"),
-        ((), {"deepspeed": "common/deepspeed/zero3.json"}, r"sharding \(--deepspeed\)"),
         ((), {"deepspeed": "common/deepspeed/zero2_offload.json"}, r"sharding \(--deepspeed\) is ZeRO-2 with offloading,"),
         ((), {"processes": 4}, "number of processes"),
         ((), {"precision": "bf16"}, r"precision \(--bf16\)"),
         (("--batch_size", "32"), {}, "--batch_size"),
-        (("--wd", "0.1"), {}, "--wd"),
-        (("--seed", "7"), {}, "--seed"),
-        (("--num_crops", "4"), {}, "--num_crops"),
-        (("--learning_rate", "1"), {}, "--learning_rate"),
         (("--projector_learning_rate", "1"), {}, "--projector_learning_rate"),
-        (("--lr_scheduler_type", "cosine"), {}, "--lr_scheduler_type"),
-        (("--warmup_steps", "7"), {}, "--warmup_steps"),
         (("--streaming",), {}, "--streaming"),
     ],
 )
@@ -291,22 +272,10 @@ def test_settings_that_do_not_change_the_result_may_change(tmp_path):
         check_resumable(tmp_path, settings_of(*streaming, deepspeed=None, processes=4), [])
     for words, name in (
         (("--lora_rank", "8"), "--lora_rank is 8, but the checkpoint's run had 64"),
-        (("--use_rslora",), "--use_rslora is True, but"),
-        (("--use_dora",), "--use_dora is True, but"),
         (("--model_name_or_path", str(other)), r"base model \(--model_name_or_path\) is"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint {tmp_path}: {name}"):
             check_resumable(tmp_path, settings_of(*streaming, *words, deepspeed=None), [])
-
-
-@pytest.mark.parametrize("content", [None, "{}", '{"settings": 7}', "[" * 100_000, "a pipe"])
-def test_a_checkpoint_without_settings_is_refused(content, tmp_path):
-    if content == "a pipe":
-        os.mkfifo(tmp_path / "totals.json")
-    elif content:
-        (tmp_path / "totals.json").write_text(content)
-    with pytest.raises(ValueError, match="totals.json.*: use an earlier checkpoint"):
-        check_resumable(tmp_path, {"--seed": 1}, [])
 
 
 def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
@@ -342,12 +311,11 @@ def test_a_full_disk_is_reported_whatever_writes(writer, tmp_path):
 
 
 def test_other_errors_while_saving_are_not_attributed_to_the_disk():
-    for error in (RuntimeError("Connection closed by peer"), FileNotFoundError(2, "No such file or directory")):
-        with pytest.raises(type(error)), saving():
-            raise error
+    with pytest.raises(RuntimeError), saving():
+        raise RuntimeError("Connection closed by peer")
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
 def test_an_error_of_the_file_system_is_reported_in_one_line(number, tmp_path, capfd, monkeypatch):
     def read(_):
         raise OSError(number, os.strerror(number), f"{tmp_path}/a.json")

@@ -3,14 +3,14 @@
 import base64
 import json
 import os
-import subprocess
-import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
-from conftest import ROOT
-from runs import SCRIPT, flags
+from forked import be_process, run_script
+from runs import flags
 
 
 @pytest.fixture
@@ -57,6 +57,14 @@ def hub():
     server.shutdown()
 
 
+def be_process_online(address, *arguments):
+    """One process of a run for which the Hub is at this address."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
+    huggingface_hub.constants.ENDPOINT = huggingface_hub.hf_api.api.endpoint = address
+    os.environ |= {"HF_TOKEN": "hf_none"}
+    be_process(*arguments, whole=True)
+
+
 @pytest.mark.slow
 def test_push_to_hub(hub, random_model, docvqa_data, tmp_path):
     """One repository is created, and its only commit is the finished run, without checkpoints and images of the dataset.
@@ -65,27 +73,18 @@ def test_push_to_hub(hub, random_model, docvqa_data, tmp_path):
     """
     options = {"max_steps": 1, "use_lora": True, "push_to_hub": True, "hub_model_id": "tiny", "hub_private_repo": True}
     options |= {"model_name_or_path": random_model, "save_strategy": "steps", "save_steps": 1}
-    (tmp_path / "gallery").mkdir()
-    (tmp_path / "gallery/of an earlier run.jpg").write_bytes(b"")
-    words = flags(docvqa_data, tmp_path, **options, dataloader_num_workers=0)
-    # huggingface_hub reads these variables when it is imported.
-    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([sys.executable, SCRIPT, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
+    output = tmp_path / "run"
+    (output / "gallery").mkdir(parents=True)
+    (output / "gallery/of an earlier run.jpg").write_bytes(b"")
+    words, log = flags(docvqa_data, output, **options, dataloader_num_workers=0), tmp_path / "log"
+    codes = run_script(words, log, processes=1, target=partial(be_process_online, hub.address))
+    assert codes == [0], log.read_text()[-4000:]
     assert [(repository["name"], repository["visibility"]) for repository in hub.created] == [("tiny", "private")]
     [pushed] = hub.commits
-    assert "from_pretrained('someone/tiny'" in (tmp_path / "README.md").read_text()
-    expected = {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-        "README.md",
-        "run.json",
-        "eval_after.json",
-        "tokenizer.json",
-    }
-    assert pushed.keys() >= expected and not any("checkpoint-" in name for name in pushed)
-    sent = {name for commit in hub.commits for name in commit}
-    assert (tmp_path / "report.html").is_file() and not any(name.startswith(("gallery", "report")) for name in sent)
+    assert "from_pretrained('someone/tiny'" in (output / "README.md").read_text()
+    model = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"}
+    assert pushed.keys() >= model | {"README.md", "run.json", "eval_after.json"}
+    assert (output / "report.html").is_file()
+    assert not any(name.startswith(("checkpoint-", "gallery", "report")) for name in pushed)
     for name in ("adapter_model.safetensors", "README.md"):
-        assert base64.b64decode(pushed[name]["content"]) == (tmp_path / name).read_bytes()
+        assert base64.b64decode(pushed[name]["content"]) == (output / name).read_bytes()
