@@ -120,9 +120,9 @@ def be_process(
     By default without what takes seconds: the HTML report, and the trial of the memory, instead of which it is ample.
     """
     import common.report.page
-    from common.training import memory
-    from common.training.start import _leave_process_group
+    from common.training import memory, start
 
+    start.cores_per_process = lambda: 1  # other tests run at the same time
     if not whole:
         common.report.page.report_run = lambda *_: None
         footprints = [memory.Footprint(0, 1, 1)] * 3
@@ -137,7 +137,7 @@ def be_process(
     try:
         module.run(module.main, module.parse_args())
     except SystemExit:
-        _leave_process_group()  # multiprocessing leaves out what is registered with atexit
+        start._leave_process_group()  # multiprocessing leaves out what is registered with atexit
         raise
 
 

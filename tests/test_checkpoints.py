@@ -261,7 +261,8 @@ def test_a_run_resumes_only_with_the_same_settings(words, changes, name, tmp_pat
 
 
 def test_settings_that_do_not_change_the_result_may_change(tmp_path):
-    """Under DDP also the number of processes, except with streaming."""
+    """The order of --train_only; under DDP also the number of processes, except with streaming."""
+    assert settings_of("--train_only", "vision,projector") == settings_of("--train_only", "projector,vision")
     (other := tmp_path / "other").mkdir()
     save_file({"weight": torch.zeros(2, 2)}, other / "model.safetensors")
     (tmp_path / "totals.json").write_text(json.dumps(TOTALS | {"settings": settings_of("--use_lora", deepspeed=None)}))

@@ -57,7 +57,6 @@ def one_node(options, tmp_path_factory) -> list[dict]:
 
 
 def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
-    # A process with a machine of its own uses more threads, so that sums are computed in another order.
     assert len(found) == len(expected) == 3
     for entry, other in zip(found, expected, strict=True):
         assert entry == pytest.approx(other, rel=1e-4)
