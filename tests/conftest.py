@@ -5,7 +5,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -77,6 +77,15 @@ def docvqa_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from runs import write_docvqa
 
     return write_docvqa(tmp_path_factory.mktemp("docvqa"), val=3)
+
+
+@pytest.fixture(scope="session")
+def train(random_model: Path, docvqa_data: Path) -> Callable[..., list[dict]]:
+    """Runs of five steps by :func:`forked.finetune_forked`, with short evaluations: ``train(output, **flags)``."""
+    from forked import finetune_forked
+
+    options = {"model_name_or_path": random_model, "max_steps": 5, "max_eval_samples": 1, "max_new_tokens": 1}
+    return lambda output, **changes: finetune_forked(docvqa_data, output, **options | changes)
 
 
 @pytest.fixture(scope="session")

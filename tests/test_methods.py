@@ -19,7 +19,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import GOLDEN, needs_golden
-from forked import be_process, finetune_forked
+from forked import be_process
 from runs import CURVE_TOLERANCE, CURVES, METHODS, QLORA_TOLERANCE, SCRIPT, flags, validation_batch, weights
 from transformers import AutoProcessor
 
@@ -27,16 +27,6 @@ import finetune_hf_trainer_docvqa as docvqa
 from common.arguments import Setup
 from common.model.loading import base_model, load_model, set_gradient_checkpointing
 from common.phi3v.parts import part_of
-
-
-@pytest.fixture(scope="module")
-def train(random_model, docvqa_data):
-    """Runs of five steps."""
-
-    def run(output, **options):
-        return finetune_forked(docvqa_data, output, **({"model_name_or_path": random_model, "max_steps": 5} | options))
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +38,8 @@ def finished(train, tmp_path_factory):
         if method not in made:
             output = tmp_path_factory.mktemp(method) / "run"
             target = partial(be_process, whole=method == "full")
-            made[method] = (output, train(output, target=target, **METHODS[method]))
+            evaluated = {"max_eval_samples": 3, "max_new_tokens": 4}
+            made[method] = (output, train(output, target=target, **evaluated, **METHODS[method]))
         return made[method]
 
     return run
@@ -237,7 +228,7 @@ def test_a_frozen_vision_tower_builds_no_graph(recomputation, random_model, docv
 )
 def test_variants_of_lora_train_and_are_loaded_by_peft(options, expected, train, docvqa_data, tmp_path):
     """PEFT gets the flags, and the adapter that PEFT loads has the loss of the last evaluation."""
-    log = train(tmp_path, eval_strategy="steps", eval_steps=5, max_new_tokens=1, **METHODS["lora"], **options)
+    log = train(tmp_path, eval_strategy="steps", eval_steps=5, **METHODS["lora"], **options)
     assert log[-1]["loss"] < log[0]["loss"] - 0.1
     if "deepspeed" in options:
         assert [entry["loss"] for entry in log] == pytest.approx(
@@ -250,7 +241,7 @@ def test_variants_of_lora_train_and_are_loaded_by_peft(options, expected, train,
     eval_loss = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
-        loss = loaded(**validation_batch(docvqa_data, AutoProcessor.from_pretrained(tmp_path, num_crops=1))).loss
+        loss = loaded(**validation_batch(docvqa_data, AutoProcessor.from_pretrained(tmp_path, num_crops=1), limit=1)).loss
     assert loss.item() == pytest.approx(eval_loss, rel=1e-5)
 
 
@@ -270,5 +261,5 @@ def test_optimizers(optim, name, dtype, train, tmp_path):
 @pytest.mark.slow
 def test_eight_bit_states_under_zero2(train, tmp_path):
     """As on one GPU: bf16 weights with masters, and the states of a whole group in one tensor."""
-    log = train(tmp_path, optim="adamw_8bit", bf16=True, max_new_tokens=1, max_eval_samples=1)
+    log = train(tmp_path, optim="adamw_8bit", bf16=True)
     assert log[-1]["loss"] < log[0]["loss"] - 0.1

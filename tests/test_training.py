@@ -21,9 +21,8 @@ def assert_same_steps(first, second, relative=1e-5):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=100 * relative)
 
 
-def test_steps_do_not_depend_on_processes_accumulation_or_packing(random_model, docvqa_data, tmp_path):
-    common = {"model_name_or_path": random_model, "batch_size": 8, "max_steps": 2, "deepspeed": "none"}
-    common |= {"max_eval_samples": 1, "max_new_tokens": 1}
+def test_steps_do_not_depend_on_processes_accumulation_or_packing(train, tmp_path):
+    common = {"batch_size": 8, "max_steps": 2, "deepspeed": "none"}
     runs = {
         "8 at once": dict(processes=1, batch_size_per_gpu=8),
         "one at a time": dict(processes=1, batch_size_per_gpu=1, attn_implementation="sdpa"),
@@ -31,7 +30,7 @@ def test_steps_do_not_depend_on_processes_accumulation_or_packing(random_model, 
         "token budget": dict(processes=2, batch_size_per_gpu=None, max_tokens_per_batch=900),
         "all that fits": dict(processes=2, batch_size_per_gpu=None, max_tokens_per_batch="auto"),
     }
-    logs = {name: finetune_forked(docvqa_data, tmp_path / name, **common, **options) for name, options in runs.items()}
+    logs = {name: train(tmp_path / name, **common, **options) for name, options in runs.items()}
     for log in logs.values():
         assert_same_steps(log, logs["8 at once"])
     assert "1 micro-batch of up to" in (tmp_path / "all that fits.log").read_text()
@@ -76,12 +75,12 @@ def test_rows_skipped_at_the_start_are_listed_once(random_model, tmp_path):
     assert "skipped in training" not in (tmp_path / "run.log").read_text()
 
 
-def test_best_checkpoint_and_early_stopping(random_model, docvqa_data, tmp_path):
+def test_best_checkpoint_and_early_stopping(train, tmp_path):
     """With ZeRO-2; test_resume.py stops LoRA early."""
-    options = {"model_name_or_path": random_model, "max_steps": 8, "learning_rate": 1e-9}
+    options = {"max_steps": 8, "learning_rate": 1e-9}
     options |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_metric_steps": 1}
     options |= {"load_best_model_at_end": True, "early_stopping_patience": 2, "save_total_limit": 2}
-    finetune_forked(docvqa_data, tmp_path, **options)
+    train(tmp_path, **options)
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 3, "at this learning rate the metric stays the same, so that patience ends the run"
     assert state["best_model_checkpoint"].endswith("checkpoint-1")

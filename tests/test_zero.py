@@ -26,17 +26,6 @@ def config(name):
     return ROOT / "common" / "deepspeed" / f"{name}.json"
 
 
-@pytest.fixture(scope="module")
-def train(random_model, docvqa_data):
-    """Runs of five steps, with short evaluations."""
-    defaults = {"model_name_or_path": random_model, "max_steps": 5, "max_eval_samples": 1, "max_new_tokens": 1}
-
-    def run(output, **options):
-        return finetune_forked(docvqa_data, output, **(defaults | options))
-
-    return run
-
-
 def assert_follows_the_curve(log, method):
     curve = json.loads(CURVES.read_text())[method]
     for key in ("loss", "grad_norm"):
@@ -101,7 +90,7 @@ def test_zero3_gives_the_weights_of_zero2_and_resumes_exactly(train, tmp_path):
     assert all(torch.equal(resumed[name], saved[name]) for name in saved)
 
 
-def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypatch):
+def test_answers_under_zero3_are_those_of_one_process(tmp_path, monkeypatch):
     """The processes have different numbers of prompts, and answers of different lengths."""
     draw_samples("docvqa", tmp_path / "data", train=2, val=3)
     release = tmp_path / "data/val_v1.0_withQT.json"
@@ -119,8 +108,8 @@ def test_answers_under_zero3_are_those_of_one_process(train, tmp_path, monkeypat
         loss = model(**validation_batch(tmp_path / "data", processor, limit=5)).loss.item()
 
     # The learning rate of the first step is 0.
-    options |= {"data_dir": tmp_path / "data", "max_steps": 1, "deepspeed": config("zero3")}
-    train(tmp_path / "run", eval_strategy="steps", eval_steps=1, **options)
+    options |= {"max_steps": 1, "deepspeed": config("zero3"), "eval_strategy": "steps", "eval_steps": 1}
+    finetune_forked(tmp_path / "data", tmp_path / "run", **options)
     for when in ("before", "after"):
         found = json.loads((tmp_path / f"run/eval_{when}.json").read_text())["predictions"]
         assert [entry["prediction"] for entry in found] == expected

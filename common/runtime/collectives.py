@@ -31,15 +31,6 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def broadcast(value: T) -> T:
-    """Return the main process's value, which must be picklable, on every process. Must be called on all processes."""
-    if world_size() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
-
-
 def interrupted() -> bool:
     """Whether to end an evaluation before its next batch, because of a signal.
 
@@ -63,17 +54,18 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on_main_process(function: Callable[[], T]) -> T:
-    """Call a function on the main process only; all processes return its result or raise its input error."""
-    result: Any = None
+    """Call a function on the main process only; all processes return its result, a picklable one, or raise its input error."""
+    results: list[Any] = [None]
     if is_main_process():
         try:
-            result = function()
+            results = [function()]
         except InputError as error:
-            result = error
-    result = broadcast(result)
-    if isinstance(result, InputError):
-        raise result
-    return result
+            results = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(results)
+    if isinstance(results[0], InputError):
+        raise results[0]
+    return results[0]
 
 
 def first_on_each_machine(function: Callable[[], T]) -> T:

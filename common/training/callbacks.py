@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -46,9 +45,6 @@ class StopOnSignal(TrainerCallback):
             received.append(number)
             self._received_at = time.monotonic()
 
-    def _received_anywhere(self) -> bool:
-        return bool(sum_over_processes(torch.tensor(sum(received), device=PartialState().device)))
-
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Install the signal handlers."""
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,20 +54,17 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop if any process has received SIGTERM."""
-        if self._received_anywhere():
+        if sum_over_processes(torch.tensor(sum(received), device=args.device)):
             ends_epoch = state.epoch.is_integer() or state.global_step >= state.max_steps
             due = control.should_evaluate or (args.eval_strategy == "epoch" and ends_epoch)
             # There may be no time left for an evaluation, so the resumed run does it instead. With ZeRO-3 it cannot: after an
             # evaluation before its first step, the backward pass of that step fails.
-            self._stop(control, evaluation_due=due and not is_deepspeed_zero3_enabled())
+            self.stop(control, evaluation_due=due and not is_deepspeed_zero3_enabled())
             control.should_evaluate = due and is_deepspeed_zero3_enabled()
         return control
 
-    def stop_in_evaluation(self, control: TrainerControl) -> None:
-        """Stop because any process has received a signal in an evaluation, which is ended."""
-        self._stop(control, evaluation_due=True)
-
-    def _stop(self, control: TrainerControl, evaluation_due: bool) -> None:
+    def stop(self, control: TrainerControl, evaluation_due: bool) -> None:
+        """Save a checkpoint and stop; whether the resumed run is to make up an evaluation. Called on all processes."""
         self.stopped, self.evaluation_due = True, evaluation_due
         control.should_evaluate = False
         control.should_save = control.should_training_stop = True

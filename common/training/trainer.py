@@ -370,7 +370,7 @@ class FinetuningTrainer(Trainer):
             try:
                 return super().evaluate(*args, **kwargs)
             except Interrupted:  # there may be no time for it: save and stop
-                self.stop_on_signal.stop_in_evaluation(self.control)
+                self.stop_on_signal.stop(self.control, evaluation_due=True)
                 return {self.args.metric_for_best_model or "eval_loss": math.nan}  # which is never the best
 
     # Overridden because the public callbacks are called per process, and not before and after all processes have saved.
