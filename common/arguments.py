@@ -69,7 +69,7 @@ class Setup:
     batch_size_per_gpu: int = 1  # samples per process per micro-batch, and of the evaluation loss
     max_tokens_per_batch: int | str | None = None  # limit of a micro-batch, or "auto", instead of the number of samples
     revision: str | None = None  # commit of a model from the Hub
-    base: str | None = None  # base model, if --model_name_or_path is an adapter to be trained further
+    base: str = ""  # --model_name_or_path, or the base model of an adapter that is trained further
     adapter: Path | None = None  # that adapter
     checkpoint: Path | None = None  # to resume from
     identity: dict[str, Any] = field(default_factory=dict)  # what must not change when the run is resumed, by name

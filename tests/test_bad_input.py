@@ -4,9 +4,7 @@ import io
 import json
 import pickle
 import random
-import re
 import shutil
-import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -240,12 +238,3 @@ def test_under_torchrun_a_run_with_invalid_data_ends(data, tmp_path):
     assert ended.returncode == 1, ended.stdout
     assert ended.stdout.count("error: ") == 1
     assert "does not have the DocVQA format" in ended.stdout.splitlines()[-2]  # the last line of torchrun's summary
-
-
-def test_without_torchrun_the_exit_code_is_one(monkeypatch, capsys, data, tmp_path):
-    (data / "train_v1.0_withQT.json").unlink()
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags(data, tmp_path / "out")])
-    with pytest.raises(SystemExit) as ended:
-        run(docvqa.main, docvqa.parse_args())
-    assert ended.value.code == 1
-    assert re.match(r"error: .*train_v1\.0_withQT\.json is missing", capsys.readouterr().err.splitlines()[-1])

@@ -7,21 +7,18 @@ import pytest
 import torch
 from adapters import save_adapter
 from conftest import TINY
-from forked import finetune_forked
 from peft import LoraConfig
 from runs import message, weights
 from safetensors.torch import load_file, save_file
 
-from common.arguments import check_arguments, training_parser
+from common.arguments import training_parser
 from common.model.adapters import adapter_to_continue
 from common.runtime.process import InputError
 from tools.merge_lora import merge
 
 
 def parse(*words):
-    args = training_parser("", task="test", metric="anls").parse_args([str(word) for word in words])
-    check_arguments(args)
-    return args
+    return training_parser("", task="test", metric="anls").parse_args([str(word) for word in words])
 
 
 def test_an_adapter_sets_the_defaults_and_a_conflict_is_refused(lora, qlora, tmp_path):
@@ -70,12 +67,12 @@ def test_another_base_and_other_modules_are_refused(docvqa_data, random_model, m
     [{"use_lora": True}, {"use_lora": True, "train_fully": "projector,vision", "projector_learning_rate": 1e-2}],
     ids=["lora", "train_fully"],
 )
-def test_an_adapter_is_trained_further_resumed_and_merged(flags, docvqa_data, random_model, tmp_path):
+def test_an_adapter_is_trained_further_resumed_and_merged(flags, train, random_model, tmp_path):
     """The second run begins with the answers that the first one ended with, and leaves one adapter of the same shape."""
     options = {"batch_size_per_gpu": 1, "max_steps": 2, "max_new_tokens": 8} | flags
-    finetune_forked(docvqa_data, tmp_path / "first", model_name_or_path=random_model, lora_rank=4, **options)
+    train(tmp_path / "first", lora_rank=4, **options)
     options |= {"model_name_or_path": tmp_path / "first", "save_strategy": "steps", "save_steps": 1}
-    log = finetune_forked(docvqa_data, tmp_path / "second", **options)
+    log = train(tmp_path / "second", **options)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert {name: tensor.shape for name, tensor in first.items()} == {name: tensor.shape for name, tensor in second.items()}
     assert not any(torch.equal(first[name], second[name]) for name in first if name.endswith("lora_B.weight"))
@@ -88,7 +85,7 @@ def test_an_adapter_is_trained_further_resumed_and_merged(flags, docvqa_data, ra
     assert (run["base_model"], run["hyperparameters"]["lora_rank"]) == (str(random_model), 4)
 
     shutil.copytree(tmp_path / "second/checkpoint-1", tmp_path / "resumed/checkpoint-1")
-    assert finetune_forked(docvqa_data, tmp_path / "resumed", resume_from_checkpoint="auto", **options) == log
+    assert train(tmp_path / "resumed", resume_from_checkpoint="auto", **options) == log
     resumed = weights(tmp_path / "resumed")
     assert all(torch.equal(second[name], resumed[name]) for name in second)
 

@@ -109,7 +109,7 @@ def build_trainer(
     write_run(
         args.output_dir,
         task=args.task,
-        base_model=setup.base or args.model_name_or_path,
+        base_model=setup.base,
         base_revision=setup.revision,
         method=method_name(args),
         data=f"{source}: {counted(len(train_data), 'training row')}, {counted(len(eval_data), 'evaluation row')}"

@@ -17,7 +17,7 @@ BAD_SAMPLES = "bad_samples.jsonl"
 LOCK, SAVING = "_lock", "_saving"  # files that begin with _ are not pushed to the Hub
 RESULTS = ("model*.safetensors", "adapter_model.safetensors", "eval_after.json")
 OTHER_FILES = (
-    *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "training_args.bin", "README.md"),
+    *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "README.md"),
     *("evaluation.json", BAD_SAMPLES, SAVING, "report.html", "curves", "gallery", "runs"),
     *("base_model.json", "adapter_config.json", "config.json"),
     *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json"),

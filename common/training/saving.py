@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig
 
 from common.model.adapters import write_base_description
 from common.model.checkpoint import read_tensors
@@ -42,9 +42,7 @@ def saving() -> Iterator[None]:
         ) from error
 
 
-def write_result(
-    directory: Path, model: Any, processor: Phi3VProcessor, arguments: TrainingArguments, weights: Weights | None, base: Path
-) -> None:
+def write_result(directory: Path, model: Any, processor: Phi3VProcessor, weights: Weights | None, base: Path) -> None:
     """Write the trained model or adapter, in the dtype of its base model, to the output directory.
 
     It is written to a temporary directory first, and replaces earlier files once it is complete.
@@ -54,7 +52,6 @@ def write_result(
     directory : Path
     model : PreTrainedModel or PeftModel
     processor : Phi3VProcessor
-    arguments : TrainingArguments
     weights : dict of torch.Tensor, optional
         By name, if DeepSpeed has gathered them; by default, those of the model.
     base : Path
@@ -63,14 +60,14 @@ def write_result(
     temporary = directory / SAVING
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     if hasattr(model, "peft_config"):
-        write_model(temporary, model, processor, arguments, weights)
+        write_model(temporary, model, processor, weights)
         (temporary / "README.md").unlink(missing_ok=True)  # a form of PEFT; the model card may be there already
     else:
         dtype = AutoConfig.from_pretrained(base).dtype or model.dtype
         weights = {name: tensor.to(dtype) for name, tensor in (weights or model.state_dict()).items()}
         # DeepSpeed also casts frozen weights, and fp16 cannot represent all bf16 values: save the original frozen weights.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        write_model(temporary, model, processor, arguments, weights | read_tensors(base, frozen))
+        write_model(temporary, model, processor, weights | read_tensors(base, frozen))
         model.config.dtype = dtype  # transformers has written the training dtype
         model.config.save_pretrained(temporary)
     for path in temporary.iterdir():
@@ -78,9 +75,7 @@ def write_result(
     temporary.rmdir()
 
 
-def write_model(
-    directory: Path, model: Any, processor: Phi3VProcessor, arguments: TrainingArguments, weights: Weights | None
-) -> None:
+def write_model(directory: Path, model: Any, processor: Phi3VProcessor, weights: Weights | None) -> None:
     """Write a model or adapter, in the dtype of the weights, with its processor; otherwise as :func:`write_result`."""
     directory.mkdir(parents=True, exist_ok=True)
     options = {}
@@ -94,4 +89,3 @@ def write_model(
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors creates files that only the owner can read
     processor.save_pretrained(directory)
-    torch.save(arguments, directory / "training_args.bin")

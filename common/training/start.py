@@ -122,7 +122,7 @@ def start(args: argparse.Namespace) -> Setup:
         batch_size_per_gpu=samples,
         max_tokens_per_batch=max_tokens,
         revision=revision,
-        base=base if adapter else None,
+        base=base,
         adapter=adapter,
         checkpoint=checkpoint,
         identity=identity,

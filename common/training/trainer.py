@@ -405,12 +405,12 @@ class FinetuningTrainer(Trainer):
         directory = Path(output_dir or self.flags.output_dir)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if directory == self.flags.output_dir:
-            base = find_snapshot(self.setup.base or self.flags.model_name_or_path, self.setup.revision)
-            write_result(directory, model, self.processing_class, self.args, state_dict, base)
+            base = find_snapshot(self.setup.base, self.setup.revision)
+            write_result(directory, model, self.processing_class, state_dict, base)
         else:  # with the training dtype, to resume exactly
             if self.masters:
                 state_dict = (state_dict or model.state_dict()) | self.masters.fp32
-            write_model(directory, model, self.processing_class, self.args, state_dict)
+            write_model(directory, model, self.processing_class, state_dict)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: :mod:`common.report.model_card` writes the model card at the end of the run."""
