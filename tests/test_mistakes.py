@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from runs import message, write_docvqa
+from runs import message
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import finetune_hf_trainer_docvqa as docvqa
@@ -129,9 +129,8 @@ def test_a_flag(script, words, expected, monkeypatch, capsys):
         ({"data_dir": None}, "without access to the Hub, use --data_dir"),
     ],
 )
-def test_what_only_the_run_can_know(options, expected, monkeypatch, tmp_path):
-    data = write_docvqa(tmp_path / "data", train=4, val=2)
-    assert expected in message(monkeypatch, data, tmp_path / "out", **options)
+def test_what_only_the_run_can_know(options, expected, monkeypatch, docvqa_data, tmp_path):
+    assert expected in message(monkeypatch, docvqa_data, tmp_path / "out", **options)
 
 
 PROGRAMS = [

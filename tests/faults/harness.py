@@ -36,53 +36,22 @@ SECONDS = 120  # for a run that takes five
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and what has to come of it.
-
-    Attributes
-    ----------
-    name : str
-    expected : str
-        Regular expression of what the run says.
-    methods : tuple of str
-        Those of ``METHODS`` where the fault takes another course.
-    strike : Strike, optional
-        What happens to a process of the run.
-    launcher : callable, optional
-        The run is started by torchrun; what happens to that, a ``subprocess.Popen``.
-    damage : callable, optional
-        What is done to a run directory with the checkpoints of steps 2 and 4 before the run resumes from it.
-    finishes : bool
-        Whether the run nevertheless ends as if nothing had happened. If not, it must fail, and then resume.
-    repair : callable, optional
-        What the message asks for before resuming, done to run directory and data.
-    options : dict
-        Further flags.
-    codes : tuple of int, optional
-        Exit code of each process.
-    frozen : bool
-        Whether a process is left that does not run, and has to be killed.
-    check : callable, optional
-        Further check of the run directory, after the fault.
-    same : bool
-        Whether the weights are those of an undisturbed run. If not, they are those of another run with the same fault.
-    fast : bool
-        Whether it belongs to ``make test``.
-    """
+    """A fault and what has to come of it."""
 
     name: str
-    expected: str
-    methods: tuple[str, ...] = ("LoRA",)
-    strike: Strike | None = None
-    launcher: Callable[[subprocess.Popen], None] | None = None
-    damage: Callable[[Path], None] | None = None
-    finishes: bool = False
-    repair: Callable[[Path, Path], None] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    codes: tuple[int, int] | None = None
-    frozen: bool = False
-    check: Callable[[Path], None] | None = None
-    same: bool = True
-    fast: bool = False
+    expected: str  # regular expression of what the run says
+    methods: tuple[str, ...] = ("LoRA",)  # those of METHODS where the fault takes another course
+    strike: Strike | None = None  # what happens to a process of the run
+    launcher: Callable[[subprocess.Popen], None] | None = None  # what happens to torchrun, which then starts the run
+    damage: Callable[[Path], None] | None = None  # done to a run directory with checkpoints 2 and 4, from which the run resumes
+    finishes: bool = False  # whether the run ends as if nothing had happened; if not, it must fail, and then resume
+    repair: Callable[[Path, Path], None] | None = None  # what the message asks for, done to run directory and data
+    options: dict[str, Any] = field(default_factory=dict)  # further flags
+    codes: tuple[int, int] | None = None  # exit code of each process
+    frozen: bool = False  # whether a process is left that does not run, and has to be killed
+    check: Callable[[Path], None] | None = None  # further check of the run directory, after the fault
+    same: bool = True  # whether the weights are those of an undisturbed run; if not, of another run with the same fault
+    fast: bool = False  # whether it belongs to make test
 
 
 @cache

@@ -31,24 +31,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Strike:
-    """What happens before a call of a function.
+    """What happens before a call of a function."""
 
-    Attributes
-    ----------
-    at : str
-        Function, for example ``common.training.trainer.FinetuningTrainer.training_step``.
-    do : callable
-        Takes a :class:`Place`.
-    call : int
-        Number of the call, from 1.
-    ranks : tuple of int
-        Processes that are struck.
-    """
-
-    at: str
+    at: str  # the function, for example common.training.trainer.FinetuningTrainer.training_step
     do: Callable[[Place], None]
-    call: int = 1
-    ranks: tuple[int, ...] = (0, 1)
+    call: int = 1  # number of the call, from 1
+    ranks: tuple[int, ...] = (0, 1)  # processes that are struck
 
 
 def arm(strike: Strike, output: Path, data: Path) -> None:
