@@ -25,7 +25,7 @@ from common.data.samples import TrainingData
 from common.data.sources import find_image_dir, load_conversations
 from common.runtime.parser import Parser
 from common.runtime.process import InputError
-from common.training.checkpoints import data_fingerprint
+from common.training.resuming import data_fingerprint
 
 QUESTIONS = {"0.png": "What is it, then?", "1.png": 'Say "red"', "2.png": "Über\nzwei Zeilen?"}
 
