@@ -1,7 +1,7 @@
 """Programs without starting Python: processes forked from one that has already imported everything.
 
-Starting Python and importing the libraries takes ten times as long as a run of five steps. test_bad_input.py and `make demo` in
-test_readme.py use torchrun itself.
+Starting Python and importing the libraries takes ten times as long as a run of five steps. test_bad_input.py,
+test_multi_node.py and `make demo` in test_readme.py use torchrun itself.
 """
 
 import atexit

@@ -93,11 +93,15 @@ OF_ALL = ["rng_state_1.pth", "scheduler.pt", "trainer_state.json", "totals.json"
 OF_LORA = ["adapter_model.safetensors", "adapter_config.json", "optimizer.pt", *OF_ALL]
 DAMAGED = [
     *damaged("bit flipped", flip, "damaged", OF_ZERO, "ZeRO-2"),
-    *damaged("bit flipped", flip, "damaged|corrupted|missing|bytes", OF_LORA, "LoRA", ["optimizer.pt"]),
+    *damaged(
+        "bit flipped", flip, "damaged|corrupted|missing|bytes", OF_LORA, "LoRA", ["adapter_model.safetensors", "optimizer.pt"]
+    ),
     *damaged("truncated", cut, "bytes, expected", [OPTIMIZER], "ZeRO-2"),
-    *damaged("truncated", cut, "bytes, expected", ["adapter_model.safetensors", "trainer_state.json"], "LoRA"),
+    *damaged(
+        "truncated", cut, "bytes, expected", ["adapter_model.safetensors", "trainer_state.json"], "LoRA", ["trainer_state.json"]
+    ),
     *damaged("missing", lose, "is missing", [MODEL], "ZeRO-2"),
-    *damaged("missing", lose, "is missing", ["optimizer.pt", "rng_state_1.pth"], "LoRA"),
+    *damaged("missing", lose, "is missing", ["optimizer.pt", "rng_state_1.pth"], "LoRA", ["rng_state_1.pth"]),
     *(
         Fault(
             f"pickle in place of {name}",

@@ -251,7 +251,7 @@ DISK = [
         **strike(STEP, second_run, 4, (0,)),
         finishes=True,
     ),
-    Fault("lock of a dead run", "resuming from .*checkpoint-4", damage=put_stale_lock, finishes=True),
+    Fault("lock of a dead run", "resuming from .*checkpoint-4", damage=put_stale_lock, finishes=True, fast=True),
 ]
 
 

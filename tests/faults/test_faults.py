@@ -1,4 +1,4 @@
-"""Six fast faults, and parts of what they meet; `make faults` runs all."""
+"""Ten fast faults, and parts of what they meet; `make faults` runs all."""
 
 import numpy as np
 import pytest
