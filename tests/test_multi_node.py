@@ -40,7 +40,8 @@ def run_nodes(words: list[str], directory: Path) -> None:
 
 
 def run_nodes_with_torchrun(words: list[str], directory: Path) -> list[str]:
-    """The same, started by torchrun, which assigns the ranks; return what the machines printed."""
+    """The same, started by torchrun, which assigns the ranks; return what the machines, of one core each, printed."""
+    cores = sorted(os.sched_getaffinity(0))
     port, running, logs = free_port(), [], [directory / f"node{node}.log" for node in range(2)]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
@@ -48,6 +49,7 @@ def run_nodes_with_torchrun(words: list[str], directory: Path) -> list[str]:
     for node, log in enumerate(logs):
         with log.open("w") as output:
             options = {"cwd": directory / f"node{node}", "env": os.environ | environment, "stdout": output, "stderr": output}
+            options["preexec_fn"] = partial(os.sched_setaffinity, 0, {cores[node % len(cores)]})
             running.append(subprocess.Popen([*launcher, str(ROOT / SCRIPT), *words], **options))
     try:
         for process, log in zip(running, logs, strict=True):
