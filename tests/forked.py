@@ -78,9 +78,19 @@ def print_to(log: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)
 
 
+def leave_out_memory_trial() -> None:
+    """Let memory be ample instead of measuring what a run needs, which takes longer than a few steps."""
+    from common.training import memory
+
+    footprints = [memory.Footprint(0, 1, 1)] * 3
+    ample = memory.Trial(*footprints, num_layers=3, states=0, step=0, free=1e12, flops_per_second=1e9, launching=1e-3)
+    memory._measure = lambda *_: ample
+
+
 def be_program(words: Sequence[str], folder: Path, log: Path, variables: dict[str, str]) -> None:
-    """Be ``python script.py …`` or ``python -m module …`` in a folder."""
+    """Be ``python script.py …`` or ``python -m module …`` in a folder, without the memory trial."""
     print_to(log)
+    leave_out_memory_trial()
     atexit._clear()  # what belongs to the process that this one was forked from
     multiprocessing.set_start_method("fork", force=True)  # the default of a program
     os.environ.update(variables)
@@ -117,17 +127,15 @@ def be_process(
 ) -> None:
     """One process of a run, as torchrun would start it.
 
-    By default without what takes seconds: the HTML report, and the trial of the memory, instead of which it is ample.
+    By default without what takes seconds: the HTML report and the memory trial.
     """
     import common.report.page
-    from common.training import memory, start
+    from common.training import start
 
     start.cores_per_process = lambda: 1  # other tests run at the same time
     if not whole:
         common.report.page.report_run = lambda *_: None
-        footprints = [memory.Footprint(0, 1, 1)] * 3
-        ample = memory.Trial(*footprints, num_layers=3, states=0, step=0, free=1e12, flops_per_second=1e9, launching=1e-3)
-        memory._measure = lambda *_: ample
+        leave_out_memory_trial()
     print_to(log)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, the default of a program
     os.environ.update(member_of_group(rank, processes, port))

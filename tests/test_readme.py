@@ -193,7 +193,7 @@ def install(command: str, checkout: Path) -> None:
 
 class Rule(NamedTuple):
     pattern: str
-    stage: int  # stage 0 requires no other command, stage 2 the results of stages 0 and 1
+    stage: int  # a command may require the results of earlier stages
     run: Callable[[str, Path], None]
 
 
@@ -206,7 +206,7 @@ RULES = [
     Rule(r"python -m tools.(predict|evaluate|report) ", 2, as_it_stands),
     Rule(r"python -m tools.merge_lora ", 2, merge),
     Rule(r"python -m tools.demo ", 2, serve),
-    Rule(r"make ", 0, make),
+    Rule(r"make ", 1, make),  # takes as long as several trainings
     Rule(r"(DS_IGNORE_CUDA_DETECTION=1 )?pip install ", 0, install),
     Rule(r"python3 -m venv \.venv && \. \.venv/bin/activate$", 0, lambda *_: None),
 ]

@@ -1,4 +1,4 @@
-"""The charts of a report. They are drawn in the light theme; the page inverts them in the dark theme."""
+"""The training curves of a report. They are drawn in the light theme; the page inverts them in the dark theme."""
 
 import io
 from base64 import b64encode
@@ -9,19 +9,19 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.metrics import ConfusionMatrixDisplay
 
 MUTED, LINE = "#5f5b54", "#d5d1c8"
-SERIES = ("#0e6252", "#b4551d", "#3c5aa6", "#8a2f6b", "#77680a", "#1f7a9a")
+COLORS = ("#0e6252", "#b4551d", "#3c5aa6", "#8a2f6b", "#77680a", "#1f7a9a")
 DASHES = ("solid", "dashed", "dotted")  # lines can be distinguished without colors
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINE),
     **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.useoffset", "legend.frameon"), False),
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    "axes.prop_cycle": cycler(color=COLORS, linestyle=2 * DASHES),
     "text.parse_math": False,
     "font.size": 8.5,
     "svg.fonttype": "none",
@@ -36,7 +36,6 @@ CURVES = {
     "mfu": "Model FLOPs utilization",
 }
 SMOOTH_FROM = 60  # number of logged points above which a moving average is also drawn
-LONGEST_LABEL = 24  # characters; longer class names would leave no space for the matrix
 
 
 @dataclass
@@ -89,25 +88,23 @@ def curve_charts(logs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
         lines = {name: series(log, key) for name, log in logs.items()}
         if len(logs) == 1 and key == "loss":
             lines["evaluation"] = series(next(iter(logs.values())), "eval_loss")
-        show = "{:.1%}".format if key == "mfu" else number
-        figure, axes = _axes()
-        captions = {}
-        for index, (name, (steps, values, others)) in enumerate(lines.items()):
-            if not len(values):
-                continue
-            first, last, lowest, highest = map(show, (values[0], values[-1], values.min(), values.max()))
-            captions[name] = f"{first} → {last}, between {lowest} and {highest}" + (
-                f", {others:,} not finite" if others else ""
-            )
-            style: dict[str, Any] = {"color": SERIES[index % len(SERIES)], "linestyle": DASHES[index % len(DASHES)]}
-            if len(values) > SMOOTH_FROM:
-                axes.plot(steps, values, alpha=0.35, **style)
-                window = np.full(len(values) // 20, 1 / (len(values) // 20))
-                steps, values = np.convolve(steps, window, "valid"), np.convolve(values, window, "valid")
-            axes.plot(steps, values, label=name, marker="o" if len(values) < 10 else None, markersize=3, **style)
-        if not captions:
+        lines = {name: line for name, line in lines.items() if len(line[1])}
+        if not lines:
             continue
-        if len(captions) > 1:
+        figure = Figure(figsize=(3.7, 2.4), layout="constrained")  # inches; labels stay readable on a phone
+        axes = figure.add_subplot()
+        captions = []
+        for name, (steps, values, others) in lines.items():
+            first, last = (f"{value:.1%}" if key == "mfu" else number(value) for value in (values[0], values[-1]))
+            text = f"{first} → {last}" + (f", {others:,} not finite" if others else "")
+            captions.append(f"{name}: {text}" if len(lines) > 1 else text)
+            [line] = axes.plot(steps, values, label=name, marker="o" if len(values) < 10 else None, markersize=3)
+            if len(values) > SMOOTH_FROM:
+                line.set(alpha=0.35, label=None)
+                window = np.full(len(values) // 20, 1 / (len(values) // 20))
+                steps, values = (np.convolve(points, window, "valid") for points in (steps, values))
+                axes.plot(steps, values, label=name, color=line.get_color(), linestyle=line.get_linestyle())
+        if len(lines) > 1:
             axes.legend()
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -115,26 +112,5 @@ def curve_charts(logs: dict[str, list[dict[str, Any]]]) -> list[Chart]:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if key != "loss":
             axes.set_ylim(bottom=0)
-        caption = "; ".join(f"{name}: {text}" if len(captions) > 1 else text for name, text in captions.items())
-        charts.append(Chart(key, title, figure, caption))
+        charts.append(Chart(key, title, figure, "; ".join(captions)))
     return charts
-
-
-@matplotlib.rc_context(STYLE | {"axes.grid": False})
-def confusion_chart(when: str, truth: Sequence[str], predicted: Sequence[str]) -> Chart:
-    """Draw the confusion matrix of an evaluation (``before`` or ``after``)."""
-    classes = sorted({*truth, *predicted}, key=lambda name: (name.startswith("("), name))  # "(other)" comes last
-    figure, axes = _axes(height=2.6 if len(classes) <= 4 else 3.7)
-    shown = [label if len(label) <= LONGEST_LABEL else label[: LONGEST_LABEL - 1] + "…" for label in classes]
-    options: dict[str, Any] = {"labels": classes, "display_labels": shown, "include_values": len(classes) <= 12}
-    ConfusionMatrixDisplay.from_predictions(truth, predicted, **options, ax=axes, cmap="Greens", colorbar=False)
-    axes.tick_params(labelsize=min(8.5, 150 / len(classes)))
-    axes.tick_params("x", rotation=90 if len(classes) > 4 else 0)
-    axes.set(xlabel="predicted class", ylabel="true class")
-    right = sum(first == second for first, second in zip(truth, predicted, strict=True))
-    return Chart(f"confusion-{when}", f"Confusion {when}", figure, f"{right:,} of {len(truth):,} correct (on the diagonal)")
-
-
-def _axes(height: float = 2.4) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(3.7, height), layout="constrained")  # inches; labels stay readable on a phone
-    return figure, figure.add_subplot()

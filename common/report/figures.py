@@ -1,15 +1,14 @@
-"""The metrics, tables and charts of a run. They depend on what its evaluations contain, not on the name of the task."""
+"""The metrics and tables of a run. They depend on what its evaluations contain, not on the name of the task."""
 
 import math
 from collections import Counter, defaultdict
 from statistics import median
-from typing import Any
 
 from common.evaluation.metrics import normalize_answer
 from common.runtime.files import is_number
 
-from .charts import Chart, confusion_chart, number, series
-from .run import Run
+from .charts import number, series
+from .run import RIGHT, Run
 
 METRICS = {
     "anls": "ANLS",
@@ -20,11 +19,9 @@ METRICS = {
     "relaxed": "Relaxed accuracy",
 }
 IN_PERCENT = ("accuracy", "accuracy_by_likelihood", "consistency", "contains", "exact", "relaxed")
-OTHER = "(other)"  # an answer that is not one of the classes
-MOST_CLASSES = 30  # more distinct answers than this are treated as free text, without charts of classes
 
 
-def metric_table(run: Run) -> list[dict[str, Any]]:
+def metric_table(run: Run) -> list[dict[str, str]]:
     """Return all scalar values of the evaluations, the main metric first."""
     values: list[dict[str, float]] = [
         {key: value for key, value in evaluation.items() if is_number(value) and key != "samples"}
@@ -42,7 +39,6 @@ def metric_table(run: Run) -> list[dict[str, Any]]:
                 "after": _metric_value(key, after),
                 "change": "" if math.isnan(change) else f"{100 * change:+.1f} pp" if key in IN_PERCENT else f"{change:+.3f}",
                 "direction": "up" if change > 0 else "down" if change < 0 else "",
-                "shares": {when: share for when, share in (("before", before), ("after", after)) if 0 <= share <= 1},
             }
         )
     return rows
@@ -68,21 +64,13 @@ def facts(run: Run) -> dict[str, str]:
     return found
 
 
-def class_charts(run: Run) -> list[Chart]:
-    """Return the confusion matrices of the evaluations, if the task is a classification into few classes."""
-    found = _truth_and_predicted(run)
-    classes = {name for truth, _ in found.values() for name in truth}
-    classifies = (run.after or run.before).get("metric") in ("accuracy", "auroc", "exact")
-    return [confusion_chart(when, *pair) for when, pair in found.items() if classifies and len(classes) <= MOST_CLASSES]
-
-
 def class_table(run: Run) -> list[tuple[str, str, str, str]]:
     """Return name, accuracy before and after training, and most frequent wrong answer of each class, lowest accuracy first."""
     before, after = (found.get("accuracy_per_class", {}) for found in (run.before, run.after))
     wrong: dict[str, Counter[str]] = defaultdict(Counter)
-    for truth, predicted in zip(*_truth_and_predicted(run).get("after", ((), ())), strict=True):
-        if truth != predicted:
-            wrong[normalize_answer(truth)][predicted] += 1
+    for row in run.after.get("predictions", []):
+        if row["score"] < RIGHT:
+            wrong[normalize_answer(row["answers"][0])][row["prediction"]] += 1
     return [
         (
             name,
@@ -95,16 +83,3 @@ def class_table(run: Run) -> list[tuple[str, str, str, str]]:
 
 def _metric_value(key: str, value: float) -> str:
     return "—" if not math.isfinite(value) else f"{value:.1%}" if key in IN_PERCENT else f"{value:.3f}"
-
-
-def _truth_and_predicted(run: Run) -> dict[str, tuple[list[str], list[str]]]:
-    """Return the true and the predicted class of every sample, as classes are written in the reference answers."""
-    answers = [row["answers"][0] for rows in run.predictions.values() for row in rows]
-    classes = {normalize_answer(answer): normalize_answer(answer, lower=False) for answer in answers}
-    return {
-        when: (
-            [classes[normalize_answer(row["answers"][0])] for row in rows],
-            [classes.get(normalize_answer(row["prediction"]), OTHER) for row in rows],
-        )
-        for when, rows in run.predictions.items()
-    }

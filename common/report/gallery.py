@@ -13,7 +13,7 @@ from PIL import Image
 
 from common.runtime.files import replacing
 
-from .run import RIGHT
+from .run import RIGHT, Run
 
 Predictions = dict[str, dict[str, Any]]  # by id
 THUMBNAIL_SIDE = 640
@@ -51,9 +51,10 @@ def group_samples(evaluations: Sequence[Predictions], preferred: Collection[str]
     return groups
 
 
-def select_gallery(evaluations: Sequence[Predictions], preferred: Collection[str] = ()) -> dict[str, list[str]]:
-    """Return the first ids of each group of :func:`group_samples`."""
-    return {group: ids[:PER_GROUP] for group, ids in group_samples(evaluations, preferred).items() if ids}
+def in_gallery(run: Run) -> list[str]:
+    """Return the ids of the samples in the gallery of a run, whose images are saved."""
+    groups = group_samples([by_id(rows) for rows in run.predictions.values()])
+    return [key for ids in groups.values() for key in ids[:PER_GROUP]]
 
 
 def save_thumbnails(output_dir: Path, pictures: Callable[[str], Iterable[Image.Image]], ids: Iterable[str]) -> None:
@@ -66,7 +67,7 @@ def save_thumbnails(output_dir: Path, pictures: Callable[[str], Iterable[Image.I
     pictures : callable
         Returns the images of a sample, in any mode, for its id.
     ids : iterable of str
-        Ids of the samples. Ids that are not valid file names are replaced in the file name.
+        Ids of the samples. An id that is not a valid file name is replaced by its hash.
     """
     for key in ids:
         for k, image in enumerate(pictures(key)):
@@ -87,5 +88,4 @@ def thumbnails(directories: Sequence[Path], key: str) -> list[str]:
 
 def _path(directory: Path, key: str, k: int) -> Path:
     valid = re.fullmatch(r"[A-Za-z0-9-][A-Za-z0-9._-]{0,79}", key)
-    stem = key if valid else re.sub(r"[^A-Za-z0-9-]+", "-", key)[:40] + "-" + hashlib.sha1(key.encode()).hexdigest()[:12]
-    return directory / "gallery" / f"{stem}_{k}.jpg"
+    return directory / "gallery" / f"{key if valid else hashlib.sha1(key.encode()).hexdigest()}_{k}.jpg"

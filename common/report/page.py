@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ from common.runtime.files import replacing, write_file
 from common.runtime.process import InputError
 
 from .charts import curve_charts
-from .figures import MOST_CLASSES, class_charts, class_table, facts, metric_table
-from .gallery import by_id, group_samples, save_thumbnails, select_gallery, thumbnails
+from .figures import class_table, facts, metric_table
+from .gallery import PER_GROUP, by_id, group_samples, in_gallery, save_thumbnails, thumbnails
 from .run import FILES, RIGHT, Run, read_run
 
 
 def write_report(directories: Sequence[str | os.PathLike[str]], path: Path) -> None:
-    """Write the report of a run, and its curves as PNG files to `curves/` in its directory; or a comparison of several runs.
+    """Write the report of a run, and its curves as PNG files to `curves/` next to it; or a comparison of several runs.
 
     Parameters
     ----------
@@ -45,16 +44,15 @@ def write_report(directories: Sequence[str | os.PathLike[str]], path: Path) -> N
     single = runs[0] if len(runs) == 1 else None
     if single:
         evaluations = {when.capitalize(): by_id(rows) for when, rows in single.predictions.items()}
-        title = single.settings.get("task") or places[0].name
+        curves = curve_charts({"training": single.log})
+        for chart in curves:
+            with replacing(path.parent / "curves" / f"{chart.name}.png") as temporary:
+                chart.save_png(temporary)
     else:
         evaluations = {name: by_id(run.predictions["after"]) for name, run in named.items() if "after" in run.predictions}
-        title = f"{len(runs)} runs compared"
-    curves = curve_charts({"training": single.log} if single else {name: run.log for name, run in named.items()})
-    for chart in curves if single else ():
-        with replacing(places[0] / "curves" / f"{chart.name}.png") as temporary:
-            chart.save_png(temporary)
-    gallery = select_gallery(list(evaluations.values()), {key for run in runs for key in _in_gallery(run)})
-    questions = {rows[key]["question"] for keys in gallery.values() for key in keys for rows in evaluations.values()}
+        curves = curve_charts({name: run.log for name, run in named.items()})
+    groups = group_samples(list(evaluations.values()), {key for run in runs for key in in_gallery(run)})
+    questions = {row["question"] for rows in evaluations.values() for row in rows.values()}
     # All texts may come from a model or a dataset, so everything is escaped.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -64,20 +62,18 @@ def write_report(directories: Sequence[str | os.PathLike[str]], path: Path) -> N
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(
-        title=title,
+        title=(single.settings.get("task") or places[0].name) if single else f"{len(runs)} runs compared",
         runs=named,
-        single=bool(single),
+        single=single,
         settings=single.settings if single else {},
         files=FILES,
         metrics={name: metric_table(run) for name, run in named.items()},
         facts=facts(single) if single else {},
-        charts=class_charts(single) if single else [],
         classes=class_table(single) if single else [],
-        most_classes=MOST_CLASSES,
         curves=curves,
-        groups=group_samples(list(evaluations.values())),
-        gallery=gallery,
         questions=list(questions),
+        groups={group: ids for group, ids in groups.items() if ids},
+        per_group=PER_GROUP,
         evaluations=evaluations,
         thumbnails=lambda key: thumbnails(places, key),
         right=RIGHT,
@@ -100,11 +96,7 @@ def report_run(output_dir: Path, conversation_of: Callable[[int], dict[str, Any]
         rows: dict[str, int] = {}
         for row, entry in enumerate(run.after["predictions"]):
             rows.setdefault(str(entry["id"]), row)  # if an id occurs several times, the report uses the first row
-        save_thumbnails(
-            output_dir,
-            lambda key: map(decode_picture, pictures(conversation_of(rows[key]))),
-            _in_gallery(run),
-        )
+        save_thumbnails(output_dir, lambda key: map(decode_picture, pictures(conversation_of(rows[key]))), in_gallery(run))
         write_report([output_dir], output_dir / "report.html")
         print(f"report saved as {output_dir / 'report.html'}")
     except Exception as error:  # model and results are saved, and the report can be created later
@@ -114,37 +106,32 @@ def report_run(output_dir: Path, conversation_of: Callable[[int], dict[str, Any]
         )
 
 
-def _in_gallery(run: Run) -> list[str]:
-    """Return the ids of the samples in the gallery of a run, whose images are saved."""
-    evaluations = [by_id(rows) for rows in run.predictions.values()]
-    return [key for keys in select_gallery(evaluations).values() for key in keys]
-
-
 def _tables(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
     """Return titled tables of settings: by name, the value in each run. Those of several runs begin with what differs."""
     settings = [_settings(run) for run in runs]
     if len(runs) == 1:
-        return {group: {name: [text] for name, text in texts.items()} for group, texts in settings[0].items() if texts}
-    columns = [
-        facts(run)
-        | {name + " (version)" * (group == "Versions"): text for group, texts in groups.items() for name, text in texts.items()}
-        for run, groups in zip(runs, settings, strict=True)
-    ]
+        return {title: {name: [text] for name, text in texts.items()} for title, texts in settings[0].items()}
+    columns = []
+    for run, groups in zip(runs, settings, strict=True):
+        versions = {f"{library} (version)": version for library, version in groups["Versions"].items()}
+        columns.append(facts(run) | groups["Run"] | groups["Hyperparameters"] | versions)
     rows = {name: [column.get(name, "—") for column in columns] for column in columns for name in column}
     different = {name: texts for name, texts in rows.items() if len(set(texts)) > 1}
     return {"What differs": different, "What is the same": {name: rows[name] for name in rows if name not in different}}
 
 
 def _settings(run: Run) -> dict[str, dict[str, str]]:
-    """Return the settings as text, in groups: hyperparameters that the command names, then the others, without empty ones."""
-    given = re.findall(r"--([\w-]+)", str(run.settings.get("command")))
-    groups: dict[str, dict[str, str]] = {"Run": {}, "Set on the command line": {}, "Versions": {}, "Other hyperparameters": {}}
-    for key, value in run.settings.items():
-        for name, setting in (value if isinstance(value, dict) else {key: value}).items():
-            named = name in given or name.removesuffix("s") in given  # --metric sets metrics
-            hyperparameters = "Set on the command line" if named else "Other hyperparameters"
-            group = {"hyperparameters": hyperparameters, "versions": "Versions"}.get(key, "Run")
-            if setting not in (None, []) and key not in ("command", "date"):
-                words = setting if isinstance(setting, list) else [setting]
-                groups[group][name] = ", ".join(word if isinstance(word, str) else json.dumps(word) for word in words)
-    return groups
+    """Return the settings as text, in groups, without those that are not set."""
+    settings = {key: value for key, value in run.settings.items() if key not in ("command", "date")}
+    hyperparameters, versions = settings.pop("hyperparameters", {}), settings.pop("versions", {})
+    groups = {"Run": settings, "Hyperparameters": hyperparameters, "Versions": versions}
+    return {
+        title: {name: _text(value) for name, value in group.items() if value not in (None, [])}
+        for title, group in groups.items()
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return value if isinstance(value, str) else json.dumps(value)

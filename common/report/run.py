@@ -47,8 +47,9 @@ def _are_numbers(value: Any) -> bool:
 
 
 def _is_log(value: Any) -> bool:
-    entries = value if isinstance(value, list) else [None]
-    return all(isinstance(entry, dict) and all(of is None or is_number(of) for of in entry.values()) for entry in entries)
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and all(number is None or is_number(number) for number in entry.values()) for entry in value
+    )
 
 
 RUN_FIELDS: dict[str, Check] = {
@@ -171,10 +172,6 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
             raise InputError(
                 f"'metric' must be the key of a number in the same file, got {metric!r}", str(run.directory / name)
             )
-        for row, prediction in enumerate(evaluation.get("predictions", [])):
-            missing = {"id", "question", "prediction", "answers", "score"} - set(prediction)
-            if missing or not prediction["answers"]:
-                names = ", ".join(sorted(missing)) or "answers"
-                raise InputError(f"prediction {row} is missing {names}", str(run.directory / name))
-            check_config(prediction, PREDICTION_FIELDS, run.directory / name, DELETE)
+        for prediction in evaluation.get("predictions", []):
+            check_config(prediction, PREDICTION_FIELDS, run.directory / name, DELETE, required=True)
     return run
