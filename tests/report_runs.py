@@ -12,14 +12,10 @@ from common.report.gallery import in_gallery, save_thumbnails
 from common.report.run import read_run
 
 CLASSES = ["ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling", "BalanceBeam", "BandMarching", "BenchPress"]
-ANSWERS = {"DocVQA": ["M. Okafor", "Ana-Lucía Peña"], "UCF-101": CLASSES}
-QUESTIONS = {"DocVQA": "Who signed the letter of 12 March to the board of the Northern Dairy Council?"}
-METRICS = {"DocVQA": "anls", "Hateful Memes": "auroc", "NLVR2": "accuracy", "UCF-101": "accuracy"}
-IMAGES = {"NLVR2": 2, "UCF-101": 8}
 
 
 def make_run(directory: Path, task: str, samples: int = 60, steps: int = 80, learning_rate: float = 5e-6) -> Path:
-    """Write the run directory of a task, with everything that a report shows."""
+    """Write the run directory of a task, DocVQA or UCF-101, with everything that a report shows."""
     chance = random.Random(f"{task} {learning_rate}")
     evaluations = [_evaluation(task, samples, skill, chance) for skill in (0.25, 0.85)]
     for when, evaluation in zip(("before", "after"), evaluations, strict=True):
@@ -54,7 +50,7 @@ def make_run(directory: Path, task: str, samples: int = 60, steps: int = 80, lea
     write_json(directory / "run.json", settings | {"hyperparameters": flags})
     save_thumbnails(
         directory,
-        lambda key: IMAGES.get(task, 1) * [Image.new("RGB", (640, 480), f"#{crc32(key.encode()) % 2**24:06x}")],
+        lambda key: (8 if task == "UCF-101" else 1) * [Image.new("RGB", (640, 480), f"#{crc32(key.encode()) % 2**24:06x}")],
         in_gallery(read_run(directory)),
     )
     return directory
@@ -66,23 +62,25 @@ def write_json(path: Path, contents: object) -> None:
 
 
 def _evaluation(task: str, samples: int, skill: float, chance: random.Random) -> dict:
-    answers = ANSWERS.get(task, ["No.", "Yes."])
-    question = QUESTIONS.get(task, f"Which of these is it: {', '.join(answers[:8])}?\nAnswer briefly.")
     predictions = []
     for index in range(samples):
-        answer, right = answers[index % len(answers)], chance.random() < skill
-        row = {"id": f"val-{index:010}", "question": question, "answers": [answer], "score": float(right)}
-        row["prediction"] = answer if right else chance.choice([other for other in (*answers, "a person") if other != answer])
-        if task == "DocVQA":
-            row["question"] += " Answer briefly." * (index % 2)
-            if not right:
-                row["prediction"], row["score"] = chance.choice([("", 0.0), ("dated 12/03/2018", 0.0), (answer[:-1], 0.8)])
-        if task == "Hateful Memes":
-            row["p_yes"] = chance.random()
+        right = chance.random() < skill
+        if task == "UCF-101":
+            question, answers = f"Which of these is it: {', '.join(CLASSES)}?\nAnswer briefly.", CLASSES
+            wrong = [("a person", 0.0), (CLASSES[(index + 1) % len(CLASSES)], 0.0)]
+        else:
+            question = "Who signed the letter of 12 March to the board of the Northern Dairy Council?" + " Briefly." * (
+                index % 2
+            )
+            answers = ["M. Okafor", "Ana-Lucía Peña"]
+            wrong = [("", 0.0), ("dated 12/03/2018", 0.0), ("Ana-Lucía Peñ", 0.8)]
+        answer = answers[index % len(answers)]
+        prediction, score = (answer, 1.0) if right else chance.choice(wrong)
+        row = {"id": f"val-{index:010}", "question": question, "answers": [answer], "prediction": prediction, "score": score}
         predictions.append(row)
     mean = sum(row["score"] for row in predictions) / samples
-    metric = METRICS[task]
-    more = {"anls_case_sensitive": 0.97 * mean}
     if task == "UCF-101":
-        more["accuracy_per_class"] = dict.fromkeys(CLASSES, mean)
-    return {"metric": metric, metric: mean, **more, "samples": samples, "predictions": predictions}
+        values = {"metric": "accuracy", "accuracy": mean, "accuracy_per_class": dict.fromkeys(CLASSES, mean)}
+    else:
+        values = {"metric": "anls", "anls": mean, "anls_case_sensitive": 0.97 * mean}
+    return {**values, "samples": samples, "predictions": predictions}

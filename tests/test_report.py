@@ -1,10 +1,8 @@
 """The report of a run: content, embedded files, missing and invalid files."""
 
 import html
-import io
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -47,7 +45,7 @@ def by_score(scores: dict) -> dict[str, dict]:
 
 
 def test_a_report_is_one_file_with_metrics_charts_samples_and_settings(tmp_path):
-    make_run(tmp_path, "NLVR2", samples=40, steps=24)
+    make_run(tmp_path, "UCF-101", samples=40, steps=24)
     page = report(tmp_path)
     addresses = re.findall(r' (?:src|href|srcset|action)="([^"]*)', page)
     assert addresses and all(address.startswith("data:") for address in addresses)
@@ -63,8 +61,8 @@ def test_a_report_is_one_file_with_metrics_charts_samples_and_settings(tmp_path)
     assert charts(page) == curves
     samples = len(in_gallery(read_run(tmp_path)))
     assert page.count("<article") == samples > 3
-    assert page.count('src="data:image/jpeg') == 2 * samples and 'alt=""' not in page
-    assert page.count("<img") == page.count(" alt=") == 2 * samples + len(curves)
+    assert page.count('src="data:image/jpeg') == 8 * samples and 'alt=""' not in page
+    assert page.count("<img") == page.count(" alt=") == 8 * samples + len(curves)
     for part in ("torchrun --nproc_per_node=8", "microsoft/Phi-3.5-vision-instruct", "2.13.0", "2026-03-14, 09:26 UTC"):
         assert part in words
     assert re.search(r"Steps 24 Epochs 2 Mean loss 0\.612 .*Tokens per second 2\d,\d{3} .*Training time 1 h 20 min", words)
@@ -119,39 +117,37 @@ def test_an_invalid_evaluation_is_an_error_that_names_it(tmp_path, contents, mes
         report(tmp_path)
 
 
-def test_without_evaluations_and_with_values_that_are_not_finite(tmp_path):
+def test_values_that_are_missing_or_not_finite(tmp_path):
     log = [{"step": 1, "loss": 2.0, "grad_norm": float("nan")}, {"step": 2, "loss": float("inf"), "grad_norm": 1.0}]
     write_json(tmp_path / "trainer_state.json", {"log_history": log})
     page = report(tmp_path)
     assert charts(page) == ["Loss", "Gradient norm"] and "<article" not in page
-    write_json(tmp_path / "eval_after.json", evaluation({"a": 1.0}, metric="auroc", auroc=float("nan")))
-    words = text(report(tmp_path))
-    assert "AUROC after —" in words and "2 → 2, 1 not finite" in words
-    assert "nan" not in words.lower()
     write_json(tmp_path / "eval_before.json", evaluation({"a": 1.0}, metric="auroc", auroc=0.5, accuracy=None))
-    write_json(tmp_path / "eval_after.json", evaluation({"a": 1.0}, metric="auroc", auroc=0.6, accuracy=0.5))
+    after = evaluation({"a": 1.0}, metric="auroc", auroc=float("nan"), accuracy=0.5)
+    after["predictions"][0]["p_yes"] = 0.25
+    write_json(tmp_path / "eval_after.json", after)
     write_json(tmp_path / "run.json", {"task": "Memes"})
     words = text(report(tmp_path))
-    assert "Accuracy — 50.0%" in words and "Command and settings" in words
+    assert "before 0.500 → after —" in words and "Accuracy — 50.0%" in words and "2 → 2, 1 not finite" in words
+    assert "P(yes) 0.25" in words and "Command and settings" in words and "nan" not in words.lower()
 
 
 def test_all_text_is_escaped(tmp_path):
     attack = '</style><script>alert(1)</script><img src=x onerror="alert(2)">"\'$\\frac$ & {{ 7 * 7 }}'
-    run = make_run(tmp_path / "a", "UCF-101", samples=8, steps=8)
-    fields = "metric accuracy accuracy_per_class samples predictions id question answers prediction score task date command "
-    fields += "base_model method data hardware versions hyperparameters"
-
-    def poisoned(value):
-        if isinstance(value, dict):
-            return {key if key in fields.split() else key + attack: poisoned(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [poisoned(item) for item in value]
-        return value + attack if isinstance(value, str) and value not in fields.split() else value
-
-    for name in ("eval_before.json", "eval_after.json", "run.json"):
-        write_json(run / name, poisoned(json.loads((run / name).read_text())))
-    for runs in ([run], [run, make_run(tmp_path / "b", "UCF-101", 8, 8)]):
-        page = report(*runs)
+    runs = [make_run(tmp_path / name, "UCF-101", samples=8, steps=8) for name in "ab"]
+    described = json.loads((runs[0] / "run.json").read_text())
+    for name in ("hyperparameters", "versions"):
+        described[name] = {key + attack: str(value) + attack for key, value in described[name].items()}
+    texts = {key: value + attack for key, value in described.items() if isinstance(value, str)}
+    write_json(runs[0] / "run.json", described | texts)
+    for path in (runs[0] / f"eval_{when}.json" for when in ("before", "after")):
+        found = json.loads(path.read_text())
+        found["accuracy_per_class"] = {name + attack: value for name, value in found["accuracy_per_class"].items()}
+        for row in found["predictions"]:
+            row |= {key: row[key] + attack for key in ("id", "question", "prediction")} | {"answers": [attack]}
+        write_json(path, found)
+    for compared in (runs[:1], runs):
+        page = report(*compared)
         assert "<script" not in page and page.count("</style>") == 1 and not re.search(r"<[^>]* on\w+=", page)
         assert page.count("<img ") == page.count('<img src="data:image/')
         assert text(page).count("<script>alert(1)</script>") > 10 and "{{ 7 * 7 }}" in text(page)
@@ -173,71 +169,54 @@ def test_the_gallery_shows_the_largest_changes_first():
     assert group_samples([by_score(many)], preferred=["val-0299"])["wrong"][0] == "val-0299"
 
 
-def test_images_of_any_mode_and_ids_of_any_form_become_small_thumbnails(tmp_path):
+def test_images_become_small_thumbnails_whatever_their_ids(tmp_path):
     ids = [49153, "../../escape", "a b", "a/b", "a?b", ".hidden", "ü" * 300, "", "dev-1-0-1.png"]
-    modes = dict(zip(map(str, ids), ["RGB", "L", "1", "P", "RGBA", "CMYK", "I", "F", "LA"], strict=True))
-    save_thumbnails(tmp_path, lambda key: [Image.new(modes[key], size) for size in ((1500, 900), (30, 20))], modes)
+    save_thumbnails(tmp_path, lambda _: [Image.new("RGB", (1500, 900)), Image.new("L", (30, 20))], map(str, ids))
     assert [path.name for path in tmp_path.iterdir()] == ["gallery"]
-    files = sorted((tmp_path / "gallery").iterdir())
+    files = list((tmp_path / "gallery").iterdir())
     assert len(files) == 2 * len(ids)
     for path in files:
         with Image.open(path) as picture:
-            assert (picture.format, picture.mode) == ("JPEG", "RGB")
-            assert picture.size == ((640, 384) if path.stem.endswith("_0") else (30, 20))
+            assert picture.format == "JPEG" and picture.size == ((640, 384) if path.stem.endswith("_0") else (30, 20))
     write_json(tmp_path / "eval_after.json", evaluation(dict.fromkeys(ids, 1.0)))
     assert report(tmp_path).count("<img") == 2 * len(ids)
 
 
-def test_the_first_row_with_an_id_is_shown_as_by_a_viewer(tmp_path):
+def test_the_first_row_with_an_id_is_shown(tmp_path):
     asked = []
-    clear, exif, file = Image.new("RGBA", (60, 30), (0, 0, 0, 0)), Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6  # turned by a viewer, and shown on white
-    clear.save(file, "PNG", exif=exif)
-    turn = {"images": [{"bytes": file.getvalue(), "path": None}], "user": "?", "assistant": "!"}
+    Image.new("RGB", (60, 30)).save(tmp_path / "a.png")
+    turn = {"images": [str(tmp_path / "a.png")], "user": "?", "assistant": "!"}
     for when in ("before", "after"):
         rows = evaluation({"first": float(when == "after"), "second": 0.0})["predictions"]
         write_json(tmp_path / f"eval_{when}.json", evaluation({}, predictions=[row | {"id": "the same"} for row in rows]))
     report_run(tmp_path, lambda row: asked.append(row) or {"conversations": [turn]})
     assert asked == [0]
-    with Image.open(*(tmp_path / "gallery").iterdir()) as shown:
-        assert shown.size == (30, 60) and shown.getpixel((9, 9)) == (255, 255, 255)
-    assert "1 better than before" in text((tmp_path / "report.html").read_text())
-
-
-def test_a_long_run_is_reported_within_seconds(tmp_path):
-    make_run(tmp_path, "DocVQA", samples=3000, steps=10_000)
-    start = time.process_time()
-    page = report(tmp_path)
-    assert time.process_time() - start < 6 and len(page) < 8e6
+    page = (tmp_path / "report.html").read_text()
+    assert "1 better than before" in text(page) and page.count("<article") == page.count("data:image/jpeg") == 1
 
 
 def test_the_tool_compares_runs_and_reports_errors(tmp_path, run_main, capsys):
     first = make_run(tmp_path / "full" / "out", "DocVQA", samples=30, steps=16)
     second = make_run(tmp_path / "lora" / "out", "DocVQA", samples=30, steps=12, learning_rate=2e-4)
     (second / "eval_before.json").unlink()
-    for version, run in zip(("0.19.0", "0.19.1"), (first, second), strict=True):
-        settings = json.loads((run / "run.json").read_text())
-        settings["versions"]["deepspeed"] = version
-        settings["hyperparameters"]["deepspeed"] = "zero2.json"
-        settings["command"] += " --deepspeed zero2.json" if run == second else ""
-        write_json(run / "run.json", settings)
-    both = tmp_path / "both.html"
-    assert run_main(tools.report, first, second, "--output", both) == f"Wrote {both}\n"
+    settings = json.loads((second / "run.json").read_text())
+    settings["versions"]["deepspeed"] = "0.19.1"
+    write_json(second / "run.json", settings)
     elsewhere = tmp_path / "elsewhere"  # a run may be read-only
-    run_main(tools.report, first, "--output", elsewhere / "full.html")
+    assert run_main(tools.report, first, "--output", elsewhere / "full.html") == f"Wrote {elsewhere / 'full.html'}\n"
     assert (elsewhere / "curves/loss.png").is_file() and not (first / "curves").exists()
     assert run_main(tools.report, first) == f"Wrote {first / 'report.html'}\n"
-    page = both.read_text()
+    run_main(tools.report, first, second, "--output", elsewhere / "both.html")
+    page = (elsewhere / "both.html").read_text()
     words = text(page)
     assert "2 runs compared" in words and "lora/out/eval_before.json is missing" in words
     _, differing, common = re.split("What differs|What is the same", words)
     assert "full/out lora/out Steps 16 12" in differing
-    assert "learning_rate 5e-06 0.0002 " in differing and "deepspeed (version) 0.19.0 0.19.1" in differing
-    assert "batch_size 64" in common and "learning_rate" not in common and "deepspeed zero2.json" in common
+    assert "learning_rate 5e-06 0.0002 " in differing and "deepspeed (version) 0.19.0 0.19.1 " in differing
+    assert "batch_size 64" in common and "learning_rate" not in common
     after = [json.loads((run / "eval_after.json").read_text()) for run in (first, second)]
     assert re.search(rf"full/out ANLS before and after before [\d.]+ → after {after[0]['anls']:.3f} ", words)
     assert f"lora/out ANLS after {after[1]['anls']:.3f} " in words
-    assert charts(page)[:2] == ["Loss", "Gradient norm"]
     groups = group_samples([by_id(found["predictions"]) for found in after])
     assert page.count("<article") == sum(len(ids[:12]) for ids in groups.values()) > 0
     assert f"{len(groups['better'])} better than the first run" in words

@@ -14,12 +14,8 @@ from common.runtime.process import InputError, fail, say
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("directories", nargs="+", metavar="DIR", help="--output_dir of a run")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="HTML file to write (default: DIR/report.html, or ./comparison.html for several runs)",
-    )
+    what = "HTML file to write (default: DIR/report.html, or ./comparison.html for several runs)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=what)
     return parser.parse_args()
 
 
@@ -31,12 +27,12 @@ from common.report.page import write_report
 
 
 def main(args: argparse.Namespace) -> None:
-    default = Path(args.directories[0], "report.html") if len(args.directories) == 1 else Path("comparison.html")
+    path = args.output or (Path("comparison.html") if len(args.directories) > 1 else Path(args.directories[0], "report.html"))
     try:
-        write_report(args.directories, args.output or default)
+        write_report(args.directories, path)
     except (OSError, InputError) as error:
         fail(str(error))
-    print(f"Wrote {args.output or default}")
+    print(f"Wrote {path}")
 
 
 if __name__ == "__main__":

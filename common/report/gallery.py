@@ -65,16 +65,15 @@ def save_thumbnails(output_dir: Path, pictures: Callable[[str], Iterable[Image.I
     output_dir : Path
         The run directory.
     pictures : callable
-        Returns the images of a sample, in any mode, for its id.
+        Returns the images of a sample, in mode RGB or L, for its id.
     ids : iterable of str
         Ids of the samples. An id that is not a valid file name is replaced by its hash.
     """
     for key in ids:
         for k, image in enumerate(pictures(key)):
-            thumbnail = image.convert("RGB")
-            thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             with replacing(_path(output_dir, key, k)) as temporary:
-                thumbnail.save(temporary, format="JPEG", quality=85)
+                image.save(temporary, format="JPEG", quality=85)
 
 
 def thumbnails(directories: Sequence[Path], key: str) -> list[str]:
