@@ -65,8 +65,8 @@ def evaluate(model, processor, rows: Rows, args) -> Evaluation:
     answers = generate_answers(model, processor, rows, args)
     turns = [row["conversations"][0] for row in rows]
     predictions = [
-        exact_match(row["id"], turn["user"], answer, turn["assistant"])
-        for row, turn, answer in zip(rows, turns, answers, strict=True)
+        exact_match(row["id"] or rows.place(index), turn["user"], answer, turn["assistant"])
+        for index, (row, turn, answer) in enumerate(zip(rows, turns, answers, strict=True))
     ]
     classes, correct = [turn["assistant"] for turn in turns], [entry.score for entry in predictions]
     values = {"accuracy": accuracy(correct), "accuracy_per_class": accuracy_per_class(classes, correct)}

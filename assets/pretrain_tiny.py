@@ -37,6 +37,7 @@ from .pretraining.model import build, save
 from .pretraining.stages import train_decoder, train_last, train_on, train_together, train_tower
 
 PROCESSES = 2
+STEPS = {"tower": 600, "decoder": 2600, "together": 120, "lookup": 700, "shapes": 1200, "last": 400}  # of each stage
 
 
 def pretrain(rank: int, args: argparse.Namespace, meeting_point: str) -> None:
@@ -74,16 +75,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast, which is faster on CPUs with AMX")
-    parser.add_argument("--tower_steps", type=int, default=600, help="steps of this stage (default: %(default)s)")
-    parser.add_argument("--decoder_steps", type=int, default=2600, help="steps of this stage (default: %(default)s)")
-    parser.add_argument("--together_steps", type=int, default=120, help="steps of this stage (default: %(default)s)")
-    parser.add_argument("--lookup_steps", type=int, default=700, help="steps of this stage (default: %(default)s)")
-    parser.add_argument("--shapes_steps", type=int, default=1200, help="steps of this stage (default: %(default)s)")
-    parser.add_argument("--last_steps", type=int, default=400, help="steps of this stage (default: %(default)s)")
-    stages = ("tower", "decoder", "together", "lookup", "shapes", "last")
+    for stage, steps in STEPS.items():
+        parser.add_argument(f"--{stage}_steps", type=int, default=steps, help="steps of this stage (default: %(default)s)")
     parser.add_argument(
         "--begin_with",
-        choices=stages,
+        choices=STEPS,
         default="tower",
         help="first stage; stages after tower start from the checkpoint in --output_dir",
     )

@@ -18,8 +18,8 @@ QUIET = [
     "--disable-dev-shm-usage",
 ]
 
-# The contrast of every visible text with its background, which is composed of all layers behind it, including shapes.
-# Visually hidden texts are left out.
+# The contrast of every visible text with its background, which is composed of all layers behind it. Visually hidden texts are
+# left out.
 CONTRAST = """() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const rgba = (colour) => {
@@ -35,15 +35,15 @@ CONTRAST = """() => {
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const paint = (element) => {
-    const style = getComputedStyle(element), shape = element instanceof SVGGeometryElement;
-    const [r, g, b, a] = rgba(shape ? (style.fill === "none" ? "transparent" : style.fill) : style.backgroundColor);
-    return [r, g, b, a * style.opacity * (shape ? style.fillOpacity : 1)];
+    const style = getComputedStyle(element);
+    const [r, g, b, a] = rgba(style.backgroundColor);
+    return [r, g, b, a * style.opacity];
   };
   const results = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const text = walker.currentNode.data.trim(), element = walker.currentNode.parentElement;
-    if (!text || ["SCRIPT", "STYLE", "TITLE", "style"].includes(element.tagName)) continue;
+    if (!text || ["SCRIPT", "STYLE", "style"].includes(element.tagName)) continue;
     const visible = element.checkVisibility({ visibilityProperty: true, opacityProperty: true });
     if (!visible || element.closest(".visually-hidden")) continue;
     const range = document.createRange();
@@ -55,8 +55,7 @@ CONTRAST = """() => {
     if (!stack.length) continue;
     const layers = stack.map(paint).reverse();
     const backdrop = layers.reduce((below, top) => over(top, below), rgba("Canvas").slice(0, 3));
-    const style = getComputedStyle(element);
-    const ink = rgba(element instanceof SVGElement ? style.fill : style.color);
+    const ink = rgba(getComputedStyle(element).color);
     const [high, low] = [luminance(over(ink, backdrop)), luminance(backdrop)].sort((a, b) => b - a);
     results.push([text.slice(0, 40), (high + 0.05) / (low + 0.05)]);
   }

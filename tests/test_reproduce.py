@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from forked import run_script
 from report_runs import write_json
 
 from common.arguments import check_arguments
@@ -191,44 +190,6 @@ def test_data_that_was_not_generated_is_kept(tmp_path, monkeypatch):
     assert own.is_file()
 
 
-@pytest.mark.slow
-def test_an_interrupted_row_is_resumed_and_a_finished_one_recorded(random_model, tmp_path, monkeypatch, run_main):
-    """On sample data, without torchrun, which `make demo` in test_readme.py uses."""
-    places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
-    row = ["nlvr2", "--row", "frozen", "--embedded", "--smoke", *places]
-    output_dir, log = tmp_path / "runs" / "embedded-nlvr2-frozen-smoke", tmp_path / "log"
-
-    def run_forked(command, **_):
-        assert command[:3] == ["torchrun", "--standalone", "--nproc_per_node=2"]
-        words = [*command[4:], "--dataloader_num_workers", "0"]
-        assert run_script(words, log, script=command[3]) == [0, 0], log.read_text()
-        return runs.Usage(1.0, 1.0)
-
-    monkeypatch.setattr(embedded, "run_command", run_forked)
-    monkeypatch.setattr(embedded, "MODEL", str(random_model))
-    flags = shlex.split(run_main(reproduce, *row, "--dry_run"))
-    flags = flags[flags.index("--freeze_vision_model") : flags.index("--num_crops")]
-    with monkeypatch.context() as patch:
-        patch.setitem(embedded.SMOKE_SETTINGS, "max_steps", 1)
-        patch.setitem(embedded.SMOKE_SETTINGS, "save_steps", 1)
-        embedded.run_embedded("nlvr2", "frozen", output_dir, flags, smoke=True)
-    (output_dir / "eval_after.json").unlink()
-    log.unlink()
-
-    run_main(reproduce, *row)
-    printed = log.read_text()
-    assert f"resuming from {output_dir}/checkpoint-1" in printed and "before finetuning" not in printed
-    found = json.loads((tmp_path / "results" / "embedded-nlvr2-frozen-smoke.json").read_text())
-    assert found["embedded"] and "published_upstream" not in found
-    assert found["base_model"] == embedded.MODEL and found["samples"] == 8 and found["metric"] == "accuracy"
-    assert "--freeze_vision_model" in found["command"] and found["versions"]["torch"] == torch.__version__
-    assert found["after"].keys() == {"accuracy", "consistency"} and found["hardware"].startswith("2 CPU processes")
-    page = (tmp_path / "results" / "README.md").read_text()
-    assert page.count("not measured |") == len(ROWS) + 1 and "embedded-nlvr2-frozen-smoke.json" in page
-    assert not list(output_dir.glob("checkpoint-*"))
-    assert "already exists" in run_main(reproduce, *row)
-
-
 def test_the_settings_of_a_task_fit_every_method(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for task, method, smoke in product(runs.TASKS, runs.METHOD_FLAGS, (False, True)):
@@ -240,6 +201,7 @@ def test_the_settings_of_a_task_fit_every_method(monkeypatch, tmp_path):
 
 
 def test_runs_on_sample_data_are_recorded(tmp_path, monkeypatch, run_main):
+    """Without the runs themselves: `make demo` in test_readme.py makes one."""
     commands = []
 
     def run(command, **environment):
@@ -247,22 +209,33 @@ def test_runs_on_sample_data_are_recorded(tmp_path, monkeypatch, run_main):
         if "--output_dir" not in command:  # the conversion of the videos
             return None
         output_dir = Path(command[command.index("--output_dir") + 1])
-        values = {"metric": "anls", "anls": 0.5, "samples": 2, "train_runtime": 3.0}
+        values = {"metric": "accuracy", "accuracy": 0.5, "samples": 2, "train_runtime": 3.0}
         described = dict.fromkeys(("base_revision", "data", "command", "date", "hardware", "versions"), "x")
         described |= {"base_model": "tiny", "method": "QLoRA"}
-        for name in ("run", "eval_before", "eval_after", "train_results"):
+        for name in ("run", "eval_before", "eval_after", "train_results", "checkpoint-1/trainer_state"):
             write_json(output_dir / f"{name}.json", values | described)
         return runs.Usage(4.0, 1.5)
 
     monkeypatch.setattr(embedded, "run_command", run)
-    places = ["--output_dir", tmp_path / "runs", "--results_dir", tmp_path / "results"]
+    results = tmp_path / "results"
+    places = ["--output_dir", tmp_path / "runs", "--results_dir", results]
     run_main(matrix, "--tasks", "docvqa", "--methods", "qlora", "--smoke", *places)
-    found = json.loads((tmp_path / "results" / "embedded.json").read_text())["docvqa"]["qlora"]
+    found = json.loads((results / "embedded.json").read_text())["docvqa"]["qlora"]
     assert (found["method"], found["train_seconds"], found["run_seconds"], found["peak_memory_gb"]) == ("QLoRA", 3.0, 4.0, 1.5)
-    page = (tmp_path / "results" / "embedded.md").read_text()
-    assert "| DocVQA | QLoRA | anls | 0.500 | 0.500 | 3 | 4 | 1.50 | x, x |" in page and page.count("not run") == 2 * 15
+    page = (results / "embedded.md").read_text()
+    assert "| DocVQA | QLoRA | accuracy | 0.500 | 0.500 | 3 | 4 | 1.50 | x, x |" in page and page.count("not run") == 2 * 15
+
+    row = ["nlvr2", "--row", "frozen", "--embedded", "--smoke", *places]
+    assert "accuracy 50.00 (before: 50.00); no published value" in run_main(reproduce, *row)
+    found = json.loads((results / "embedded-nlvr2-frozen-smoke.json").read_text())
+    assert found["embedded"] and "published_upstream" not in found and found["samples"] == 2
+    page = (results / "README.md").read_text()
+    assert page.count("not measured |") == len(ROWS) + 1 and "embedded-nlvr2-frozen-smoke.json" in page
+    assert not list((tmp_path / "runs/embedded-nlvr2-frozen-smoke").glob("checkpoint-*"))
+    assert "already exists" in run_main(reproduce, *row)
+
     said = run_main(embedded, "docvqa", "--smoke", "--output_dir", tmp_path / "demo")
-    assert "anls 0.5000 -> 0.5000 on 2 samples" in said and f"{tmp_path}/demo/report.html" in said
+    assert "accuracy 0.5000 -> 0.5000 on 2 samples" in said and f"{tmp_path}/demo/report.html" in said
     assert "torchrun --nproc_per_node=8 finetune_hf_trainer_docvqa.py" in said
     run_main(embedded, "ucf101", "--smoke", "--output_dir", tmp_path / "demo")
     convert, train = commands[-2:]

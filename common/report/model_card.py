@@ -67,7 +67,7 @@ Versions: {% for library, number in run.versions.items() %}{{ ", " if not loop.f
 """
 
 
-def write_model_card(output_dir: str | Path, name: str | Path | None = None, licence: str = "mit") -> None:
+def write_model_card(output_dir: str | Path, name: str | Path | None = None) -> None:
     """Write the model card ``README.md`` on the main process, from the files in the run directory.
 
     Parameters
@@ -77,8 +77,6 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         ``adapter_config.json``, the model is an adapter.
     name : str or Path, optional
         Name from which the model is loaded, such as its Hub id. Default: ``output_dir``.
-    licence : str
-        License identifier of the Hub. Default: the license of the published models.
 
     Raises
     ------
@@ -101,7 +99,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
     adapter, quantized = (directory / "adapter_config.json").is_file(), "quantization_config" in config
     base, datasets, hyperparameters = run["base_model"], run.get("datasets"), run["hyperparameters"]
     # A quantized model is derived from the finetuned one, if that is on the Hub.
-    origin = (quantized and hyperparameters.get("hub_model_id")) or (base if on_hub(base) else None)
+    origin = (quantized and hyperparameters.get("hub_model_id")) or (base if _on_hub(base) else None)
     relation = "adapter" if adapter else "quantized" if quantized and origin != base else "finetune"
     task, method = (re.sub(r"[^a-z0-9]+", "-", run[key].lower()).strip("-") for key in ("task", "method"))
     first, last = (
@@ -129,7 +127,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         ]
         or None,
         library_name="peft" if adapter else "transformers",
-        license=licence,
+        license="mit",  # as the published models
         model_name=Path(name).name,
         pipeline_tag="image-text-to-text",
         tags=["phi3_v", "finetuned", task, method],
@@ -141,7 +139,7 @@ def write_model_card(output_dir: str | Path, name: str | Path | None = None, lic
         adapter=adapter,
         loader="peft.AutoPeftModel" if adapter else "transformers.AutoModel",
         quantized=quantized,
-        base=f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{_escaped(base.replace('`', ''))}`",
+        base=f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"`{_escaped(base.replace('`', ''))}`",
         run=_escaped(run) | {"command": run["command"].replace("```", "")},
         samples=f"{samples:,}",
         metrics=[
@@ -163,6 +161,6 @@ def _escaped(value: Any) -> Any:
     return " ".join(html.escape(value, quote=False).splitlines()) if isinstance(value, str) else value
 
 
-def on_hub(name: str) -> bool:
+def _on_hub(name: str) -> bool:
     """Whether a name is a Hub id, and not a directory."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).is_dir()
