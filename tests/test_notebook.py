@@ -13,7 +13,7 @@ from forked import run_program, torchrun
 
 NOTEBOOK = ROOT / "notebooks/finetune_on_a_T4.ipynb"
 CELLS = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-SMALL = {"MODEL": TINY, "NUM_CROPS": 1, "FLAGS": "--batch_size 4 --max_steps 2 --max_new_tokens 4 --lora_rank 4"}
+SMALL = {"MODEL": TINY, "NUM_CROPS": 1, "FLAGS": "--batch_size 2 --max_steps 1 --max_new_tokens 4 --lora_rank 4"}
 
 
 def code(tag: str) -> str:
