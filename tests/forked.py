@@ -7,12 +7,14 @@ test_multi_node.py and `make demo` in test_readme.py use torchrun itself.
 import atexit
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -113,6 +115,21 @@ def run_program(
     output = Path(log).read_text()
     os.remove(log)
     return subprocess.CompletedProcess(words, int(any(code != 0 for code in codes)), output)
+
+
+@contextmanager
+def running_demo(*words: str, folder: Path, log: Path, **environment: str) -> Iterator[str]:
+    """Run ``tools.demo`` with these flags, and yield the address that it prints."""
+    demo = server().Process(target=be_program, args=(["-m", "tools.demo", *words], folder, log, environment))
+    demo.start()
+    try:
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")):
+            assert demo.is_alive(), log.read_text()
+            time.sleep(0.1)
+        yield found[0]
+    finally:
+        demo.kill()
+        demo.join()
 
 
 def torchrun(*command: object, processes: int = 2, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

@@ -5,8 +5,6 @@ import re
 import shutil
 import socket
 import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,7 @@ import torch
 from adapters import logits, save_adapter
 from browser import chromium, low_contrast, overflow, watched
 from conftest import ROOT, TINY
-from forked import be_program, server
+from forked import running_demo
 from playwright.sync_api import expect
 
 import tools.demo
@@ -80,29 +78,14 @@ def internet():
             proxy.accept()
 
 
-@contextmanager
-def running(uploads: Path, proxy: str, *flags: str):
-    """Run the demo and yield the address that it prints."""
-    words = ["-m", "tools.demo", *flags, "--max_new_tokens", str(NEW_TOKENS)]
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy)
-    no_proxy = {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
-    environment, log = proxies | no_proxy | {"GRADIO_TEMP_DIR": str(uploads)}, uploads / "log"
-    demo = server().Process(target=be_program, args=(words, ROOT, log, environment))
-    demo.start()
-    try:
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text() if log.exists() else "")):
-            assert demo.is_alive(), log.read_text()
-            time.sleep(0.1)
-        yield found[0]
-    finally:
-        demo.terminate()
-        demo.join()
-
-
 @pytest.fixture(scope="module")
 def address(lora, internet, tmp_path_factory):
     """The demo of an adapter and its base."""
-    with running(tmp_path_factory.mktemp("uploads"), internet, "--model", str(lora)) as address:
+    uploads = tmp_path_factory.mktemp("uploads")
+    environment = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), internet)
+    environment |= {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost", "GRADIO_TEMP_DIR": str(uploads)}
+    words = ["--model", str(lora), "--max_new_tokens", str(NEW_TOKENS)]
+    with running_demo(*words, folder=ROOT, log=uploads / "log", **environment) as address:
         yield address
 
 

@@ -14,7 +14,6 @@ import shlex
 import string
 import subprocess
 import sys
-import time
 import tomllib
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
-from forked import be_program, member_of_group, run_program, server
+from forked import member_of_group, run_program, running_demo
 from PIL import Image
 from runs import free_port, write_random_model
 from torch.distributed.run import get_args_parser
@@ -47,7 +46,6 @@ DRAWN = {"docvqa": (3, 1), "hateful_memes": (4, 2), "nlvr2": (2, 1), "ucf101": (
 LIMITS = ["--max_steps", "1", "--batch_size", "2", "--max_eval_samples", "2", "--max_new_tokens", "4", "--num_crops", "1"]
 LIMITS += ["--dataloader_num_workers", "0"]
 OMITTED = ("--bf16", "--use_flash_attention", "--full_train")  # slow on a CPU; require a GPU and the Hub
-SECONDS = 600
 
 
 def commands(text: str) -> list[str]:
@@ -147,23 +145,13 @@ def merge(command: str, checkout: Path) -> None:
 
 def serve(command: str, checkout: Path) -> None:
     """Start the server, request its page, and stop it."""
-    port, log = free_port(), checkout / "served.log"
-    words = [*shlex.split(command), "--server_port", str(port)]
-    demo = server().Process(target=be_program, args=(words[1:], checkout, log, {}))
-    demo.start()
-    try:
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline and demo.is_alive():
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
-                    assert "Ask a finetuned model" in page.read().decode()
-                return
-            except OSError:
-                time.sleep(0.5)
-        raise AssertionError(f"{command} does not answer: {log.read_text()}")
-    finally:
-        demo.kill()
-        demo.join()
+    port = str(free_port())
+    words = [*shlex.split(command)[3:], "--server_port", port]
+    with (
+        running_demo(*words, folder=checkout, log=checkout / f"{port}.log") as address,
+        urllib.request.urlopen(address, timeout=60) as page,
+    ):
+        assert "Ask a finetuned model" in page.read().decode()
 
 
 def make(command: str, checkout: Path) -> None:
