@@ -107,16 +107,10 @@ def row_command(task: str, table: dict[str, Any], row: dict[str, Any], output_di
     flags = row_flags(row, args)
     if args.embedded:
         return embedded_command(task, row["method"], output_dir, flags, args.smoke)
-    paths = [
-        "--model_name_or_path",
-        args.model_name_or_path or table["model"],
-        "--output_dir",
-        str(output_dir),
-        *table["flags"],
-    ]
-    rates = ["--learning_rate", scientific(row["learning_rate"]), "--num_train_epochs", str(row["num_train_epochs"])]
-    processes = count_processes(args.nproc_per_node, table["batch_size"], args.dry_run)
-    return torchrun_command(task, [*paths, "--batch_size", str(table["batch_size"]), *rates, *flags], processes)
+    words = ["--model_name_or_path", args.model_name_or_path or table["model"], "--output_dir", str(output_dir)]
+    words += [*table["flags"], "--batch_size", str(table["batch_size"]), "--learning_rate", scientific(row["learning_rate"])]
+    words += ["--num_train_epochs", str(row["num_train_epochs"]), *flags]
+    return torchrun_command(task, words, count_processes(args.nproc_per_node, table["batch_size"], args.dry_run))
 
 
 def row_flags(row: dict[str, Any], args: argparse.Namespace) -> list[str]:
