@@ -20,6 +20,7 @@ from importlib import import_module
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
 from conftest import ROOT
 from runs import SCRIPT, flags, free_port, steps
 
@@ -90,9 +91,10 @@ def leave_out_memory_trial() -> None:
 
 
 def be_program(words: Sequence[str], folder: Path, log: Path, variables: dict[str, str]) -> None:
-    """Be ``python script.py …`` or ``python -m module …`` in a folder, without the memory trial."""
+    """Be ``python script.py …`` or ``python -m module …`` in a folder, in one thread and without the memory trial."""
     print_to(log)
     leave_out_memory_trial()
+    torch.set_num_threads = lambda count: None  # programs that run at the same time would wait for each other's threads
     atexit._clear()  # what belongs to the process that this one was forked from
     multiprocessing.set_start_method("fork", force=True)  # the default of a program
     os.environ.update(variables)
