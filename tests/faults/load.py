@@ -1,4 +1,7 @@
-"""Load: a data set of a million rows, and a run of ten thousand steps: python -m faults.load {rows,steps} [COUNT]."""
+"""Load: a data set of a million rows, or a run of ten thousand steps: python -m faults.load {rows,steps} [COUNT [MODEL]].
+
+The times of rows depend on the tokenizer, which is the one of MODEL, or else of a small model with a token per character.
+"""
 
 import itertools
 import json
@@ -60,10 +63,10 @@ def write_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def measure_rows(count: int) -> None:
+def measure_rows(count: int, model: str | None = None) -> None:
     """A first and a later run with this many rows, in processes of their own."""
     folder = Path(tempfile.mkdtemp())
-    model, path = write_random_model(folder / "model"), write_rows(folder, count)
+    model, path = model or write_random_model(folder / "model"), write_rows(folder, count)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     for run in ("first", "later"):
         process = multiprocessing.get_context("fork").Process(
@@ -74,7 +77,7 @@ def measure_rows(count: int) -> None:
     shutil.rmtree(folder)
 
 
-def measure_start(name: str, model: Path, path: Path) -> None:
+def measure_start(name: str, model: str | Path, path: Path) -> None:
     """Times of a start, of an epoch's plan and of a resume, and the memory of a data worker."""
     processor = load_processor(str(model), num_crops=1)
     with timed(f"{name}: start"):
@@ -157,9 +160,9 @@ def measure_steps(count: int) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    what, *number = sys.argv[1:]
+    what, number, model = [*sys.argv[1:], None, None][:3]
     if what == "rows":
-        for count in (1000, int(number[0]) if number else 1_000_000):
-            measure_rows(count)
+        for count in (1000, int(number or 1_000_000)):
+            measure_rows(count, model)
     else:
-        measure_steps(int(number[0]) if number else 10_000)
+        measure_steps(int(number or 10_000))
