@@ -64,7 +64,7 @@ types: .venv/installed-for-tests
 # Without access to the list of vulnerabilities, nothing is found, and the report says which packages were not audited.
 audit: .venv/installed-for-tests
 	@report=$$($(BIN)/pip-audit --no-deps --disable-pip --requirement requirements.txt 2>&1) && echo "$$report" || \
-	case "$$report" in *"Found "[0-9]*) echo "$$report"; exit 1;; *) echo "pip-audit: no connection, not audited";; esac
+	case "$$report" in *"Found "[0-9]*) echo "$$report"; exit 1;; *) echo "pip-audit: not audited:"; echo "$$report" | tail -1;; esac
 
 format: .venv/installed-for-tests
 	$(BIN)/ruff check --fix .

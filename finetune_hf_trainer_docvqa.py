@@ -23,7 +23,7 @@ FULL = ("HuggingFaceM4/the_cauldron", "docvqa")  # a row is a page with all ques
 def parse_args():
     parser = training_parser(__doc__, task="DocVQA", metric="anls")
     group = parser.add_argument_group("DocVQA")
-    group.add_argument("--full_train", action="store_true", help="train on all pages, one random question per page and epoch")
+    group.add_argument("--full_train", action="store_true", help="train on all pages; scoring ignores a final period")
     group.add_argument("--data_dir", type=Path, help="official release: {train,val}_v1.0_withQT.json and documents/")
     args = parser.parse_args()
     if args.data_dir and (args.streaming or args.full_train):
@@ -102,14 +102,14 @@ def load_eval_rows(args) -> Rows:
     return check_rows(rows, all_conversations, "evaluation row", bar=args.tqdm, skip_bad=args.on_bad_sample == "skip")
 
 
-def to_conversation(row: dict, rng: random.Random) -> dict:
-    """Return a row as a conversation. If it has several questions or reference answers, one is drawn at random."""
-    text = rng.choice(row["texts"])
-    return {"conversations": [{"images": [row["image"]], "user": text["user"], "assistant": text["assistant"]}]}
-
-
 def all_conversations(row: dict) -> list[dict]:
-    return [to_conversation(row | {"texts": [text]}, random.Random(0)) for text in row["texts"]]
+    """Return a conversation for each question, or for each reference answer to a question."""
+    turns = ({"images": [row["image"]], "user": text["user"], "assistant": text["assistant"]} for text in row["texts"])
+    return [{"conversations": [turn]} for turn in turns]
+
+
+def to_conversation(row: dict, rng: random.Random) -> dict:
+    return rng.choice(all_conversations(row))
 
 
 def score(row: dict, generated: str, full_train: bool) -> Prediction:
@@ -121,7 +121,7 @@ def score(row: dict, generated: str, full_train: bool) -> Prediction:
 
 
 def evaluate(model, processor, rows: Rows, args) -> Evaluation:
-    answers = generate_answers(model, processor, [to_conversation(row, random.Random(0)) for row in rows], args)
+    answers = generate_answers(model, processor, [all_conversations(row)[0] for row in rows], args)
     predictions = [score(row, answer, args.full_train) for row, answer in zip(rows, answers, strict=True)]
     case_sensitive = fmean(prediction.more["score_case_sensitive"] for prediction in predictions)
     values = {"anls": fmean(prediction.score for prediction in predictions), "anls_case_sensitive": case_sensitive}

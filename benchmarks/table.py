@@ -188,7 +188,7 @@ def render() -> dict[Path, str]:
         "### Predicted for every method and GPU",
         "**Predicted by `benchmarks.roofline`, not measured.** For each GPU the fastest recomputation and number of pages\n"
         "at once that fit, with 16 crops and batch size 64. An epoch is DocVQA's train split, 39,463 questions. Full\n"
-        "training runs under ZeRO-2, on one GPU with 8-bit optimizer states. On 8 GPUs, the images are those of all, without\n"
+        "training runs under ZeRO-2, on one GPU with 8-bit optimizer states. On 8 GPUs, images/s is the total without\n"
         "communication.",
         predicted_table(results),
         "### Whole training steps on one GPU, measured",

@@ -151,7 +151,11 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
     adapters = "with --use_lora or --use_qlora also the directory of an adapter, which is trained further"
     add("--model_name_or_path", default=DEFAULT_MODEL, help=f"Hub id or directory; {adapters} (default: %(default)s)")
     add("--bf16", action="store_true", help="train in bf16 (default: fp16 on a GPU, fp32 on a CPU)")
-    add("--use_flash_attention", action="store_true", help="require a flash attention kernel")
+    add(
+        "--use_flash_attention",
+        action="store_true",
+        help="fail without a flash attention kernel",
+    )
     add(
         "--attn_implementation",
         choices=("varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4"),
@@ -245,12 +249,16 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         nargs="+",
         choices=CHANGEABLE,
         default=[],
-        help="resume although these are not as in the checkpoint's run; the new values apply",
+        help="settings that may differ from those of the checkpoint; the new values are used",
     )
     add("--overwrite_output_dir", action="store_true", help="delete what an earlier run wrote to --output_dir, unless resumed")
     add("--load_best_model_at_end", action="store_true", help="load the best checkpoint at the end")
     add("--early_stopping_patience", type=int, help="stop after N evaluations without improvement")
-    add("--save_on_each_node", action="store_true", help="save checkpoints on each node: there is no shared file system")
+    add(
+        "--save_on_each_node",
+        action="store_true",
+        help="save checkpoints on every node, if they share no file system",
+    )
     push = "upload the model to the Hub with run.json and the evaluations' questions and answers, without the report"
     add("--push_to_hub", action="store_true", help=push)
     add("--hub_model_id", help="Hub repository to upload to (default: the name of --output_dir)")
@@ -266,7 +274,12 @@ def training_parser(description: str | None, task: str, metric: str) -> Training
         help="what to do about invalid rows, and about images that become unusable during training: stop, or skip and count "
         "them in bad_samples.jsonl (default: %(default)s)",
     )
-    add("--eval_strategy", choices=("no", "steps", "epoch"), default="no", help="when to compute its loss")
+    add(
+        "--eval_strategy",
+        choices=("no", "steps", "epoch"),
+        default="no",
+        help="when to evaluate the loss during training",
+    )
     add("--eval_steps", type=int, help="steps between evaluations, if evaluated by steps (default: --logging_steps, or 10)")
     add("--eval_metric_steps", type=int, help="also compute the task's metric every N steps")
     add("--max_train_samples", type=int, help="train on the first N rows")
@@ -383,10 +396,10 @@ def _check_method(args: argparse.Namespace) -> None:
             raise InputError(f"--{part}_learning_rate: {part} is not trained, only {', '.join(trained)}: remove the flag")
     if args.train_fully and (args.freeze_vision_model or not adapters):
         raise InputError("--train_fully requires --use_lora or --use_qlora, and excludes --freeze_vision_model")
-    if args.train_only and args.freeze_vision_model:
-        raise InputError("--freeze_vision_model is --train_only decoder: remove one of them")
     if args.train_only and adapters:
         raise InputError("--train_only selects weights for full finetuning: remove it, or --use_lora and --use_qlora")
+    if args.train_only and args.freeze_vision_model:
+        raise InputError("--freeze_vision_model means --train_only decoder: remove one of them")
 
 
 def _check_dependent_flags(args: argparse.Namespace) -> None:

@@ -206,7 +206,7 @@ def test_a_killed_conversion_resumes(tmp_path):
     for path in out.glob("images/*/*/*.jpg"):
         with Image.open(path) as image:
             image.load()
-    (out / "images/train/Class0/.clip00.0.jpg.host.name-99999").write_bytes(b"half an image")
+    (out / "images/train/Class0/.0123abcd.host.name-99999.part").write_bytes(b"half an image")
 
     printed = convert(out, "--source", source)
     assert 15 <= int(printed.split(" up to date")[0].split()[-1]) < 40

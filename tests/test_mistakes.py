@@ -55,7 +55,7 @@ MISTAKES = [
     ("--use_dora", "--use_dora requires --use_lora or --use_qlora"),
     ("--use_lora --use_qlora", "--use_qlora already trains LoRA adapters"),
     ("--use_lora --train_only projector", "remove it, or --use_lora and --use_qlora"),
-    ("--freeze_vision_model --train_only projector", "--freeze_vision_model is --train_only decoder: remove one of them"),
+    ("--freeze_vision_model --train_only projector", "--freeze_vision_model means --train_only decoder: remove one of them"),
     ("--train_only projector --vision_learning_rate 1e-5", "vision is not trained, only projector"),
     ("--use_flash_attention --attn_implementation eager", "are incompatible"),
     ("--max_steps 5 --num_train_epochs 2", "--max_steps and --num_train_epochs both set the length of the run"),

@@ -49,14 +49,14 @@ def test_a_part_that_does_not_change_is_reported_once(max_steps, steps, capsys):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_several_nonfinite_losses_in_a_row_end_a_run(bad):
     assert train([1.0, bad, bad, 1.0, bad, bad, 1.0]) == 7
-    with pytest.raises(ValueError, match=r"not finite for 3 steps in a row, first in step 3 \(row 2\): nothing was saved"):
+    with pytest.raises(ValueError, match=r"not finite in 3 consecutive steps, starting at step 3 \(row 2\): nothing was saved"):
         train([1.0, 1.0, bad, bad, bad])
-    with pytest.raises(ValueError, match=r"not finite for 1 step in a row, first in step 2 \(row 1\)"):
+    with pytest.raises(ValueError, match=r"not finite in 1 consecutive step, starting at step 2 \(row 1\)"):
         train([1.0, bad], limit=1)
     assert train([bad] * (SKIPPED_STEPS - 1), fp16=True) == SKIPPED_STEPS - 1  # while fp16 looks for its loss scale
-    with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} step"):
+    with pytest.raises(ValueError, match=f"not finite in {SKIPPED_STEPS} consecutive step"):
         train([bad] * SKIPPED_STEPS, fp16=True)
-    with pytest.raises(ValueError, match="not finite for 3 step"):
+    with pytest.raises(ValueError, match="not finite in 3 consecutive step"):
         train([bad] * SKIPPED_STEPS, fp16=True, skipped=False)
 
 
@@ -66,7 +66,7 @@ def test_fp16_that_overflows_ends_before_deepspeed_fails(monkeypatch):
     scaler = DynamicLossScaler(2**16, 1000, 1, delayed_shift=2, consecutive_hysteresis=False)
     for _ in range(SKIPPED_STEPS):
         scaler.update_scale(True)
-    with pytest.raises(ValueError, match=f"not finite for {SKIPPED_STEPS} steps in a row, first in step 1"):
+    with pytest.raises(ValueError, match=f"not finite in {SKIPPED_STEPS} consecutive steps, starting at step 1"):
         train([1.0] * SKIPPED_STEPS, fp16=True)  # DeepSpeed hides gradients that are not finite
 
     def step(*_):
@@ -79,7 +79,7 @@ def test_fp16_that_overflows_ends_before_deepspeed_fails(monkeypatch):
     trainer.rows_of = lambda step: f" (row {step})"
     trainer.check_numbers = CheckNumbers(trainer, 3)
     trainer.check_numbers.bad = 2
-    with pytest.raises(ValueError, match=r"not finite for 3 steps in a row, first in step 5 \(row 4\)"):
+    with pytest.raises(ValueError, match=r"not finite in 3 consecutive steps, starting at step 5 \(row 4\)"):
         trainer.training_step(None, {})
 
 

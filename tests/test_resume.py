@@ -167,7 +167,7 @@ def test_an_extended_run_is_the_longer_run(straight, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "kept", "words"),
     [
-        ({"deepspeed": "none", "warmup_steps": 0}, [], "in a row, first in step"),
+        ({"deepspeed": "none", "warmup_steps": 0}, [], "consecutive step"),
         ({"save_strategy": "steps", "save_steps": 1}, ["checkpoint-1"], "not finite after step 2"),
     ],
     ids=["loss, DDP", "weights, ZeRO-2"],

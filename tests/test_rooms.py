@@ -2,9 +2,14 @@
 
 import ast
 import inspect
+import os
+import subprocess
+import sys
 from functools import cache
 
+import pytest
 from conftest import ROOT
+from runs import SCRIPT, flags, write_docvqa
 from transformers import Trainer
 
 from common.training.trainer import FinetuningTrainer
@@ -124,6 +129,27 @@ def test_heavy_libraries_are_imported_late():
             heavy = {"bitsandbytes", "matplotlib", "sklearn"} & {name.split(".")[0] for name in names}
             late = {name for name in names if name.startswith("common.report.") and name != "common.report.run"}
             assert not heavy | late, path
+
+
+@pytest.mark.slow
+def test_training_loads_no_libraries_of_reports(random_model, tmp_path):
+    """Up to the report. The model does without bitsandbytes too, which transformers' Trainer imports, by way of PEFT."""
+    data = write_docvqa(tmp_path / "data", train=4, val=1)
+    lora = {"model_name_or_path": random_model, "use_lora": True, "lora_rank": 4}
+    words = flags(data, tmp_path / "output", max_steps=1, dataloader_num_workers=0, **lora)
+    code = f"""
+import sys, common.phi3v
+assert "bitsandbytes" not in sys.modules
+import finetune_hf_trainer_docvqa as script
+from common.training.trainer import FinetuningTrainer
+found = []
+FinetuningTrainer.report = lambda trainer: found.append({{"matplotlib", "sklearn"}} & set(sys.modules))
+sys.argv = {[SCRIPT, *words]}
+script.main(script.parse_args())
+assert found == [set()], found
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_private_methods_of_transformers():

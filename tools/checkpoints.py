@@ -14,13 +14,13 @@ import torch
 from safetensors import SafetensorError
 
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
-from common.report.model_card import RUN_FILES, write_model_card
+from common.report.model_card import write_model_card
 from common.report.run import EVALUATION_FIELDS, RUN_FIELDS
 from common.runtime.files import check_config, read_json
 from common.runtime.process import InputError, say
 
 
-def check_output(output_dir: Path, source: Path) -> None:
+def check_output(output_dir: Path, source: Path, run_files: Collection[str]) -> None:
     """Check, before a checkpoint is computed, that it can be written.
 
     Parameters
@@ -28,7 +28,9 @@ def check_output(output_dir: Path, source: Path) -> None:
     output_dir : Path
         Must not exist, or must be an empty directory.
     source : Path
-        Directory of the model or adapter; the files of its run, if it has them, must be valid.
+        Directory of the model or adapter.
+    run_files : collection of str
+        Files of the run in ``source`` that also describe the new checkpoint; those that exist must be valid.
 
     Raises
     ------
@@ -36,8 +38,9 @@ def check_output(output_dir: Path, source: Path) -> None:
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise InputError(f"--output_dir {output_dir} is not empty: choose a new directory")
-    for name, fields in zip(RUN_FILES, (RUN_FIELDS, EVALUATION_FIELDS, EVALUATION_FIELDS), strict=True):
+    for name in run_files:
         if (path := source / name).is_file():
+            fields = RUN_FIELDS if name == "run.json" else EVALUATION_FIELDS
             check_config(read_json(path, "delete it"), fields, path, "delete it", required=fields is RUN_FIELDS)
 
 
@@ -53,10 +56,8 @@ def write_checkpoint(
 
     Parameters
     ----------
-    output_dir, source
-        See :func:`check_output`.
-    run_files : collection of str
-        Files of the run in ``source`` that also describe the new checkpoint; with ``run.json``, it gets a model card.
+    output_dir, source, run_files
+        See :func:`check_output`. With ``run.json``, the checkpoint gets a model card.
     state : dict of str to torch.Tensor, optional
         Weights to save instead of the model's own.
 

@@ -81,7 +81,7 @@ def check_names(files: Iterable[tuple[PurePosixPath, PurePath]]) -> None:
     names: dict[PurePosixPath, PurePath] = {}
     for clip, file in files:
         try:
-            os.path.abspath(file).encode()
+            str(file).encode()
         except UnicodeEncodeError:
             raise InputError(f"the name of {str(file)[-80:]!r} is not valid UTF-8: rename it") from None
         other = names.setdefault(clip.with_suffix(""), file)
@@ -229,7 +229,7 @@ def convert_clips(readers: Readers, args: argparse.Namespace) -> dict[PurePosixP
     if len(names) < len(readers):
         broken = f"{len(readers) - len(names):,} of {counted(len(readers), 'clip')} cannot be decoded (listed above)"
         if not (names and args.skip_broken):
-            raise InputError(f"{broken}: replace them, or pass --skip_broken")
+            raise InputError(f"{broken}: replace them" + ("" if args.skip_broken else ", or pass --skip_broken"))
         print(f"{broken} and skipped")
     remove_strays(args.out_dir, {path for clip in names for path in paths[clip]})
     print(
@@ -241,8 +241,8 @@ def convert_clips(readers: Readers, args: argparse.Namespace) -> dict[PurePosixP
 
 def remove_strays(out_dir: Path, keep: set[Path]) -> None:
     """Remove partial files, and images that `convert_clip` wrote to `images/` and that are not in `keep`."""
-    for path in [*out_dir.glob(".*.jsonl.*"), *(out_dir / "images").rglob("*.*")]:
-        half_written = re.fullmatch(r"\..+\.(jpg|jsonl)\..+-\d+", path.name)  # see common.runtime.files.replacing
+    for path in [*out_dir.glob(".*.part"), *(out_dir / "images").rglob("*.*")]:
+        half_written = re.fullmatch(r"\.[0-9a-f]{8}\..+-\d+\.part", path.name)  # see common.runtime.files.replacing
         if half_written or (path not in keep and read_comment(path).startswith(COMMENT_START)):
             path.unlink()
             with suppress(OSError):  # the folder is not empty

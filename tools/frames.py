@@ -58,7 +58,7 @@ def find_clips(places: list[Path]) -> dict[PurePosixPath, Path]:
             found.append((clip, file))
     if not found:
         raise InputError(f"--clips {' '.join(map(str, places))}: no clips ({', '.join(SUFFIXES)})")
-    check_names(found)
+    check_names((clip, file.absolute()) for clip, file in found)  # a folder's name is an answer
     return dict(found)
 
 

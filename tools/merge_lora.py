@@ -87,7 +87,7 @@ def merge(
     adapter = find_adapter(adapter_name)
     if adapter is None:
         raise InputError(f"--adapter {adapter_name} is not an adapter: expected a directory or Hub id with adapter_config.json")
-    check_output(output_dir, adapter)
+    check_output(output_dir, adapter, RUN_FILES)
     dtype = dtype or base_dtype(adapter, base)
     say(f"Loading the base model of {adapter_name}")
     model = load_base(adapter, "cpu", dtype, base, quantized=not original_base)

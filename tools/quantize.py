@@ -58,6 +58,7 @@ from common.runtime.files import write_file
 from tools.checkpoints import check_output, write_checkpoint
 from tools.predict import Question, read_questions, run_tool
 
+RUN_FILES = ["run.json"]  # its evaluations are not those of the quantized model
 FP8 = torch.float8_e4m3fn
 FP8_BLOCK = 128
 
@@ -70,7 +71,7 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     InputError
         If the model cannot be loaded, or the directory is not empty or cannot be written.
     """
-    check_output(output_dir, Path(name))
+    check_output(output_dir, Path(name), RUN_FILES)
     check_checkpoint(name, "--model")
     processor = load_processor(name)
     config: Any = read_config(name)
@@ -84,8 +85,7 @@ def quantize(name: str, scheme: str, output_dir: Path) -> None:
     say(f"Loading {name}")
     model = load_weights(name, processor, **options)
     state = to_fp8(model, settings) if scheme == "fp8" else None
-    # Its evaluations are not those of the quantized model.
-    write_checkpoint(model, processor, output_dir, Path(name), ["run.json"], state)
+    write_checkpoint(model, processor, output_dir, Path(name), RUN_FILES, state)
 
 
 def to_fp8(model: Phi3VForCausalLM, settings: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -4,8 +4,8 @@ A conversation is a plain dict, one line of the general JSONL format::
 
     {"id": "42", "conversations": [{"images": ["a.jpg", "b.jpg"], "user": "Same?", "assistant": "Yes."}, …]}
 
-Images are numbered over the whole conversation; :mod:`common.data.pictures` lists the types of images.
-If the user's text has no image tag, the tags of its images are inserted before it; ``<image>`` marks the place of the next one.
+Images are numbered from 1 across all turns; :mod:`common.data.pictures` lists the types of images. In the user's text,
+``<|image_k|>`` places image k, and ``<image>`` the turn's next image. If the text has neither, the tags are inserted before it.
 A conversation can have a ``system`` prompt. :func:`common.data.reading.read_conversation` reads rows of other formats as well.
 """
 

@@ -21,6 +21,7 @@ from .samples import TrainingData
 from .streaming import StreamedData
 
 MAX_DOUBTS = 3  # further images are only counted
+BYTES_COMPARED = 4096  # at the end of files of equal size, before their whole contents are compared
 
 
 def review_data(
@@ -110,9 +111,15 @@ def _overlap(train: Contents, evaluation: Contents, data: TrainingData) -> Itera
 def _copies(files: Iterable[str], wanted: set[str]) -> set[str]:
     """Return those of the wanted files that have the same content as one of ``files``."""
     left = list(files)
-    for key in (os.path.getsize, picture_content):
+    for key in (os.path.getsize, _end, picture_content):
         keys = {key(file) for file in wanted}
         left = [file for file in left if key(file) in keys]
         keys = {key(file) for file in left}
         wanted = {file for file in wanted if key(file) in keys}
     return wanted
+
+
+def _end(file: str) -> bytes:
+    with open(file, "rb") as content:
+        content.seek(max(0, os.path.getsize(file) - BYTES_COMPARED))
+        return content.read()

@@ -51,18 +51,17 @@ def choose_attention(requested: str | None, require_flash: bool, device: torch.d
             f"flash-attn {requested[-1]} is not installed, or does not support this device",
             f"--attn_implementation {requested}",
         )
-    if requested and not (require_flash and requested == "varlen" and not has_kernel):
+    if require_flash and not has_kernel and requested in (None, "varlen"):
+        where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        raise InputError(
+            f"no flash attention kernel runs on {where} (requires an NVIDIA GPU of the "
+            "Ampere generation or newer); remove the flag",
+            "--use_flash_attention",
+        )
+    if requested:
         return requested, "set by --attn_implementation"
-    if require_flash:
-        if not has_kernel:
-            where = "a CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
-            raise InputError(
-                f"no flash attention kernel runs on {where} (requires an NVIDIA GPU of the "
-                "Ampere generation or newer); remove the flag",
-                "--use_flash_attention",
-            )
-        if installed:
-            return installed[0], "required by --use_flash_attention, and installed"
+    if require_flash and installed:
+        return installed[0], "required by --use_flash_attention, and installed"
     if has_kernel:
         return "varlen", "PyTorch's variable-length flash attention kernel is available on this GPU"
     if device.type == "cpu":

@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from statistics import median
+from textwrap import shorten
 
 from common.evaluation.metrics import normalize_answer
 from common.runtime.files import is_number
@@ -70,7 +71,7 @@ def class_table(run: Run) -> list[tuple[str, str, str, str]]:
     wrong: dict[str, Counter[str]] = defaultdict(Counter)
     for row in run.after.get("predictions", []):
         if row["score"] < RIGHT:
-            wrong[normalize_answer(row["answers"][0])][row["prediction"]] += 1
+            wrong[normalize_answer(row["answers"][0])][shorten(row["prediction"], 60) or "(no answer)"] += 1
     return [
         (
             name,

@@ -21,7 +21,7 @@ from .run import FILES, RIGHT, Run, read_run
 
 
 def write_report(directories: Sequence[str | os.PathLike[str]], path: Path) -> None:
-    """Write the report of a run, and its curves as PNG files to `curves/` next to it; or a comparison of several runs.
+    """Write the report of a run, or a comparison of several runs.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def write_report(directories: Sequence[str | os.PathLike[str]], path: Path) -> N
     if single:
         evaluations = {when.capitalize(): by_id(rows) for when, rows in single.predictions.items()}
         curves = curve_charts({"training": single.log})
-        for chart in curves:
+        for chart in curves if path.parent.resolve() == places[0].resolve() else ():
             with replacing(path.parent / "curves" / f"{chart.name}.png") as temporary:
                 chart.save_png(temporary)
     else:
@@ -124,6 +124,7 @@ def _settings(run: Run) -> dict[str, dict[str, str]]:
     """Return the settings as text, in groups, without those that are not set."""
     settings = {key: value for key, value in run.settings.items() if key not in ("command", "date")}
     hyperparameters, versions = settings.pop("hyperparameters", {}), settings.pop("versions", {})
+    settings |= settings.pop("eval_set", {})
     groups = {"Run": settings, "Hyperparameters": hyperparameters, "Versions": versions}
     return {
         title: {name: _text(value) for name, value in group.items() if value not in (None, [])}

@@ -172,6 +172,6 @@ def read_run(directory: str | os.PathLike[str]) -> Run:
             raise InputError(
                 f"'metric' must be the key of a number in the same file, got {metric!r}", str(run.directory / name)
             )
-        for prediction in evaluation.get("predictions", []):
-            check_config(prediction, PREDICTION_FIELDS, run.directory / name, DELETE, required=True)
+        for row, prediction in enumerate(evaluation.get("predictions", [])):
+            check_config(prediction, PREDICTION_FIELDS, f"{run.directory / name}, prediction {row}", DELETE, required=True)
     return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,9 @@ COUNT: Check = ("an integer from 0", lambda value: type(value) is int and 0 <= v
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; its file replaces ``path`` when the block completes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes on several machines may write the same file on a shared file system.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    # Processes on several machines may write the same file on a shared file system; its own name may already be the longest.
+    name = zlib.crc32(os.fsencode(path.name))
+    temporary = path.with_name(f".{name:08x}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -83,7 +85,7 @@ def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict
 
 
 def check_config(
-    content: dict[str, Any], fields: dict[str, Check], path: Path, remedy: str = "copy it again", required: bool = False
+    content: dict[str, Any], fields: dict[str, Check], path: str | Path, remedy: str = "copy it again", required: bool = False
 ) -> None:
     """Check the values of the JSON object in a file, where it has them; if ``required``, it must have all.
 

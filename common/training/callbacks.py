@@ -25,7 +25,7 @@ UNCHANGED_STEPS = 10
 class StopOnSignal(TrainerCallback):
     """After SIGTERM or SIGINT on any process, save a complete checkpoint at the end of the step and stop all processes.
 
-    In an evaluation, the step has ended: the evaluation is ended after its current batch, and made up by the resumed run.
+    During an evaluation, stop after its current batch; the resumed run repeats the evaluation.
 
     A second signal ends the process at once. One that follows within seconds is the same: torchrun passes on a Ctrl-C that its
     processes have already received from the terminal.
@@ -64,7 +64,7 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def stop(self, control: TrainerControl, evaluation_due: bool) -> None:
-        """Save a checkpoint and stop; whether the resumed run is to make up an evaluation. Called on all processes."""
+        """Save a checkpoint and stop. With ``evaluation_due``, the resumed run evaluates first. Called on all processes."""
         self.stopped, self.evaluation_due = True, evaluation_due
         control.should_evaluate = False
         control.should_save = control.should_training_stop = True
@@ -134,8 +134,8 @@ class CheckNumbers(TrainerCallback):
         """Return the error that ends the run after a step."""
         first = step - self.bad
         return InputError(
-            f"loss or gradient was not finite for {counted(self.bad, 'step')} in a row, first in step {first + 1}"
-            f"{self.trainer.rows_of(first)}: nothing was saved since; check these rows, use a lower --learning_rate or a "
+            f"loss or gradient was not finite in {counted(self.bad, 'consecutive step')}, starting at step {first + 1}"
+            f"{self.trainer.rows_of(first)}: nothing was saved since then; check these rows, use a lower --learning_rate or a "
             "longer --warmup_steps, and restart with --resume_from_checkpoint auto"
         )
 

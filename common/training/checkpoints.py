@@ -176,7 +176,7 @@ def checkpoint_of_step(output_dir: Path, step: int) -> Path:
 def steps_of_checkpoints(output_dir: Path) -> list[int]:
     """Return the steps of the checkpoints in an output directory, complete or not."""
     steps = [path.name.rpartition("-")[2] for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    return [int(step) for step in steps if step.isdecimal()]
+    return sorted({int(step) for step in steps if step.isdecimal()})
 
 
 def rotate_checkpoints(output_dir: Path, newest: int, limit: int | None, best: str | None) -> None:

@@ -69,7 +69,7 @@ class Trial:
     launching: float  # seconds of the forward pass of a small batch, most of which the CPU needs to launch it
 
     def needed(self, mode: str, tokens: float, views: float) -> float:
-        """Bytes that training needs in addition to the loaded model, with a mode of recomputation and such a largest batch."""
+        """Bytes that training needs in addition to the loaded model, for a mode and the size of the largest micro-batch."""
         return self.states + max(self.step, self._activations(mode, tokens, views))
 
     def _activations(self, mode: str, tokens: float, views: float) -> float:
@@ -114,7 +114,7 @@ def recomputation_modes(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def least_recomputation(trial: Trial | None, tokens: int, views: int, modes: tuple[str, ...] = MODES) -> str:
-    """The first mode that fits into the free memory with such a largest batch, which is the fastest; the last if none does."""
+    """Return the fastest mode that fits into the free memory with the largest micro-batch, or the last mode if none does."""
     fitting = [mode for mode in modes if trial and trial.needed(mode, tokens, views) <= USABLE_SHARE * trial.free]
     return fitting[0] if fitting else modes[-1]
 

@@ -15,7 +15,7 @@ Settings = list[tuple[float, float]]
 
 
 def group_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, rates: dict[str, float | None]) -> Settings:
-    """Divide the groups of an optimizer by the parts of the model, of which some have a learning rate of their own.
+    """Split the parameter groups of an optimizer by part of the model, so that each part can have its own learning rate.
 
     Returns the peak learning rate and the weight decay of each group, for :func:`restore_settings`.
     """
@@ -44,7 +44,7 @@ def split_parameters(parameters: list[nn.Parameter], most: int) -> list[list[nn.
 
 
 def restore_settings(optimizer: Any, scheduler: Any, settings: Settings) -> None:
-    """Apply settings at this step of the schedule: those of the flags, where resuming has loaded the earlier ones."""
+    """Reapply the learning rates and weight decay of the flags, which loading the checkpoint has overwritten."""
     base = [rate for rate, _ in settings]
     rates = [rate * factor(scheduler.last_epoch) for rate, factor in zip(base, scheduler.lr_lambdas, strict=True)]
     scheduler.load_state_dict(scheduler.state_dict() | {"base_lrs": base, "_last_lr": rates})

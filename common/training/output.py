@@ -19,6 +19,7 @@ RESULTS = ("model*.safetensors", "adapter_model.safetensors", "eval_after.json")
 OTHER_FILES = (
     *("run.json", "eval_before.json", "train_results.json", "trainer_state.json", "README.md"),
     *("evaluation.json", BAD_SAMPLES, SAVING, "report.html", "curves", "gallery", "runs"),
+    "training_args.bin",  # of earlier versions
     *("base_model.json", "adapter_config.json", "config.json"),
     *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),

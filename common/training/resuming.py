@@ -36,7 +36,7 @@ def run_identity(
     precision: str,
     num_processes: int,
 ) -> dict[str, Any]:
-    """What makes a run this run, by name: all settings that change its course. Must be called on all processes."""
+    """Return the settings that must be the same to resume, by name. Must be called on all processes."""
     names = ["batch_size", "seed", "num_crops", "optim", "learning_rate", "vision_learning_rate", "projector_learning_rate"]
     names += ["wd", "lr_scheduler_type", "warmup_steps", "streaming"]
     names += LORA_DEFAULTS if args.use_lora or args.use_qlora else []
@@ -106,15 +106,18 @@ def check_resumable(checkpoint: Path, identity: dict[str, Any], accepted: list[s
 
 
 def check_plan(checkpoint: Path, plan: dict[str, Any], accepted: list[str]) -> str | None:
-    """Check a plan (``data``, the :func:`data_fingerprint`, and ``steps``) as :func:`check_resumable`, but let a run be longer.
+    """Check that the data and the number of steps are those of the checkpoint; more steps are allowed.
 
-    Returns what is done about another number of steps, or None.
+    ``plan`` has the entries ``data``, the :func:`data_fingerprint`, and ``steps``. Returns a message if the number of steps has
+    changed, else None.
     """
     done, steps = read_state(checkpoint).global_step, plan["steps"]
     before = read_totals(checkpoint)["settings"].get("steps", steps)
     if steps < done:
         raise InputError(
-            f"it has made {counted(done, 'step')}, more than the {steps} of this run", f"--resume_from_checkpoint {checkpoint}"
+            f"the checkpoint is at step {done:,}, but this run has only {counted(steps, 'step')}: increase --num_train_epochs "
+            "or --max_steps, or use another --output_dir",
+            f"--resume_from_checkpoint {checkpoint}",
         )
     check_resumable(checkpoint, plan, [*accepted, "steps"] if steps > before else accepted)
     if steps == before:

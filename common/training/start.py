@@ -83,11 +83,11 @@ def start(args: argparse.Namespace) -> Setup:
     revision = first_on_each_machine(lambda: fetch_checkpoint(base, revision=revision))
     if quantization_scheme(read_config(base, revision)):
         raise InputError(
-            "the model is quantized, and can only be evaluated: train the model that it was made from (in 4 bits: --use_qlora)",
+            "quantized checkpoints can only be evaluated: pass the original model (for 4-bit weights with --use_qlora)",
             f"--model_name_or_path {base}",
         )
     if adapter and (fault := base_fault(adapter, base, revision)[0]):
-        raise InputError(f"{fault}: put the model there that it was trained on", f"--model_name_or_path {adapter}")
+        raise InputError(f"{fault}: restore the model that the adapter was trained on", f"--model_name_or_path {adapter}")
     attention, reason = choose_attention(args.attn_implementation, args.use_flash_attention, device)
     packing = _choose_packing(args.packing, args.max_tokens_per_batch, attention)
     deepspeed = choose_deepspeed(args)

@@ -183,7 +183,7 @@ class FinetuningTrainer(Trainer):
         """Write the model or adapter, the processor, ``train_results.json`` and ``trainer_state.json``."""
         assert self.result is not None, "called after train()"
         on_main_process(lambda: check_output_dir_locked(self.flags.output_dir))
-        self.require_finite("the result is")
+        self.require_finite("result")
         with saving():
             self.save_model(_internal_call=True)  # without pushing, which is done at the end
             if self.args.should_save:
@@ -246,8 +246,8 @@ class FinetuningTrainer(Trainer):
         """End the run on all processes if a weight is not finite, before something is saved."""
         if name := find_nonfinite(self.model, self.optimizer):
             raise InputError(
-                f"{name} is not finite after step {self.state.global_step}{self.rows_of(self.state.global_step - 1)}: {what} "
-                "not saved, earlier checkpoints are intact; use a lower --learning_rate, or check these rows"
+                f"{name} is not finite after step {self.state.global_step}{self.rows_of(self.state.global_step - 1)}: the "
+                f"{what} was not saved, earlier checkpoints are intact; use a lower --learning_rate, or check these rows"
             )
 
     def rows_of(self, step: int) -> str:
@@ -379,7 +379,7 @@ class FinetuningTrainer(Trainer):
         directory = checkpoint_of_step(output_dir, step)
         with self.throughput.excluded():
             on_main_process(lambda: check_output_dir_locked(output_dir))
-            self.require_finite("the checkpoint is")
+            self.require_finite("checkpoint")
             if self.args.should_save:
                 # A checkpoint that is overwritten is incomplete until all of it is written again.
                 (directory / MANIFEST).unlink(missing_ok=True)

@@ -303,7 +303,7 @@ DATA = [
 NUMBERS = [
     Fault(
         "loss not finite in a step",
-        r"error: loss or gradient was not finite for 1 step in a row, first in step 3 .*",
+        r"error: loss or gradient was not finite in 1 consecutive step, starting at step 3 .*",
         BOTH,
         **strike(STEP, struck.put_nan_loss, 3),
         options={"max_nonfinite_steps": 1},
