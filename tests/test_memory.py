@@ -132,6 +132,8 @@ TRIAL = Trial(*FOOTPRINTS, num_layers=4, states=1000, step=50, free=0, flops_per
 def test_the_least_recomputation_that_fits_is_chosen():
     needed = [TRIAL.needed(mode, 100, 10) for mode in MODES]
     assert needed == sorted(needed, reverse=True) and needed[-1] > 1000
+    kept, recomputed = (TRIAL.keeping.bytes(100, 10), TRIAL.recomputing.bytes(100, 10))
+    assert needed[-1] == 1000 + recomputed + (kept - recomputed) / 4  # and one of the four layers in its backward pass
     for mode, bytes_needed in zip(MODES, needed, strict=True):
         assert least_recomputation(dataclasses.replace(TRIAL, free=bytes_needed / 0.85 + 1), 100, 10) == mode
     assert least_recomputation(TRIAL, 100, 10) == "full"
