@@ -201,6 +201,7 @@ def test_the_tool_compares_runs_and_reports_errors(tmp_path, run_main, capsys):
     (second / "eval_before.json").unlink()
     settings = json.loads((second / "run.json").read_text())
     settings["versions"]["deepspeed"] = "0.19.1"
+    settings["eval_set"] = {"split": "val"}
     write_json(second / "run.json", settings)
     elsewhere = tmp_path / "elsewhere"  # a run may be read-only
     assert run_main(tools.report, first, "--output", elsewhere / "full.html") == f"Wrote {elsewhere / 'full.html'}\n"
@@ -208,6 +209,7 @@ def test_the_tool_compares_runs_and_reports_errors(tmp_path, run_main, capsys):
     assert run_main(tools.report, first) == f"Wrote {first / 'report.html'}\n"
     run_main(tools.report, first, second, "--output", elsewhere / "both.html")
     page = (elsewhere / "both.html").read_text()
+    assert "eval_set" not in page and "split — val" in text(page)
     words = text(page)
     assert "2 runs compared" in words and "lora/out/eval_before.json is missing" in words
     _, differing, common = re.split("What differs|What is the same", words)
