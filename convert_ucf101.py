@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from common.runtime.parser import Parser
 from common.runtime.process import InputError
-from tools.clips import LARGEST_CLIP, Readers, add_flags, check_names, convert_clips, run, write_json_lines
+from tools.clips import LARGEST_CLIP, Readers, add_flags, check_names, convert_clips, remove_strays, run, write_json_lines
 
 HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
@@ -194,9 +194,11 @@ def convert(args: argparse.Namespace) -> None:
         # Images may change from here on, so the JSONL files are removed until all images are complete.
         for split in SPLITS:
             (args.out_dir / f"ucf101_{split}.jsonl").unlink(missing_ok=True)
-        rows = make_rows(convert_clips(clips, args))
+        images = convert_clips(clips, args)
+    rows = make_rows(images)
     if empty := [split for split in SPLITS if not rows[split]]:
         raise InputError(f"--source {source}: no clip of split {empty[0]!r} can be decoded")
+    remove_strays(args.out_dir, images)
     for split in SPLITS:
         write_json_lines(args.out_dir / f"ucf101_{split}.jsonl", rows[split])
 

@@ -1,9 +1,9 @@
 """Images and official metrics of NLVR2 and Hateful Memes for lmms-eval; docs/evaluation.md explains the metrics."""
 
 import ast
-import math
 
 from PIL import Image
+from scipy.special import expit
 
 from common.evaluation.metrics import auroc, consistency, normalize_answer
 
@@ -30,7 +30,7 @@ def meme(doc):
 def meme_results(doc, results):
     # lmms-eval 0.7.3 passes results through its filters as text.
     loss_no, loss_yes = (ast.literal_eval(result)[0] if isinstance(result, str) else result[0] for result in results)
-    p_yes = 1 / (1 + math.exp(loss_yes - loss_no))
+    p_yes = expit(loss_no - loss_yes)
     return {"auroc": (doc["label"], p_yes), "accuracy_by_likelihood": float((p_yes > 0.5) == bool(doc["label"]))}
 
 

@@ -295,8 +295,10 @@ def test_broken_clips_are_all_named_and_skipped_on_request(source, tmp_path):
     assert len(contents(out)) == 3 * 8 + 3
     assert all("Walk" not in row["conversations"][0]["user"] for row in rows(out, "train"))  # none of its clips is left
     (source / "val/Jump/c.avi").write_bytes(b"")
+    images = set(out.rglob("*.jpg"))
     message = refuse(out, "--source", source, "--skip_broken")
     assert "no clip of split 'val' can be decoded" in message
+    assert set(out.rglob("*.jpg")) == images  # nothing is removed until the new files are complete
 
 
 def link(name, target, kind=tarfile.SYMTYPE):

@@ -200,7 +200,7 @@ def convert_in_parallel(
 
 
 def convert_clips(readers: Readers, args: argparse.Namespace) -> dict[PurePosixPath, list[str]]:
-    """Convert clips to `images/` in `args.out_dir`, from which the images of other clips and settings are removed.
+    """Convert clips to `images/` in `args.out_dir`.
 
     Returns
     -------
@@ -231,7 +231,6 @@ def convert_clips(readers: Readers, args: argparse.Namespace) -> dict[PurePosixP
         if not (names and args.skip_broken):
             raise InputError(f"{broken}: replace them" + ("" if args.skip_broken else ", or pass --skip_broken"))
         print(f"{broken} and skipped")
-    remove_strays(args.out_dir, {path for clip in names for path in paths[clip]})
     print(
         f"{args.out_dir}: {counted(len(names) * args.num_frames, 'image')} of {counted(len(names), 'clip')} "
         f"({written:,} converted, {len(names) - written:,} up to date)"
@@ -239,8 +238,9 @@ def convert_clips(readers: Readers, args: argparse.Namespace) -> dict[PurePosixP
     return names
 
 
-def remove_strays(out_dir: Path, keep: set[Path]) -> None:
-    """Remove partial files, and images that `convert_clip` wrote to `images/` and that are not in `keep`."""
+def remove_strays(out_dir: Path, images: Mapping[PurePosixPath, list[str]]) -> None:
+    """Remove partial files, and images that `convert_clip` wrote to `images/` for other clips or settings than these."""
+    keep = {out_dir / "images" / name for names in images.values() for name in names}
     for path in [*out_dir.glob(".*.part"), *(out_dir / "images").rglob("*.*")]:
         half_written = re.fullmatch(r"\.[0-9a-f]{8}\..+-\d+\.part", path.name)  # see common.runtime.files.replacing
         if half_written or (path not in keep and read_comment(path).startswith(COMMENT_START)):

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from common.runtime.parser import Parser
 from common.runtime.process import InputError, counted
-from tools.clips import LARGEST_CLIP, add_flags, check_names, convert_clips, run, write_json_lines
+from tools.clips import LARGEST_CLIP, add_flags, check_names, convert_clips, remove_strays, run, write_json_lines
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 TABLE_COLUMNS = {"clip", "question", "answer"}
@@ -113,6 +113,7 @@ def convert(args: argparse.Namespace) -> None:
     # Images may change from here on, so the file that lists them is removed until they are complete.
     (args.out_dir / "clips.jsonl").unlink(missing_ok=True)
     images = convert_clips({clip: files[clip].read_bytes for clip in clips}, args)
+    remove_strays(args.out_dir, images)
     rows = [
         {"id": str(clip), "conversations": [{"images": images[clip], "user": question, "assistant": answer}]}
         for clip, question, answer in questions

@@ -38,7 +38,8 @@ class WorkerLoader(DataLoader):
     Parameters
     ----------
     dataset, collate_fn, batch_sampler, **kwargs
-        As for :class:`torch.utils.data.DataLoader`, except ``worker_init_fn`` and ``prefetch_factor``.
+        As for :class:`torch.utils.data.DataLoader`, except ``worker_init_fn``, ``prefetch_factor`` and
+        ``multiprocessing_context``.
     num_workers : int
         Number of workers, limited to this process's share of the CPU cores.
     ahead : int
@@ -67,6 +68,7 @@ class WorkerLoader(DataLoader):
             num_workers=workers,
             prefetch_factor=max(2, -(-ahead // workers)) if workers else None,
             timeout=timeout if workers else 0,
+            multiprocessing_context="fork" if workers else None,
             worker_init_fn=_start_worker,
             **kwargs,
         )

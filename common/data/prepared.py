@@ -95,7 +95,9 @@ def load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return array if array.shape == shape else None
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array to the cache."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+def save_array(path: Path, array: np.ndarray) -> np.ndarray:
+    """Write an array to the cache, if it is not there yet, and return it, mapped into memory, which all processes share."""
+    if load_array(path, array.shape) is None:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+    return np.load(path, mmap_mode="r")

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from common.phi3v import Phi3VProcessor
 from common.phi3v.image_processing import crop_grid_size, num_image_tokens, num_views
-from common.runtime.collectives import gather
+from common.runtime.collectives import first_on_each_machine, gather
 from common.runtime.machine import cores_per_process
-from common.runtime.process import InputError, local_rank, rank, world_size
+from common.runtime.process import InputError, rank, world_size
 from common.runtime.progress import Progress
 
 from .batches import Lengths
@@ -132,8 +132,8 @@ class TrainingData(Dataset):
                 self._measured, self._varies = saved, np.zeros(len(self), dtype=bool)
             else:
                 self._measure_all(epoch, rows, bar)
-                if file and not self._varies.any() and local_rank() == 0:
-                    save_array(file, self._measured)
+                if file and not self._varies.any():
+                    self._measured = first_on_each_machine(lambda: save_array(file, self._measured))
         tokens, views = self._measured.T.copy()
         return Lengths(tokens=tokens, views=views)
 

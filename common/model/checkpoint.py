@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from tokenizers.models import BPE
 from transformers import GenerationConfig
 
 from common.phi3v import Phi3VForCausalLM, Phi3VProcessor
@@ -82,6 +83,9 @@ def load_processor(name_or_path: str, revision: str | None = None, num_crops: in
             f"the tokenizer or image processor files cannot be read ({first_line(error)}): {COPY_AGAIN}",
             name_or_path,
         ) from error
+    if isinstance(model := processor.tokenizer.backend_tokenizer.model, BPE):
+        # It would remember the first 10,000 texts, up to 40 MB in every data worker; few texts of a dataset occur again.
+        model._resize_cache(0)
     return processor
 
 

@@ -112,7 +112,9 @@ def _missing_processes() -> str:
             time.sleep(SECONDS_TO_NOTICE)  # the others notice it at about the same time
             missing.extend(str(other) for other in range(world_size()) if not store.check([f"timeout/{other}"]))
 
-    thread = Thread(target=ask, daemon=True)  # if the process that holds the store hangs, there is no answer
+    thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * SECONDS_TO_NOTICE)
+    if thread.is_alive():  # the process that holds the store hangs: torchrun or, without it, process 0
+        return "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
     return f"process {', '.join(missing)}" if missing else "a process"

@@ -158,12 +158,7 @@ HANGING = [
     Fault("a process hangs in a step", HUNG, BOTH, **strike(STEP, struck.stop, 4, (1,)), **HANGS),
     Fault("a process hangs while saving", HUNG, BOTH, **strike(f"{TRAINER}._write_totals", struck.stop, 2, (1,)), **HANGS),
     Fault("a process hangs in an evaluation", HUNG, **strike(f"{TRAINER}.evaluation_loop", struck.stop, 1, (1,)), **HANGS),
-    Fault(
-        "the main process hangs in a step",
-        r"error: (a process|process 0) did not respond within --ddp_timeout.*",
-        **strike(STEP, struck.stop, 4, (0,)),
-        **HANGS,
-    ),
+    Fault("the main process hangs in a step", HUNG.replace("1", "0"), **strike(STEP, struck.stop, 4, (0,)), **HANGS),
 ]
 
 

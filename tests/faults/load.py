@@ -34,7 +34,7 @@ from common.model.checkpoint import load_processor
 MEGABYTE = 1e6
 PICTURES = 1000
 BATCH, TOKENS = 64, 8192
-BATCHES = 100  # read before the memory of the worker is measured
+BATCHES = 500  # read before the memory of the worker is measured
 
 
 def cpu_seconds() -> float:
@@ -67,9 +67,9 @@ def measure_rows(count: int, model: str | None = None) -> None:
     """A first and a later run with this many rows, in processes of their own."""
     folder = Path(tempfile.mkdtemp())
     model, path = model or write_random_model(folder / "model"), write_rows(folder, count)
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"
     for run in ("first", "later"):
-        process = multiprocessing.get_context("fork").Process(
+        # Started anew, so that they share no memory with this process.
+        process = multiprocessing.get_context("spawn").Process(
             target=measure_start, args=(f"{count:,} rows, {run} run", model, path)
         )
         process.start()
@@ -79,6 +79,7 @@ def measure_rows(count: int, model: str | None = None) -> None:
 
 def measure_start(name: str, model: str | Path, path: Path) -> None:
     """Times of a start, of an epoch's plan and of a resume, and the memory of a data worker."""
+    datasets.config.HF_DATASETS_CACHE = path.parent / "cache"
     processor = load_processor(str(model), num_crops=1)
     with timed(f"{name}: start"):
         rows = load_conversations(path, path.parent, bar=False)
