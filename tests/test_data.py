@@ -112,7 +112,10 @@ def test_lengths_are_kept_until_an_image_changes(processor, tmp_path, own_cache)
 
     def measured():
         asked.clear()
-        return TrainingData(load_conversations(tmp_path / "data.jsonl", tmp_path), to_conversation, processor, 0).lengths(0)
+        data = TrainingData(load_conversations(tmp_path / "data.jsonl", tmp_path), to_conversation, processor, 0)
+        lengths = data.lengths(0)
+        assert isinstance(data._measured, np.memmap)  # which data workers share
+        return lengths
 
     first, again = measured(), measured()
     assert first.tokens == again.tokens and not asked
