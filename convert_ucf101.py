@@ -30,6 +30,8 @@ HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
 # UCF-101 itself has 13,320 clips in 7 GB.
 MOST_MEMBERS, LARGEST_ARCHIVE = 1_000_000, 1 << 40
+LARGEST_HEADER = 1 << 16  # bytes; it has the long name of a member, for example
+HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +65,23 @@ def download(show_progress: bool) -> Path:
         ) from error
 
 
+class Member(tarfile.TarInfo):
+    """A member of an archive, which is refused if `tarfile` would read a header or a sparse map of any size into memory.
+
+    CPython's source says that `_proc_member` can be overridden.
+    """
+
+    def _proc_member(self, archive):
+        if self.type in HEADERS and self.size > LARGEST_HEADER:
+            raise InputError(f"--source {archive.name}: unsafe archive, with a header of {self.size:,} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            self._proc_gnusparse_10(self, {}, archive)
+        return super()._proc_member(archive)
+
+    def _proc_gnusparse_10(self, member, headers, archive):
+        raise InputError(f"--source {archive.name}: {member.name[:80]!r} is a sparse file; write the archive without --sparse")
+
+
 @contextmanager
 def open_source(source: Path, out_dir: Path) -> Iterator[Readers]:
     """Open a folder or tar archive; map the path of each file that may be a clip to a function that reads it.
@@ -93,7 +112,7 @@ def open_source(source: Path, out_dir: Path) -> Iterator[Readers]:
 
 def open_archive(source: Path) -> tarfile.TarFile:
     with blame_archive(source):
-        return tarfile.open(source)
+        return tarfile.open(source, tarinfo=Member)
 
 
 @contextmanager

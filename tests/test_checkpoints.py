@@ -8,11 +8,13 @@ import resource
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 from forked import server
+from PIL import Image
 from runs import TOTALS, message, save_checkpoint
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -20,12 +22,24 @@ from torch import nn
 from transformers import TrainerState
 
 from common.arguments import training_parser
+from common.data.checks import check_rows
 from common.data.rows import Rows
 from common.data.samples import TrainingData
+from common.data.sources import load_conversations
+from common.model.checkpoint import load_processor
+from common.phi3v import Phi3VForCausalLM
 from common.runtime.script import run
 from common.training.checkpoints import rotate_checkpoints, why_incomplete, write_manifest
 from common.training.optimizer import MasterWeights
-from common.training.output import check_output_dir_locked, check_output_dir_unused, lock_output_dir, remove_outputs
+from common.training.output import (
+    check_output_dir_locked,
+    check_output_dir_unused,
+    count_bad_samples,
+    lock_output_dir,
+    note_bad_sample,
+    note_skipped_rows,
+    remove_outputs,
+)
 from common.training.resuming import (
     check_plan,
     check_resumable,
@@ -34,7 +48,8 @@ from common.training.resuming import (
     find_checkpoint,
     run_identity,
 )
-from common.training.saving import saving
+from common.training.saving import saving, write_result
+from common.training.trainer import FinetuningTrainer
 
 
 @pytest.fixture
@@ -228,11 +243,75 @@ def test_an_output_directory_is_locked(tmp_path):
     with pytest.raises(ValueError, match="cannot be written to"):
         lock_output_dir(tmp_path / "_lock" / "below")
     check_output_dir_locked(tmp_path)
+
+
+def test_a_run_locks_its_output_directory_again_unless_another_run_has(tmp_path, capsys):
+    lock_output_dir(tmp_path)
+    for delete in (lambda: (tmp_path / "_lock").unlink(), lambda: shutil.rmtree(tmp_path)):
+        delete()
+        check_output_dir_locked(tmp_path)
+        assert "was deleted during the run" in capsys.readouterr().err
+        check_output_dir_locked(tmp_path)
+        assert (tmp_path / "_lock").is_file() and not capsys.readouterr().err
     shutil.rmtree(tmp_path)
+    process = server().Process(target=hold_lock, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.05)
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: was replaced during the run, and another run"):
+        check_output_dir_locked(tmp_path)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "answers"),
+    [
+        ({"predictions": [{"prediction": "one"}, {"prediction": "two"}]}, ["one", "two"]),
+        ({"predictions": [1, 2]}, None),
+        ({"predictions": None}, None),
+        ({}, None),
+        ({"samples": 3, "predictions": [{"prediction": "one"}]}, None),
+        (None, None),
+    ],
+)
+def test_an_evaluation_before_training_is_kept_if_it_has_all_answers(content, answers, tmp_path):
+    if content is not None:
+        (tmp_path / "eval_before.json").write_text(json.dumps({"metric": "anls", "samples": 2} | content))
+    trainer = SimpleNamespace(flags=SimpleNamespace(output_dir=tmp_path, metric="anls"), eval_dataset=range(2))
+    assert FinetuningTrainer._answers_before(trainer) == answers
+
+
+def test_a_result_that_was_not_completely_replaced_cannot_be_loaded(random_model, tmp_path, monkeypatch):
+    model, processor = Phi3VForCausalLM.from_pretrained(random_model), load_processor(str(random_model))
+    write_result(tmp_path, model, processor, None, random_model)
+    assert (tmp_path / "config.json").is_file()
+    replace, replaced = os.replace, []
+
+    def fail_later(source, target):
+        if len(replaced) == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replaced.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_later)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_result(tmp_path, model, processor, None, random_model)
+    assert not (tmp_path / "config.json").exists()
+    write_result(tmp_path, model, processor, None, random_model)
+    assert (tmp_path / "config.json").is_file() and not (tmp_path / "_saving").exists()
+
+
+def test_incomplete_lines_of_bad_samples_are_counted(tmp_path):
+    note_bad_sample(tmp_path / "run", 3, "one")
+    with (tmp_path / "run/bad_samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "err\n')  # the disk was full
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: was removed or replaced during the run"):
-            check_output_dir_locked(tmp_path)
-        tmp_path.mkdir(exist_ok=True)
+        note_skipped_rows(tmp_path / "run", ["two"])
+        note_bad_sample(tmp_path / "run", 3, "one")  # again after a resume
+    assert count_bad_samples(tmp_path / "run") == 2
+    assert (tmp_path / "run/bad_samples.jsonl").read_text().count("two") == 1
 
 
 def settings_of(*words, deepspeed="common/deepspeed/zero2.json", processes=2, precision="fp32"):
@@ -279,6 +358,14 @@ def test_settings_that_do_not_change_the_result_may_change(tmp_path):
             check_resumable(tmp_path, settings_of(*streaming, *words, deepspeed=None), [])
 
 
+def load_checked(path, folder):
+    """Rows of a list, as the scripts of other data sets load them."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["conversations"][0]["images"] = [str(folder / "a.png")]
+    return check_rows(Rows(rows, str), lambda row: [row], "training row", bar=False)
+
+
 def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
     def fingerprint(*rows):
         rows = [{"conversations": [{"images": [image], "user": user, "assistant": "Yes."}]} for image, user in rows]
@@ -288,6 +375,24 @@ def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
     assert first == fingerprint(("b/1.png", "What?"), ("2.png", "Who?")) and first.startswith("2 rows, ")
     for others in ((("1.png", "What?"), ("3.png", "Who?")), (("1.png", "What?"), ("2.png", "Why?")), (("1.png", "What?"),)):
         assert fingerprint(*others) != first
+
+
+@pytest.mark.parametrize("load", [load_conversations, load_checked])
+def test_the_fingerprint_of_data_covers_every_row(load, tmp_path, own_cache):
+    def fingerprint(folder, answers):
+        folder.mkdir()
+        Image.new("RGB", (60, 50)).save(folder / "a.png")
+        turns = ([{"images": ["a.png"], "user": "What?", "assistant": answer}] for answer in answers)
+        lines = [json.dumps({"conversations": conversation}) for conversation in turns]
+        (folder / "data.jsonl").write_text("\n".join(lines))
+        return data_fingerprint(TrainingData(load(folder / "data.jsonl", folder), lambda row, rng: row, None, 0))
+
+    answers = [f"It is {number}." for number in range(1000)]
+    first = fingerprint(tmp_path / "first", answers)
+    assert fingerprint(tmp_path / "moved", answers) == first
+    assert fingerprint(tmp_path / "edited", [*answers[:501], "Another one.", *answers[502:]]) != first
+    answers[501:503] = answers[502], answers[501]
+    assert fingerprint(tmp_path / "swapped", answers) != first
 
 
 WRITERS = {

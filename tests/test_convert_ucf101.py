@@ -298,7 +298,7 @@ def test_broken_clips_are_all_named_and_skipped_on_request(source, tmp_path):
     images = set(out.rglob("*.jpg"))
     message = refuse(out, "--source", source, "--skip_broken")
     assert "no clip of split 'val' can be decoded" in message
-    assert set(out.rglob("*.jpg")) == images  # nothing is removed until the new files are complete
+    assert set(out.rglob("*.jpg")) == images  # none is removed if the conversion fails
 
 
 def link(name, target, kind=tarfile.SYMTYPE):
@@ -326,6 +326,19 @@ def test_an_archive_member_outside_the_target_is_refused(tmp_path, name, member)
 
 
 def test_archives_made_to_take_memory_or_time_are_refused(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "header.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("train/Run/a.avi")
+        member.pax_headers = {"comment": "a" * 2**24}
+        archive.addfile(member)
+    assert "a header of 16,777," in refuse(tmp_path / "out", "--source", tmp_path / "header.tar.gz")
+    sparse = tarfile.TarInfo("train/Run/a.avi")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    (tmp_path / "old.tar").write_bytes(sparse.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    sparse = tarfile.TarInfo("train/Run/a.avi")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    (tmp_path / "new.tar").write_bytes(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    for name in ("old.tar", "new.tar"):
+        assert "'train/Run/a.avi' is a sparse file" in refuse(tmp_path / "out", "--source", tmp_path / name)
     archive = make_tar(tmp_path / "a.tar.gz", {f"train/Run/{number}.avi": b"x" for number in range(4)})
     for limit in ("MOST_MEMBERS", "LARGEST_ARCHIVE"):
         with monkeypatch.context() as patch:

@@ -189,6 +189,11 @@ def test_a_full_model_is_compared_with_the_base_named_in_its_run(tmp_path, docum
     (model / "run.json").write_text(json.dumps({"base_model": str(tmp_path / "moved")}))
     with pytest.raises(ValueError, match=r"moved: set --base to its directory, or omit it with --base none"):
         load_models(str(model))
+    (model / "run.json").write_text(json.dumps({"base_model": 5}))
+    with pytest.raises(
+        ValueError, match=r"run.json: base_model must be a name, a path or null, got '5': delete it, or set --base"
+    ):
+        load_models(str(model))
     (model / "run.json").write_text(json.dumps({"base_model": "someone/phi", "base_revision": "0123abc"}))
     asked = []
     monkeypatch.setattr(tools.demo, "load_full", lambda base, device, revision: asked.append((base, revision)))

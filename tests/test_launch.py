@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -72,6 +73,19 @@ def slurm(tmp_path):
         )
 
     return start
+
+
+def test_a_process_ends_with_torchrun_while_it_imports_libraries(tmp_path):
+    child = "import time; from common.runtime.parser import Parser; Parser(None); print('ready', flush=True); time.sleep(60)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", parent, child], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout.readline() == "ready\n"
+    [process] = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    process.wait(timeout=10)
 
 
 def test_slurm_directives():

@@ -255,6 +255,15 @@ def test_damage_within_a_shard_is_named(tmp_path):
         list(stream.rows(0, 0))
 
 
+def test_a_shard_that_is_truncated_during_the_run_is_named(tmp_path, small_blocks):
+    pattern = write_lines(tmp_path, 30, 1)
+    stream = stream_conversations(pattern, tmp_path)
+    shard = tmp_path / "train-0.jsonl"
+    shard.write_text("\n".join(shard.read_text().splitlines()[:55]))
+    with pytest.raises(InputError, match=f"{shard}: has lost 2 rows since the run began: restore it"):
+        read(stream)
+
+
 def test_a_missing_or_truncated_image_is_named_with_its_row(tmp_path, processor):
     row = {"conversations": [{"images": ["no.png"], "user": "What?", "assistant": "That."}]}
     (tmp_path / "a.jsonl").write_text(line(0) + json.dumps(row) + "\n")

@@ -59,7 +59,7 @@ from common.data.conversations import encode_prompt
 from common.model.inference import find_adapter, find_base, load_for_inference, load_full, rewrites_base
 from common.phi3v import Phi3VProcessor
 from common.phi3v.processing import control_token_ids
-from common.runtime.files import read_json
+from common.runtime.files import OPTIONAL_PATH, check_config, read_json
 from common.runtime.progress import limit_library_bars
 
 ONE_HOUR = 3600
@@ -120,7 +120,8 @@ def load_models(name: str, base: str | None = None) -> tuple[list[Model], Phi3VP
     if adapter and base is None:
         base, revision = find_base(adapter)
     if base is None and (run := Path(name) / "run.json").is_file():
-        described = read_json(run, "delete it, or set --base")
+        described = read_json(run, remedy := "delete it, or set --base")
+        check_config(described, dict.fromkeys(("base_model", "base_revision"), OPTIONAL_PATH), run, remedy)
         base, revision = described.get("base_model"), described.get("base_revision")
     if base:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from typing import Any, TypeVar, overload
@@ -67,7 +68,7 @@ def check_rows(
             raise none_left
         return rows
     found: dict[str | bytes, str | None | InputError] = {}  # rows may share images; what is suspicious or wrong about them
-    known: list[tuple[int, int, int, int]] = []
+    known: list[tuple[int, ...]] = []
 
     def check(index: int, rows: Rows = rows) -> None:
         place = rows.place(index)
@@ -88,12 +89,14 @@ def check_rows(
                     found[keys[-1]] = error
             if isinstance(result := found[keys[-1]], InputError):
                 raise result.at(place)
-        known.append((index, content_hash(variants, keys), max(map(max_text_tokens, variants)), len(keys)))
+        names = [os.path.basename(key) if isinstance(key, str) else key for key in keys]
+        hashes = content_hash(variants, keys), content_hash(variants, names)
+        known.append((index, hashes[0], max(map(max_text_tokens, variants)), len(keys), hashes[1]))
 
     bad = set(check_all(f"{name}s", range(len(rows)), check, len(rows), bar, skip_bad)[0])
     usable = {key: doubt for key, doubt in found.items() if not isinstance(doubt, InputError)}
     doubts = [doubt for doubt in usable.values() if doubt]
-    rows = rows.checked(bad, np.array(known, dtype=np.int64).reshape(-1, 4), list(usable), doubts)
+    rows = rows.checked(bad, np.array(known, dtype=np.int64).reshape(-1, 5), list(usable), doubts)
     if not len(rows):
         raise none_left
     return rows

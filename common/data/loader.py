@@ -17,8 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.runtime.machine import cores_per_process
-from common.runtime.process import InputError
-from common.runtime.script import die_with_parent
+from common.runtime.process import InputError, die_with_parent
 
 T = TypeVar("T")
 U = TypeVar("U")

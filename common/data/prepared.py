@@ -96,7 +96,7 @@ def load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def save_array(path: Path, array: np.ndarray) -> np.ndarray:
-    """Write an array to the cache, if it is not there yet, and return it, mapped into memory, which all processes share."""
+    """Write an array to the cache unless it is there, and return it mapped into memory, so that processes share it."""
     if load_array(path, array.shape) is None:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, array)

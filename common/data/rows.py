@@ -27,7 +27,8 @@ class Contents:
     Attributes
     ----------
     rows : numpy.ndarray
-        int64 (rows of the share, 4): index, hash of texts and images, upper bound of the text's tokens, number of images.
+        int64 (rows of the share, 5): index, hash of texts and images, upper bound of the text's tokens, number of images,
+        hash that is the same if the folder of the images has moved.
     pictures : sequence of str or bytes
         Files, or hashes of images stored in the dataset.
     doubts : sequence of str
@@ -167,7 +168,7 @@ def join_rows(files: Sequence[Rows], weights: Sequence[float] | None = None, see
     known, pictures, doubts = [], list[str | bytes](), list[str]()
     for rows, end in zip(files, ends, strict=True):
         assert rows.contents is not None, "rows are checked when they are loaded"
-        known.append(rows.contents.rows + np.array([end - len(rows), 0, 0, 0]))
+        known.append(rows.contents.rows + np.array([end - len(rows), 0, 0, 0, 0]))
         pictures += rows.contents.pictures
         doubts += rows.contents.doubts
     contents = Contents(np.concatenate(known), list(dict.fromkeys(pictures)), list(dict.fromkeys(doubts)))

@@ -242,7 +242,8 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
         return {name: row[name] for name in ("id", "system", "conversations")}
 
     share = slice(rank(), None, world_size())
-    known = np.stack([np.arange(len(source)), *(table[name].to_numpy() for name in ("hash", "size", "num_images"))], axis=1)
+    columns = [table[name].to_numpy() for name in ("hash", "size", "num_images", "hash")]
+    known = np.stack([np.arange(len(source)), *columns], axis=1)
     # Images of the same name in different folders are not the same.
     known[known[:, 3] > 0, 1] ^= hash_text(str(image_dir))
     files = [os.path.join(image_dir, name.as_py()) for name in names[share] if name.as_py() not in unusable]

@@ -18,7 +18,7 @@ import numpy as np
 import torch.utils.data
 
 from common.phi3v import Phi3VProcessor
-from common.runtime.process import InputError
+from common.runtime.process import InputError, counted
 
 from .batches import Lengths
 from .conversations import encode_conversation, pictures
@@ -120,11 +120,14 @@ class Stream:
                 window, done = window + 1, 0
 
     def _rows_of(self, span: Span, epoch: int) -> Iterator[Row]:
+        read = span.start
         for index, (place, content) in enumerate(islice(self.read(span), span.start, span.stop), start=span.start):
-            number = span.number + index
+            read, number = index + 1, span.number + index
             with converting(place):
                 content = self.convert(content, str(number)) if self.convert else content
             yield Row(epoch, number, place, content)
+        if read < span.stop:
+            raise InputError(f"has lost {counted(span.stop - read, 'row')} since the run began: restore it", span.shard)
 
 
 class StreamedBatches:

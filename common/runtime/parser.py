@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from .process import InputError, fail, local_rank, stop_on_interrupt
+from .process import InputError, die_with_parent, fail, local_rank, stop_on_interrupt
 
 # Flags of transformers, PEFT and TRL, and what to use instead.
 OTHER_NAMES = {
@@ -40,6 +41,8 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
         sys.excepthook = stop_on_interrupt  # also while libraries are imported
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()  # torchrun: a restarted run would write to the same directory
 
     def error(self, message: str) -> NoReturn:
         """Show the message and exit with code 1. All processes have the same flags."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -86,6 +87,16 @@ def stop_on_interrupt(kind: type[BaseException], error: BaseException, traceback
     if issubclass(kind, KeyboardInterrupt):
         stop_at_once(signal.SIGINT)
     sys.__excepthook__(kind, error, traceback)
+
+
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, however that ends. Linux only."""
+    if sys.platform != "linux":
+        return
+    parent, PR_SET_PDEATHSIG = os.getppid(), 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail(message: str, show: bool = True, others_may_continue: bool = False) -> NoReturn:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import errno
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,13 +28,10 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     A message is shown once on each machine, by the first process that fails with it.
 
-    SIGTERM and SIGINT end the process at once, except where ``main`` handles them. Under torchrun, the process is killed when
-    torchrun dies: a restarted run would write to the same directory.
+    SIGTERM and SIGINT end the process at once, except where ``main`` handles them.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop_at_once)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
     try:
         main(args)
     except InputError as error:
@@ -75,16 +70,6 @@ def _is_first_with(message: str) -> bool:
         return True
 
 
-def die_with_parent() -> None:
-    """Have this process killed when its parent ends, however that ends. Linux only."""
-    if sys.platform != "linux":
-        return
-    parent, PR_SET_PDEATHSIG = os.getppid(), 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _explain_failure(error: RuntimeError) -> str | None:
     """Return a message if another process or a data worker caused the error, otherwise None."""
     text = re.sub(r"^\[\S+\] ", "", str(error).strip().partition("\n")[0])  # without the place in gloo's code
@@ -115,6 +100,7 @@ def _missing_processes() -> str:
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * SECONDS_TO_NOTICE)
-    if thread.is_alive():  # the process that holds the store hangs: torchrun or, without it, process 0
-        return "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
+    if thread.is_alive():  # the process that holds the store hangs
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return f"torchrun on {os.environ['MASTER_ADDR']}" if of_torchrun else "process 0"
     return f"process {', '.join(missing)}" if missing else "a process"

@@ -99,7 +99,7 @@ def build_trainer(
     logging_steps = args.logging_steps or max(1, min(LOGGING_STEPS, steps // 20))
     longest = longest_evaluation_answer(eval_data)
 
-    plan = {"data": on_main_process(lambda: data_fingerprint(train_data)), "steps": steps}
+    plan = {"data": data_fingerprint(train_data), "steps": steps}
     if setup.checkpoint and (change := check_plan(setup.checkpoint, plan, args.accept_changes)):
         say(change, sys.stdout)
     if args.overwrite_output_dir and not is_checkpoint_of(args.output_dir, setup.checkpoint):

@@ -59,14 +59,14 @@ def lock_output_dir(directory: Path) -> None:
 
 
 def check_output_dir_locked(directory: Path) -> None:
-    """Check that an output directory is still the one that this process has locked.
+    """Check that an output directory is still the one that this process has locked. If the lock was deleted, lock it again.
 
     Some file systems change the numbers of their files. There, the lock is recognized by its content.
 
     Raises
     ------
     InputError
-        If it is not.
+        If another run has locked the directory.
     """
     if directory not in _held:
         return
@@ -75,10 +75,14 @@ def check_output_dir_locked(directory: Path) -> None:
         # Not read if it is the same file, because closing that once would drop the lock.
         same = os.path.samestat(path.stat(), os.fstat(file.fileno())) or path.read_text() == owner
     except FileNotFoundError:
-        same = False
+        say(
+            f"warning: --output_dir {directory}, or its {path.name}, was deleted during the run, which continues to write there"
+        )
+        lock_output_dir(directory)
+        return
     if not same:
         raise InputError(
-            "was removed or replaced during the run, with its checkpoints: nothing is saved; start the run again",
+            "was replaced during the run, and another run writes to it: nothing is saved; start the run again",
             f"--output_dir {directory}",
         )
 
@@ -86,6 +90,7 @@ def check_output_dir_locked(directory: Path) -> None:
 def note_bad_sample(directory: Path, step: int, message: str) -> None:
     """Add a skipped sample to ``bad_samples.jsonl``. Lines of several processes do not mix."""
     say(f"step {step}: skipped: {message}")
+    directory.mkdir(parents=True, exist_ok=True)  # on another machine, or deleted
     with (directory / BAD_SAMPLES).open("a") as file:
         file.write(json.dumps({"step": step, "error": message}) + "\n")
 
@@ -94,17 +99,21 @@ def note_skipped_rows(directory: Path, messages: Sequence[str]) -> None:
     """List the rows that were skipped when the data was loaded in ``bad_samples.jsonl``, as of step 0, unless it lists them."""
     lines = dict.fromkeys(json.dumps({"step": 0, "error": message}) + "\n" for message in messages)
     file = directory / BAD_SAMPLES
-    listed = set(file.read_text().splitlines(keepends=True)) if lines and file.is_file() else set()
-    if new := [line for line in lines if line not in listed]:
+    listed = _bad_samples(directory)
+    if new := [line for line in lines if line.rstrip() not in listed]:
         with file.open("a") as opened:
             opened.writelines(new)
 
 
 def count_bad_samples(directory: Path) -> int:
     """Number of samples in ``bad_samples.jsonl`` of steps; a step that was taken again after a resume counts once."""
+    return sum(not line.startswith('{"step": 0,') for line in _bad_samples(directory))
+
+
+def _bad_samples(directory: Path) -> set[str]:
+    """The different lines of ``bad_samples.jsonl``, which are not parsed: a full disk may have left incomplete ones."""
     file = directory / BAD_SAMPLES
-    lines = set(file.read_text().splitlines()) if file.is_file() else set()
-    return sum(json.loads(line)["step"] > 0 for line in lines)
+    return set(file.read_text(errors="replace").splitlines()) if file.is_file() else set()
 
 
 def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:

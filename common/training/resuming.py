@@ -60,10 +60,18 @@ def run_identity(
 
 
 def data_fingerprint(data: TrainingData | StreamedData, count: int = 256) -> str:
-    """Describe training data by the number of its rows and a checksum of some of them: texts, and names of pictures."""
+    """Describe training data by the number of its rows and a checksum of them: texts, and names of pictures.
+
+    Conversations of ``count`` rows are included, since they depend on flags; of streamed rows, only those of the first ones.
+    Must be called on all processes.
+    """
     rows = data.rows.peek()
     sample = TrainingData(rows, data.to_conversation, data.processor, 0)
     digest = hashlib.sha256()
+    if contents := data.rows.contents:
+        indices, hashes = contents.rows[:, 0].view(np.uint64), contents.rows[:, 4].view(np.uint64)
+        checksum = sum(gather(int(np.sum((2 * indices + 1) * hashes)))) % 2**64  # the same for any number of processes
+        digest.update(str(checksum).encode())
     for row in np.unique(np.linspace(0, len(rows) - 1, count).astype(int)).tolist():
         conversation = sample.conversation(0, row)
         turns = [{key: value for key, value in turn.items() if key != "images"} for turn in conversation["conversations"]]

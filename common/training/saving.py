@@ -70,7 +70,10 @@ def write_result(directory: Path, model: Any, processor: Phi3VProcessor, weights
         write_model(temporary, model, processor, weights | read_tensors(base, frozen))
         model.config.dtype = dtype  # transformers has written the training dtype
         model.config.save_pretrained(temporary)
-    for path in temporary.iterdir():
+    # Until all files are new, there is no configuration, so that files of two runs are not loaded as one model.
+    config = "adapter_config.json" if hasattr(model, "peft_config") else "config.json"
+    (directory / config).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == config):
         os.replace(path, directory / path.name)
     temporary.rmdir()
 

@@ -154,15 +154,9 @@ class FinetuningTrainer(Trainer):
 
     def evaluate_before(self) -> None:
         """Evaluate the model before training and write ``eval_before.json``. A resumed run keeps a file of as many rows."""
-        path = self.flags.output_dir / "eval_before.json"
-
-        def is_done() -> bool:
-            found = read_json(path, "delete it") if self.setup.checkpoint and path.is_file() else {}
-            return (found.get("metric"), found.get("samples")) == (self.flags.metric, len(self.eval_dataset))
-
-        if not on_main_process(is_done):
+        if not (self.setup.checkpoint and on_main_process(self._answers_before)):
             before = self.evaluate_task(self.model)
-            write_evaluation(path, before)
+            write_evaluation(self.flags.output_dir / "eval_before.json", before)
             say(f"before finetuning: {before}", sys.stdout)
             self.logs_before = before.logs
 
@@ -204,14 +198,22 @@ class FinetuningTrainer(Trainer):
     def evaluate_after(self) -> None:
         """Evaluate the trained model and write ``eval_after.json``."""
         after = self.evaluate_task(self.model)
-        path = self.flags.output_dir / "eval_before.json"
-        if is_main_process() and path.is_file():
-            before = read_json(path, "delete it").get("predictions", [])
-            if [entry["prediction"] for entry in before] == [entry.prediction for entry in after.predictions]:
-                say("warning: no answer differs from before training; check the learning rate and the data")
         write_evaluation(self.flags.output_dir / "eval_after.json", after)
         self.log(after.logs)
+        if is_main_process() and self._answers_before() == [entry.prediction for entry in after.predictions]:
+            say("warning: no answer differs from before training; check the learning rate and the data")
         say(f"after finetuning: {after}; results saved in {self.flags.output_dir}", sys.stdout)
+
+    def _answers_before(self) -> list[str] | None:
+        """Return the answers in ``eval_before.json``, or None if it does not have those of the evaluation rows."""
+        path = self.flags.output_dir / "eval_before.json"
+        found = read_json(path, "delete it") if path.is_file() else {}
+        if (found.get("metric"), found.get("samples")) != (self.flags.metric, len(self.eval_dataset)):
+            return None
+        try:
+            return [entry["prediction"] for entry in found["predictions"]]
+        except (KeyError, TypeError):
+            return None
 
     def report(self) -> None:
         """Write the model card, push to the Hub with ``--push_to_hub``, and write ``report.html``."""
@@ -220,7 +222,10 @@ class FinetuningTrainer(Trainer):
 
         output_dir = self.flags.output_dir
         if is_main_process():
-            write_model_card(output_dir, name=self.hub_model_id)  # with the user's name, which the flag may leave out
+            try:
+                write_model_card(output_dir, name=self.hub_model_id)  # with the user's name, which the flag may leave out
+            except InputError as error:  # a file of the run was deleted or changed; the result is saved
+                say(f"warning: README.md was not written: {error}")
         try:
             if self.flags.push_to_hub:
                 self.push_to_hub()

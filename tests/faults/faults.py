@@ -236,9 +236,9 @@ DISK = [
     ),
     Fault(
         "output directory removed in a step",
-        "error: --output_dir .*: was removed or replaced during the run",
+        r"warning: --output_dir .*, or its _lock, was deleted during the run(.*\n)*warning: README.md was not written",
         **strike(STEP, struck.remove_output, 4, (0,)),
-        codes=(1, 1),
+        finishes=True,
     ),
     Fault(
         "a second run in the same directory",
@@ -305,8 +305,16 @@ NUMBERS = [
         codes=(1, 1),
     ),
     Fault(
+        "gradient not finite in a step",
+        r"error: loss or gradient was not finite in 1 consecutive step, starting at step 3 .*",
+        BOTH,
+        **strike(STEP, struck.put_inf_gradient, 3),
+        options={"max_nonfinite_steps": 1},
+        codes=(1, 1),
+    ),
+    Fault(
         "a weight not finite in a step",
-        r"error: .* is not finite after step 4 .*: the checkpoint is not saved",
+        r"error: .* is not finite after step 4 .*: the checkpoint was not saved",
         BOTH,
         **strike(f"{TRAINER}.require_finite", struck.put_inf, 2, (1,)),
         check=has_checkpoints(2),

@@ -74,6 +74,8 @@ def measure_rows(count: int, model: str | None = None) -> None:
         )
         process.start()
         process.join()
+        if process.exitcode:
+            sys.exit(f"{count:,} rows, {run} run: exit code {process.exitcode}")
     shutil.rmtree(folder)
 
 
@@ -154,9 +156,11 @@ def measure_steps(count: int) -> None:
     options |= {"model_name_or_path": write_random_model(folder / "model")}
     words = flags(write_docvqa(folder / "data"), folder / "run", **options)
     begin = time.monotonic()
-    codes = run_script(words, folder / "log", target=be_watched, timeout=3600)
+    codes = run_script(words, folder / "log", target=be_watched, timeout=4 * 3600)
     lines = [line for line in (folder / "log").read_text().splitlines() if "file handles" in line]
     print("\n".join(lines), f"\n{count:,} steps: {time.monotonic() - begin:.0f} s, exit codes", *codes)
+    if any(code != 0 for code in codes):
+        sys.exit((folder / "log").read_text()[-5000:])
 
 
 if __name__ == "__main__":

@@ -137,6 +137,13 @@ def put_nan_loss(place: Place) -> None:
     trainer.compute_loss = lambda *arguments, **options: compute(*arguments, **options) * float("nan")
 
 
+def put_inf_gradient(place: Place) -> None:
+    """A gradient of all steps from now on is infinite, although the loss is not."""
+    trainer = place.arguments[0]
+    weight = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+
+
 def spoil(how: Callable[[Path], Any], names: str, place: Place) -> None:
     """Spoil pictures, before any process reads on."""
     if os.environ["RANK"] == "0":
