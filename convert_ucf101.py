@@ -30,7 +30,7 @@ HUB_REPO, HUB_FILE = "sayakpaul/ucf101-subset", "UCF101_subset.tar.gz"
 SPLITS = ("train", "val", "test")
 # UCF-101 itself has 13,320 clips in 7 GB.
 MOST_MEMBERS, LARGEST_ARCHIVE = 1_000_000, 1 << 40
-LARGEST_HEADER = 1 << 16  # bytes; it has the long name of a member, for example
+LARGEST_HEADER, LARGEST_HEADERS = 1 << 18, 1 << 29  # bytes of one, and of all, which have long names, for example
 HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 
@@ -66,20 +66,31 @@ def download(show_progress: bool) -> Path:
 
 
 class Member(tarfile.TarInfo):
-    """A member of an archive, which is refused if `tarfile` would read a header or a sparse map of any size into memory.
+    """A member of an archive, which is refused if `tarfile` would read headers or a sparse map of any size into memory.
 
     CPython's source says that `_proc_member` can be overridden.
     """
 
     def _proc_member(self, archive):
-        if self.type in HEADERS and self.size > LARGEST_HEADER:
-            raise InputError(f"--source {archive.name}: unsafe archive, with a header of {self.size:,} bytes")
+        if self.type in HEADERS:
+            archive.header_bytes = getattr(archive, "header_bytes", 0) + self.size
+            if self.size > LARGEST_HEADER or archive.header_bytes > LARGEST_HEADERS:
+                raise InputError(f"--source {archive.name}: unsafe archive, with headers of {archive.header_bytes:,} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            self._proc_gnusparse_10(self, {}, archive)
-        return super()._proc_member(archive)
+            self._refuse_sparse(archive)
+        member = super()._proc_member(archive)
+        if member.issparse():
+            member._refuse_sparse(archive)
+        member.pax_headers = {}  # applied, and otherwise kept, those of the whole archive with every member
+        archive.pax_headers.clear()
+        return member
 
     def _proc_gnusparse_10(self, member, headers, archive):
-        raise InputError(f"--source {archive.name}: {member.name[:80]!r} is a sparse file; write the archive without --sparse")
+        member._refuse_sparse(archive)
+
+    def _refuse_sparse(self, archive):
+        remedy = "write the archive without holes (bsdtar: --no-read-sparse)"
+        raise InputError(f"--source {archive.name}: {self.name[:80]!r} is a sparse file: {remedy}")
 
 
 @contextmanager

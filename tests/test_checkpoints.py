@@ -258,7 +258,7 @@ def test_a_run_locks_its_output_directory_again_unless_another_run_has(tmp_path,
     process.start()
     while not (tmp_path / "locked").exists():
         time.sleep(0.05)
-    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: was replaced during the run, and another run"):
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path}: was replaced during the run, and another run has"):
         check_output_dir_locked(tmp_path)
     process.kill()
     process.join()
@@ -268,6 +268,7 @@ def test_a_run_locks_its_output_directory_again_unless_another_run_has(tmp_path,
     ("content", "answers"),
     [
         ({"predictions": [{"prediction": "one"}, {"prediction": "two"}]}, ["one", "two"]),
+        ({"predictions": [{"prediction": "one"}]}, None),
         ({"predictions": [1, 2]}, None),
         ({"predictions": None}, None),
         ({}, None),
@@ -306,7 +307,7 @@ def test_a_result_that_was_not_completely_replaced_cannot_be_loaded(random_model
 def test_incomplete_lines_of_bad_samples_are_counted(tmp_path):
     note_bad_sample(tmp_path / "run", 3, "one")
     with (tmp_path / "run/bad_samples.jsonl").open("a") as file:
-        file.write('{"step": 4, "err\n')  # the disk was full
+        file.write('{"step": 4, "err')  # the disk was full
     for _ in range(2):
         note_skipped_rows(tmp_path / "run", ["two"])
         note_bad_sample(tmp_path / "run", 3, "one")  # again after a resume

@@ -330,14 +330,23 @@ def test_archives_made_to_take_memory_or_time_are_refused(tmp_path, monkeypatch)
         member = tarfile.TarInfo("train/Run/a.avi")
         member.pax_headers = {"comment": "a" * 2**24}
         archive.addfile(member)
-    assert "a header of 16,777," in refuse(tmp_path / "out", "--source", tmp_path / "header.tar.gz")
+    assert "headers of 16,777," in refuse(tmp_path / "out", "--source", tmp_path / "header.tar.gz")
+    with tarfile.open(tmp_path / "headers.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for number in range(4):
+            member = tarfile.TarInfo(f"train/Run/{number}.avi")
+            member.pax_headers = {"comment": "a" * 1000}
+            archive.addfile(member)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_ucf101, "LARGEST_HEADERS", 3000)
+        assert "headers of 3,0" in refuse(tmp_path / "out", "--source", tmp_path / "headers.tar")
     sparse = tarfile.TarInfo("train/Run/a.avi")
     sparse.type = tarfile.GNUTYPE_SPARSE
     (tmp_path / "old.tar").write_bytes(sparse.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    sparse = tarfile.TarInfo("train/Run/a.avi")
-    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
-    (tmp_path / "new.tar").write_bytes(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
-    for name in ("old.tar", "new.tar"):
+    for name, headers in (("0.1.tar", {"map": "0,1"}), ("1.0.tar", {"major": "1", "minor": "0"})):
+        sparse = tarfile.TarInfo("train/Run/a.avi")
+        sparse.pax_headers = {f"GNU.sparse.{key}": value for key, value in headers.items()}
+        (tmp_path / name).write_bytes(sparse.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    for name in ("old.tar", "0.1.tar", "1.0.tar"):
         assert "'train/Run/a.avi' is a sparse file" in refuse(tmp_path / "out", "--source", tmp_path / name)
     archive = make_tar(tmp_path / "a.tar.gz", {f"train/Run/{number}.avi": b"x" for number in range(4)})
     for limit in ("MOST_MEMBERS", "LARGEST_ARCHIVE"):

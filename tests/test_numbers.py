@@ -1,5 +1,6 @@
 """A run ends if its numbers are not finite, and warns if training changes nothing."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -90,7 +91,14 @@ def test_unchanged_answers_are_reported(answers, same, tmp_path, capsys):
         for texts in (["1", "2"], answers)
     )
     write_evaluation(tmp_path / "eval_before.json", before)
-    trainer = SimpleNamespace(evaluate_task=lambda _: after, model=None, flags=SimpleNamespace(output_dir=tmp_path), log=list)
-    FinetuningTrainer.evaluate_after(trainer)
+    trainer = object.__new__(FinetuningTrainer)
+    trainer.model, trainer.evaluate_task, trainer.log, trainer.eval_dataset = None, lambda _: after, list, range(2)
+    trainer.flags = SimpleNamespace(output_dir=tmp_path, metric="accuracy")
+    trainer.evaluate_after()
     assert ("warning: no answer differs from before training" in capsys.readouterr().err) == same
+    assert (tmp_path / "eval_after.json").is_file()
+    (tmp_path / "eval_before.json").write_text("{")
+    (tmp_path / "eval_after.json").unlink()
+    trainer.evaluate_after()
+    assert re.search(r"warning: .*eval_before.json: invalid JSON .*: delete it", capsys.readouterr().err)
     assert (tmp_path / "eval_after.json").is_file()

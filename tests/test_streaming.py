@@ -260,7 +260,7 @@ def test_a_shard_that_is_truncated_during_the_run_is_named(tmp_path, small_block
     stream = stream_conversations(pattern, tmp_path)
     shard = tmp_path / "train-0.jsonl"
     shard.write_text("\n".join(shard.read_text().splitlines()[:55]))
-    with pytest.raises(InputError, match=f"{shard}: has lost 2 rows since the run began: restore it"):
+    with pytest.raises(InputError, match=f"{shard}: has fewer rows than when the run began: restore it"):
         read(stream)
 
 

@@ -95,9 +95,8 @@ def load_array(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     return array if array.shape == shape else None
 
 
-def save_array(path: Path, array: np.ndarray) -> np.ndarray:
-    """Write an array to the cache unless it is there, and return it mapped into memory, so that processes share it."""
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an array to the cache, unless it is there."""
     if load_array(path, array.shape) is None:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, array)
-    return np.load(path, mmap_mode="r")

@@ -133,7 +133,10 @@ class TrainingData(Dataset):
             else:
                 self._measure_all(epoch, rows, bar)
                 if file and not self._varies.any():
-                    self._measured = first_on_each_machine(lambda: save_array(file, self._measured))
+                    first_on_each_machine(lambda: save_array(file, self._measured))
+                    # Mapped into memory, which the workers share; only now, since machines may write the same file.
+                    saved = load_array(file, self._measured.shape)
+                    self._measured = self._measured if saved is None else saved
         tokens, views = self._measured.T.copy()
         return Lengths(tokens=tokens, views=views)
 

@@ -37,7 +37,7 @@ from .rows import BadRows, Rows
 TURN = pa.struct([("images", pa.list_(pa.string())), ("user", pa.string()), ("assistant", pa.string())])
 SCHEMA = pa.schema(
     [("id", pa.string()), ("system", pa.string()), ("conversations", pa.list_(TURN)), ("place", pa.string())]
-    + [(name, pa.int64()) for name in ("hash", "size", "num_images")]  # see Contents
+    + [(name, pa.int64()) for name in ("hash", "size", "num_images", "hash_by_name")]  # see Contents
 )
 LINES_AT_ONCE = 1000
 SMALL_FILE = 4 * 2**20  # bytes that this process converts before worker processes have started
@@ -218,7 +218,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
     for rows_before, message in json.loads(_errors_of(prepared).read_text()):
         if limit is None or rows_before < limit:
             bad_rows.add(InputError(message))
-    table = source.columns("conversations", "hash", "size", "num_images")
+    table = source.columns("conversations", "hash", "size", "num_images", "hash_by_name")
     names = pc.list_flatten(pc.struct_field(pc.list_flatten(table["conversations"]), "images")).unique()
 
     def check(name: str) -> tuple[str | None, int]:
@@ -242,7 +242,7 @@ def load_conversations(path: Path, image_dir: Path, limit: int | None = None, ba
         return {name: row[name] for name in ("id", "system", "conversations")}
 
     share = slice(rank(), None, world_size())
-    columns = [table[name].to_numpy() for name in ("hash", "size", "num_images", "hash")]
+    columns = [table[name].to_numpy() for name in ("hash", "size", "num_images", "hash_by_name")]
     known = np.stack([np.arange(len(source)), *columns], axis=1)
     # Images of the same name in different folders are not the same.
     known[known[:, 3] > 0, 1] ^= hash_text(str(image_dir))
@@ -329,6 +329,7 @@ def _convert(path: Path, lines: list[tuple[str, bytes | InputError]]) -> tuple[p
             "hash": content_hash([row], [str(image) for image in images]),
             "size": max_text_tokens(row),
             "num_images": len(images),
+            "hash_by_name": content_hash([row], [os.path.basename(str(image)) for image in images]),
         }
         rows.append(row | known | {"place": place.removeprefix(prefix)})
     return pa.Table.from_pylist(rows, SCHEMA), errors

@@ -18,7 +18,7 @@ import numpy as np
 import torch.utils.data
 
 from common.phi3v import Phi3VProcessor
-from common.runtime.process import InputError, counted
+from common.runtime.process import InputError
 
 from .batches import Lengths
 from .conversations import encode_conversation, pictures
@@ -127,7 +127,7 @@ class Stream:
                 content = self.convert(content, str(number)) if self.convert else content
             yield Row(epoch, number, place, content)
         if read < span.stop:
-            raise InputError(f"has lost {counted(span.stop - read, 'row')} since the run began: restore it", span.shard)
+            raise InputError("has fewer rows than when the run began: restore it", span.shard)
 
 
 class StreamedBatches:

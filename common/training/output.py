@@ -82,7 +82,7 @@ def check_output_dir_locked(directory: Path) -> None:
         return
     if not same:
         raise InputError(
-            "was replaced during the run, and another run writes to it: nothing is saved; start the run again",
+            "was replaced during the run, and another run has written to it: nothing is saved; start the run again",
             f"--output_dir {directory}",
         )
 
@@ -90,19 +90,24 @@ def check_output_dir_locked(directory: Path) -> None:
 def note_bad_sample(directory: Path, step: int, message: str) -> None:
     """Add a skipped sample to ``bad_samples.jsonl``. Lines of several processes do not mix."""
     say(f"step {step}: skipped: {message}")
-    directory.mkdir(parents=True, exist_ok=True)  # on another machine, or deleted
-    with (directory / BAD_SAMPLES).open("a") as file:
-        file.write(json.dumps({"step": step, "error": message}) + "\n")
+    _add_lines(directory, [json.dumps({"step": step, "error": message})])
 
 
 def note_skipped_rows(directory: Path, messages: Sequence[str]) -> None:
     """List the rows that were skipped when the data was loaded in ``bad_samples.jsonl``, as of step 0, unless it lists them."""
-    lines = dict.fromkeys(json.dumps({"step": 0, "error": message}) + "\n" for message in messages)
-    file = directory / BAD_SAMPLES
+    lines = dict.fromkeys(json.dumps({"step": 0, "error": message}) for message in messages)
     listed = _bad_samples(directory)
-    if new := [line for line in lines if line.rstrip() not in listed]:
-        with file.open("a") as opened:
-            opened.writelines(new)
+    if new := [line for line in lines if line not in listed]:
+        _add_lines(directory, new)
+
+
+def _add_lines(directory: Path, lines: list[str]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)  # on another machine, or deleted
+    with (directory / BAD_SAMPLES).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read() == b"\n" else ["", *lines]  # after a line that a full disk has cut off
+        file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def count_bad_samples(directory: Path) -> int:
@@ -113,7 +118,7 @@ def count_bad_samples(directory: Path) -> int:
 def _bad_samples(directory: Path) -> set[str]:
     """The different lines of ``bad_samples.jsonl``, which are not parsed: a full disk may have left incomplete ones."""
     file = directory / BAD_SAMPLES
-    return set(file.read_text(errors="replace").splitlines()) if file.is_file() else set()
+    return set(filter(None, file.read_text(errors="replace").splitlines())) if file.is_file() else set()
 
 
 def is_checkpoint_of(directory: Path, checkpoint: Path | None) -> bool:

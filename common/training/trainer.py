@@ -153,8 +153,8 @@ class FinetuningTrainer(Trainer):
         return optimizer
 
     def evaluate_before(self) -> None:
-        """Evaluate the model before training and write ``eval_before.json``. A resumed run keeps a file of as many rows."""
-        if not (self.setup.checkpoint and on_main_process(self._answers_before)):
+        """Evaluate the model before training and write ``eval_before.json``. A resumed run keeps a file with all answers."""
+        if not (self.setup.checkpoint and on_main_process(lambda: self._answers_before() is not None)):
             before = self.evaluate_task(self.model)
             write_evaluation(self.flags.output_dir / "eval_before.json", before)
             say(f"before finetuning: {before}", sys.stdout)
@@ -200,8 +200,11 @@ class FinetuningTrainer(Trainer):
         after = self.evaluate_task(self.model)
         write_evaluation(self.flags.output_dir / "eval_after.json", after)
         self.log(after.logs)
-        if is_main_process() and self._answers_before() == [entry.prediction for entry in after.predictions]:
-            say("warning: no answer differs from before training; check the learning rate and the data")
+        try:
+            if is_main_process() and self._answers_before() == [entry.prediction for entry in after.predictions]:
+                say("warning: no answer differs from before training; check the learning rate and the data")
+        except InputError as error:  # only for the comparison; the result is saved
+            say(f"warning: {error}")
         say(f"after finetuning: {after}; results saved in {self.flags.output_dir}", sys.stdout)
 
     def _answers_before(self) -> list[str] | None:
@@ -211,9 +214,10 @@ class FinetuningTrainer(Trainer):
         if (found.get("metric"), found.get("samples")) != (self.flags.metric, len(self.eval_dataset)):
             return None
         try:
-            return [entry["prediction"] for entry in found["predictions"]]
+            answers = [entry["prediction"] for entry in found["predictions"]]
         except (KeyError, TypeError):
             return None
+        return answers if len(answers) == len(self.eval_dataset) else None
 
     def report(self) -> None:
         """Write the model card, push to the Hub with ``--push_to_hub``, and write ``report.html``."""
@@ -315,7 +319,13 @@ class FinetuningTrainer(Trainer):
 
     # Overridden to measure the training time from the start of the run, and to load the best checkpoint only at its end.
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        best = self.state.best_model_checkpoint
         if self.stop_on_signal.stopped:
+            self.args.load_best_model_at_end = False
+        elif self.args.load_best_model_at_end and best and not on_main_process(Path(best).is_dir):
+            say(
+                f"warning: the best checkpoint, {best}, was deleted during the run: the weights of the last step are the result"
+            )
             self.args.load_best_model_at_end = False
         return super()._finalize_training(trial, num_train_samples, self.start_time)
 

@@ -241,6 +241,14 @@ DISK = [
         finishes=True,
     ),
     Fault(
+        "best checkpoint removed in a step",
+        r"warning: the best checkpoint, .*checkpoint-3, was deleted during the run",
+        BOTH,
+        **strike(STEP, struck.remove_output, 5, (0,)),
+        options={"load_best_model_at_end": True, "save_steps": 3, **METRIC},
+        finishes=True,
+    ),
+    Fault(
         "a second run in the same directory",
         r"second run, exit code 1: (.*\n)*error: --output_dir .*: another run \(process \d+ on .*\) is writing to it",
         **strike(STEP, second_run, 4, (0,)),
