@@ -363,7 +363,7 @@ def load_checked(path, folder):
     """Rows of a list, as the scripts of other data sets load them."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
-        row["conversations"][0]["images"] = [str(folder / "a.png")]
+        row["conversations"][0]["images"] = [str(folder / name) for name in row["conversations"][0]["images"]]
     return check_rows(Rows(rows, str), lambda row: [row], "training row", bar=False)
 
 
@@ -380,20 +380,25 @@ def test_the_fingerprint_of_data_covers_texts_and_image_names(tmp_path):
 
 @pytest.mark.parametrize("load", [load_conversations, load_checked])
 def test_the_fingerprint_of_data_covers_every_row(load, tmp_path, own_cache):
-    def fingerprint(folder, answers):
+    def fingerprint(folder, rows):
         folder.mkdir()
-        Image.new("RGB", (60, 50)).save(folder / "a.png")
-        turns = ([{"images": ["a.png"], "user": "What?", "assistant": answer}] for answer in answers)
+        for name in ("a.png", "b.png"):
+            Image.new("RGB", (60, 50)).save(folder / name)
+        turns = ([{"images": [image], "user": "What?", "assistant": answer}] for image, answer in rows)
         lines = [json.dumps({"conversations": conversation}) for conversation in turns]
         (folder / "data.jsonl").write_text("\n".join(lines))
         return data_fingerprint(TrainingData(load(folder / "data.jsonl", folder), lambda row, rng: row, None, 0))
 
-    answers = [f"It is {number}." for number in range(1000)]
-    first = fingerprint(tmp_path / "first", answers)
-    assert fingerprint(tmp_path / "moved", answers) == first
-    assert fingerprint(tmp_path / "edited", [*answers[:501], "Another one.", *answers[502:]]) != first
-    answers[501:503] = answers[502], answers[501]
-    assert fingerprint(tmp_path / "swapped", answers) != first
+    rows = [("a.png", f"It is {number}.") for number in range(1000)]
+    first = fingerprint(tmp_path / "first", rows)
+    assert fingerprint(tmp_path / "moved", rows) == first
+    # Rows 503 and 504 are not among those whose conversations are looked at.
+    for name, changed in {
+        "answer": [("a.png", "Another one."), rows[504]],
+        "image": [("b.png", rows[503][1]), rows[504]],
+        "order": [rows[504], rows[503]],
+    }.items():
+        assert fingerprint(tmp_path / name, [*rows[:503], *changed, *rows[505:]]) != first
 
 
 WRITERS = {
