@@ -19,6 +19,7 @@ from forked import be_process, finetune_forked, member_of_group, run_processes, 
 from runs import SCRIPT, flags, free_port, steps, weights
 
 from common.data.sources import load_conversations
+from common.training.output import note_bad_sample
 
 pytestmark = pytest.mark.slow
 
@@ -107,12 +108,14 @@ def test_a_disk_each(options, one_node, tmp_path):
         for name in ("checkpoint-2", "checkpoint-3"):
             assert (output / name / "complete.json").is_file()
             shutil.copytree(output / name, tmp_path / "resumed" / f"node{node}" / "run" / name)
+        note_bad_sample(tmp_path / "resumed" / f"node{node}" / "run", 1, f"an image on machine {node}")
     # One machine failed just before it marked its part of the last checkpoint as complete.
     (tmp_path / "resumed" / "node1" / "run" / "checkpoint-3" / "complete.json").unlink()
     printed = run_nodes_with_torchrun(words, tmp_path / "resumed")
     # Printed once, by process 0, which may be on either machine.
     assert "".join(printed).count("skipping checkpoint-3 (saving was interrupted)\nresuming from run/checkpoint-2") == 1
     resumed = tmp_path / "resumed" / "node0" / "run"
+    assert json.loads((resumed / "train_results.json").read_text())["skipped_samples"] == 2
     assert steps(resumed) == log
     assert all(tensor.equal(first[name]) for name, tensor in weights(resumed).items())
 

@@ -34,6 +34,7 @@ from common.phi3v import Phi3VProcessor
 from common.phi3v.flops import TrainingFlops
 from common.runtime.collectives import (
     Interrupted,
+    gather,
     interrupted,
     on_main_process,
     raise_if_interrupted,
@@ -178,10 +179,12 @@ class FinetuningTrainer(Trainer):
         assert self.result is not None, "called after train()"
         on_main_process(lambda: check_output_dir_locked(self.flags.output_dir))
         self.require_finite("result")
+        # With --save_on_each_node, every machine has a list of its own.
+        skipped = sum(gather(count_bad_samples(self.flags.output_dir) if self.args.should_save else 0))
         with saving():
             self.save_model(_internal_call=True)  # without pushing, which is done at the end
             if self.args.should_save:
-                if skipped := count_bad_samples(self.flags.output_dir):
+                if skipped:
                     say(f"{counted(skipped, 'sample')} skipped in training, see {self.flags.output_dir / BAD_SAMPLES}")
                     self.result.metrics["skipped_samples"] = skipped
                 write_file(self.flags.output_dir / "train_results.json", self.result.metrics)
