@@ -67,6 +67,15 @@ def test_pickles_are_refused_by_name(directory, tmp_path):
         find_adapter(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_json_in_an_encoding_that_libraries_do_not_read_is_refused(name, encoding, directory):
+    text = (directory / name).read_text(encoding="utf-8")
+    (directory / name).write_text(text, encoding=encoding)
+    with pytest.raises(InputError, match=rf"{name}|tokenizer or image processor files cannot be read"):
+        load_full(str(directory), "cpu")
+
+
 @pytest.mark.parametrize(
     "make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
 )

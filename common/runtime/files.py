@@ -64,9 +64,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     if not path.is_file():  # opening a FIFO would wait
         raise InputError(f"{path} is {'not a file' if path.exists() else 'missing'}: {remedy}")
     try:
-        return parse_json(path.read_bytes(), remedy, str(path))
-    except OSError as error:
+        text = path.read_text(encoding="utf-8")  # with a byte order mark, other libraries could not read it
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): {remedy}") from None
+    return parse_json(text, remedy, str(path))
 
 
 def parse_json(text: str | bytes, remedy: str, place: str | None = None) -> dict[str, Any]:
