@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from unittest import mock
 
 import av
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import psutil
 import pytest
@@ -328,9 +328,9 @@ def test_an_archive_member_outside_the_target_is_refused(tmp_path, name, member)
 def test_archives_made_to_take_memory_or_time_are_refused(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "header.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("train/Run/a.avi")
-        member.pax_headers = {"comment": "a" * 2**24}
+        member.pax_headers = {"comment": "a" * 2**19}
         archive.addfile(member)
-    assert "headers of 16,777," in refuse(tmp_path / "out", "--source", tmp_path / "header.tar.gz")
+    assert "headers of 524," in refuse(tmp_path / "out", "--source", tmp_path / "header.tar.gz")
     with tarfile.open(tmp_path / "headers.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         for number in range(4):
             member = tarfile.TarInfo(f"train/Run/{number}.avi")
